@@ -1,0 +1,246 @@
+"""Batches of examples in a few shapes, shuffled by a seed, as `grain` datasets.
+
+  batches = iter(train_batches(examples, batch_size=16, buckets=(32, 64, 128), seed=0, pad_id=0))
+  batch = next(batches)
+  state = batches.get_state()          # a small dict for JSON; set_state goes on from there
+
+Letters: B rows of a batch, T input tokens, C targets of a row.
+
+  tokens  (B, T) int32    inputs, padded on the right (a causal model needs no mask for that)
+  at      (B, C) int32    positions in 0..T-1 whose next token belongs to the completion
+  targets (B, C) int32    those next tokens; the last of them stands in `tokens` no more
+  weights (B, C) float32  1 for a target, 0 for padding
+  index   (B,)   int32    evaluation only: the example's number, -1 for a row that fills the batch
+
+T is the first bucket that holds the batch's longest row, and each bucket has one C, so a step
+compiles once a bucket. A batch is a pure function of the examples, the arguments and the step:
+`train_batches(...)[step]`. All that an iterator has to remember is its position.
+"""
+
+import functools
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from lora_jax.data.examples import Example
+
+Batch = dict[str, np.ndarray]
+
+
+class Rows(NamedTuple):
+  """Which examples make a batch, and the bucket's length to which they are padded."""
+
+  length: int
+  indices: np.ndarray
+
+
+def train_batches(
+  examples: Sequence[Example],
+  batch_size: int,
+  buckets: Sequence[int],
+  seed: int,
+  pad_id: int,
+  shard_index: int = 0,
+  shard_count: int = 1,
+) -> grain.MapDataset:
+  """Returns the endless dataset of training batches; element `step` is the batch of that step.
+
+  Every epoch takes each example once, in another order, in ceil(examples / batch_size) batches;
+  what is short of a full batch is filled with rows of weight 0.
+
+  Args:
+    examples: as `lora_jax.data.examples.encode` returns them.
+    batch_size: rows of a batch, over all shards.
+    buckets: the input lengths that may occur, in tokens, rising.
+    seed: with the step, decides the batch.
+    pad_id: the token that fills up `tokens`; any of the vocabulary will do.
+    shard_index: which block of the rows to return, e.g. `jax.process_index()`.
+    shard_count: into how many equal blocks the rows are cut, e.g. `jax.process_count()`. All
+      shards have the same shapes at the same step, and their rows in order are the whole batch.
+
+  Raises:
+    ValueError: no examples, one longer than the last bucket, buckets that do not rise, or a
+      batch size that the shards cannot share.
+  """
+  lengths = _lengths(examples, batch_size, buckets, shard_index, shard_count)
+  widths = target_widths(examples, buckets)
+  batches_per_epoch = -(-len(examples) // batch_size)
+
+  # The iterator reads ahead, so two epochs can be in use at once.
+  @functools.lru_cache(maxsize=2)
+  def plan(epoch: int) -> list[Rows]:
+    order = permutation(len(examples), seed, epoch, 0)
+    rows = group(lengths, order, batch_size, buckets)
+    return [rows[i] for i in permutation(len(rows), seed, epoch, 1)]
+
+  def batch(step: int) -> Batch:
+    epoch, number = divmod(step, batches_per_epoch)
+    rows = plan(epoch)[number]
+    block = _block(rows.indices, batch_size, shard_index, shard_count)
+    return _assemble(examples, block, rows.length, widths[rows.length], pad_id)
+
+  return grain.MapDataset.range(sys.maxsize).map(batch)
+
+
+def eval_batches(
+  examples: Sequence[Example],
+  batch_size: int,
+  buckets: Sequence[int],
+  pad_id: int,
+  shard_index: int = 0,
+  shard_count: int = 1,
+) -> grain.MapDataset:
+  """Returns the dataset of one pass, each example once, from the shortest bucket to the longest.
+
+  Within a bucket the examples keep their order; `batch["index"]` says which they are, so that a
+  result per example can be put back in place.
+
+  Args and Raises: those of `train_batches`.
+  """
+  lengths = _lengths(examples, batch_size, buckets, shard_index, shard_count)
+  widths = target_widths(examples, buckets)
+  plan = group(lengths, np.arange(len(examples)), batch_size, buckets)
+
+  def batch(number: int) -> Batch:
+    rows = plan[number]
+    block = _block(rows.indices, batch_size, shard_index, shard_count)
+    arrays = _assemble(examples, block, rows.length, widths[rows.length], pad_id)
+    return arrays | {"index": block.astype(np.int32)}
+
+  return grain.MapDataset.range(len(plan)).map(batch)
+
+
+def summary(examples: Sequence[Example], batch_size: int, buckets: Sequence[int]) -> dict[str, Any]:
+  """Returns what a pass over the examples comes to.
+
+  Args:
+    examples, batch_size, buckets: as for `train_batches`.
+
+  Returns:
+    {"examples": number of them, "cut": how many of them have a shortened prompt,
+    "batches": batches of a pass, "shapes": {(T, C): how many of those},
+    "padding": share of all token slots that hold padding, from 0 to 1}.
+
+  Raises:
+    ValueError: as `train_batches`.
+  """
+  lengths = _lengths(examples, batch_size, buckets)
+  widths = target_widths(examples, buckets)
+  plan = group(lengths, np.arange(len(examples)), batch_size, buckets)
+  shapes = {}
+  for rows in plan:
+    shape = (rows.length, widths[rows.length])
+    shapes[shape] = shapes.get(shape, 0) + 1
+  slots = sum(rows.length * batch_size for rows in plan)
+  return {
+    "examples": len(examples),
+    "cut": sum(example.cut > 0 for example in examples),
+    "batches": len(plan),
+    "shapes": shapes,
+    "padding": 1 - int(lengths.sum()) / slots,
+  }
+
+
+def permutation(count: int, *seeds: int) -> np.ndarray:
+  """Returns the numbers below `count` in an order that the seeds (integers >= 0) decide.
+
+  numpy keeps the bits of its generators between releases, but not what `Generator.permutation`
+  makes of them; a run must go on with the same batches after an update, so the bits are sorted.
+  """
+  bits = np.random.PCG64(np.random.SeedSequence(seeds)).random_raw(count)
+  return np.argsort(bits, kind="stable")
+
+
+def group(
+  lengths: np.ndarray, order: np.ndarray, batch_size: int, buckets: Sequence[int]
+) -> list[Rows]:
+  """Returns batches of examples of like length, all full but one at most, the last.
+
+  What is left over in a bucket goes before the examples of the next one. How many batches each
+  bucket has, that last one aside, is therefore the same for every `order`.
+
+  Args:
+    lengths: the input length of each example, in tokens.
+    order: the numbers of the examples, as they are to be taken within a bucket.
+    batch_size: rows of a full batch.
+    buckets: the input lengths that may occur, rising; the last is no less than any length.
+  """
+  bucket_of = np.searchsorted(buckets, lengths)
+  batches = []
+  left = order[:0]
+  for bucket, length in enumerate(buckets):
+    members = np.concatenate([left, order[bucket_of[order] == bucket]])
+    full = len(members) - len(members) % batch_size
+    batches += [Rows(length, part) for part in members[:full].reshape(-1, batch_size)]
+    left = members[full:]
+  if len(left):
+    batches.append(Rows(buckets[bucket_of[left].max()], left))
+  return batches
+
+
+def target_widths(examples: Sequence[Example], buckets: Sequence[int]) -> dict[int, int]:
+  """Returns {bucket: the C of its batches}, the most targets of an example that may be in one.
+
+  An example can be in a longer bucket than its own (see `group`), so C never falls from one
+  bucket to the next.
+  """
+  return {
+    bucket: max((len(e.targets) for e in examples if len(e.inputs) <= bucket), default=0)
+    for bucket in buckets
+  }
+
+
+def _lengths(
+  examples: Sequence[Example],
+  batch_size: int,
+  buckets: Sequence[int],
+  shard_index: int = 0,
+  shard_count: int = 1,
+) -> np.ndarray:
+  """Checks the arguments of a dataset and returns the examples' input lengths."""
+  if not examples:
+    raise ValueError("no examples to make batches of")
+  if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
+    raise ValueError(f"buckets {tuple(buckets)} must be positive lengths that rise")
+  if batch_size < 1 or shard_count < 1 or batch_size % shard_count:
+    raise ValueError(
+      f"batch_size {batch_size} must be positive and a multiple of shard_count {shard_count}"
+    )
+  if not 0 <= shard_index < shard_count:
+    raise ValueError(f"shard_index {shard_index} is not below shard_count {shard_count}")
+  lengths = np.array([len(example.inputs) for example in examples])
+  if lengths.max() > buckets[-1]:
+    raise ValueError(
+      f"example {lengths.argmax()} has {lengths.max()} input tokens, more than the last bucket, "
+      f"{buckets[-1]}; add a bucket or encode with max_length <= {buckets[-1] + 1}"
+    )
+  return lengths
+
+
+def _block(indices: np.ndarray, batch_size: int, shard_index: int, shard_count: int) -> np.ndarray:
+  """Fills the rows up with -1 and returns one shard's block of them."""
+  filled = np.full(batch_size, -1)
+  filled[: len(indices)] = indices
+  return filled.reshape(shard_count, -1)[shard_index]
+
+
+def _assemble(
+  examples: Sequence[Example], indices: np.ndarray, length: int, width: int, pad_id: int
+) -> Batch:
+  shape = (len(indices), width)
+  tokens = np.full((len(indices), length), pad_id, np.int32)
+  at, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+  weights = np.zeros(shape, np.float32)
+  for row, index in enumerate(indices):
+    if index < 0:
+      continue
+    example = examples[index]
+    count = len(example.targets)
+    tokens[row, : len(example.inputs)] = example.inputs
+    at[row, :count] = example.positions
+    targets[row, :count] = example.targets
+    weights[row, :count] = 1
+  return {"tokens": tokens, "at": at, "targets": targets, "weights": weights}
