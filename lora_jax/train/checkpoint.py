@@ -1,0 +1,213 @@
+"""Checkpoints of what trains: Orbax, one folder a step, never the base.
+
+    with Checkpoints(workdir.checkpoints, keep=2, fingerprint=fingerprint(config)) as checkpoints:
+      restored = checkpoints.restore(state)             # None when there is none yet
+      checkpoints.save(state, data_state=batches.get_state())
+
+A checkpoint is `{path: array}` of the `State` (step, trainable part, optimiser state) and one JSON
+record: the position of the data, the fingerprint of the config, and each array's shape, type and
+CRC-32. So it is readable without a class of this library, and a bit that flipped on disk, which
+the array format itself lets pass, is found.
+"""
+
+import logging
+import pathlib
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from lora_jax.train.step import State
+from lora_jax.tree import flatten, replace
+
+_log = logging.getLogger(__name__)
+
+
+class Restored(NamedTuple):
+  """What a checkpoint gives back: the state, and the position of the data as it was saved."""
+
+  state: State
+  data_state: dict[str, Any]
+
+
+class DamagedCheckpointError(ValueError):
+  """A checkpoint that cannot be read, or whose contents are not those that were saved."""
+
+
+class Checkpoints:
+  """The checkpoints of one run; a context manager that waits for the last write on its way out.
+
+  Args:
+    folder: created when it is not there.
+    keep: how many of the latest checkpoints stay.
+    fingerprint: of the run's config; a checkpoint of another config is refused.
+  """
+
+  def __init__(self, folder: str | pathlib.Path, *, keep: int, fingerprint: str):
+    if keep < 1:
+      raise ValueError(f"keep is {keep}; at least one checkpoint must stay")
+    self.folder = pathlib.Path(folder).absolute()
+    self._fingerprint = fingerprint
+    self._manager = ocp.CheckpointManager(
+      self.folder,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+        cleanup_tmp_directories=True,
+      ),
+    )
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *unused: Any) -> None:
+    self.close()
+
+  def path(self, step: int) -> pathlib.Path:
+    """The folder of the checkpoint of a step."""
+    return self.folder / str(step)
+
+  def latest(self) -> pathlib.Path | None:
+    """The folder of the last checkpoint that is wholly written, or None."""
+    self.wait()
+    step = self._manager.latest_step()
+    return None if step is None else self.path(step)
+
+  def save(self, state: State, data_state: dict[str, Any]) -> None:
+    """Saves the state of `state.step`; the writing itself goes on in the background.
+
+    Args:
+      state: its arrays are copied before this returns, so the next step may donate them.
+      data_state: the position of the data after the batch of this step; what JSON can hold.
+    """
+    step = int(state.step)
+    arrays = flatten(state)
+    record = {
+      "data_state": data_state,
+      "fingerprint": self._fingerprint,
+      "arrays": {path: _describe(leaf) | {"crc32": _crc32(leaf)} for path, leaf in arrays.items()},
+    }
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record)
+      ),
+    )
+
+  def restore(self, like: State) -> Restored | None:
+    """Restores the latest checkpoint that is whole, bit for bit.
+
+    A damaged one is named in a warning and passed over for the one before it, and its folder is
+    renamed to `damaged-<step>`, so that the step can be saved again and nothing is lost.
+
+    Args:
+      like: arrays, or `jax.ShapeDtypeStruct`s, in the structure that is wanted; where they have a
+        sharding, the restored arrays get it.
+
+    Returns:
+      The state and the data's position, or None when nothing was saved yet.
+
+    Raises:
+      ValueError: when the checkpoint is of another config or another structure.
+      DamagedCheckpointError: when there are checkpoints and none of them can be read.
+    """
+    damaged = {}
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      try:
+        restored = self._load(step, like)
+      except DamagedCheckpointError as error:
+        _log.warning("%s; it is passed over for the one before it", error)
+        damaged[step] = error
+        continue
+      self._set_aside(damaged)
+      return restored
+    if damaged:
+      raise DamagedCheckpointError(
+        f"{self.folder}: no checkpoint can be read. "
+        + "; ".join(str(error) for error in damaged.values())
+        + f". Delete {self.folder} to begin the run anew"
+      )
+    return None
+
+  def wait(self) -> None:
+    """Waits until what was saved is on disk; an error of the writing is raised here."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits, then lets go of the folder."""
+    self._manager.close()
+
+  def _load(self, step: int, like: State) -> Restored:
+    path = self.path(step)
+    wanted = flatten(like)
+    record = self._read(step, "record", ocp.args.JsonRestore())
+    if record.keys() != {"data_state", "fingerprint", "arrays"}:
+      raise DamagedCheckpointError(f"{path}: its record has the fields {sorted(record)}")
+    if record["fingerprint"] != self._fingerprint:
+      raise ValueError(
+        f"{path}: this checkpoint was made with another config "
+        f"({record['fingerprint']}, now {self._fingerprint}); use another workdir or delete it"
+      )
+    _check_structure(path, saved=record["arrays"], wanted=wanted)
+    abstract = {key: _abstract(leaf) for key, leaf in wanted.items()}
+    arrays = self._read(step, "state", ocp.args.StandardRestore(abstract))
+    for key, array in arrays.items():
+      if _crc32(array) != record["arrays"][key]["crc32"]:
+        raise DamagedCheckpointError(f"{path}: {key} is not what was saved (its CRC-32 differs)")
+    return Restored(replace(like, arrays), record["data_state"])
+
+  def _read(self, step: int, item: str, how: Any) -> Any:
+    try:
+      return self._manager.restore(step, args=ocp.args.Composite(**{item: how}))[item]
+    # Orbax tells damage by many types, bare Exception among them.
+    except Exception as error:
+      reason = str(error).partition("\n")[0][:200]
+      raise DamagedCheckpointError(
+        f"{self.path(step)}: cannot be read ({type(error).__name__}: {reason})"
+      ) from error
+
+  def _set_aside(self, steps: Any) -> None:
+    for step in steps:
+      self.path(step).rename(_free_name(self.folder / f"damaged-{step}"))
+    if steps:
+      self._manager.reload()
+
+
+def _free_name(path: pathlib.Path) -> pathlib.Path:
+  """The path itself, or with the first number after it that is not taken."""
+  number, free = 1, path
+  while free.exists():
+    number, free = number + 1, path.with_name(f"{path.name}-{number}")
+  return free
+
+
+def _describe(leaf: Any) -> dict[str, Any]:
+  return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
+
+
+def _crc32(leaf: Any) -> int:
+  return zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8).reshape(-1))
+
+
+def _check_structure(path: pathlib.Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+  """Refuses a checkpoint whose leaves are not those that are wanted, all differences at once."""
+  differences = [f"{key}: not in the checkpoint" for key in wanted if key not in saved]
+  differences += [f"{key}: only in the checkpoint" for key in saved if key not in wanted]
+  for key in wanted.keys() & saved.keys():
+    was = {name: saved[key][name] for name in ("shape", "dtype")}
+    now = _describe(wanted[key])
+    if was != now:
+      differences.append(
+        f"{key}: {was['dtype']}{was['shape']} in the checkpoint, {now['dtype']}{now['shape']} here"
+      )
+  if differences:
+    raise ValueError(
+      f"{path}: the checkpoint does not fit what trains now:\n  "
+      + "\n  ".join(sorted(differences))
+      + "\nUse the config it was made with, or another workdir"
+    )

@@ -1,0 +1,82 @@
+"""Loss and accuracy over a whole split.
+
+    eval_step = make_eval_step(lora_jax.adapt(model.apply), choices=[positive_id, negative_id])
+    evaluate(eval_step, weights, batches)
+    # {"loss": 0.41, "accuracy": 0.87, "tokens": 800, "rows": 400}
+
+The shapes' letters are those of `lora_jax.train.step`.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.train.step import Batch, completion_loss
+
+PyTree = Any
+
+
+def make_eval_step(apply: Callable, choices: Sequence[int]) -> Callable:
+  """Makes the jitted step `(weights, batch) -> sums` of one batch.
+
+  A row's answer is the choice with the highest logit at the row's first completion position; it is
+  correct when it is the row's first target. Answers of many tokens are thus told apart by their
+  first one.
+
+  Args:
+    apply: `apply({"params": weights}, tokens_BT, at_BC=positions) -> logits_BCV`.
+    choices: the token ids a model may answer with; empty when the task has no fixed answers.
+
+  Returns:
+    The step. Its sums are `loss` (nats), `tokens`, `rows` and, with choices, `correct`; rows of
+    weight zero only fill the batch and are not counted.
+
+  Raises:
+    ValueError: when two choices are one id.
+  """
+  if len(set(choices)) != len(choices):
+    raise ValueError(
+      f"choices {list(choices)} hold one id twice: answers that begin with the same token cannot "
+      "be told apart by it; change the completions so that their first tokens differ"
+    )
+
+  def step(weights: PyTree, batch: Batch) -> dict[str, jax.Array]:
+    logits_BCV = apply({"params": weights}, batch["tokens"], at_BC=batch["at"])
+    loss, tokens = completion_loss(logits_BCV, batch["targets"], batch["weights"])
+    real_B = batch["weights"][:, 0] > 0
+    sums = {"loss": loss * tokens, "tokens": tokens, "rows": jnp.sum(real_B)}
+    if choices:
+      ids = jnp.asarray(choices)
+      answers_B = ids[jnp.argmax(logits_BCV[:, 0, ids], axis=-1)]
+      sums["correct"] = jnp.sum(real_B & (answers_B == batch["targets"][:, 0]))
+    return sums
+
+  return jax.jit(step)
+
+
+def evaluate(eval_step: Callable, weights: PyTree, batches: Iterable[Batch]) -> dict[str, float]:
+  """The mean loss of a token and, where the step counts it, the accuracy of a row.
+
+  Args:
+    eval_step: as `make_eval_step` makes it.
+    weights: the whole tree, trainable and frozen part joined.
+    batches: the split, once.
+
+  Returns:
+    `loss` (nats a token), `tokens`, `rows` and, where there are choices, `accuracy` (0..1).
+
+  Raises:
+    ValueError: when the batches hold no row.
+  """
+  # Read on the host once all batches are under way: the device never waits for a sum.
+  sums = jax.device_get([eval_step(weights, batch) for batch in batches])
+  total = {key: math.fsum(part[key] for part in sums) for key in (sums[0] if sums else ())}
+  if not total or total["rows"] == 0:
+    raise ValueError("there is no row to evaluate on: the split is empty")
+  result = {"loss": total["loss"] / total["tokens"]}
+  if "correct" in total:
+    result["accuracy"] = total["correct"] / total["rows"]
+  return result | {"tokens": int(total["tokens"]), "rows": int(total["rows"])}

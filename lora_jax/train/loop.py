@@ -1,0 +1,221 @@
+"""The training loop: steps, a log line now and then, checkpoints, and a clean way out.
+
+    state = fit(state, frozen, train_step, batches, steps=100, ...)
+
+It never waits for the step it has just started: the metrics are read one step late, while the
+device works on the next one. It waits only where it must, to evaluate and to save.
+"""
+
+import contextlib
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lora_jax.train.checkpoint import Checkpoints
+from lora_jax.train.step import Batch, State
+from lora_jax.tree import join
+
+PyTree = Any
+
+
+class Batches(Protocol):
+  """An endless iterator of batches whose position can be saved, as those of grain are."""
+
+  def __next__(self) -> Batch: ...
+
+  def get_state(self) -> dict[str, Any]: ...
+
+
+class Writer(Protocol):
+  """What `lora_jax.train.metrics.MetricsWriter` is to the loop."""
+
+  def write(self, step: int, metrics: dict[str, float]) -> None: ...
+
+
+class Bar(Protocol):
+  """What `lora_jax.train.progress.Progress` is to the loop."""
+
+  def update(self, *, loss: float, tokens_per_second: float) -> None: ...
+
+
+class Interrupted(Exception):
+  """A signal asked the run to stop; the checkpoint is written, and the message says where."""
+
+
+def fit(
+  state: State,
+  frozen: PyTree,
+  train_step: Callable,
+  batches: Batches,
+  *,
+  steps: int,
+  learning_rate: optax.Schedule,
+  log_every: int,
+  checkpoint_every: int,
+  evaluate_every: int,
+  evaluate: Callable[[PyTree], dict[str, float]],
+  checkpoints: Checkpoints,
+  writer: Writer,
+  progress: Bar,
+) -> State:
+  """Trains from `state.step` to `steps`, and saves the end.
+
+  Ctrl-C or SIGTERM finishes the step, saves and raises `Interrupted`; a second one is not held
+  back.
+
+  Args:
+    state: where to begin; it is donated.
+    frozen: the rest of the weights, as `lora_jax.partition` gives it.
+    train_step: as `make_train_step` makes it.
+    batches: at the position that belongs to `state`.
+    steps: of the whole run, those that `state` has behind it included.
+    learning_rate: the optimiser's schedule, for the log.
+    log_every: steps between two lines of the log; the last step has one too.
+    checkpoint_every: steps between two checkpoints.
+    evaluate_every: steps between two evaluations; 0 for none.
+    evaluate: from the whole weights to metrics, which are logged as `validation/<name>`.
+    checkpoints: where to save.
+    writer: gets the step's loss, grad_norm, loss_tokens, learning_rate, tokens_per_second (tokens
+      of the batches, padding included, by the time of the steps since the last line) and
+      validation metrics.
+    progress: gets the loss and the tokens a second of each step.
+
+  Returns:
+    The state after `steps` steps.
+
+  Raises:
+    FloatingPointError: at a loss or gradient that is not finite; the checkpoints are left as they
+      are, and the message names the last one.
+    Interrupted: after a signal.
+    ValueError: when the batches end too early.
+  """
+  # Once, ahead: asked for step by step, a rate would queue behind the step that is running.
+  rates = np.asarray(jax.vmap(learning_rate)(jnp.arange(steps)))
+  meter = _Meter()
+  late = None
+
+  def read(done: _Done) -> None:
+    metrics = {name: value.item() for name, value in jax.device_get(done.metrics).items()}
+    if not metrics.pop("finite"):
+      raise FloatingPointError(_describe_divergence(done.step, metrics, checkpoints))
+    meter.add(done.tokens)
+    if done.validation or done.step % log_every == 0 or done.step == steps:
+      metrics["learning_rate"] = rates[done.step - 1].item()
+      metrics["tokens_per_second"] = meter.rate()
+      writer.write(done.step, metrics | done.validation)
+      meter.restart()
+    progress.update(loss=metrics["loss"], tokens_per_second=meter.rate())
+
+  with _signals() as received:
+    for step in range(int(state.step) + 1, steps + 1):
+      batch = _next(batches, step, steps)
+      state, metrics = train_step(state, frozen, batch)
+      done = _Done(step, metrics, tokens=batch["tokens"].size)
+      if late:
+        read(late)
+      late = done
+      if evaluate_every and step % evaluate_every == 0:
+        with meter.paused(metrics):
+          scores = evaluate(join(state.trainable, frozen))
+          done.validation = {f"validation/{name}": score for name, score in scores.items()}
+      if step % checkpoint_every == 0 or step == steps or received:
+        # A checkpoint holds nothing that has not been seen to be finite.
+        read(late)
+        late = None
+        with meter.paused(metrics):
+          checkpoints.save(state, batches.get_state())
+      if received:
+        raise Interrupted(
+          f"stopped by {received[0]} at step {step} of {steps}; "
+          f"saved in {checkpoints.latest()}; the same command goes on from there"
+        )
+  checkpoints.wait()
+  return state
+
+
+@dataclasses.dataclass
+class _Done:
+  """A step that was started and whose metrics are still to be read."""
+
+  step: int
+  metrics: dict[str, jax.Array]
+  tokens: int
+  validation: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+class _Meter:
+  """Tokens a second of the steps; pauses do not count."""
+
+  def __init__(self):
+    self._last = 0.0
+    self.restart()
+
+  def restart(self) -> None:
+    self._tokens, self._start = 0, time.perf_counter()
+
+  def add(self, tokens: int) -> None:
+    self._tokens += tokens
+    self._last = self._tokens / max(time.perf_counter() - self._start, 1e-9)
+
+  def rate(self) -> float:
+    """Since the last restart, or before it when nothing was added since."""
+    return self._last
+
+  @contextlib.contextmanager
+  def paused(self, running: Any) -> Iterator[None]:
+    """Leaves out the time of the block, but not that of the step that still runs."""
+    jax.block_until_ready(running)
+    begin = time.perf_counter()
+    yield
+    self._start += time.perf_counter() - begin
+
+
+def _next(batches: Batches, step: int, steps: int) -> Batch:
+  try:
+    return next(batches)
+  except StopIteration:
+    raise ValueError(
+      f"the data ended before step {step} of {steps}; repeat it, or train for {step - 1} steps"
+    ) from None
+
+
+def _describe_divergence(step: int, metrics: dict[str, float], checkpoints: Checkpoints) -> str:
+  latest = checkpoints.latest()
+  kept = f"the last good checkpoint is {latest}" if latest else "no checkpoint was saved before it"
+  return (
+    f"step {step}: the loss is {metrics['loss']} and the gradient norm {metrics['grad_norm']}; "
+    f"{kept}; try a lower learning rate or clip_norm in a new workdir"
+  )
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[str]]:
+  """Collects the names of SIGINT and SIGTERM instead of dying of them, each once."""
+  received = []
+  if threading.current_thread() is not threading.main_thread():
+    # Only the main thread may set handlers; elsewhere the signals keep their meaning.
+    yield received
+    return
+
+  def note(number: int, frame: Any) -> None:
+    received.append(signal.Signals(number).name)
+    signal.signal(number, previous[number])
+
+  previous = {
+    number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)
+  }
+  for number in previous:
+    signal.signal(number, note)
+  try:
+    yield received
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)

@@ -1,0 +1,84 @@
+"""The learning-rate schedule and the optimiser, both plain optax.
+
+    learning_rate = schedule(peak=1e-3, warmup_steps=10, total_steps=100, kind="linear")
+    tx = adamw(learning_rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=1.0)
+    opt_state = tx.init(trainable)      # `trainable` holds None for every frozen leaf
+
+Neither knows what trains: the optimiser is initialised on the trainable part of the tree alone, so
+it has no moment, and applies no weight decay, for anything else.
+"""
+
+import optax
+
+_DECAYS = {
+  "constant": lambda peak, steps: optax.constant_schedule(peak),
+  "linear": lambda peak, steps: optax.linear_schedule(peak, 0.0, steps),
+  "cosine": lambda peak, steps: optax.cosine_decay_schedule(peak, steps),
+}
+
+
+def schedule(*, peak: float, warmup_steps: int, total_steps: int, kind: str) -> optax.Schedule:
+  """A linear warm-up to `peak`, then a decay that would reach zero at `total_steps`.
+
+  Step i of the warm-up (from 0) runs at `peak * (i + 1) / (warmup_steps + 1)`, so that the first
+  update is not wasted on a rate of zero; step `warmup_steps` runs at `peak`.
+
+  Args:
+    peak: the highest learning rate.
+    warmup_steps: steps before the peak, 0 for none.
+    total_steps: steps of the whole run, warm-up included.
+    kind: the decay: "constant", "linear" or "cosine".
+
+  Returns:
+    A function from the step to the learning rate.
+
+  Raises:
+    ValueError: for an unknown kind, a peak that is not positive, or a warm-up as long as the run.
+  """
+  if kind not in _DECAYS:
+    raise ValueError(f"schedule kind {kind!r} is unknown; use one of {', '.join(_DECAYS)}")
+  if not peak > 0:
+    raise ValueError(f"the peak learning rate is {peak}; it must be positive")
+  if not 0 <= warmup_steps < total_steps:
+    raise ValueError(
+      f"warmup_steps is {warmup_steps} and total_steps {total_steps}; "
+      "the warm-up must be at least 0 and shorter than the run"
+    )
+  decay = _DECAYS[kind](peak, total_steps - warmup_steps)
+  if warmup_steps == 0:
+    return decay
+  warmup = optax.linear_schedule(peak / (warmup_steps + 1), peak, warmup_steps)
+  return optax.join_schedules([warmup, decay], boundaries=[warmup_steps])
+
+
+def adamw(
+  learning_rate: optax.Schedule,
+  *,
+  b1: float,
+  b2: float,
+  eps: float,
+  weight_decay: float,
+  clip_norm: float,
+) -> optax.GradientTransformation:
+  """AdamW behind a clip of the global gradient norm.
+
+  Args:
+    learning_rate: from the step to the rate, as `schedule` makes it.
+    b1: decay of the mean of the gradient.
+    b2: decay of the mean of its square.
+    eps: added to the root of the second moment.
+    weight_decay: decoupled, multiplied by the learning rate.
+    clip_norm: the greatest global norm of a gradient; `math.inf` clips nothing.
+
+  Raises:
+    ValueError: when `clip_norm` is not positive.
+
+  Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", algorithm 2; Pascanu et
+  al., "On the difficulty of training recurrent neural networks", algorithm 1, for the clip.
+  """
+  if not clip_norm > 0:
+    raise ValueError(f"clip_norm is {clip_norm}; it must be positive (math.inf clips nothing)")
+  return optax.chain(
+    optax.clip_by_global_norm(clip_norm),
+    optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
+  )

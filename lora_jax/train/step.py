@@ -1,0 +1,121 @@
+"""The training step: what it changes is one donated `State`, what it must not change is `frozen`.
+
+    trainable, frozen = lora_jax.partition(weights, lora_jax.trainable_mask(weights))
+    state = init_state(trainable, tx)
+    train_step = make_train_step(completion_objective(lora_jax.adapt(model.apply)), tx)
+    state, metrics = train_step(state, frozen, batch)
+
+The mask is the one place that says what trains. The gradient is taken with respect to `trainable`
+alone, and the optimiser state is made from it alone. `frozen` is an argument, not a closure: a
+closed-over base would be a constant of the program, compiled into it.
+
+Shapes: B rows of a batch, T tokens of a row, C positions of a row where the loss is taken,
+V entries of the vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lora_jax.tree import join
+
+PyTree = Any
+Batch = dict[str, Any]
+Objective = Callable[[PyTree, Batch], tuple[jax.Array, jax.Array]]
+
+
+class State(NamedTuple):
+  """All that a training step changes.
+
+  Attributes:
+    step: int32 scalar, the number of updates made.
+    trainable: the weights with None in the place of every frozen leaf.
+    opt_state: the optimiser's state for `trainable`.
+  """
+
+  step: jax.Array
+  trainable: PyTree
+  opt_state: PyTree
+
+
+def init_state(trainable: PyTree, tx: optax.GradientTransformation) -> State:
+  """The state before the first step.
+
+  `trainable` is copied: the step donates its state, and the caller's arrays must outlive that.
+  """
+  trainable = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), trainable)
+  return State(jnp.zeros((), jnp.int32), trainable, tx.init(trainable))
+
+
+def completion_loss(
+  logits_BCV: jax.Array, targets_BC: jax.Array, weights_BC: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """The mean cross-entropy over the positions that count, in nats, and how many they are.
+
+      loss = Σ weights · (logsumexp(logits) − logits[target]) / Σ weights
+
+  Args:
+    logits_BCV: any float type; the log-softmax is taken in float32.
+    targets_BC: integer ids in 0..V-1.
+    weights_BC: 1 where a position counts, 0 where it is padding.
+
+  Returns:
+    (loss, tokens), two float32 scalars; the loss of a batch in which nothing counts is 0.
+  """
+  losses_BC = optax.softmax_cross_entropy_with_integer_labels(
+    logits_BCV.astype(jnp.float32), targets_BC
+  )
+  tokens = jnp.sum(weights_BC)
+  return jnp.sum(losses_BC * weights_BC) / jnp.where(tokens > 0, tokens, 1), tokens
+
+
+def completion_objective(apply: Callable) -> Objective:
+  """The objective of a language model on batches of prompts and completions.
+
+  Args:
+    apply: `apply({"params": weights}, tokens_BT, at_BC=positions) -> logits_BCV`, the adapted
+      `model.apply`.
+
+  Returns:
+    `objective(weights, batch) -> (mean loss, tokens)`, for batches with the keys `tokens` (B, T),
+    `at`, `targets` and `weights` (B, C).
+  """
+
+  def objective(weights: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    logits_BCV = apply({"params": weights}, batch["tokens"], at_BC=batch["at"])
+    return completion_loss(logits_BCV, batch["targets"], batch["weights"])
+
+  return objective
+
+
+def make_train_step(objective: Objective, tx: optax.GradientTransformation) -> Callable:
+  """Makes the jitted step `(state, frozen, batch) -> (state, metrics)`.
+
+  The state is donated: its buffers are gone after the call. A step whose loss or gradient is not
+  finite returns the state it was given, counter included, and says so in its metrics.
+
+  Args:
+    objective: `(weights, batch) -> (mean loss, tokens)`, as `completion_objective` makes it.
+    tx: the optimiser.
+
+  Returns:
+    The step. Its metrics are scalars: `loss` (the objective before the update), `grad_norm` (the
+    global norm before any clip), `loss_tokens` (how many the loss is a mean of), `finite` (bool).
+  """
+
+  def step(state: State, frozen: PyTree, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+    (loss, tokens), grads = jax.value_and_grad(
+      lambda trainable: objective(join(trainable, frozen), batch), has_aux=True
+    )(state.trainable)
+    grad_norm = optax.global_norm(grads)
+    updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+    updated = State(state.step + 1, optax.apply_updates(state.trainable, updates), opt_state)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+    metrics = {"loss": loss, "grad_norm": grad_norm, "loss_tokens": tokens, "finite": finite}
+    return state, metrics
+
+  return jax.jit(step, donate_argnums=0)
