@@ -23,14 +23,14 @@ from lora_jax.data.records import Record
 
 
 class Tokenizer(Protocol):
-  """What the data needs of a tokenizer; `lora_jax.io.tokenizer` and others have it.
+  """What the data needs of a tokenizer; `lora_jax.io.tokenizer.Tokenizer` has it.
 
-  `encode("")` must give what the tokenizer puts before every text (BOS, or nothing).
+  `encode("")` gives the special tokens that begin a text (BOS, or none).
   """
 
   eos_id: int | None
 
-  def encode(self, text: str) -> list[int]: ...
+  def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ def encode(
   templates.check(completion, records, "completion")
   if append_eos and tokenizer.eos_id is None:
     raise ValueError("append_eos: this tokenizer has no EOS token")
-  before = list(tokenizer.encode(""))
+  before = tokenizer.encode("")
   after = [tokenizer.eos_id] if append_eos else []
 
   pairs = []
@@ -102,8 +102,8 @@ def encode(
     # Each part is tokenised alone. Tokenised as one text, the prompt's last characters could merge
     # with the completion's first, and then the boundary falls inside a token, and the prompt's ids
     # are not those that the model meets when the completion is yet to be generated.
-    asked = _tokens(tokenizer, templates.fill(prompt, record), before)
-    answer = _tokens(tokenizer, templates.fill(completion, record), before) + after
+    asked = tokenizer.encode(templates.fill(prompt, record), add_special_tokens=False)
+    answer = tokenizer.encode(templates.fill(completion, record), add_special_tokens=False) + after
     if not before + asked:
       raise ValueError(f"record {number}: the prompt has no tokens to predict from; add some text")
     if not answer:
@@ -133,10 +133,9 @@ def choice_ids(tokenizer: Tokenizer, completions: Sequence[str]) -> list[int]:
   Raises:
     ValueError: a completion without tokens, or two that begin with the same token.
   """
-  before = list(tokenizer.encode(""))
   owners = {}
   for completion in completions:
-    tokens = _tokens(tokenizer, completion, before)
+    tokens = tokenizer.encode(completion, add_special_tokens=False)
     if not tokens:
       raise ValueError(f"choice {completion!r} has no tokens")
     if tokens[0] in owners:
@@ -146,10 +145,6 @@ def choice_ids(tokenizer: Tokenizer, completions: Sequence[str]) -> list[int]:
       )
     owners[tokens[0]] = completion
   return list(owners)
-
-
-def _tokens(tokenizer: Tokenizer, text: str, before: list[int]) -> list[int]:
-  return list(tokenizer.encode(text))[len(before) :]
 
 
 def _join(before: list[int], asked: list[int], answer: list[int], max_length: int) -> Example:

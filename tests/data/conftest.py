@@ -1,0 +1,53 @@
+"""Shared by the data tests: a small tokenizer and the real files."""
+
+import os
+import pathlib
+
+import pytest
+
+from lora_jax.io import assets
+
+REVIEWS = (
+  "pypi://vaderSentiment==3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz/hutto_ICWSM_2014/"
+)
+
+
+class ByteTokenizer:
+  """A token a byte, so that a test can write its ids down; BOS only where it is given."""
+
+  eos_id, pad_id = 256, 257
+
+  def __init__(self, before=()):
+    self.before = list(before)
+
+  def encode(self, text, *, add_special_tokens=True):
+    return (self.before if add_special_tokens else []) + list(text.encode())
+
+  def decode(self, ids):
+    return bytes(i for i in ids if i < 256).decode()
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer():
+  return ByteTokenizer()
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer_with_bos():
+  return ByteTokenizer(before=[258])
+
+
+@pytest.fixture(scope="session")
+def ratings_file():
+  """Returns the path of one of the rated sets: sentences with the mean of human ratings."""
+  return lambda name: assets.resolve(f"{REVIEWS}{name}_GroundTruth.txt")
+
+
+@pytest.fixture(scope="session")
+def public_data():
+  """The folder of public data sets; it is no part of the repository."""
+  beside = pathlib.Path(__file__).parents[2] / ".." / "shared" / "data"
+  folder = pathlib.Path(os.environ.get("LORA_JAX_DATA", beside))
+  if not folder.is_dir():
+    pytest.skip(f"no public data sets at {folder}; set LORA_JAX_DATA to their folder")
+  return folder
