@@ -1,0 +1,7 @@
+"""Weights: frozen pytrees that stand for an array without being one."""
+
+from lora_jax.weights.base import NotFactored as NotFactored
+from lora_jax.weights.base import Weight as Weight
+from lora_jax.weights.base import is_weight as is_weight
+from lora_jax.weights.base import materialize as materialize
+from lora_jax.weights.low_rank import LowRank as LowRank

@@ -1,0 +1,142 @@
+"""The transform: lets any JAX function take Weights wherever it takes arrays.
+
+    logits = adapt(model.apply)({"params": weights}, tokens)
+
+The function is traced once, with every Weight shown to it as the array that it stands for, and the
+resulting jaxpr is evaluated again with the Weights themselves. Only the equations that meet a
+Weight are interpreted (`rules.py`, `control_flow.py`); every other equation runs unchanged.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import numpy as np
+
+from lora_jax import compat, control_flow, rules, tree
+from lora_jax.weights import NotFactored, Weight, is_weight, materialize
+
+RULES: dict[jex.Primitive, Callable] = rules.RULES | control_flow.RULES
+
+
+class MaterializationError(ValueError):
+  """Strict mode: a Weight would have had to be materialised."""
+
+
+def adapt(
+  f: Callable,
+  *,
+  strict: bool = False,
+  rules: Mapping[jex.Primitive, Callable] = RULES,
+) -> Callable:
+  """Lets `f` take Weights wherever it takes arrays.
+
+  The law:
+
+      adapt(f)(tree, x) == f(materialize(tree), x)
+
+  and, for a weight that can be applied in factored form, no intermediate value has the full
+  weight's shape, forward or backward.
+
+  `f` is traced as under `jax.jit`: arrays are tracers inside it. Anything else among the arguments
+  (Python numbers, bools, strings, functions, None) reaches it as it is. Without a Weight among the
+  arguments `adapt(f)` is `f`. Put `jax.jit`, `jax.grad`, `jax.vmap` and their like outside or
+  inside as you please; `jit` outside leaves no cost in Python at all.
+
+  Args:
+    f: a function of pytrees, for instance a Flax `model.apply`.
+    strict: raise instead of materialising a Weight.
+    rules: what to do with a primitive that meets a Weight, `{primitive: rule}`. Extend the default
+      by `adapt(f, rules=RULES | {p: rule})`; `rules.py` says what a rule is.
+
+  Raises:
+    MaterializationError: in strict mode, naming the path, the primitive, the reason and a remedy.
+  """
+
+  @functools.wraps(f)
+  def adapted(*args, **kwargs):
+    leaves, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_weight)
+    if not any(is_weight(leaf) for _, leaf in leaves):
+      return f(*args, **kwargs)
+    values = [_named(leaf, key_path) if is_weight(leaf) else leaf for key_path, leaf in leaves]
+    dynamic = [n for n, x in enumerate(values) if is_weight(x) or _is_array(x)]
+
+    def flat_f(*arrays):
+      full = list(values)
+      for n, x in zip(dynamic, arrays, strict=True):
+        full[n] = x
+      f_args, f_kwargs = jax.tree.unflatten(treedef, full)
+      return f(*f_args, **f_kwargs)
+
+    inputs = [values[n] for n in dynamic]
+    abstract = [x.aval if is_weight(x) else x for x in inputs]
+    jaxpr, shapes = jax.make_jaxpr(flat_f, return_shape=True)(*abstract)
+    outs = evaluate(jaxpr, inputs, rules=rules, strict=strict)
+    for out in filter(is_weight, outs):
+      if strict:
+        raise _refusal(out, "return", "the function returns the weight itself")
+    return jax.tree.unflatten(jax.tree.structure(shapes), materialize(outs))
+
+  return adapted
+
+
+def evaluate(
+  jaxpr: jex.ClosedJaxpr,
+  args: list[Any],
+  *,
+  rules: Mapping[jex.Primitive, Callable],
+  strict: bool,
+) -> list[Any]:
+  """Evaluates a jaxpr on arrays and Weights; its results may be Weights too."""
+  recur = functools.partial(evaluate, rules=rules, strict=strict)
+  env = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
+  env.update(zip(jaxpr.jaxpr.invars, args, strict=True))
+
+  def read(v):
+    return v.val if compat.is_literal(v) else env[v]
+
+  for eqn in jaxpr.eqns:
+    ins = [read(v) for v in eqn.invars]
+    if any(map(is_weight, ins)):
+      with compat.name_scope(eqn):
+        outs = _interpret(eqn, ins, rules, strict, recur)
+    else:
+      outs = compat.bind_unchanged(eqn, ins)
+    env.update(zip(eqn.outvars, outs, strict=True))
+  return [read(v) for v in jaxpr.jaxpr.outvars]
+
+
+def _interpret(eqn, ins, rules, strict, recur) -> list[Any]:
+  """Evaluates an equation that meets a Weight: by its rule, or by materialising."""
+  name = eqn.primitive.name
+  try:
+    if eqn.primitive not in rules:
+      raise NotFactored(f"there is no rule for {name}")
+    outs = rules[eqn.primitive](*ins, evaluate=recur, **eqn.params)
+    return list(outs) if eqn.primitive.multiple_results else [outs]
+  except NotFactored as reason:
+    if strict:
+      raise _refusal(next(filter(is_weight, ins)), name, str(reason)) from None
+  return compat.bind_unchanged(eqn, materialize(ins))
+
+
+def _refusal(weight: Weight, primitive: str, reason: str) -> MaterializationError:
+  return MaterializationError(
+    f"{weight.path}: {primitive} would materialise this {type(weight).__name__} of shape "
+    f"{weight.shape}: {reason}. Leave this path out of the targets, give adapt a rule "
+    f"(rules=RULES | {{primitive: rule}}), or use strict=False."
+  )
+
+
+def _named(weight: Weight, key_path) -> Weight:
+  """The weight with a path for messages: the one that `attach` gave it, or its place here."""
+  if weight.path:
+    return weight
+  _argument, *rest = key_path
+  return weight.with_path(tree.path_string(tuple(rest)))
+
+
+def _is_array(x: Any) -> bool:
+  return isinstance(x, jax.Array | np.ndarray | np.generic)

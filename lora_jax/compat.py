@@ -1,0 +1,50 @@
+"""Every line that depends on the version of JAX; nothing else in the library does.
+
+Only public names are used (`jax.core`, `jax.extend.core`); the private ones are what made earlier
+libraries of this kind stop importing.
+"""
+
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+from jax.extend.core import primitives
+
+# Higher-order primitives whose names have moved between releases.
+jit_p = primitives.jit_p
+remat_p = primitives.remat_p
+cond_p = primitives.cond_p
+while_p = primitives.while_p
+scan_p = primitives.scan_p
+
+
+def bind_unchanged(eqn: jex.JaxprEqn, args: list[Any]) -> list[Any]:
+  """Evaluates one equation as JAX itself would, whatever its primitive and parameters are.
+
+  The equation is run as a jaxpr of its own: how a primitive's parameters are turned into those of
+  its `bind` differs between primitives and releases, and `eval_jaxpr` knows.
+  """
+  pairs = [(v, x) for v, x in zip(eqn.invars, args, strict=True) if not is_literal(v)]
+  jaxpr = jex.Jaxpr(
+    constvars=(),
+    invars=[v for v, _ in pairs],
+    outvars=eqn.outvars,
+    eqns=[eqn],
+    effects=eqn.effects,
+    debug_info=jex.DebugInfo("equation", eqn.primitive.name, (), ()),
+  )
+  return jax.core.eval_jaxpr(jaxpr, (), *(x for _, x in pairs))
+
+
+def is_literal(v: Any) -> bool:
+  return isinstance(v, jex.Literal)
+
+
+def closed(jaxpr: jex.Jaxpr | jex.ClosedJaxpr) -> jex.ClosedJaxpr:
+  """The jaxpr with its (possibly empty) constants."""
+  return jaxpr if isinstance(jaxpr, jex.ClosedJaxpr) else jex.ClosedJaxpr(jaxpr, ())
+
+
+def name_scope(eqn: jex.JaxprEqn):
+  """Re-enters the named scope in which an equation was traced, so that profiles stay readable."""
+  return jax.named_scope(str(eqn.source_info.name_stack))
