@@ -1,0 +1,1 @@
+"""Text data: read, split, tokenised and batched."""

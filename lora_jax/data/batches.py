@@ -55,16 +55,18 @@ def train_batches(
     examples: as `lora_jax.data.examples.encode` returns them.
     batch_size: rows of a batch, over all shards.
     buckets: the input lengths that may occur, in tokens, rising.
-    seed: with the step, decides the batch.
+    seed: an integer of 0 or more; with the step, decides the batch.
     pad_id: the token that fills up `tokens`; any of the vocabulary will do.
     shard_index: which block of the rows to return, e.g. `jax.process_index()`.
     shard_count: into how many equal blocks the rows are cut, e.g. `jax.process_count()`. All
       shards have the same shapes at the same step, and their rows in order are the whole batch.
 
   Raises:
-    ValueError: no examples, one longer than the last bucket, buckets that do not rise, or a
-      batch size that the shards cannot share.
+    ValueError: no examples, one longer than the last bucket, buckets that do not rise, a batch
+      size that the shards cannot share, or a negative seed.
   """
+  if seed < 0:
+    raise ValueError(f"seed {seed} must be 0 or more")
   lengths = _lengths(examples, batch_size, buckets, shard_index, shard_count)
   widths = target_widths(examples, buckets)
   batches_per_epoch = -(-len(examples) // batch_size)
@@ -82,6 +84,8 @@ def train_batches(
     block = _block(rows.indices, batch_size, shard_index, shard_count)
     return _assemble(examples, block, rows.length, widths[rows.length], pad_id)
 
+  # Not `repeat`, which would hand the map a step within the epoch, and not grain's own sharding,
+  # which deals whole batches out: the shards of one step would differ in shape.
   return grain.MapDataset.range(sys.maxsize).map(batch)
 
 
@@ -95,8 +99,8 @@ def eval_batches(
 ) -> grain.MapDataset:
   """Returns the dataset of one pass, each example once, from the shortest bucket to the longest.
 
-  Within a bucket the examples keep their order; `batch["index"]` says which they are, so that a
-  result per example can be put back in place.
+  What is short of a full batch comes last. Within a bucket the examples keep their order;
+  `batch["index"]` says which they are, so that results per example can be put back in place.
 
   Args and Raises: those of `train_batches`.
   """

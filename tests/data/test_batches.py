@@ -247,6 +247,11 @@ def test_bad_arguments_are_refused_before_the_first_batch(changes, message):
     train_batches(**arguments, seed=0)
 
 
+def test_a_negative_seed_is_refused():
+  with pytest.raises(ValueError, match="seed -1 must be 0 or more"):
+    train_batches(SOME, 4, BUCKETS, -1, PAD)
+
+
 def test_the_summary_counts_what_the_batches_hold():
   examples = [*SOME, Example(tokens=(1, 2, 3), prompt_length=2, cut=5)]
   batches = list(eval_batches(examples, 4, BUCKETS, PAD))
