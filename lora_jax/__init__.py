@@ -1,0 +1,36 @@
+"""LoRA and low-rank compression as pure transforms of JAX parameter trees.
+
+specs    = lora_jax.match(params, [("all-linear", lora_jax.LoRA(rank=8, alpha=16.0))])
+adapters = lora_jax.init(jax.random.key(0), params, specs)
+apply    = lora_jax.adapt(model.apply)
+logits   = apply({"params": lora_jax.attach(params, adapters)}, tokens)
+merged   = lora_jax.merge(params, adapters)
+"""
+
+# What is adapted, and how
+# The transform
+from lora_jax.adapt import RULES as RULES
+from lora_jax.adapt import MaterializationError as MaterializationError
+from lora_jax.adapt import adapt as adapt
+from lora_jax.adapters import LoRA as LoRA
+from lora_jax.axes import Axes as Axes
+from lora_jax.axes import trace_axes as trace_axes
+from lora_jax.summary import Summary as Summary
+from lora_jax.summary import summary as summary
+from lora_jax.targets import match as match
+
+# Trees of adapters and Weights
+from lora_jax.transform import attach as attach
+from lora_jax.transform import init as init
+from lora_jax.transform import merge as merge
+from lora_jax.transform import trainable_mask as trainable_mask
+from lora_jax.transform import unmerge as unmerge
+from lora_jax.tree import join as join
+from lora_jax.tree import partition as partition
+
+# Weights
+from lora_jax.weights import LowRank as LowRank
+from lora_jax.weights import NotFactored as NotFactored
+from lora_jax.weights import Weight as Weight
+from lora_jax.weights import is_weight as is_weight
+from lora_jax.weights import materialize as materialize

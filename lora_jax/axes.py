@@ -1,0 +1,184 @@
+"""Which axis of a parameter is which, found by tracing the function that uses it.
+
+A shape does not say it: (512, 8, 64) may be a query projection (in; out, out), an output
+projection (in, in; out), or eight stacked layers. The function does: `dot_general` contracts the
+inputs of a leaf and batches over its stacks, `scan` slices stacks, `gather` picks rows by an
+input, a convolution's dimension numbers say the rest. So the function is traced once, abstractly
+(no FLOPs, no memory), and every leaf is followed from the arguments to its uses.
+
+    >>> axes = trace_axes(lambda p, x: x @ p["kernel"], params, x)
+    >>> axes["kernel"]
+    Axes(roles='io', uses=('dot_general',))
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+from jax.extend.core import primitives
+
+from lora_jax import compat, tree
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+  """The roles of a leaf's axes.
+
+  Attributes:
+    roles: a letter an axis: `i` input, `o` output, `s` stack. Empty where the function never
+      contracts or gathers the leaf (biases, norm scales) or contracts it in contradictory ways.
+    uses: the primitives that contract or gather the leaf, in order of first use.
+  """
+
+  roles: str
+  uses: tuple[str, ...]
+
+
+def trace_axes(f: Callable, params: PyTree, *args, **kwargs) -> dict[str, Axes]:
+  """Returns `{path: Axes}` for every leaf of `params`, by tracing `f(params, *args, **kwargs)`.
+
+  Where a leaf is used more than once (tied embeddings are gathered, then used transposed as the
+  head) the first use gives the roles.
+
+  Args:
+    f: the function that uses the parameters.
+    params: a pytree of arrays or `jax.ShapeDtypeStruct`s.
+    *args, **kwargs: what `f` takes besides; arrays may be `jax.ShapeDtypeStruct`s.
+  """
+  leaves = tree.flatten(params)
+  dynamic, static = _split_arguments((args, kwargs))
+
+  def g(params, dynamic):
+    args, kwargs = tree.join(dynamic, static)
+    return f(params, *args, **kwargs)
+
+  jaxpr = jax.make_jaxpr(g)(params, dynamic)
+  found = {path: {} for path in leaves}
+  views = [_View(path, tuple(range(len(leaf.shape)))) for path, leaf in leaves.items()]
+  rest = [None] * (len(jaxpr.jaxpr.invars) - len(views))
+  _follow(jaxpr, [*views, *rest], found)
+  return {path: _axes(len(leaf.shape), found[path]) for path, leaf in leaves.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _View:
+  """A value that is a leaf with some of its axes moved or sliced away.
+
+  Attributes:
+    path: the leaf.
+    axes: the leaf's axis behind each axis of the value; None where there is none.
+    stacks: the leaf's axes that a scan has sliced away.
+  """
+
+  path: str
+  axes: tuple[int | None, ...]
+  stacks: tuple[int, ...] = ()
+
+  def pick(self, order) -> "_View":
+    return dataclasses.replace(self, axes=tuple(self.axes[n] for n in order))
+
+  def sliced(self) -> "_View":
+    return dataclasses.replace(self, axes=self.axes[1:], stacks=(*self.stacks, *self.axes[:1]))
+
+
+def _split_arguments(arguments):
+  is_array = jax.tree.map(lambda x: hasattr(x, "shape") and hasattr(x, "dtype"), arguments)
+  return tree.partition(arguments, is_array)
+
+
+def _axes(ndim: int, uses: dict) -> Axes:
+  if not uses:
+    return Axes("", ())
+  first = next(iter(uses.values()))
+  roles = "".join(first.get(n, "o") for n in range(ndim))
+  return Axes(roles if {"i", "o"} <= set(roles) else "", tuple(uses))
+
+
+def _follow(jaxpr: jex.ClosedJaxpr, views: list, found: dict) -> list:
+  """Follows views through a jaxpr, noting in `found` how each leaf is used."""
+  env = dict(zip(jaxpr.jaxpr.invars, views, strict=True))
+  for eqn in jaxpr.jaxpr.eqns:
+    ins = [None if compat.is_literal(v) else env.get(v) for v in eqn.invars]
+    if any(ins):
+      outs = _step(eqn, ins, found)
+      env.update(zip(eqn.outvars, outs, strict=False))
+  return [None if compat.is_literal(v) else env.get(v) for v in jaxpr.jaxpr.outvars]
+
+
+def _step(eqn, ins, found) -> list:
+  """What the results of one equation are views of; notes uses."""
+  params = eqn.params
+  if eqn.primitive in _SAME_AXES:
+    return [ins[0]]
+  if eqn.primitive is primitives.transpose_p:
+    return [ins[0].pick(params["permutation"])]
+  if eqn.primitive is primitives.squeeze_p:
+    gone = params["dimensions"]
+    return [ins[0].pick([n for n in range(len(ins[0].axes)) if n not in gone])]
+  if eqn.primitive is primitives.reshape_p:
+    return [_reshape(ins[0], eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape)]
+  if eqn.primitive is primitives.dot_general_p:
+    contracting, batch = params["dimension_numbers"]
+    for view, contracted, stacks in zip(ins, contracting, batch, strict=True):
+      _note(found, view, "dot_general", inputs=contracted, stacks=stacks)
+    return []
+  if eqn.primitive is primitives.gather_p and ins[0] is not None:
+    numbers = params["dimension_numbers"]
+    _note(found, ins[0], "gather", numbers.start_index_map, numbers.operand_batching_dims)
+    return []
+  if eqn.primitive is primitives.conv_general_dilated_p and ins[1] is not None:
+    spec = params["dimension_numbers"].rhs_spec
+    _note(found, ins[1], "conv_general_dilated", inputs=spec[1:], stacks=())
+    return []
+  if eqn.primitive is compat.scan_p:
+    return _scan(ins, params, found)
+  if eqn.primitive is compat.cond_p:
+    outs = [_follow(branch, ins[1:], found) for branch in params["branches"]]
+    return [views[0] if len(set(views)) == 1 else None for views in zip(*outs, strict=True)]
+  if eqn.primitive is compat.while_p:
+    consts = params["cond_nconsts"]
+    return _follow(params["body_jaxpr"], ins[consts:], found)
+  for value in params.values():  # jit, remat, custom_jvp, custom_vjp, shard_map …
+    if isinstance(value, jex.Jaxpr | jex.ClosedJaxpr):
+      inner = compat.closed(value)
+      if len(inner.jaxpr.invars) == len(ins):
+        return _follow(inner, ins, found)
+  return []
+
+
+def _scan(ins, params, found) -> list:
+  consts, carry = params["num_consts"], params["num_carry"]
+  xs = [view and view.sliced() for view in ins[consts + carry :]]
+  outs = _follow(params["jaxpr"], [*ins[: consts + carry], *xs], found)
+  return [*outs[:carry], *[None] * (len(outs) - carry)]
+
+
+def _note(found, view, primitive, inputs, stacks) -> None:
+  if view is None:
+    return
+  roles = {view.axes[n]: "i" for n in inputs} | {view.axes[n]: "s" for n in stacks}
+  roles |= dict.fromkeys(view.stacks, "s")
+  found[view.path].setdefault(primitive, roles)
+
+
+def _reshape(view, before, after):
+  """The view behind a reshape that only adds or drops axes of size one, else nothing."""
+  kept = [axis for axis, size in zip(view.axes, before, strict=True) if size != 1]
+  if [s for s in before if s != 1] != [s for s in after if s != 1]:
+    return None
+  rest = iter(kept)
+  return dataclasses.replace(view, axes=tuple(None if s == 1 else next(rest) for s in after))
+
+
+_SAME_AXES = {
+  primitives.convert_element_type_p,
+  primitives.copy_p,
+  primitives.neg_p,
+  primitives.sharding_constraint_p,
+  primitives.stop_gradient_p,
+  primitives.name_p,
+}

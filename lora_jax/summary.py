@@ -1,0 +1,101 @@
+"""A table of what is adapted and how much of the model trains, from shapes alone."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from lora_jax import transform, tree
+from lora_jax.adapters import LoRA
+from lora_jax.axes import Axes
+from lora_jax.weights import is_weight
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One adapted leaf: its path, shape and spec, its own size and what trains of it."""
+
+  path: str
+  shape: tuple[int, ...]
+  spec: LoRA
+  parameters: int
+  trainable: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+  """What `summary` returns; `str` of it is the table.
+
+  Attributes:
+    rows: the adapted leaves, in the tree's order.
+    parameters: all parameters of the base.
+    trainable: the parameters of the adapters.
+  """
+
+  rows: tuple[Row, ...]
+  parameters: int
+  trainable: int
+
+  @property
+  def share(self) -> float:
+    """What trains, as a share of the base's parameters."""
+    return self.trainable / self.parameters
+
+  def __str__(self) -> str:
+    groups: dict[tuple, list[Row]] = {}
+    for row in self.rows:
+      key = (re.sub(r"\d+", "*", row.path), row.shape, row.spec)
+      groups.setdefault(key, []).append(row)
+    header = ("path", "leaves", "shape", "spec", "trainable")
+    table = [header]
+    for (path, shape, spec), rows in groups.items():
+      count = sum(row.trainable for row in rows)
+      table.append((path, f"{len(rows)}", "×".join(map(str, shape)), _spec(spec), f"{count:,}"))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
+    total = f"{self.trainable:,} of {self.parameters:,} parameters train ({self.share:.2%})"
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], total])
+
+
+def summary(
+  params: PyTree, specs: Mapping[str, LoRA], axes: Mapping[str, Axes] | None = None
+) -> Summary:
+  """Counts what trains, exactly and without memory: nothing is allocated.
+
+  Args:
+    params: the base; `jax.ShapeDtypeStruct`s will do.
+    specs: what `match` returned.
+    axes: what `trace_axes` found; see `init`.
+
+  Raises:
+    ValueError: as `init` does.
+  """
+  leaves = tree.flatten(params, is_leaf=is_weight)
+  adapters = jax.eval_shape(lambda key: transform.init(key, params, specs, axes), jax.random.key(0))
+  rows = tuple(
+    Row(path, tuple(leaves[path].shape), spec, _size(leaves[path]), _size(adapters[path]))
+    for path, spec in specs.items()
+  )
+  return Summary(rows, sum(map(_size, leaves.values())), sum(row.trainable for row in rows))
+
+
+def _size(x) -> int:
+  """How many numbers an array, a Weight or a tree holds."""
+  if hasattr(x, "shape"):
+    return math.prod(x.shape)
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(x))
+
+
+def _spec(spec) -> str:
+  """The spec with the fields that differ from their defaults."""
+  shown = [
+    f"{field.name}={getattr(spec, field.name)}"
+    for field in dataclasses.fields(spec)
+    if getattr(spec, field.name) != field.default
+  ]
+  return f"{type(spec).__name__}({', '.join(shown)})"

@@ -1,0 +1,107 @@
+"""Which leaves are adapted, and how: patterns and presets to `{path: spec}`.
+
+match(params, [
+    (r".*/attn/(query|value)/kernel", LoRA(rank=8, alpha=16.0)),
+    ("mlp", LoRA(rank=4, alpha=8.0)),
+])
+"""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from lora_jax import tree
+from lora_jax.adapters import LoRA
+from lora_jax.axes import Axes
+from lora_jax.weights import is_weight
+
+PyTree = Any
+
+# What the presets go by when no traced axes tell: the names that Flax, Haiku and PyTorch give.
+_KERNEL = re.compile(r"(.*/)?(kernel|w|weight)")
+_ATTENTION = re.compile(r"(^|.*[/_])(self_?|cross_?)?att(n|ention)([/_].*|$)", re.IGNORECASE)
+_MLP = re.compile(r"(^|.*[/_])(mlp|ffn|ff|feed_?forward|intermediate)([/_].*|$)", re.IGNORECASE)
+# Contracted leaves that are no layers of the body: what reads tokens in and out, and what routes.
+_APART = re.compile(
+  r"(^|.*/)(embed\w*|\w*embed|\w*embeddings?|wte|wpe|head|\w*_head|router|\w*_router)(/.*|$)",
+  re.IGNORECASE,
+)
+
+PRESETS = ("all-linear", "attention", "mlp")
+
+
+def match(
+  params: PyTree,
+  rules: Sequence[tuple[str, LoRA | None]],
+  axes: Mapping[str, Axes] | None = None,
+) -> dict[str, LoRA]:
+  """Returns `{path: spec}` of the leaves to adapt, in the tree's order.
+
+  Args:
+    params: the base, a pytree of arrays, Weights or `jax.ShapeDtypeStruct`s.
+    rules: ordered (pattern, spec) pairs; the first whose pattern matches a leaf decides. A pattern
+      is a regular expression for the whole path, or a preset: "all-linear" (every linear layer
+      but embeddings, heads and routers), "attention" and "mlp" (those of them in such blocks).
+      The spec None leaves a leaf as it is.
+    axes: what `trace_axes` found. With it the presets take what the model contracts, whatever its
+      name; without it they go by the usual names of kernels.
+
+  Raises:
+    ValueError: when a pattern matches no leaf (the nearest paths are listed), or matches one that
+      cannot be adapted (with the reason).
+  """
+  leaves = tree.flatten(params, is_leaf=is_weight)
+  specs, taken = {}, set()
+  for pattern, spec in rules:
+    hits = _select(pattern, leaves, axes)
+    if not hits:
+      nearest = difflib.get_close_matches(pattern, leaves, n=5, cutoff=0.0)
+      raise ValueError(
+        f"the pattern {pattern!r} matches no leaf; it must match a whole path. "
+        f"The nearest paths: {', '.join(nearest)}"
+      )
+    for path in hits:
+      if path in taken:
+        continue
+      taken.add(path)
+      if spec is not None:
+        reason = _unfit(leaves[path])
+        if reason:
+          raise ValueError(
+            f"the pattern {pattern!r} matches {path}, which cannot be adapted: {reason}; "
+            "narrow the pattern, or put (pattern, None) for this path before it"
+          )
+        specs[path] = spec
+  return {path: specs[path] for path in leaves if path in specs}
+
+
+def _select(pattern: str, leaves: Mapping[str, Any], axes) -> list[str]:
+  if pattern not in PRESETS:
+    try:
+      regex = re.compile(pattern)
+    except re.error as error:
+      raise ValueError(f"the pattern {pattern!r} is no regular expression: {error}") from None
+    return [path for path in leaves if regex.fullmatch(path)]
+  linear = [path for path in leaves if _is_linear(path, leaves[path], axes)]
+  block = {"attention": _ATTENTION, "mlp": _MLP}.get(pattern)
+  return [path for path in linear if block is None or block.fullmatch(path)]
+
+
+def _is_linear(path: str, leaf, axes) -> bool:
+  if _APART.fullmatch(path) or _unfit(leaf):
+    return False
+  if axes is None:
+    return _KERNEL.fullmatch(path) is not None
+  return bool(axes[path].roles)
+
+
+def _unfit(leaf) -> str | None:
+  """Why a leaf cannot be adapted, or None."""
+  if len(leaf.shape) < 2:
+    return f"its shape {tuple(leaf.shape)} has fewer than two axes"
+  if not jnp.issubdtype(leaf.dtype, jnp.floating):
+    return f"its dtype {leaf.dtype} is not a float"
+  return None

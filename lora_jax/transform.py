@@ -1,0 +1,125 @@
+"""From a tree of parameters to a tree of Weights and back: init, attach, merge, unmerge.
+
+specs    = match(params, [("all-linear", LoRA(rank=8, alpha=16.0))])
+adapters = init(key, params, specs)        # {path: adapter}, the only thing that trains
+weights  = attach(params, adapters)        # the tree of params, with Weights at these paths
+merged   = merge(params, adapters)         # plain arrays again
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+
+from lora_jax import tree
+from lora_jax.adapters import LoRA, LoRAAdapter
+from lora_jax.axes import Axes
+from lora_jax.weights import is_weight, materialize
+
+PyTree = Any
+
+
+def init(
+  key: jax.Array,
+  params: PyTree,
+  specs: Mapping[str, LoRA],
+  axes: Mapping[str, Axes] | None = None,
+) -> dict[str, LoRAAdapter]:
+  """Returns fresh adapters, `{path: adapter}`; float32, whatever the base's dtype is.
+
+  Each leaf's random key comes from `key` and a hash of its path, so that a change of the targets
+  does not change another leaf's start.
+
+  Args:
+    key: a random key.
+    params: the base; only shapes are read, `jax.ShapeDtypeStruct`s will do.
+    specs: what `match` returned.
+    axes: what `trace_axes` found. Kernels of two axes (in, out) do not need it.
+
+  Raises:
+    ValueError: when a rank exceeds its kernel's, or a kernel of more than two axes has no roles.
+  """
+  leaves = tree.flatten(params, is_leaf=is_weight)
+  return {
+    path: spec.init(
+      jax.random.fold_in(key, _hash32(path)), path, leaves[path], _roles(path, leaves[path], axes)
+    )
+    for path, spec in specs.items()
+  }
+
+
+def attach(params: PyTree, adapters: Mapping[str, Any]) -> PyTree:
+  """The tree of `params` with a Weight at the path of every adapter."""
+  leaves = _targets(params, adapters)
+  weights = {path: adapter.attach(leaves[path], path) for path, adapter in adapters.items()}
+  return tree.map_with_path(lambda path, leaf: weights.get(path, leaf), params, is_leaf=is_weight)
+
+
+def merge(params: PyTree, adapters: Mapping[str, Any]) -> PyTree:
+  """Plain arrays that compute what `attach(params, adapters)` does.
+
+  Computed in float32 and rounded once to each leaf's dtype.
+  """
+  return materialize(attach(params, adapters))
+
+
+def unmerge(merged: PyTree, adapters: Mapping[str, Any]) -> PyTree:
+  """The base of a merge: `unmerge(merge(params, adapters), adapters)` is params, to rounding."""
+  leaves = _targets(merged, adapters)
+  base = {path: adapter.unmerge(leaves[path], path) for path, adapter in adapters.items()}
+  return tree.map_with_path(lambda path, leaf: base.get(path, leaf), merged, is_leaf=is_weight)
+
+
+def trainable_mask(weights: PyTree, also: Iterable[str] = ()) -> PyTree:
+  """Says what trains: a tree of bools, leaf by leaf, as `optax.masked` and `partition` take it.
+
+  Args:
+    weights: a tree with Weights; what trains of each is for its kind to say (A and B of a LowRank).
+    also: patterns of further leaves, trained in full (heads, norms, biases). A pattern is a regular
+      expression for the whole path.
+
+  Raises:
+    ValueError: when a pattern matches no leaf, or one that is a Weight.
+  """
+  patterns = {pattern: re.compile(pattern) for pattern in also}
+  leaves = tree.flatten(weights, is_leaf=is_weight)
+  full = set()
+  for pattern, regex in patterns.items():
+    hits = [path for path in leaves if regex.fullmatch(path)]
+    if not hits:
+      raise ValueError(f"the pattern {pattern!r} of leaves to train in full matches no leaf")
+    for path in hits:
+      if is_weight(leaves[path]):
+        raise ValueError(f"{path}: is adapted, and {pattern!r} asks to train it in full; choose")
+    full.update(hits)
+  return tree.map_with_path(
+    lambda path, leaf: leaf.trainable() if is_weight(leaf) else path in full,
+    weights,
+    is_leaf=is_weight,
+  )
+
+
+def _targets(params: PyTree, adapters: Mapping[str, Any]) -> dict[str, Any]:
+  leaves = tree.flatten(params, is_leaf=is_weight)
+  missing = sorted(set(adapters) - set(leaves))
+  if missing:
+    raise ValueError(f"the tree has no leaf at {', '.join(missing)}, for which there is an adapter")
+  return leaves
+
+
+def _roles(path: str, leaf, axes: Mapping[str, Axes] | None) -> str:
+  if axes is not None and axes[path].roles:
+    return axes[path].roles
+  if len(leaf.shape) == 2:
+    return "io"
+  found = "the function that was traced contracts none of them" if axes else "the shape does not"
+  raise ValueError(
+    f"{path}: which of the axes of {tuple(leaf.shape)} are inputs, outputs or stacked layers? "
+    f"{found} say it; pass axes=lora_jax.trace_axes(f, params, *example)"
+  )
+
+
+def _hash32(path: str) -> int:
+  return int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big")
