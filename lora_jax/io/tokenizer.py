@@ -1,0 +1,218 @@
+"""Tokenizers, from `tokenizer.json` or from the vocabulary that a GGUF file carries.
+
+tokenizer = from_folder("SmolLM2-135M-Instruct")
+tokenizer.encode("Hello world")       # [19556, 905]
+tokenizer.decode([19556, 905])        # "Hello world"
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
+
+_CONTROL, _USER_DEFINED = 3, 4  # token types of the GGUF format
+
+_SPECIAL = ("bos_token", "eos_token", "pad_token")
+
+# What `tokenizer.json` of the Llama 3 models splits text by.
+_LLAMA_3 = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class _Split(NamedTuple):
+  """How text is cut before the merges, and the habits that go with it.
+
+  ignore_merges: a piece which is a token as it stands is not cut at all.
+  add_bos: whether a file that does not say so wants the beginning-of-sequence token.
+  """
+
+  pre_tokenizer: pre_tokenizers.PreTokenizer
+  ignore_merges: bool
+  add_bos: bool
+
+
+def _byte_level(use_regex: bool = True) -> pre_tokenizers.PreTokenizer:
+  return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+
+
+_SPLITS = {
+  "gpt-2": _Split(_byte_level(), ignore_merges=False, add_bos=False),
+  "smollm": _Split(
+    pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _byte_level()]),
+    ignore_merges=False,
+    add_bos=False,
+  ),
+  "llama-bpe": _Split(
+    pre_tokenizers.Sequence(
+      [pre_tokenizers.Split(Regex(_LLAMA_3), "isolated"), _byte_level(use_regex=False)]
+    ),
+    ignore_merges=True,
+    add_bos=True,
+  ),
+}
+
+
+class Tokenizer:
+  """Text to token ids and back.
+
+  backend: the `tokenizers` object that does the work.
+  bos_id, eos_id: the tokens that begin and end a text, or None where the model has none.
+  pad_id: the token that fills up a row; `eos_id` or 0 where the model names none.
+  chat_template: the Jinja template of a conversation, kept for `save`.
+  """
+
+  def __init__(
+    self,
+    backend: tokenizers.Tokenizer,
+    *,
+    bos_id: int | None,
+    eos_id: int | None,
+    pad_id: int | None,
+    chat_template: str | None = None,
+  ):
+    self._backend = backend
+    self.bos_id = bos_id
+    self.eos_id = eos_id
+    self.pad_id = pad_id if pad_id is not None else eos_id or 0
+    self.chat_template = chat_template
+
+  @property
+  def vocab_size(self) -> int:
+    """The largest token id plus one."""
+    return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+
+  def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    """Returns the ids of `text`; special tokens written out in it count as one token each.
+
+    add_special_tokens: whether what the model's own settings put around a text (a BOS in Llama 3,
+      nothing in SmolLM2) is added; False for text that continues another.
+    """
+    return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+  def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+    """Returns the text of `ids`, without special tokens unless they are asked for."""
+    return self._backend.decode(list(map(int, ids)), skip_special_tokens=skip_special_tokens)
+
+  def save(self, folder: str | Path) -> None:
+    """Writes `tokenizer.json` and `tokenizer_config.json`, which `transformers` loads."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    self._backend.save(str(folder / "tokenizer.json"))
+    fields: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    for name, token_id in zip(_SPECIAL, (self.bos_id, self.eos_id, self.pad_id), strict=True):
+      if token_id is not None:
+        fields[name] = self._backend.id_to_token(token_id)
+    if self.chat_template is not None:
+      fields["chat_template"] = self.chat_template
+    text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+def from_folder(folder: str | Path) -> Tokenizer:
+  """Reads the `tokenizer.json` of a model's folder, and `tokenizer_config.json` where there is one.
+
+  Raises FileNotFoundError without a `tokenizer.json`, ValueError for one that cannot be read.
+  """
+  folder = Path(folder)
+  path = folder / "tokenizer.json"
+  if not path.is_file():
+    raise FileNotFoundError(
+      f"{path}: no such file; a SentencePiece `tokenizer.model` is not read: save the tokenizer "
+      "with transformers' `save_pretrained` to make a tokenizer.json"
+    )
+  try:
+    backend = tokenizers.Tokenizer.from_file(str(path))
+  except Exception as error:  # the Rust side raises bare Exception
+    raise ValueError(f"{path}: not a tokenizer: {error}") from None
+  backend.no_truncation()
+  backend.no_padding()
+
+  settings = folder / "tokenizer_config.json"
+  fields = _json(settings)
+  ids = {}
+  for name in _SPECIAL:
+    token = fields.get(name)
+    token = token["content"] if isinstance(token, dict) else token
+    ids[name] = None if token is None else backend.token_to_id(token)
+    if token is not None and ids[name] is None:
+      raise ValueError(
+        f"{folder / 'tokenizer_config.json'}: {name} {token!r} is not in {path.name}"
+      )
+  template = folder / "chat_template.jinja"
+  chat_template = template.read_text("utf-8") if template.is_file() else fields.get("chat_template")
+  return Tokenizer(
+    backend,
+    bos_id=ids["bos_token"],
+    eos_id=ids["eos_token"],
+    pad_id=ids["pad_token"],
+    chat_template=chat_template,
+  )
+
+
+def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
+  """Builds the byte-level BPE tokenizer that a GGUF file's metadata describes.
+
+  Raises ValueError for another kind of tokenizer, an unknown way to split text, or a vocabulary
+  which contradicts itself.
+  """
+  kind, split_name = (metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+  if kind != "gpt2":
+    raise ValueError(
+      f"tokenizer.ggml.model {kind!r} is not supported; supported: 'gpt2' (byte-level BPE). "
+      "Load the same model from a folder or from hf://, with its tokenizer.json"
+    )
+  if split_name not in _SPLITS:
+    raise ValueError(
+      f"tokenizer.ggml.pre {split_name!r} is not supported; supported: {', '.join(_SPLITS)}"
+    )
+  split = _SPLITS[split_name]
+  tokens, types, merges = (
+    metadata.get(f"tokenizer.ggml.{key}", []) for key in ("tokens", "token_type", "merges")
+  )
+  if not tokens or len(types) != len(tokens):
+    raise ValueError(f"the GGUF metadata has {len(tokens)} tokens but {len(types)} token types")
+  try:
+    model = models.BPE(
+      vocab={token: i for i, token in enumerate(tokens)},
+      merges=[tuple(merge.split(" ", 1)) for merge in merges],
+      ignore_merges=split.ignore_merges,
+    )
+  except Exception as error:  # the Rust side raises bare Exception
+    raise ValueError(f"tokenizer.ggml.merges do not fit tokenizer.ggml.tokens: {error}") from None
+
+  backend = tokenizers.Tokenizer(model)
+  backend.pre_tokenizer = split.pre_tokenizer
+  backend.decoder = decoders.ByteLevel()
+  typed = list(zip(tokens, types, strict=True))
+  backend.add_special_tokens([AddedToken(t, normalized=False) for t, k in typed if k == _CONTROL])
+  backend.add_tokens([AddedToken(t, normalized=False) for t, k in typed if k == _USER_DEFINED])
+
+  bos_id = metadata.get("tokenizer.ggml.bos_token_id")
+  if metadata.get("tokenizer.ggml.add_bos_token", split.add_bos):
+    if bos_id is None:
+      raise ValueError("the GGUF metadata wants a BOS token and lacks tokenizer.ggml.bos_token_id")
+    bos = tokens[bos_id]
+    backend.post_processor = processors.TemplateProcessing(
+      single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, bos_id)]
+    )
+  return Tokenizer(
+    backend,
+    bos_id=bos_id,
+    eos_id=metadata.get("tokenizer.ggml.eos_token_id"),
+    pad_id=metadata.get("tokenizer.ggml.padding_token_id"),
+    chat_template=metadata.get("tokenizer.chat_template"),
+  )
+
+
+def _json(path: Path) -> dict[str, Any]:
+  if not path.is_file():
+    return {}
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{path}: not JSON: {error}") from None
