@@ -95,24 +95,34 @@ def fit(
     FloatingPointError: at a loss or gradient that is not finite; the checkpoints are left as they
       are, and the message names the last one.
     Interrupted: after a signal.
-    ValueError: when the batches end too early.
+    ValueError: when an interval is less than one step, or the batches end too early.
   """
+  if min(log_every, checkpoint_every) < 1 or evaluate_every < 0:
+    raise ValueError(
+      f"log_every is {log_every}, checkpoint_every {checkpoint_every} and evaluate_every "
+      f"{evaluate_every}; the first two must be at least 1, the last at least 0 (for none)"
+    )
   # Once, ahead: asked for step by step, a rate would queue behind the step that is running.
   rates = np.asarray(jax.vmap(learning_rate)(jnp.arange(steps)))
   meter = _Meter()
   late = None
 
   def read(done: _Done) -> None:
-    metrics = {name: value.item() for name, value in jax.device_get(done.metrics).items()}
-    if not metrics.pop("finite"):
-      raise FloatingPointError(_describe_divergence(done.step, metrics, checkpoints))
+    values = {name: value.item() for name, value in jax.device_get(done.metrics).items()}
+    if not values["finite"]:
+      raise FloatingPointError(_describe_divergence(done.step, values, checkpoints))
     meter.add(done.tokens)
     if done.validation or done.step % log_every == 0 or done.step == steps:
-      metrics["learning_rate"] = rates[done.step - 1].item()
-      metrics["tokens_per_second"] = meter.rate()
-      writer.write(done.step, metrics | done.validation)
+      line = {
+        "loss": values["loss"],
+        "grad_norm": values["grad_norm"],
+        "learning_rate": rates[done.step - 1].item(),
+        "loss_tokens": values["loss_tokens"],
+        "tokens_per_second": meter.rate(),
+      }
+      writer.write(done.step, line | done.validation)
       meter.restart()
-    progress.update(loss=metrics["loss"], tokens_per_second=meter.rate())
+    progress.update(loss=values["loss"], tokens_per_second=meter.rate())
 
   with _signals() as received:
     for step in range(int(state.step) + 1, steps + 1):
@@ -126,13 +136,14 @@ def fit(
         with meter.paused(metrics):
           scores = evaluate(join(state.trainable, frozen))
           done.validation = {f"validation/{name}": score for name, score in scores.items()}
-      if step % checkpoint_every == 0 or step == steps or received:
+      stopping = bool(received)
+      if step % checkpoint_every == 0 or step == steps or stopping:
         # A checkpoint holds nothing that has not been seen to be finite.
         read(late)
         late = None
         with meter.paused(metrics):
           checkpoints.save(state, batches.get_state())
-      if received:
+      if stopping:
         raise Interrupted(
           f"stopped by {received[0]} at step {step} of {steps}; "
           f"saved in {checkpoints.latest()}; the same command goes on from there"

@@ -33,7 +33,8 @@ class MetricsWriter:
     self._step = step
     self._lines = open(path, "a")  # noqa: SIM115, closed by close()
     self._events = EventFileWriter(str(tensorboard))
-    self._event(step, session_log=SessionLog(status=SessionLog.START))
+    # To TensorBoard a start voids what earlier files hold from that step on.
+    self._event(step + 1, session_log=SessionLog(status=SessionLog.START))
 
   def __enter__(self) -> "MetricsWriter":
     return self

@@ -6,27 +6,29 @@ plot_loss(read_metrics(workdir.metrics), workdir.plot)
 import pathlib
 from collections.abc import Sequence
 
+import numpy as np
 from matplotlib.figure import Figure
 
 _TRAIN = "#2563a8"
 _VALIDATION = "#d9541e"
 
 
-def smooth(values: Sequence[float], *, decay: float) -> list[float]:
-  """The exponential moving average, unbiased at its start.
+def smooth(values: Sequence[float], *, width: float) -> np.ndarray:
+  """The mean around each value, weighted by a Gaussian; unlike a running mean it does not lag.
 
-      m_i = decay · m_{i-1} + (1 − decay) · v_i,   result_i = m_i / (1 − decay^i)
+      result_i = Σ_j g(i − j) v_j / Σ_j g(i − j),   g(n) = exp(−n² / 2·width²)
 
   Args:
     values: one a logged step.
-    decay: 0 (no smoothing) or more, below 1.
+    width: the standard deviation, in logged steps; above 0.
   """
-  result, mean, weight = [], 0.0, 0.0
-  for value in values:
-    mean = decay * mean + (1 - decay) * value
-    weight = decay * weight + (1 - decay)
-    result.append(mean / weight)
-  return result
+  reach = min(len(values), int(np.ceil(4 * width)))
+  offsets = np.arange(-reach, reach + 1)
+  kernel = np.exp(-0.5 * (offsets / width) ** 2)
+  # The full convolution, cut to the values' places, whichever of the two is longer.
+  place = slice(reach, reach + len(values))
+  total = np.convolve(np.asarray(values, float), kernel)[place]
+  return total / np.convolve(np.ones(len(values)), kernel)[place]
 
 
 def plot_loss(metrics: Sequence[dict[str, float]], path: pathlib.Path) -> None:
@@ -49,9 +51,9 @@ def plot_loss(metrics: Sequence[dict[str, float]], path: pathlib.Path) -> None:
   figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
   axes = figure.subplots()
   axes.plot(steps, losses, color=_TRAIN, alpha=0.25, linewidth=1)
-  # The window grows with the run, so that a long curve is as readable as a short one.
-  decay = 1 - 1 / max(1, min(50, len(steps) / 20))
-  axes.plot(steps, smooth(losses, decay=decay), color=_TRAIN, linewidth=2, label="train")
+  # The width grows with the run, so that a long curve is as readable as a short one.
+  smoothed = smooth(losses, width=max(0.5, len(losses) / 50))
+  axes.plot(steps, smoothed, color=_TRAIN, linewidth=2, label="train")
   if validation:
     axes.plot(
       [record["step"] for record in validation],

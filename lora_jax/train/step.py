@@ -110,7 +110,7 @@ def make_train_step(objective: Objective, tx: optax.GradientTransformation) -> C
     (loss, tokens), grads = jax.value_and_grad(
       lambda trainable: objective(join(trainable, frozen), batch), has_aux=True
     )(state.trainable)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
     updated = State(state.step + 1, optax.apply_updates(state.trainable, updates), opt_state)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)

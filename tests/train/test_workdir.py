@@ -1,0 +1,109 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lora_jax.train.workdir import fingerprint, open_workdir, read_config, write_json
+
+CONFIG = {"model": "tiny", "lora": {"rank": 8, "targets": ("query", "value")}, "steps": 10}
+
+
+def refuse(error, words, path, config=CONFIG):
+  """Asserts that the folder cannot be opened, with these words; returns the whole message."""
+  with pytest.raises(error, match=words) as caught, open_workdir(path, config):
+    pass
+  return str(caught.value)
+
+
+def test_the_folder_is_made_and_its_config_written(tmp_path):
+  with open_workdir(tmp_path / "runs" / "a", CONFIG) as workdir:
+    assert json.loads(workdir.config.read_text())["lora"]["rank"] == 8
+    assert workdir.metrics.parent == workdir.path
+  assert read_config(tmp_path / "runs" / "a")["steps"] == 10
+
+
+def test_the_same_config_opens_the_folder_again(tmp_path):
+  for _ in range(2):
+    with open_workdir(tmp_path, CONFIG):
+      pass
+
+
+def test_another_config_is_refused_with_every_field_that_differs(tmp_path):
+  with open_workdir(tmp_path, CONFIG) as workdir:
+    before = workdir.config.read_bytes()
+  other = {"model": "tiny", "lora": {"rank": 4, "alpha": 16.0}, "steps": 20}
+  message = refuse(ValueError, "different config", tmp_path, other)
+  assert message.splitlines() == [
+    f"{tmp_path}: holds a run with a different config:",
+    "  lora.alpha: absent there, 16.0 now",
+    "  lora.rank: 8 there, 4 now",
+    "  lora.targets: ['query', 'value'] there, absent now",
+    "  steps: 10 there, 20 now",
+    "Use another workdir, or delete this one",
+  ]
+  assert workdir.config.read_bytes() == before
+
+
+def test_a_run_without_its_config_is_refused(tmp_path):
+  (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+  refuse(ValueError, "holds a run but no config", tmp_path)
+  assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_a_config_cut_off_on_disk_is_named(tmp_path):
+  (tmp_path / "config.json").write_text('{"model": ')
+  refuse(ValueError, r"config\.json: not valid JSON", tmp_path)
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path):
+  with pytest.raises(FileNotFoundError, match="is not the workdir of a run"):
+    read_config(tmp_path)
+
+
+def test_a_config_that_json_cannot_hold_is_refused_before_anything_is_made(tmp_path):
+  refuse(TypeError, "cannot be written as JSON", tmp_path / "a", {"f": len})
+  assert not (tmp_path / "a").exists()
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path):
+  (tmp_path / "file").write_text("not a folder")
+  refuse(OSError, r"file/run: cannot write here \(Not a directory\)", tmp_path / "file" / "run")
+
+
+HOLDER = """
+import sys, time
+from lora_jax.train.workdir import open_workdir
+with open_workdir(sys.argv[1], {"model": "tiny"}):
+  print("held", flush=True)
+  time.sleep(60)
+"""
+
+
+def test_a_folder_is_held_by_one_process_and_a_killed_one_lets_it_go(tmp_path):
+  config = {"model": "tiny"}
+  holder = subprocess.Popen(
+    [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+  )
+  try:
+    assert holder.stdout.readline() == "held\n"
+    refuse(ValueError, rf"another run is at work here \(process {holder.pid}\)", tmp_path, config)
+  finally:
+    holder.kill()
+    holder.communicate()
+  with open_workdir(tmp_path, config) as workdir:
+    assert workdir.lock.read_text() == f"{os.getpid()}\n"
+
+
+def test_a_fingerprint_tells_configs_apart_and_knows_no_order():
+  assert fingerprint({"a": 1, "b": (2, 3)}) == fingerprint({"b": [2, 3], "a": 1})
+  assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+
+
+def test_a_json_file_is_replaced_whole(tmp_path):
+  path = tmp_path / "eval.json"
+  write_json(path, {"accuracy": 0.5})
+  with pytest.raises(TypeError):
+    write_json(path, {"accuracy": object()})
+  assert json.loads(path.read_text()) == {"accuracy": 0.5}
