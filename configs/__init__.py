@@ -1,0 +1,1 @@
+"""Experiment configs: `--config=configs/quickstart.py:smoke --config.lora.rank=4`."""

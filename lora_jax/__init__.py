@@ -21,6 +21,7 @@ from lora_jax.targets import match as match
 
 # Trees of adapters and Weights
 from lora_jax.transform import attach as attach
+from lora_jax.transform import detach as detach
 from lora_jax.transform import init as init
 from lora_jax.transform import merge as merge
 from lora_jax.transform import trainable_mask as trainable_mask

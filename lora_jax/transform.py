@@ -1,4 +1,4 @@
-"""From a tree of parameters to a tree of Weights and back: init, attach, merge, unmerge.
+"""From a tree of parameters to a tree of Weights and back: init, attach, detach, merge, unmerge.
 
 specs    = match(params, [("all-linear", LoRA(rank=8, alpha=16.0))])
 adapters = init(key, params, specs)        # {path: adapter}, the only thing that trains
@@ -55,6 +55,17 @@ def attach(params: PyTree, adapters: Mapping[str, Any]) -> PyTree:
   leaves = _targets(params, adapters)
   weights = {path: adapter.attach(leaves[path], path) for path, adapter in adapters.items()}
   return tree.map_with_path(lambda path, leaf: weights.get(path, leaf), params, is_leaf=is_weight)
+
+
+def detach(weights: PyTree, adapters: Mapping[str, Any]) -> dict[str, Any]:
+  """The adapters as they stand in a tree that was trained: `detach(attach(p, x), x) == x`.
+
+  Args:
+    weights: a tree that `attach` made of these adapters, its arrays perhaps changed since.
+    adapters: `{path: adapter}`, for their kinds.
+  """
+  leaves = _targets(weights, adapters)
+  return {path: adapter.detach(leaves[path]) for path, adapter in adapters.items()}
 
 
 def merge(params: PyTree, adapters: Mapping[str, Any]) -> PyTree:

@@ -88,6 +88,10 @@ class LoRAAdapter:
     """The Weight that stands for `w + scale * a @ b`."""
     return LowRank(w=w, a=self.a, b=self.b, scale=self.scale, roles=self.roles, path=path)
 
+  def detach(self, weight: LowRank) -> "LoRAAdapter":
+    """This adapter with the factors of a weight that it was attached as."""
+    return dataclasses.replace(self, a=weight.a, b=weight.b)
+
   def unmerge(self, merged, path: str) -> jax.Array:
     """The base of which `merged` is the merge: `merged - scale * a @ b`, in at least float32."""
     delta = self.attach(merged, path).delta()

@@ -1,0 +1,43 @@
+"""What stands behind the colon of `--config=file.py:smoke,rank=8`."""
+
+import ast
+from typing import Any
+
+
+def parse(text: str, **defaults: Any) -> dict[str, Any]:
+  """Returns the defaults with the given arguments put over them.
+
+  Args:
+    text: `name=value` pairs and bare names (which are set to True), separated by commas.
+    **defaults: every argument that the config knows.
+
+  Raises:
+    ValueError: for an argument that the config does not know, or a value of another type than the
+      default's.
+  """
+  values = dict(defaults)
+  for part in filter(None, (part.strip() for part in text.split(","))):
+    name, equals, value = part.partition("=")
+    if name not in defaults:
+      raise ValueError(
+        f"the config has no argument {name!r}; it has {', '.join(defaults)} "
+        "(fields are set by --config.field=value)"
+      )
+    values[name] = _typed(name, value, type(defaults[name])) if equals else True
+    if not isinstance(values[name], type(defaults[name])):
+      raise ValueError(f"the config's argument {name} needs a value: {name}={defaults[name]!r}")
+  return values
+
+
+def _typed(name: str, value: str, wanted: type) -> Any:
+  if wanted is str:
+    return value
+  try:
+    result = ast.literal_eval(value)
+  except (ValueError, SyntaxError):
+    result = None
+  if type(result) is int and wanted is float:
+    return float(result)
+  if type(result) is not wanted:
+    raise ValueError(f"the config's argument {name}={value} is no {wanted.__name__}")
+  return result

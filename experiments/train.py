@@ -1,0 +1,151 @@
+r"""Trains an adapter: config, data, model, adapters, optimiser, restore, evaluate, loop, evaluate.
+
+    python -m experiments.train --config=configs/quickstart.py --workdir=runs/quickstart
+    python -m experiments.train --config=configs/quickstart.py --workdir=runs/rank4 \
+        --config.lora.rank=4
+
+The same command run again goes on where it stopped. The workdir then holds config.json,
+metrics.jsonl, checkpoints/, adapter/ (as `peft` loads it), eval.json, loss.png and tensorboard/.
+"""
+
+import functools
+import json
+
+import grain
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+from tqdm import tqdm
+
+import lora_jax
+from experiments import parts
+from lora_jax import tree
+from lora_jax.data import batches
+from lora_jax.data.examples import choice_ids
+from lora_jax.io import peft
+from lora_jax.models import llama
+from lora_jax.train import evaluation, loop, metrics, optimizer, plot, progress, step, workdir
+from lora_jax.train.checkpoint import Checkpoints
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.")
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+  logging.set_verbosity(logging.WARNING)  # Orbax tells each file that it writes
+  with workdir.open_workdir(_WORKDIR.value, _CONFIG.value.to_dict()) as run:
+    train(_CONFIG.value, run)
+
+
+def train(config, run):
+  """Runs one config in its workdir."""
+  # The data is checked before the model is loaded, and the targets before anything is computed.
+  records = parts.load_records(config.data)
+  pretrained = parts.load_model(config.model)
+  encode = functools.partial(parts.encode, config.data, tokenizer=pretrained.tokenizer)
+  train_examples = encode(records["train"])
+  held_out = encode(records[config.evaluation.split])[: config.evaluation.examples or None]
+  choices = choice_ids(pretrained.tokenizer, config.data.choices)
+  print(f"data: {len(train_examples):,} to train on, {len(held_out):,} held out")
+
+  model = llama.Llama(pretrained.config)
+  axes = parts.trace_axes(model, pretrained.params)
+  spec = lora_jax.LoRA(rank=config.lora.rank, alpha=config.lora.alpha, rslora=config.lora.rslora)
+  specs = lora_jax.match(pretrained.params, [(t, spec) for t in config.lora.targets], axes)
+  print(lora_jax.summary(pretrained.params, specs, axes))
+  adapters = lora_jax.init(jax.random.key(config.seed), pretrained.params, specs, axes)
+  weights = lora_jax.attach(pretrained.params, adapters)
+  mask = lora_jax.trainable_mask(weights, also=config.lora.also_train)
+  trainable, frozen = lora_jax.partition(weights, mask)
+
+  learning_rate = optimizer.schedule(
+    peak=config.optimizer.peak,
+    warmup_steps=config.optimizer.warmup_steps,
+    total_steps=config.train.steps,
+    kind=config.optimizer.schedule,
+  )
+  tx = optimizer.adamw(
+    learning_rate,
+    b1=config.optimizer.b1,
+    b2=config.optimizer.b2,
+    eps=config.optimizer.eps,
+    weight_decay=config.optimizer.weight_decay,
+    clip_norm=config.optimizer.clip_norm,
+  )
+  state = step.init_state(trainable, tx)
+  apply = lora_jax.adapt(model.apply)
+  train_step = step.make_train_step(step.completion_objective(apply), tx)
+  eval_step = evaluation.make_eval_step(apply, choices)
+
+  shapes = {"buckets": config.data.buckets, "pad_id": pretrained.tokenizer.pad_id}
+  train_data = iter(
+    batches.train_batches(
+      train_examples, config.train.batch_size, seed=config.seed, **shapes
+    ).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
+  )
+  eval_data = batches.eval_batches(held_out, config.evaluation.batch_size, **shapes)
+  validation_data = None
+  if config.train.evaluate_every:
+    validation_data = batches.eval_batches(
+      encode(records["validation"]), config.evaluation.batch_size, **shapes
+    )
+
+  with Checkpoints(
+    run.checkpoints, keep=config.train.keep, fingerprint=workdir.fingerprint(config.to_dict())
+  ) as checkpoints:
+    restored = checkpoints.restore(state)
+    if restored:
+      state = restored.state
+      train_data.set_state(restored.data_state)
+      print(f"restored: step {int(state.step)} of {config.train.steps}")
+
+    if run.evaluation.exists():
+      before = json.loads(run.evaluation.read_text())["before"]
+    else:
+      before = evaluation.evaluate(eval_step, weights, tqdm(eval_data, desc="evaluate"))
+      workdir.write_json(run.evaluation, {"split": config.evaluation.split, "before": before})
+    print(f"before: {parts.describe(before)}")
+
+    with (
+      metrics.MetricsWriter(run.metrics, run.tensorboard, step=int(state.step)) as writer,
+      progress.Progress(start=int(state.step), total=config.train.steps) as bar,
+    ):
+      state = loop.fit(
+        state,
+        frozen,
+        train_step,
+        train_data,
+        steps=config.train.steps,
+        learning_rate=learning_rate,
+        log_every=config.train.log_every,
+        checkpoint_every=config.train.checkpoint_every,
+        evaluate_every=config.train.evaluate_every,
+        evaluate=lambda weights: evaluation.evaluate(eval_step, weights, validation_data),
+        checkpoints=checkpoints,
+        writer=writer,
+        progress=bar,
+      )
+
+  weights = lora_jax.join(state.trainable, frozen)
+  leaves = tree.flatten(weights, is_leaf=lora_jax.is_weight)
+  in_full = [path for path, trains in tree.flatten(mask).items() if trains and path in leaves]
+  peft.save(
+    run.adapter,
+    lora_jax.detach(weights, adapters),
+    full={path: leaves[path] for path in in_full},
+    base_model=config.model.source,
+  )
+  plot.plot_loss(metrics.read_metrics(run.metrics), run.plot)
+  after = evaluation.evaluate(eval_step, weights, tqdm(eval_data, desc="evaluate"))
+  workdir.write_json(
+    run.evaluation, {"split": config.evaluation.split, "before": before, "after": after}
+  )
+  print(f"after:  {parts.describe(after)}")
+  print(f"everything is in {run.path}: adapter/, eval.json, loss.png, metrics.jsonl, checkpoints/")
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["config", "workdir"])
+  app.run(main)
