@@ -1,0 +1,1 @@
+"""Training: state, step, optimiser, evaluation, checkpoints, metrics and the loop."""
