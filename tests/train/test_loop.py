@@ -191,11 +191,11 @@ def test_the_meter_counts_neither_evaluation_nor_saving(tmp_path, monkeypatch):
   slow = tiny_run.evaluate
 
   def evaluate(*args):
-    time.sleep(0.5)
+    time.sleep(0.8)
     return slow(*args)
 
   monkeypatch.setattr(tiny_run, "evaluate", evaluate)
   tiny_run.run(tmp_path, seconds=0.02, steps=6, evaluate_every=2)
   rates = [line["tokens_per_second"] for line in read_metrics(tmp_path / "metrics.jsonl")[2:]]
   tokens = tiny_run.BATCH * tiny_run.LENGTH
-  assert min(rates) > tokens / 0.4  # less than the pause, more than a step of 0.02 s
+  assert min(rates) > tokens / 0.7  # less than the pause, more than a step of 0.02 s
