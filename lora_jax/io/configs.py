@@ -11,55 +11,49 @@ import numpy as np
 
 from lora_jax.models.llama import LinearRope, Llama3Rope, LlamaConfig
 
-_REQUIRED_HF = {
+_SIZES_HF = {
   "vocab_size": "vocab_size",
   "hidden_size": "width",
   "intermediate_size": "mlp_width",
   "num_hidden_layers": "num_layers",
   "num_attention_heads": "num_heads",
 }
-_REQUIRED_GGUF = {
+_SIZES_GGUF = {
   "llama.embedding_length": "width",
   "llama.feed_forward_length": "mlp_width",
   "llama.block_count": "num_layers",
   "llama.attention.head_count": "num_heads",
   "llama.context_length": "max_length",
-  "llama.attention.layer_norm_rms_epsilon": "norm_eps",
 }
-# What a Hugging Face configuration may ask for that the model does not do: field -> accepted value.
-_FIXED_HF = {
-  "attention_bias": False,
-  "mlp_bias": False,
-  "hidden_act": "silu",
-  "pretraining_tp": 1,
-}
+# Fields by which a Hugging Face configuration may ask for more than the model does, and the one
+# value of each that is accepted.
+_FIXED_HF = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
 
 
 def from_hugging_face(fields: Mapping[str, Any]) -> LlamaConfig:
   """Returns the configuration that a parsed `config.json` describes.
 
   Raises ValueError for another `model_type`, a missing field, or a feature which is not supported
-  (attention or MLP biases, another activation, an unknown rope scaling, ...).
+  (attention or MLP biases, another activation, an unknown rope scaling, quantised weights).
   """
   if fields.get("model_type") != "llama":
     raise ValueError(
-      f"config.json: model_type {fields.get('model_type')!r} is not supported; supported: 'llama'"
+      f"model_type {fields.get('model_type')!r} is not supported; supported: 'llama'"
     )
   for field, accepted in _FIXED_HF.items():
     if fields.get(field, accepted) != accepted:
-      raise ValueError(
-        f"config.json: {field}={fields[field]!r} is not supported, only {accepted!r}"
-      )
-  sizes = _required(fields, _REQUIRED_HF, "config.json")
+      raise ValueError(f"{field}={fields[field]!r} is not supported, only {accepted!r}")
+  if fields.get("quantization_config"):
+    raise ValueError("quantization_config: quantised safetensors are not supported")
+  sizes = _sizes(fields, _SIZES_HF)
   # Version 5 of transformers writes `rope_parameters`, with theta in it; the older ones wrote
   # `rope_theta` and `rope_scaling`.
   rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-  head_dim = fields.get("head_dim") or sizes["width"] // sizes["num_heads"]
   # Absent fields take the values that transformers' LlamaConfig gives them.
   return LlamaConfig(
     **sizes,
     num_kv_heads=fields.get("num_key_value_heads") or sizes["num_heads"],
-    head_dim=head_dim,
+    head_dim=fields.get("head_dim") or sizes["width"] // sizes["num_heads"],
     max_length=fields.get("max_position_embeddings", 2048),
     rope_theta=rope.get("rope_theta", fields.get("rope_theta", 10000.0)),
     rope_scaling=_rope_from_hugging_face(rope),
@@ -77,7 +71,7 @@ def to_hugging_face(config: LlamaConfig) -> dict[str, Any]:
   return {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    **{theirs: getattr(config, ours) for theirs, ours in _REQUIRED_HF.items()},
+    **{theirs: getattr(config, ours) for theirs, ours in _SIZES_HF.items()},
     **_FIXED_HF,
     "num_key_value_heads": config.num_kv_heads,
     "head_dim": config.head_dim,
@@ -105,49 +99,59 @@ def from_gguf(
     raise ValueError(f"general.architecture {architecture!r} is not supported; supported: 'llama'")
   if experts := metadata.get("llama.expert_count", 0):
     raise ValueError(f"llama.expert_count={experts}: mixtures of experts are not supported")
-  sizes = _required(metadata, _REQUIRED_GGUF, "the GGUF metadata")
+  sizes = _sizes(metadata, _SIZES_GGUF)
   head_dim = metadata.get("llama.attention.key_length", sizes["width"] // sizes["num_heads"])
-  turned = metadata.get("llama.rope.dimension_count", head_dim)
-  if turned != head_dim:
+  rotated = metadata.get("llama.rope.dimension_count", head_dim)
+  if rotated != head_dim:
     raise ValueError(
-      f"llama.rope.dimension_count={turned}: rotating a part of {head_dim} features of a head is "
+      f"llama.rope.dimension_count={rotated}: rotating some of a head's {head_dim} features is "
       "not supported"
     )
-  vocab_size = metadata.get("llama.vocab_size", len(metadata.get("tokenizer.ggml.tokens", ())))
+  rope_theta = metadata.get("llama.rope.freq_base", 10000.0)
   return LlamaConfig(
     **sizes,
-    vocab_size=vocab_size,
+    vocab_size=metadata.get("llama.vocab_size") or len(metadata.get("tokenizer.ggml.tokens", ())),
     num_kv_heads=metadata.get("llama.attention.head_count_kv", sizes["num_heads"]),
     head_dim=head_dim,
-    rope_theta=metadata.get("llama.rope.freq_base", 10000.0),
-    rope_scaling=_rope_from_gguf(metadata, rope_factors_R, head_dim),
+    rope_theta=rope_theta,
+    rope_scaling=_rope_from_gguf(metadata, rope_factors_R, rope_theta, head_dim),
+    norm_eps=_required(metadata, "llama.attention.layer_norm_rms_epsilon"),
     tie_embeddings=tie_embeddings,
   )
 
 
-def _required(fields: Mapping[str, Any], table: Mapping[str, str], where: str) -> dict[str, Any]:
-  if absent := [theirs for theirs in table if theirs not in fields]:
-    raise ValueError(f"{where} lacks {', '.join(absent)}")
-  return {ours: fields[theirs] for theirs, ours in table.items()}
+def _required(fields: Mapping[str, Any], key: str) -> Any:
+  if key not in fields:
+    raise ValueError(f"lacks {key}")
+  return fields[key]
+
+
+def _sizes(fields: Mapping[str, Any], table: Mapping[str, str]) -> dict[str, int]:
+  sizes = {ours: _required(fields, theirs) for theirs, ours in table.items()}
+  for theirs, ours in table.items():
+    if not isinstance(sizes[ours], int) or sizes[ours] < 1:
+      raise ValueError(f"{theirs} must be a positive integer, not {sizes[ours]!r}")
+  return sizes
 
 
 def _rope_from_hugging_face(rope: Mapping[str, Any]) -> LinearRope | Llama3Rope | None:
+  if rope.get("partial_rotary_factor", 1.0) != 1.0:
+    raise ValueError("partial_rotary_factor: rotating some of a head's features is not supported")
   kind = rope.get("rope_type", rope.get("type", "default"))
-  if kind == "default":
-    return None
-  if kind == "linear":
-    return LinearRope(**_required(rope, {"factor": "factor"}, "config.json: rope_scaling"))
-  if kind == "llama3":
-    table = {
-      "factor": "factor",
-      "low_freq_factor": "low_freq_factor",
-      "high_freq_factor": "high_freq_factor",
-      "original_max_position_embeddings": "original_length",
-    }
-    return Llama3Rope(**_required(rope, table, "config.json: rope_scaling"))
+  match kind:
+    case "default":
+      return None
+    case "linear":
+      return LinearRope(factor=_required(rope, "factor"))
+    case "llama3":
+      return Llama3Rope(
+        factor=_required(rope, "factor"),
+        low_freq_factor=_required(rope, "low_freq_factor"),
+        high_freq_factor=_required(rope, "high_freq_factor"),
+        original_length=_required(rope, "original_max_position_embeddings"),
+      )
   raise ValueError(
-    f"config.json: rope_scaling of type {kind!r} is not supported; "
-    "supported: 'default', 'linear', 'llama3'"
+    f"rope scaling of type {kind!r} is not supported; supported: 'default', 'linear', 'llama3'"
   )
 
 
@@ -169,7 +173,7 @@ def _rope_to_hugging_face(config: LlamaConfig) -> dict[str, Any] | None:
 
 
 def _rope_from_gguf(
-  metadata: Mapping[str, Any], factors_R: np.ndarray | None, head_dim: int
+  metadata: Mapping[str, Any], factors_R: np.ndarray | None, theta: float, head_dim: int
 ) -> LinearRope | Llama3Rope | None:
   kind = metadata.get("llama.rope.scaling.type", "none")
   if kind not in ("none", "linear"):
@@ -177,13 +181,12 @@ def _rope_from_gguf(
       f"llama.rope.scaling.type {kind!r} is not supported; supported: 'none', 'linear'"
     )
   if kind == "linear":
-    return LinearRope(**_required(metadata, {"llama.rope.scaling.factor": "factor"}, "the GGUF"))
+    return LinearRope(factor=_required(metadata, "llama.rope.scaling.factor"))
   if factors_R is None:
     return None
-  # The format keeps the divisors that Llama 3.1's scaling gave and not its four numbers. Every
-  # release differs from the others in `factor` alone, which is the largest divisor.
+  # The format keeps the divisors that Llama 3.1's scaling gave and not its four numbers. The
+  # releases differ from each other in `factor` alone, which is the largest divisor.
   rope = Llama3Rope(factor=float(factors_R.max()))
-  theta = metadata.get("llama.rope.freq_base", 10000.0)
   frequencies_R = theta ** -(np.arange(0, head_dim, 2) / head_dim)
   if factors_R.shape != frequencies_R.shape or not np.allclose(
     frequencies_R / factors_R, rope.scale(frequencies_R), rtol=1e-4, atol=0

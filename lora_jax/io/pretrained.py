@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
@@ -106,7 +105,10 @@ def _read_folder(folder: Path) -> _File:
   if not path.is_file():
     raise FileNotFoundError(f"{path}: no such file; {folder} is not a model's folder")
   try:
-    config = configs.from_hugging_face(json.loads(path.read_text(encoding="utf-8")))
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(fields, dict):
+      raise ValueError("not a JSON object")
+    config = configs.from_hugging_face(fields)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from None
   tensors = safetensors.open_folder(folder)
@@ -167,17 +169,14 @@ def _load_in_halves(tensor: gguf.GGUFTensor, num_heads: int) -> np.ndarray:
 
 def _params(file: _File, dtype: DTypeLike) -> dict[str, Any]:
   """Reads the tensors into the tree of the unstacked model, one at a time."""
-  abstract = jax.eval_shape(
-    llama.Llama(file.config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
-  )
-  expected = traverse_util.flatten_dict(abstract["params"], sep="/")
+  expected = llama.param_shapes(file.config)
   params = {}
   for name, path in names.assign(file.tensors, file.table, expected).items():
     tensor = file.tensors[name]()
     tensor = tensor.T if path.endswith("/kernel") else tensor
-    if tensor.shape != expected[path].shape:
+    if tensor.shape != expected[path]:
       raise ValueError(
-        f"{name} -> {path}: shape {tensor.shape}, the configuration says {expected[path].shape}"
+        f"{name} -> {path}: shape {tensor.shape}, the configuration says {expected[path]}"
       )
     params[path] = jnp.asarray(tensor, dtype)
   return traverse_util.unflatten_dict(params, sep="/")

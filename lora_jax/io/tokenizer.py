@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, proc
 
 _CONTROL, _USER_DEFINED = 3, 4  # token types of the GGUF format
 
+_IDS_GGUF = ("bos_token_id", "eos_token_id", "padding_token_id")
 _SPECIAL = ("bos_token", "eos_token", "pad_token")
 
 # What `tokenizer.json` of the Llama 3 models splits text by.
@@ -171,11 +172,12 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
       f"tokenizer.ggml.pre {split_name!r} is not supported; supported: {', '.join(_SPLITS)}"
     )
   split = _SPLITS[split_name]
-  tokens, types, merges = (
-    metadata.get(f"tokenizer.ggml.{key}", []) for key in ("tokens", "token_type", "merges")
-  )
-  if not tokens or len(types) != len(tokens):
+  tokens = _list(metadata, "tokenizer.ggml.tokens", str)
+  types = _list(metadata, "tokenizer.ggml.token_type", int)
+  merges = _list(metadata, "tokenizer.ggml.merges", str)
+  if len(types) != len(tokens):
     raise ValueError(f"the GGUF metadata has {len(tokens)} tokens but {len(types)} token types")
+  ids = {name: _token_id(metadata, f"tokenizer.ggml.{name}", len(tokens)) for name in _IDS_GGUF}
   try:
     model = models.BPE(
       vocab={token: i for i, token in enumerate(tokens)},
@@ -192,21 +194,35 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
   backend.add_special_tokens([AddedToken(t, normalized=False) for t, k in typed if k == _CONTROL])
   backend.add_tokens([AddedToken(t, normalized=False) for t, k in typed if k == _USER_DEFINED])
 
-  bos_id = metadata.get("tokenizer.ggml.bos_token_id")
+  bos_id, eos_id, pad_id = ids.values()
   if metadata.get("tokenizer.ggml.add_bos_token", split.add_bos):
     if bos_id is None:
       raise ValueError("the GGUF metadata wants a BOS token and lacks tokenizer.ggml.bos_token_id")
     bos = tokens[bos_id]
     backend.post_processor = processors.TemplateProcessing(
-      single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, bos_id)]
+      single=[bos, "$A"], pair=[bos, "$A", "$B"], special_tokens=[(bos, bos_id)]
     )
   return Tokenizer(
     backend,
     bos_id=bos_id,
-    eos_id=metadata.get("tokenizer.ggml.eos_token_id"),
-    pad_id=metadata.get("tokenizer.ggml.padding_token_id"),
+    eos_id=eos_id,
+    pad_id=pad_id,
     chat_template=metadata.get("tokenizer.chat_template"),
   )
+
+
+def _list(metadata: Mapping[str, Any], key: str, kind: type) -> list[Any]:
+  values = metadata.get(key)
+  if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+    raise ValueError(f"{key} must be a list of {kind.__name__}")
+  return values
+
+
+def _token_id(metadata: Mapping[str, Any], key: str, size: int) -> int | None:
+  value = metadata.get(key)
+  if value is not None and not (isinstance(value, int) and 0 <= value < size):
+    raise ValueError(f"{key}={value!r} is not one of the {size} tokens")
+  return value
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jax.typing import DTypeLike
 
 
@@ -100,14 +101,17 @@ class LlamaConfig:
   def __post_init__(self):
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
-      if field.type is int and (not isinstance(value, int) or value < 1):
-        raise ValueError(f"LlamaConfig.{field.name} must be a positive integer, not {value!r}")
+      if field.type is int and not (isinstance(value, int) and value > 0):
+        raise ValueError(f"LlamaConfig: {field.name} must be a positive integer, not {value!r}")
+      if field.type is float and not (isinstance(value, int | float) and value > 0):
+        raise ValueError(f"LlamaConfig: {field.name} must be a positive number, not {value!r}")
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
-        f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+        f"LlamaConfig: num_heads {self.num_heads} is not a multiple of "
+        f"num_kv_heads {self.num_kv_heads}"
       )
     if self.head_dim % 2:
-      raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs of features")
+      raise ValueError(f"LlamaConfig: head_dim {self.head_dim} is odd; rotary positions turn pairs")
 
 
 class KVCache(NamedTuple):
@@ -299,6 +303,14 @@ class Llama(nn.Module):
     x_BTD = _norm(c, "norm")(x_BTD)
     logits_BTV = embed.attend(x_BTD) if c.tie_embeddings else _dense(c, c.vocab_size, "head")(x_BTD)
     return logits_BTV if cache is None else (logits_BTV, new_cache)
+
+
+def param_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+  """Returns {slash path: shape} of the model's parameters, without making any."""
+  tokens_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+  variables = jax.eval_shape(Llama(config).init, jax.random.key(0), tokens_BT)
+  leaves = traverse_util.flatten_dict(variables["params"], sep="/")
+  return {path: leaf.shape for path, leaf in leaves.items()}
 
 
 def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
