@@ -1,5 +1,6 @@
 """What the main programs share: from a run's config to its data, its model and its adapter."""
 
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from lora_jax.adapters import LoRAAdapter
 from lora_jax.data import examples, labels, records, splits, templates
 from lora_jax.io import assets, peft, pretrained
 from lora_jax.models import llama
+from lora_jax.train import workdir
 
 PyTree = Any
 
@@ -22,6 +24,22 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   "nothing": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+def open_run(path: str) -> tuple[workdir.Workdir, ConfigDict]:
+  """A finished run: its folder and its config.
+
+  Raises:
+    FileNotFoundError: when the folder holds no run, or one that has not come to its end.
+  """
+  run = workdir.Workdir(pathlib.Path(path))
+  config = ConfigDict(workdir.read_config(path))
+  if not run.adapter.exists():
+    raise FileNotFoundError(
+      f"{run.adapter}: not there, so the run has not come to its end; start the same "
+      "experiments.train command again to finish it"
+    )
+  return run, config
 
 
 def load_records(data: ConfigDict) -> dict[str, list[records.Record]]:

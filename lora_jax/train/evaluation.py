@@ -71,8 +71,16 @@ def evaluate(eval_step: Callable, weights: PyTree, batches: Iterable[Batch]) -> 
   Raises:
     ValueError: when the batches hold no row.
   """
-  # Read on the host once all batches are under way: the device never waits for a sum.
-  sums = jax.device_get([eval_step(weights, batch) for batch in batches])
+  # A batch is read while the next one is under way: the device never waits for a sum, and whoever
+  # counts the batches (a progress bar, say) sees how far the device is.
+  sums, late = [], None
+  for batch in batches:
+    running = eval_step(weights, batch)
+    if late is not None:
+      sums.append(jax.device_get(late))
+    late = running
+  if late is not None:
+    sums.append(jax.device_get(late))
   total = {key: math.fsum(part[key] for part in sums) for key in (sums[0] if sums else ())}
   if not total or total["rows"] == 0:
     raise ValueError("there is no row to evaluate on: the split is empty")
