@@ -28,15 +28,14 @@ def main(argv):
   logging.set_verbosity(logging.WARNING)
   run, config = parts.open_run(_WORKDIR.value)
   records = parts.load_records(config.data)
-  if _SPLIT.value not in records:
-    raise app.UsageError(f"--split={_SPLIT.value}: the run has {', '.join(records)}")
+  split = parts.pick(records, _SPLIT.value, "--split")
 
   pretrained = parts.load_model(config.model)
   model = llama.Llama(pretrained.config)
   params, adapters = parts.load_adapter(
     run.adapter, pretrained.params, parts.trace_axes(model, pretrained.params)
   )
-  held_out = parts.encode(config.data, records[_SPLIT.value], pretrained.tokenizer)
+  held_out = parts.encode(config.data, split, pretrained.tokenizer)
   data = batches.eval_batches(
     held_out[: _EXAMPLES.value or None],
     config.evaluation.batch_size,

@@ -54,6 +54,17 @@ def load_records(data: ConfigDict) -> dict[str, list[records.Record]]:
   return splits.split(rows, data.split_by, shares)
 
 
+def pick(rows: Mapping[str, list[records.Record]], split: str, field: str) -> list[records.Record]:
+  """The records of one split.
+
+  Raises:
+    ValueError: when the config has no such split, by the field that asks for it.
+  """
+  if split not in rows:
+    raise ValueError(f"{field} {split!r} is no split of the data; there are {', '.join(rows)}")
+  return rows[split]
+
+
 def encode(data: ConfigDict, rows: list[records.Record], tokenizer) -> list[examples.Example]:
   """The tokenised examples of some records."""
   return examples.encode(

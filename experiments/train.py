@@ -43,10 +43,12 @@ def train(config, run):
   """Runs one config in its workdir."""
   # The data is checked before the model is loaded, and the targets before anything is computed.
   records = parts.load_records(config.data)
+  train_records = parts.pick(records, "train", "data.train")
+  held_out_records = parts.pick(records, config.evaluation.split, "evaluation.split")
   pretrained = parts.load_model(config.model)
   encode = functools.partial(parts.encode, config.data, tokenizer=pretrained.tokenizer)
-  train_examples = encode(records["train"])
-  held_out = encode(records[config.evaluation.split])[: config.evaluation.examples or None]
+  train_examples = encode(train_records)
+  held_out = encode(held_out_records)[: config.evaluation.examples or None]
   choices = choice_ids(pretrained.tokenizer, config.data.choices)
   print(f"data: {len(train_examples):,} to train on, {len(held_out):,} held out")
 
@@ -88,8 +90,9 @@ def train(config, run):
   eval_data = batches.eval_batches(held_out, config.evaluation.batch_size, **shapes)
   validation_data = None
   if config.train.evaluate_every:
+    validation_records = parts.pick(records, "validation", "train.evaluate_every")
     validation_data = batches.eval_batches(
-      encode(records["validation"]), config.evaluation.batch_size, **shapes
+      encode(validation_records), config.evaluation.batch_size, **shapes
     )
 
   with Checkpoints(

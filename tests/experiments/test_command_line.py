@@ -1,0 +1,223 @@
+"""The main programs as a user runs them, on a tiny Llama and a small file of records."""
+
+import json
+import os
+import pathlib
+import re
+import runpy
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+
+from experiments import train
+from lora_jax.io import export, safetensors
+from lora_jax.models import llama
+from lora_jax.train import workdir as workdir_lib
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+CONFIG = """
+import ml_collections
+from configs import quickstart
+
+def get_config(text=""):
+  config = quickstart.get_config(text)
+  config.model.source = {model!r}
+  data = config.data
+  data.source, data.format, data.columns, data.sign_of = {data!r}, "jsonl", (), ""
+  data.train, data.validation, data.test = 0.6, 0.2, 0.2
+  data.buckets = (16, 24)
+  data.max_length = 25
+  config.lora.alpha = 8.0
+  config.train.steps, config.train.log_every, config.train.checkpoint_every = 6, 1, 2
+  config.train.batch_size = 8
+  config.optimizer.warmup_steps, config.optimizer.peak = 1, 1e-2
+  config.evaluation.batch_size = 8
+  config.evaluation.examples = 16
+  return config
+"""
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory, smollm2):
+  """A config of a random Llama that fits SmolLM2's tokenizer, and 120 records."""
+  folder = tmp_path_factory.mktemp("tiny")
+  config = llama.LlamaConfig(
+    vocab_size=smollm2.config.vocab_size,
+    width=32,
+    mlp_width=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_length=64,
+    tie_embeddings=True,
+  )
+  params = llama.Llama(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+  export.save(folder / "model", params, config, smollm2.tokenizer)
+  rows = [
+    {"text": f"{word} film number {n}", "label": label}
+    for n in range(60)
+    for word, label in (("fine", "positive"), ("dull", "negative"))
+  ]
+  (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  path = folder / "config.py"
+  path.write_text(CONFIG.format(model=str(folder / "model"), data=str(folder / "data.jsonl")))
+  return path
+
+
+def run(program, *arguments, fails=False):
+  """Runs a main program as a user does; returns what it printed."""
+  done = subprocess.run(
+    [sys.executable, "-m", f"experiments.{program}", *map(str, arguments)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=600,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+  )
+  assert (done.returncode != 0) == fails, done.stdout + done.stderr
+  return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def finished(config_file, tmp_path_factory):
+  """The workdir of a run that has come to its end."""
+  workdir = tmp_path_factory.mktemp("runs") / "tiny"
+  printed = run("train", f"--config={config_file}", f"--workdir={workdir}")
+  return workdir, printed
+
+
+def test_a_run_leaves_the_folder_that_the_readme_promises(finished):
+  workdir, printed = finished
+  assert {path.name for path in workdir.iterdir()} == {
+    "adapter", "checkpoints", "config.json", "eval.json", "lock", "loss.png", "metrics.jsonl",
+    "tensorboard",
+  }  # fmt: skip
+  assert re.search(r"before: accuracy .*\n", printed)
+  assert re.search(r"after:  accuracy .*\n", printed)
+  assert "parameters train" in printed
+  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+  assert lines[-1]["loss"] < lines[0]["loss"]
+  result = json.loads((workdir / "eval.json").read_text())
+  assert result["after"]["loss"] < result["before"]["loss"]
+  assert (workdir / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_command_again_resumes_and_changes_nothing(finished, config_file):
+  workdir, _ = finished
+  before = (workdir / "adapter" / "adapter_model.safetensors").read_bytes()
+  printed = run("train", f"--config={config_file}", f"--workdir={workdir}")
+  assert "restored: step 6 of 6" in printed
+  assert (workdir / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_another_config_in_the_workdir_is_refused_by_field(finished, config_file):
+  workdir, _ = finished
+  printed = run(
+    "train", f"--config={config_file}", f"--workdir={workdir}", "--config.lora.rank=4", fails=True
+  )
+  assert "lora.rank: 8 there, 4 now" in printed
+
+
+def test_evaluate_repeats_the_numbers_of_the_run(finished):
+  workdir, _ = finished
+  printed = run("evaluate", f"--workdir={workdir}", "--examples=16")
+  result = json.loads(printed.splitlines()[-1] if printed.endswith("}\n") else _json_line(printed))
+  recorded = json.loads((workdir / "eval.json").read_text())
+  assert result["base"]["loss"] == pytest.approx(recorded["before"]["loss"], rel=1e-5)
+  assert result["adapter"]["loss"] == pytest.approx(recorded["after"]["loss"], rel=1e-5)
+  assert result["adapter"]["accuracy"] == recorded["after"]["accuracy"]
+
+
+def _json_line(printed):
+  (line,) = [line for line in printed.splitlines() if line.startswith("{")]
+  return line
+
+
+def test_generate_makes_the_same_text_with_a_cache_and_without(finished):
+  workdir, _ = finished
+  prompts = ["--prompt=fine film", "--prompt=a"]
+  arguments = [f"--workdir={workdir}", "--max_tokens=8", *prompts]
+  with_cache = run("generate", *arguments)
+  assert len(with_cache.splitlines()) >= 2
+  assert [json.loads(x) for x in with_cache.splitlines() if x.startswith("{")] == [
+    json.loads(x) for x in run("generate", *arguments, "--nocache").splitlines() if x[:1] == "{"
+  ]
+
+
+def test_the_exported_model_and_the_adapter_agree_in_transformers_and_peft(
+  finished, config_file, tmp_path
+):
+  workdir, _ = finished
+  run("export", f"--workdir={workdir}", f"--output={tmp_path / 'merged'}")
+  merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+  base = transformers.AutoModelForCausalLM.from_pretrained(config_file.parent / "model")
+  adapted = peft.PeftModel.from_pretrained(base, workdir / "adapter")
+  tokens = torch.tensor([[5, 6, 7, 8, 9]])
+  with torch.no_grad():
+    ours, theirs = merged(tokens).logits, adapted(tokens).logits
+    with adapted.disable_adapter():
+      plain = adapted(tokens).logits
+  np.testing.assert_allclose(ours, theirs, atol=1e-4)
+  assert abs(plain - theirs).max() > 1e-3  # the adapter does something
+  names = safetensors.tensor_names(workdir / "adapter" / "adapter_model.safetensors")
+  assert len(names) == 2 * 7 * 2
+
+
+def test_an_unknown_field_is_refused_by_name(config_file, tmp_path):
+  printed = run(
+    "train", f"--config={config_file}", f"--workdir={tmp_path}", "--config.lora.ranks=4", fails=True
+  )
+  assert "ranks" in printed
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "words"),
+  [
+    ("lora.rank", 64, r"block.*: rank 64 exceeds min\(32, 16\); use rank <= 16"),
+    ("lora.targets", (".*/attn/querry/kernel",), "matches no leaf.*blocks/attn/query/kernel"),
+    ("lora.also_train", ("normal/scale",), "train in full matches no leaf"),
+    ("data.prompt", "Review: {txt}", "no column 'txt'.*text"),
+    ("data.source", "/nowhere/data.jsonl", "no such file"),
+    ("model.source", "/nowhere/model", "no such file"),
+    ("model.remat", "some", "model.remat 'some' is unknown"),
+    ("evaluation.split", "dev", "evaluation.split 'dev'.*train, validation, test"),
+    ("optimizer.warmup_steps", 50, "warm-up"),
+  ],
+)
+def test_bad_input_is_refused_with_its_name_before_training(
+  config_file, tmp_path, field, value, words
+):
+  config = runpy.run_path(str(config_file))["get_config"]()
+  config.update_from_flattened_dict({field: value})
+  with workdir_lib.open_workdir(tmp_path / "run", config.to_dict()) as workdir:
+    with pytest.raises((ValueError, FileNotFoundError), match=f"(?s){words}"):
+      train.train(config, workdir)
+    assert not workdir.metrics.exists()
+    assert not workdir.evaluation.exists()
+
+
+def test_a_diverging_run_stops_at_the_step_and_keeps_its_checkpoint(config_file, tmp_path):
+  workdir = tmp_path / "run"
+  arguments = [f"--config={config_file}", f"--workdir={workdir}"]
+  printed = run("train", *arguments, "--config.optimizer.peak=1e30", fails=True)
+  assert re.search(r"step \d: the loss is nan|step \d: the loss is inf|gradient norm", printed)
+
+
+def test_an_unfinished_run_is_named_by_the_programs_that_need_its_adapter(config_file, tmp_path):
+  (tmp_path / "config.json").write_text("{}")
+  printed = run("evaluate", f"--workdir={tmp_path}", fails=True)
+  assert "has not come to its end" in printed
+  assert "is not the workdir of a run" in run(
+    "evaluate", f"--workdir={tmp_path / 'nothing'}", fails=True
+  )
