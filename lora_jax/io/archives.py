@@ -81,6 +81,8 @@ def _copy_from_tar(archive: Path, name: str, target: Path) -> bool:
     _check(name, is_link=not info.isreg(), size=info.size)
     with file.extractfile(info) as member:
       _copy(member, target)
+    while file.fileobj.read(1 << 20):  # a compressed stream says at its end whether it was sound
+      pass
   return True
 
 

@@ -182,7 +182,7 @@ def _pip_download(requirement: str, option: str, folder: Path) -> Path | str:
   with (
     tempfile.TemporaryDirectory(dir=folder.parent) as unpacked,
     tempfile.TemporaryFile() as messages,
-    tqdm(desc=f"downloading {requirement}", unit="B", unit_scale=True, delay=0.5) as bar,
+    tqdm(desc=f"downloading {requirement}", unit="B", unit_scale=True, mininterval=0.5) as bar,
     subprocess.Popen(
       command, env=os.environ | {"TMPDIR": unpacked}, stdout=messages, stderr=messages
     ) as pip,

@@ -1,0 +1,114 @@
+"""Single files out of zip and tar archives, and archives that mean harm."""
+
+import io
+import os
+import stat
+import tarfile
+import zipfile
+
+import pytest
+
+from lora_jax.io import archives
+
+
+def tar_bytes(files: dict[str, bytes], mode: str = "w:gz") -> bytes:
+  buffer = io.BytesIO()
+  with tarfile.open(fileobj=buffer, mode=mode) as file:
+    for name, data in files.items():
+      if name.endswith("/"):
+        info = tarfile.TarInfo(name[:-1])
+        info.type = tarfile.DIRTYPE
+      else:
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+      file.addfile(info, io.BytesIO(data))
+  return buffer.getvalue()
+
+
+def zip_bytes(files: dict[str, bytes]) -> bytes:
+  buffer = io.BytesIO()
+  with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
+    for name, data in files.items():
+      file.writestr(name, data)
+  return buffer.getvalue()
+
+
+@pytest.fixture
+def extract(tmp_path):
+  def extract(data: bytes, *members: str) -> bytes | None:
+    archive, folder = tmp_path / "archive", tmp_path / "out"
+    archive.write_bytes(data)
+    folder.mkdir(exist_ok=True)
+    try:
+      parts = [tuple(member.split("/")) for member in members]
+      found = archives.extract(archive, parts, folder / "target")
+      return (folder / "target").read_bytes() if found else None
+    finally:
+      assert set(os.listdir(folder)) <= {"target"}
+
+  return extract
+
+
+@pytest.mark.parametrize("pack", [zip_bytes, tar_bytes, lambda files: tar_bytes(files, "w:xz")])
+def test_a_member_is_copied_whole(extract, pack):
+  data = pack({"a/": b"", "a/b.txt": b"text", "a/c.txt": b"other"})
+  assert extract(data, "a/b.txt") == b"text"
+  assert extract(data, "a/d.txt") is None
+  assert extract(data, "a") is None
+
+
+@pytest.mark.parametrize("inner", [zip_bytes, tar_bytes])
+@pytest.mark.parametrize("outer", [zip_bytes, tar_bytes])
+def test_a_path_leads_through_archives_within_archives(extract, outer, inner):
+  deepest = tar_bytes({"t.txt": b"deep"})
+  data = outer({"x/": b"", "x/one.pack": inner({"y/two.tgz": deepest})})
+  assert extract(data, "x/one.pack/y/two.tgz/t.txt") == b"deep"
+  assert extract(data, "x/one.pack/y/two.tgz") == deepest
+  assert extract(data, "x/one.pack/y/none.tgz/t.txt") is None
+
+
+def test_the_first_member_that_is_there_is_taken(extract):
+  assert extract(zip_bytes({"b": b"2", "c": b"3"}), "a", "c", "b") == b"3"
+
+
+def test_a_path_into_a_file_that_is_no_archive_is_refused(extract):
+  with pytest.raises(ValueError, match=r"b/c: cannot be read from its archive"):
+    extract(zip_bytes({"a.txt": b"text"}), "a.txt/b/c")
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
+def test_links_and_devices_in_a_tar_are_refused(extract, kind):
+  buffer = io.BytesIO()
+  with tarfile.open(fileobj=buffer, mode="w") as file:
+    info = tarfile.TarInfo("data.csv")
+    info.type, info.linkname = kind, "/etc/passwd"
+    file.addfile(info)
+  with pytest.raises(ValueError, match=r"data.csv: is a link and not a regular file"):
+    extract(buffer.getvalue(), "data.csv")
+
+
+def test_links_in_a_zip_are_refused(extract):
+  buffer = io.BytesIO()
+  with zipfile.ZipFile(buffer, "w") as file:
+    info = zipfile.ZipInfo("data.csv")
+    info.external_attr = (stat.S_IFLNK | 0o777) << 16
+    file.writestr(info, "/etc/passwd")
+  with pytest.raises(ValueError, match=r"data.csv: is a link"):
+    extract(buffer.getvalue(), "data.csv")
+
+
+def test_a_member_that_claims_more_than_the_limit_is_refused_unread(extract, monkeypatch):
+  monkeypatch.setattr(archives, "_MAX_BYTES", 1 << 20)
+  for pack in (zip_bytes, tar_bytes):
+    with pytest.raises(ValueError, match=r"zeros: claims 2097152 bytes .* over the limit"):
+      extract(pack({"zeros": bytes(1 << 21)}), "zeros")
+
+
+@pytest.mark.parametrize("pack", [zip_bytes, tar_bytes])
+def test_a_damaged_archive_is_refused(extract, pack):
+  data = bytearray(pack({"a.bin": os.urandom(5000)}))
+  data[1000:1100] = bytes(100)
+  with pytest.raises(ValueError, match=r"a.bin: cannot be read from its archive"):
+    extract(bytes(data), "a.bin")
+  with pytest.raises(ValueError, match=r"a.bin: cannot be read from its archive"):
+    extract(pack({"a.bin": os.urandom(5000)})[:2000], "a.bin")
