@@ -1,0 +1,109 @@
+"""The notebooks run from the first cell to the last, and are committed without what running leaves.
+
+They run in their short form, on the CPU, in a folder of their own, as in Colab: what they need of
+the repository must have been installed.
+"""
+
+import pathlib
+import re
+
+import nbformat
+import pytest
+from ipykernel import kernelspec
+from nbclient import NotebookClient
+
+FOLDER = pathlib.Path(__file__).parents[1] / "notebooks"
+NAMES = sorted(path.name for path in FOLDER.glob("*.ipynb"))
+
+
+def read(name: str) -> nbformat.NotebookNode:
+  return nbformat.read(FOLDER / name, as_version=nbformat.NO_CONVERT)
+
+
+def execute(name: str, tmp_path: pathlib.Path, monkeypatch) -> tuple[str, str, pathlib.Path]:
+  """Runs a notebook and returns what it printed, its standard error and the folder it ran in.
+
+  Raises `nbclient.exceptions.CellExecutionError`, with cell and traceback, where a cell fails.
+  """
+  # The kernel is this interpreter, whichever kernels the user has installed besides.
+  kernelspec.write_kernel_spec(tmp_path / "jupyter/kernels/python3")
+  monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+  monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+  monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+  monkeypatch.setenv("LORA_JAX_SMOKE", "1")
+  folder = tmp_path / "content"
+  folder.mkdir()
+  notebook = read(name)
+  NotebookClient(
+    notebook, kernel_name="python3", timeout=600, resources={"metadata": {"path": str(folder)}}
+  ).execute()
+  outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+  streams = {
+    stream: "".join(output.text for output in outputs if output.get("name") == stream)
+    for stream in ("stdout", "stderr")
+  }
+  return streams["stdout"], streams["stderr"], folder
+
+
+def numbers(pattern: str, text: str) -> list[float]:
+  """The groups of the one place where the pattern is found, as numbers."""
+  (found,) = re.finditer(pattern, text)
+  return [float(group) for group in found.groups()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_is_committed_without_outputs_and_with_minimal_metadata(name):
+  notebook = read(name)
+  nbformat.validate(notebook)
+  assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+  assert notebook.metadata == {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+  }
+  ids = [cell.id for cell in notebook.cells]
+  assert len(set(ids)) == len(ids)
+  for cell in notebook.cells:
+    assert cell.metadata == {}, cell.id
+    if cell.cell_type == "code":
+      assert cell.outputs == [], cell.id
+      assert cell.execution_count is None, cell.id
+
+
+def test_the_quickstart_notebook_trains_a_real_model_and_keeps_the_adapter(tmp_path, monkeypatch):
+  printed, errors, folder = execute("quickstart_colab.ipynb", tmp_path, monkeypatch)
+  assert "2,442,240 of 134,515,008 parameters train (1.82%)" in printed
+  # The first "before" is printed ahead of the training, the second beside the "after".
+  before, again = re.findall(r"before: accuracy ([\d.]+)%, loss ([\d.]+) on 16 examples", printed)
+  assert before == again
+  accuracy, loss = numbers(r"after:  accuracy ([\d.]+)%, loss ([\d.]+) on 16 examples", printed)
+  assert loss < float(before[1]) / 2
+  merged_accuracy, merged_loss = numbers(r"merged: accuracy ([\d.]+)%, loss ([\d.]+) on", printed)
+  assert merged_accuracy == accuracy
+  assert merged_loss == pytest.approx(loss, abs=2e-3)
+  (difference,) = numbers(r"unmerged: differs from the base by at most (\S+)", printed)
+  assert difference < 1e-6
+  assert len(re.findall(r"^ *\d+% → +\d+%  ", printed, re.MULTILINE)) == 4
+  assert {path.name for path in (folder / "runs/notebook").rglob("*.*")} == {
+    "adapter_config.json", "adapter_model.safetensors", "loss.png"
+  }  # fmt: skip
+  assert "arning" not in errors
+
+
+def test_the_notebook_from_scratch_builds_a_transform_that_agrees_with_the_library(
+  tmp_path, monkeypatch
+):
+  printed, errors, _ = execute("lora_from_scratch.ipynb", tmp_path, monkeypatch)
+  assert "the law holds" in printed
+  assert "lora_jax.adapt gives the same value and the same gradients" in printed
+  # What is of full size is seen where there is no rule, and is gone once there is one.
+  formed = "['dot_general', 'add', 'dot_general', 'add']"
+  assert f"adapted, no rules: {formed}" in printed
+  sizes = re.findall(r"of full size: (\[.*\])", printed)
+  assert sizes == ["[]", "[]", formed, "[]", "[]"]
+  assert "ours:   []" in printed
+  ours, naive = numbers(r"fine-tuning: ours ([\d.]+), W \+ A B formed ([\d.]+)", printed)
+  assert ours < 0.75 < naive
+  before, after = numbers(r"loss before ([\d.]+), after ([\d.]+)", printed)
+  assert after < before / 5
+  assert len(re.findall(r"gradients .*: +[\d.]+ ms", printed)) == 4
+  assert errors == ""
