@@ -1,0 +1,122 @@
+"""PyTorch's full fine-tuning and `peft` on the same weights and batch, each in its own process.
+
+    spec = write_case(case, folder)
+    row = TorchRow("PyTorch + peft, rank 8", with_adapters(spec, adapters, folder / "adapter"))
+    row.start()
+    seconds = row.run(steps=1)
+
+A process of its own keeps PyTorch's threads and memory apart from JAX's. Eager mode, as many
+threads as cores, AdamW in its fused form. Where other programs run beside, set
+OMP_WAIT_POLICY=passive: PyTorch's threads spin while they wait, and a small step that has to share
+its cores then takes a hundred times as long.
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from benchmarks.models import Case
+from benchmarks.rows import LEARNING_RATE, WEIGHT_DECAY, Adapters
+from lora_jax.io import configs, names, peft, safetensors
+from lora_jax.models import llama
+
+_ROOT = Path(__file__).parents[1]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TorchSpec:
+  """What a worker runs.
+
+  base: a folder that `transformers` loads.
+  adapter: a folder that `peft` loads, or None to fine-tune in full.
+  batch: a safetensors file with `inputs` and `targets`.
+  dtype: of the base, by its name.
+  device: "cpu" or "cuda".
+  """
+
+  base: str
+  adapter: str | None
+  batch: str
+  dtype: str
+  device: str
+  learning_rate: float = LEARNING_RATE
+  weight_decay: float = WEIGHT_DECAY
+
+
+def write_case(case: Case, folder: Path) -> TorchSpec:
+  """Writes a language model and its batch; returns the spec of its full fine-tuning."""
+  config = case.module.config
+  params = llama.unstack_layers(case.params) if config.scan_layers else case.params
+  flat = traverse_util.flatten_dict(params, sep="/")
+  named = names.file_names(flat, names.LLAMA_HF)
+  tensors = {
+    named[path]: np.asarray(leaf).T if path.endswith("/kernel") else np.asarray(leaf)
+    for path, leaf in flat.items()
+  }
+  safetensors.save_file(tensors, folder / safetensors.SINGLE, metadata={"format": "pt"})
+  (folder / "config.json").write_text(json.dumps(configs.to_hugging_face(config)))
+  batch = folder / "batch.safetensors"
+  arrays = {"inputs": np.asarray(case.inputs), "targets": np.asarray(case.targets)}
+  safetensors.save_file(arrays, batch)
+  return TorchSpec(
+    base=str(folder),
+    adapter=None,
+    batch=str(batch),
+    dtype=np.dtype(config.dtype).name,
+    device="cuda" if jax.default_backend() == "gpu" else "cpu",
+  )
+
+
+def with_adapters(spec: TorchSpec, adapters: Adapters, folder: Path) -> TorchSpec:
+  """Writes adapters; returns the spec of `peft` training them."""
+  peft.save(folder, adapters, full={}, base_model=spec.base)
+  return dataclasses.replace(spec, adapter=str(folder))
+
+
+class TorchRow:
+  """A model in a process of its own; the attributes and methods are those of a JaxRow."""
+
+  def __init__(self, label: str, spec: TorchSpec):
+    self.label = label
+    self.losses = []
+    self._spec = spec
+
+  def start(self) -> None:
+    """Starts the process and waits until it has taken its two steps that are not timed."""
+    self._process = subprocess.Popen(
+      [sys.executable, "-m", "benchmarks.torch_worker", json.dumps(dataclasses.asdict(self._spec))],
+      cwd=_ROOT,
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    ready = self._answer()
+    self.trainable, self.temporary = ready["trainable"], ready["temporary"]
+    self.losses += ready["losses"]
+
+  def run(self, steps: int) -> float:
+    """Takes steps; returns the seconds of one."""
+    print(steps, file=self._process.stdin, flush=True)
+    answer = self._answer()
+    self.losses.append(answer["loss"])
+    return answer["seconds"] / steps
+
+  def close(self) -> None:
+    """Ends the process."""
+    self._process.stdin.close()
+    self._process.wait(timeout=60)
+
+  def _answer(self) -> dict:
+    line = self._process.stdout.readline()
+    if not line:
+      raise RuntimeError(
+        f"{self.label}: PyTorch's process ended with {self._process.wait()}, its message is above; "
+        "repair it, or name the other rows with --rows"
+      )
+    return json.loads(line)
