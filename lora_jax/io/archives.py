@@ -52,7 +52,8 @@ def _extract(archive: Path, parts: tuple[str, ...], target: Path) -> bool:
 
 
 def _copy_member(archive: Path, name: str, target: Path) -> bool:
-  copy = _copy_from_zip if zipfile.is_zipfile(archive) else _copy_from_tar
+  with archive.open("rb") as file:  # zipfile.is_zipfile takes a tar that ends in a zip for one
+    copy = _copy_from_zip if file.read(2) == b"PK" else _copy_from_tar
   try:
     return copy(archive, name, target)
   except _DAMAGE as error:

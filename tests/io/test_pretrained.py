@@ -93,6 +93,7 @@ def change_config(folder, **changes):
       r"tiny: the tensors do not fit the model\n  unexpected .*: model.layers.1.input_layernorm",
     ),
     ({"num_hidden_layers": 3}, r"missing: block_2/attn/key/kernel"),
+    ({"num_hidden_layers": 10**9}, r"says 1000000000 layers, there are only 21 tensors"),
     ({"tie_word_embeddings": True}, r"ties the embeddings, yet lm_head.weight differs"),
     (
       {"intermediate_size": 32},
@@ -125,4 +126,15 @@ def test_a_truncated_safetensors_file_is_refused_by_name(tiny):
   path = tiny / "model.safetensors"
   path.write_bytes(path.read_bytes()[:-100])
   with pytest.raises(ValueError, match=r"model.safetensors: not a whole safetensors file"):
+    pretrained.load(tiny)
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(tiny):
+  path = tiny / "model.safetensors"
+  tensors = safetensors.torch.load_file(path)
+  tensors["model.norm.weight"][3] = float("nan")
+  safetensors.torch.save_file(tensors, path)
+  with pytest.raises(
+    ValueError, match=r"model.norm.weight -> norm/scale: holds values that are no"
+  ):
     pretrained.load(tiny)
