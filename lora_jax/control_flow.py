@@ -1,4 +1,4 @@
-"""Rules for the primitives that hold functions: jit, remat, cond, while and scan.
+"""Rules for the primitives that hold functions: jit, remat, cond, while, scan and shard_map.
 
 Each calls the public function again, with Weights passed as the pytrees that they are: a stacked
 Weight slices itself inside `lax.scan`, and nothing here rebuilds a primitive's parameters. What
@@ -66,6 +66,23 @@ def scan(*args, evaluate, jaxpr, num_consts, num_carry, length, reverse, unroll,
   return [*moving.full(state), *ys]
 
 
+def shard_map(
+  *args, evaluate, jaxpr, mesh, in_specs, out_specs, check_vma, newly_manual_axes, **_
+):  # fmt: skip
+  def body(*args):
+    outs = evaluate(compat.closed(jaxpr), args)
+    return tuple(_arrays(outs, "the mapped function returns the weight itself"))
+
+  specs = tuple(
+    x.partition_specs(spec) if is_weight(x) else spec
+    for x, spec in zip(args, in_specs, strict=True)
+  )
+  return jax.shard_map(
+    body, mesh=mesh, in_specs=specs, out_specs=tuple(out_specs), check_vma=check_vma,
+    axis_names=newly_manual_axes,
+  )(*args)  # fmt: skip
+
+
 class _Carry:
   """A loop's carry without the Weights in it, which the loop must only pass along.
 
@@ -83,7 +100,8 @@ class _Carry:
 
   def changed(self, carry):
     """The part of a full carry that changes."""
-    return [x for x, start in zip(carry, self.carry, strict=False) if not is_weight(start)]
+    changed = [x for x, start in zip(carry, self.carry, strict=False) if not is_weight(start)]
+    return _arrays(changed, "a loop's state turns into the weight itself")
 
   def full(self, changed):
     """The whole carry again."""
@@ -107,4 +125,5 @@ RULES = {
   compat.cond_p: cond,
   compat.while_p: while_loop,
   compat.scan_p: scan,
+  compat.shard_map_p: shard_map,
 }

@@ -1,0 +1,466 @@
+"""The table of programs: JAX functions of parameters and inputs, written without a thought of LoRA.
+
+The axes of the adapted matrices have sizes that nothing else in a program has (11 and 13, mostly),
+so that a full-size value is known by its shape.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.core
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+
+def normal(*shape: int) -> jax.Array:
+  scale = 1.0 if len(shape) < 2 else shape[-2] ** -0.5
+  return jnp.asarray(np.random.default_rng(shape).standard_normal(shape) * scale, jnp.float32)
+
+
+W, IO, X = {"w": normal(11, 13)}, {"w": "io"}, normal(3, 11)
+STACK, STACK_ROLES = {"w": normal(3, 11, 13)}, {"w": "sio"}
+LAYER = {"up": normal(11, 13), "down": normal(13, 11)}
+LAYER_ROLES = {"up": "io", "down": "io"}
+LAYERS = {"up": normal(3, 11, 13), "down": normal(3, 13, 11)}
+LAYERS_ROLES = {"up": "sio", "down": "sio"}
+NESTED = {"up": normal(2, 3, 11, 13), "down": normal(2, 3, 13, 11)}
+NESTED_ROLES = {"up": "ssio", "down": "ssio"}
+EMBED, EMBED_ROLES = {"embed": normal(17, 7)}, {"embed": "io"}
+IDS = jnp.array([[3, 0, 16, 3, 5], [1, 2, 3, 4, 16]])
+HEADS = {name: normal(11, 3, 5) for name in ("query", "key", "value")} | {"out": normal(3, 5, 11)}
+HEADS_ROLES = {"query": "ioo", "key": "ioo", "value": "ioo", "out": "iio"}
+
+
+class Program(NamedTuple):
+  """One row.
+
+  f: (params, x) -> result.
+  params: a pytree of arrays.
+  roles: the roles of the axes of the adapted leaves, by path.
+  x: the input.
+  refused: words of the reason for which strict mode refuses; empty where it must succeed.
+  reverse: False where JAX has no reverse gradient of `f` (a while loop).
+  """
+
+  f: Callable
+  params: Any = W
+  roles: dict[str, str] = IO
+  x: Any = X
+  refused: str = ""
+  reverse: bool = True
+
+
+def wrong_jvp(f):
+  """f with a derivative that is visibly the author's: three times the true one."""
+  g = jax.custom_jvp(f)
+  g.defjvp(lambda xs, ts: (f(*xs), 3 * jax.jvp(f, xs, ts)[1]))
+  return g
+
+
+def wrong_vjp(f):
+  """f with a gradient that is visibly the author's: minus twice the true one."""
+  g = jax.custom_vjp(f)
+  g.defvjp(
+    lambda *xs: (f(*xs), xs),
+    lambda xs, ct: jax.tree.map(lambda t: -2 * t, jax.vjp(f, *xs)[1](ct)),
+  )
+  return g
+
+
+def dense(p, x):
+  return jnp.sin(x @ p["w"])
+
+
+def up_down(p, x):
+  return x + 0.2 * jnp.sin(x @ p["up"]) @ p["down"]
+
+
+def attention(p, x):
+  q, k, v = (jnp.einsum("btd,dnh->btnh", x, p[name]) for name in ("query", "key", "value"))
+  weights = jax.nn.softmax(jnp.einsum("btnh,bsnh->bnts", q, k))
+  return jnp.einsum("btnh,nhd->btd", jnp.einsum("bnts,bsnh->btnh", weights, v), p["out"])
+
+
+def scanned(p, x, body=up_down, **options):
+  return lax.scan(lambda h, layer: (body(layer, h), jnp.sum(h)), x, p, **options)
+
+
+def convolve(p, x, *, strides=1, dilation=1, groups=1):
+  n = x.ndim - 2
+  spatial = "DHW"[-n:]
+  return lax.conv_general_dilated(
+    x,
+    p["w"].astype(x.dtype),
+    (strides,) * n,
+    "SAME",
+    rhs_dilation=(dilation,) * n,
+    feature_group_count=groups,
+    dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
+  )
+
+
+def experts(p, x):
+  return lax.ragged_dot(x, p["w"], jnp.array([2, 0, 3], jnp.int32))
+
+
+def on_mesh(p, x):
+  mesh = jax.make_mesh((1,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+  specs = (jax.P(), jax.P("batch"))
+  return jax.shard_map(dense, mesh=mesh, in_specs=specs, out_specs=jax.P("batch"))(p, x)
+
+
+def trained_inside(p, x):
+  """One step of gradient descent of its own, then the loss."""
+  grads = jax.grad(lambda p: jnp.sum(dense(p, x)))(p)
+  return dense(jax.tree.map(lambda w, g: w - 0.1 * g, p, grads), x)
+
+
+def loop(p, x, body=dense, steps=3):
+  return lax.fori_loop(0, steps, lambda _, h: body(p, h), x)
+
+
+def loop_with_params(p, x):
+  """The parameters ride in the carry, as in a training state."""
+  return lax.fori_loop(0, 3, lambda _, state: (state[0], up_down(*state)), (p, x))[1]
+
+
+def growing(p, x):
+  state = lax.while_loop(lambda s: jnp.sum(s * s) < 50, lambda s: s + up_down(p, s), x)
+  return state
+
+
+def growing_with_params(p, x):
+  def condition(state):
+    return jnp.sum(state[1] ** 2) < 50
+
+  return lax.while_loop(condition, lambda s: (s[0], s[1] + up_down(*s)), (p, x))[1]
+
+
+def condition_on_params(p, x):
+  return lax.while_loop(lambda s: jnp.sum(abs(s @ p["w"])) < 99, lambda s: s + 1, x)
+
+
+def nested_scan(p, x):
+  def outer(h, layers):
+    return scanned(layers, h)
+
+  return lax.scan(outer, x, p)
+
+
+def shrinking_params(p, x):
+  """The loop changes the parameters themselves."""
+
+  def body(state, _):
+    p, x = state
+    return (jax.tree.map(lambda w: 0.9 * w, p), up_down(p, x)), None
+
+  return lax.scan(body, (p, x), length=2)[0][1]
+
+
+def becomes_params(p, x):
+  """The loop's state starts as an array and becomes the weight."""
+  return lax.fori_loop(0, 2, lambda _, h: p["w"], jnp.ones_like(p["w"])).sum() + x
+
+
+def exchanged_params(p, x):
+  """Two weights change places in the carry."""
+
+  def body(_, state):
+    first, second, x = state
+    return second, first, jnp.sin(x @ first)
+
+  return lax.fori_loop(0, 3, body, (p["first"], p["second"], x))[2]
+
+
+def branches(p, x, index):
+  fs = [lambda p, x: x @ p["up"], lambda p, x: x[:, :1] + p["bias"], lambda p, x: x @ p["down"].T]
+  return lax.switch(index, fs, p, x)
+
+
+def chosen_weight(p, x):
+  return x @ lax.cond(jnp.sum(x) > 0, lambda p: p["first"], lambda p: p["second"], p)
+
+
+def noisy(p, x):
+  """A random key and a step count live among the parameters."""
+  noise = jax.random.normal(jax.random.fold_in(p["key"], p["step"]), x.shape)
+  return (x + noise.astype(x.dtype)) @ p["w"], p["step"] + 1, p["key"]
+
+
+def hessian_product(p, x):
+  def loss(x):
+    return jnp.sum(jnp.sin(x @ p["w"]) ** 2)
+
+  return jax.jvp(jax.grad(loss), (x,), (jnp.cos(x),))
+
+
+def linearized(p, x):
+  y, push = jax.linearize(lambda x: dense(p, x), x)
+  return y, push(jnp.cos(x)), jax.linear_transpose(push, x)(y)
+
+
+REMAT = jax.checkpoint_policies
+
+
+PROGRAMS = {
+  # Products
+  "matmul": Program(lambda p, x: x @ p["w"]),
+  "weight on the left": Program(lambda p, x: p["w"] @ x, x=normal(13, 3)),
+  "transposed use": Program(lambda p, x: x @ p["w"].T, x=normal(3, 13)),
+  "transposed twice": Program(lambda p, x: x @ p["w"].T.T),
+  "vector": Program(lambda p, x: x @ p["w"], x=normal(11)),
+  "quadratic form": Program(
+    lambda p, x: jnp.einsum("bi,io,bo->b", x[:, :11], p["w"], x[:, 11:]), x=normal(3, 24)
+  ),
+  "many batch axes": Program(lambda p, x: x @ p["w"], x=normal(2, 3, 1, 4, 11)),
+  "both ways": Program(lambda p, x: dense(p, x) @ p["w"].T),
+  "twice": Program(lambda p, x: jnp.sin(x @ p["w"]) * (x @ p["w"])),
+  "highest precision": Program(lambda p, x: jnp.dot(x, p["w"], precision="highest")),
+  "preferred element type": Program(
+    lambda p, x: lax.dot(x, p["w"].astype(x.dtype), preferred_element_type=jnp.float32)
+  ),
+  "cast to the input's dtype": Program(lambda p, x: x @ p["w"].astype(x.dtype)),
+  "bias and gelu": Program(
+    lambda p, x: jax.nn.gelu(x @ p["w"] + p["bias"]), W | {"bias": normal(13)}
+  ),
+  "input of integers": Program(lambda p, x: x @ p["w"], x=jnp.arange(33).reshape(3, 11) % 4),
+  "tensordot over two axes": Program(
+    lambda p, x: jnp.tensordot(x, p["w"], axes=((1, 2), (0, 1))),
+    {"w": normal(3, 5, 11)},
+    {"w": "iio"},
+    normal(2, 3, 5),
+  ),
+  "one of two inputs": Program(
+    lambda p, x: jnp.einsum("bh,hdo->bdo", x, p["w"]),
+    {"w": normal(3, 5, 11)},
+    {"w": "iio"},
+    normal(2, 3),
+  ),
+  "attention with head axes": Program(attention, HEADS, HEADS_ROLES, normal(2, 4, 11)),
+  "fused query, key and value": Program(
+    lambda p, x: jnp.sin(jnp.einsum("btd,dcnh->cbtnh", x, p["w"])),
+    {"w": normal(11, 3, 5, 7)},
+    {"w": "iooo"},
+    normal(2, 4, 11),
+  ),
+  "experts as a batch axis": Program(
+    lambda p, x: jnp.einsum("end,edk->enk", x, p["w"]), STACK, STACK_ROLES, normal(3, 2, 11)
+  ),
+  "experts on a middle axis": Program(
+    lambda p, x: jnp.einsum("end,dek->enk", x, p["w"]),
+    {"w": normal(11, 3, 13)},
+    {"w": "iso"},
+    normal(3, 2, 11),
+  ),
+  "experts on the last axis": Program(
+    lambda p, x: jnp.einsum("end,dke->enk", x, p["w"]),
+    {"w": normal(11, 13, 3)},
+    {"w": "ios"},
+    normal(3, 2, 11),
+  ),
+  "every expert on every row": Program(
+    lambda p, x: jnp.einsum("nd,edk->nek", x, p["w"]), STACK, STACK_ROLES, normal(2, 11)
+  ),
+  "experts summed": Program(
+    lambda p, x: jnp.einsum("end,edk->nk", x, p["w"]), STACK, STACK_ROLES, normal(3, 2, 11)
+  ),
+  "two weights in a row": Program(up_down, LAYER, LAYER_ROLES),
+  "product of two weights": Program(
+    lambda p, x: x @ (p["up"] @ p["down"]), LAYER, LAYER_ROLES, refused="both operands"
+  ),
+  # Rows
+  "embedding": Program(lambda p, i: jnp.take(p["embed"], i, axis=0), EMBED, EMBED_ROLES, IDS),
+  "embedding by index": Program(lambda p, i: p["embed"][i], EMBED, EMBED_ROLES, IDS),
+  "embedding, ids out of bounds": Program(
+    lambda p, i: jnp.take(p["embed"], i, axis=0, fill_value=0.5), EMBED, EMBED_ROLES, IDS * 2
+  ),
+  "embedding, ids clipped": Program(
+    lambda p, i: jnp.take(p["embed"], i, axis=0, mode="clip"), EMBED, EMBED_ROLES, IDS * 2 - 9
+  ),
+  "columns": Program(lambda p, i: jnp.take(p["embed"], i % 7, axis=1), EMBED, EMBED_ROLES, IDS),
+  "embedding of heads": Program(
+    lambda p, i: p["embed"][i], {"embed": normal(17, 3, 7)}, {"embed": "ioo"}, IDS
+  ),
+  "tied embedding and head": Program(
+    lambda p, i: jnp.sin(p["embed"][i]) @ p["embed"].T, EMBED, EMBED_ROLES, IDS
+  ),
+  "tied, the head by einsum": Program(
+    lambda p, i: jnp.einsum("btd,vd->btv", jnp.sin(p["embed"][i]), p["embed"]),
+    EMBED,
+    EMBED_ROLES,
+    IDS,
+  ),
+  # Without a factored form: materialised, or refused
+  "function of the weight": Program(lambda p, x: x @ jnp.sin(p["w"]), refused="no rule for sin"),
+  "norm of the weight": Program(lambda p, x: x @ p["w"] + jnp.sum(p["w"] ** 2), refused="no rule"),
+  "stop_gradient": Program(lambda p, x: x @ lax.stop_gradient(p["w"]), refused="no rule"),
+  "scaled": Program(lambda p, x: x @ (0.5 * p["w"]), refused="no rule for mul"),
+  "reshaped": Program(
+    lambda p, x: x @ p["w"].reshape(11, 15),
+    {"w": normal(11, 3, 5)},
+    {"w": "ioo"},
+    refused="no rule for reshape",
+  ),
+  "sliced": Program(lambda p, x: x @ p["w"][:, :6], refused="no rule for slice"),
+  "one of a stack": Program(
+    lambda p, x: x @ p["w"][1], STACK, STACK_ROLES, refused="no rule for slice"
+  ),
+  "one of a stack, traced": Program(
+    lambda p, x: x @ p["w"][jnp.argmax(x[0]) % 3], STACK, STACK_ROLES, refused="dynamic_slice"
+  ),
+  "rows of a stack": Program(
+    lambda p, i: p["w"][i], STACK, STACK_ROLES, jnp.array([0, 2]), "rows of a stack"
+  ),
+  "single elements": Program(lambda p, i: p["w"][i, i], x=jnp.arange(3), refused="whole rows"),
+  "cast to integers": Program(
+    lambda p, x: x @ p["w"].astype(jnp.int32), {"w": 9 * normal(11, 13)}, refused="int32"
+  ),
+  "stacks exchanged": Program(
+    lambda p, x: jnp.einsum("jad,jadk->jak", x, p["w"].transpose(1, 0, 2, 3)),
+    {"w": normal(2, 3, 11, 13)},
+    {"w": "ssio"},
+    normal(3, 2, 11),
+    "exchanges stack axes",
+  ),
+  "convolution": Program(
+    convolve, {"w": normal(5, 3, 7)}, {"w": "oio"}, normal(2, 9, 3), "conv_general_dilated"
+  ),
+  "convolution, strided and dilated": Program(
+    functools.partial(convolve, strides=2, dilation=2),
+    {"w": normal(3, 3, 5, 7)},
+    {"w": "iiio"},
+    normal(2, 9, 9, 5),
+    "conv_general_dilated",
+  ),
+  "convolution, depthwise": Program(
+    functools.partial(convolve, groups=6),
+    {"w": normal(3, 3, 1, 6)},
+    {"w": "iiio"},
+    normal(2, 5, 5, 6),
+    "conv_general_dilated",
+  ),
+  "experts by ragged_dot": Program(
+    experts, STACK, STACK_ROLES, normal(5, 11), "no rule for ragged_dot_general"
+  ),
+  "the weight itself": Program(lambda p, x: (p["w"], x @ p["w"]), refused="returns the weight"),
+  # Functions that hold functions
+  "jit": Program(jax.jit(dense)),
+  "jit in jit": Program(jax.jit(lambda p, x: jax.jit(dense)(p, x) * jax.jit(jnp.sum)(x))),
+  "jit that only casts": Program(lambda p, x: x @ jax.jit(lambda w: w.astype(x.dtype).T)(p["w"]).T),
+  "named scope": Program(jax.named_scope("layer")(dense)),
+  "remat": Program(jax.checkpoint(up_down), LAYER, LAYER_ROLES),
+  "remat, products saved": Program(
+    jax.checkpoint(up_down, policy=REMAT.dots_saveable), LAYER, LAYER_ROLES
+  ),
+  "remat, products without a batch saved": Program(
+    jax.checkpoint(up_down, policy=REMAT.dots_with_no_batch_dims_saveable), LAYER, LAYER_ROLES
+  ),
+  "remat, named values saved": Program(
+    jax.checkpoint(
+      lambda p, x: checkpoint_name(dense(p, x), "hidden") @ p["w"].T,
+      policy=REMAT.save_only_these_names("hidden"),
+    )
+  ),
+  "remat in remat": Program(jax.checkpoint(jax.checkpoint(up_down)), LAYER, LAYER_ROLES),
+  "scan over layers": Program(scanned, LAYERS, LAYERS_ROLES),
+  "scan, reversed and unrolled": Program(
+    functools.partial(scanned, reverse=True, unroll=2), LAYERS, LAYERS_ROLES
+  ),
+  "scan of a remat": Program(
+    functools.partial(scanned, body=jax.checkpoint(up_down)), LAYERS, LAYERS_ROLES
+  ),
+  "remat of a scan": Program(jax.checkpoint(scanned), LAYERS, LAYERS_ROLES),
+  "scan, layers on a middle axis": Program(
+    lambda p, x: scanned(jax.tree.map(lambda w: jnp.moveaxis(w, 1, 0), p), x),
+    {"up": normal(11, 3, 13), "down": normal(13, 3, 11)},
+    {"up": "iso", "down": "iso"},
+  ),
+  "nested scan": Program(nested_scan, NESTED, NESTED_ROLES),
+  "scan with one weight for all steps": Program(
+    lambda p, x: lax.scan(lambda h, u: (up_down(p, h) + u, h[0]), x[0], x), LAYER, LAYER_ROLES
+  ),
+  "scan with the weights in its carry": Program(
+    lambda p, x: lax.scan(lambda s, u: ((s[0], up_down(s[0], s[1]) + u), s[1]), (p, x[0]), x)[0][1],
+    LAYER,
+    LAYER_ROLES,
+  ),
+  "scan over rows of a weight": Program(
+    lambda p, x: lax.scan(lambda h, row: (h + row, None), jnp.zeros(13), p["w"])[0] + jnp.sum(x),
+    refused="no stack",
+  ),
+  "scan that returns slices": Program(
+    lambda p, x: lax.scan(lambda h, w: (h + jnp.sum(jnp.sin(h @ w)), w.T), x, p["w"]),
+    STACK,
+    STACK_ROLES,
+    refused="returns a slice",
+  ),
+  "scan that changes weights": Program(
+    shrinking_params, LAYER, LAYER_ROLES, refused="a loop changes it"
+  ),
+  "loop that turns into a weight": Program(becomes_params, refused="the weight itself"),
+  "loop that exchanges weights": Program(
+    exchanged_params,
+    {"first": normal(11, 11), "second": normal(11, 11) + 1},
+    {"first": "io", "second": "io"},
+    refused="a loop changes it",
+  ),
+  "fori": Program(functools.partial(loop, body=up_down), LAYER, LAYER_ROLES),
+  "fori with the weights in its carry": Program(loop_with_params, LAYER, LAYER_ROLES),
+  "while": Program(growing, LAYER, LAYER_ROLES, reverse=False),
+  "while with the weights in its carry": Program(
+    growing_with_params, LAYER, LAYER_ROLES, reverse=False
+  ),
+  "while with a weight in its condition": Program(condition_on_params, reverse=False),
+  "cond": Program(
+    lambda p, x: lax.cond(jnp.sum(x) > 0, lambda p: x @ p["w"], lambda p: -(x @ p["w"]), p)
+  ),
+  "switch": Program(
+    functools.partial(branches, index=2),
+    {"up": normal(11, 13), "down": normal(13, 11), "bias": normal(13)},
+    LAYER_ROLES,
+  ),
+  "cond that returns a weight": Program(
+    chosen_weight,
+    {"first": normal(11, 13), "second": normal(11, 13) + 1},
+    {"first": "io", "second": "io"},
+    refused="a branch returns",
+  ),
+  "custom_jvp": Program(wrong_jvp(dense), refused="custom_jvp"),
+  "custom_vjp": Program(wrong_vjp(dense), refused="custom_vjp"),
+  "custom_vjp of activations": Program(lambda p, x: wrong_vjp(jnp.sin)(x @ p["w"])),
+  "relu": Program(lambda p, x: jax.nn.relu(x @ p["w"])),
+  "shard_map": Program(on_mesh, refused="no rule for shard_map"),
+  # Transformations inside
+  "vmap inside": Program(lambda p, x: jax.vmap(lambda row: dense(p, row))(x)),
+  "vmap over a stack": Program(jax.vmap(dense, (0, None)), STACK, STACK_ROLES),
+  "vmap over columns of the input": Program(jax.vmap(dense, (None, 1), 1), W, IO, normal(11, 3)),
+  "grad inside": Program(lambda p, x: jax.grad(lambda x: jnp.sum(dense(p, x) ** 2))(x)),
+  "grad by the weights inside": Program(
+    lambda p, x: jax.grad(lambda p: jnp.sum(dense(p, x) ** 2))(p)
+  ),
+  "training step inside": Program(trained_inside, refused="no rule"),
+  "jvp inside": Program(lambda p, x: jax.jvp(lambda x: dense(p, x), (x,), (jnp.cos(x),))),
+  "jacfwd inside": Program(lambda p, x: jax.jacfwd(lambda t: dense(p, t @ x))(x[:, 0])),
+  "jacrev inside": Program(lambda p, x: jax.jacrev(lambda x: dense(p, x)[:2])(x[0])),
+  "hessian inside": Program(lambda p, x: jax.hessian(lambda t: jnp.sum(dense(p, t @ x)))(x[:, 0])),
+  "hessian product inside": Program(hessian_product),
+  "linearize inside": Program(linearized),
+  # Trees
+  "tuples, lists and None": Program(
+    lambda p, x: x @ p[0][1] + p[2]["bias"],
+    ([None, normal(11, 13)], None, {"bias": normal(13)}),
+    {"0/1": "io"},
+  ),
+  "FrozenDict": Program(
+    dense,
+    flax.core.freeze(W | {"unused": {"kernel": normal(5, 7)}}),
+    {"w": "io", "unused/kernel": "io"},
+  ),
+  "integers and a random key": Program(noisy, W | {"key": jax.random.key(0), "step": jnp.int32(7)}),
+  "a bare leaf": Program(lambda w, x: x @ w, normal(11, 13), {"": "io"}),
+  "no weight": Program(dense, roles={}),
+}
