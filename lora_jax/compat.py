@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
+from jax import lax
 from jax.extend.core import primitives
 
 # Higher-order primitives whose names have moved between releases.
@@ -16,6 +18,25 @@ remat_p = primitives.remat_p
 cond_p = primitives.cond_p
 while_p = primitives.while_p
 scan_p = primitives.scan_p
+
+
+def _primitive_of(f, *avals: jax.ShapeDtypeStruct) -> jex.Primitive:
+  """The primitive that a public function binds, where no public module names it."""
+  return jax.make_jaxpr(f)(*avals).eqns[0].primitive
+
+
+def _on_mesh(x):
+  mesh = jax.sharding.AbstractMesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+  return jax.shard_map(lambda x: x, mesh=mesh, in_specs=jax.P(), out_specs=jax.P())(x)
+
+
+ragged_dot_general_p = _primitive_of(
+  lax.ragged_dot,
+  jax.ShapeDtypeStruct((1, 1), jnp.float32),
+  jax.ShapeDtypeStruct((1, 1, 1), jnp.float32),
+  jax.ShapeDtypeStruct((1,), jnp.int32),
+)
+shard_map_p = _primitive_of(_on_mesh, jax.ShapeDtypeStruct((1,), jnp.float32))
 
 
 def bind_unchanged(eqn: jex.JaxprEqn, args: list[Any]) -> list[Any]:

@@ -8,8 +8,10 @@ the result is again one. It raises `NotFactored` where only the full array will 
 (`control_flow.py`).
 """
 
+import jax.numpy as jnp
 from jax.extend.core import primitives
 
+from lora_jax import compat
 from lora_jax.weights import NotFactored, base, is_weight
 
 
@@ -22,29 +24,108 @@ def dot_general(
   )  # fmt: skip
 
 
-def gather(
-  operand, indices, *, dimension_numbers, slice_sizes, indices_are_sorted, unique_indices, mode,
-  fill_value, **_
+def conv_general_dilated(
+  x, kernel, *, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers,
+  feature_group_count, batch_group_count, precision, preferred_element_type, **_,
 ):  # fmt: skip
-  if is_weight(indices):
-    raise NotFactored("the weight is used as an index")
-  return base.gather(
-    operand, indices, dimension_numbers=dimension_numbers, slice_sizes=slice_sizes, mode=mode,
-    indices_are_sorted=indices_are_sorted, unique_indices=unique_indices, fill_value=fill_value,
+  return base.conv_general_dilated(
+    x, kernel, window_strides=window_strides, padding=padding, lhs_dilation=lhs_dilation,
+    rhs_dilation=rhs_dilation, dimension_numbers=dimension_numbers, precision=precision,
+    feature_group_count=feature_group_count, batch_group_count=batch_group_count,
+    preferred_element_type=preferred_element_type,
   )  # fmt: skip
 
 
-def transpose(w, *, permutation, **_):
-  return base.transpose(w, permutation)
+def ragged_dot_general(
+  lhs, rhs, group_sizes, *, ragged_dot_dimension_numbers, precision, preferred_element_type, **_
+):  # fmt: skip
+  return base.ragged_dot_general(
+    lhs, rhs, group_sizes, ragged_dot_dimension_numbers=ragged_dot_dimension_numbers,
+    precision=precision, preferred_element_type=preferred_element_type,
+  )  # fmt: skip
+
+
+def gather(
+  operand, indices, *, dimension_numbers, slice_sizes, indices_are_sorted, unique_indices, mode,
+  fill_value, **_,
+):  # fmt: skip
+  if is_weight(indices):
+    raise NotFactored("the weight is used as an index")
+  return base.call(
+    "gather", operand, indices, dimension_numbers=dimension_numbers, slice_sizes=slice_sizes,
+    mode=mode, indices_are_sorted=indices_are_sorted, unique_indices=unique_indices,
+    fill_value=fill_value,
+  )  # fmt: skip
 
 
 def convert_element_type(w, *, new_dtype, **_):
   return base.astype(w, new_dtype)
 
 
+def transpose(w, *, permutation, **_):
+  return base.call("transpose", w, permutation)
+
+
+def reshape(w, *, new_sizes, dimensions, **_):
+  if dimensions is not None:
+    raise NotFactored("the reshape transposes as well")
+  return base.call("reshape", w, new_sizes)
+
+
+def squeeze(w, *, dimensions, **_):
+  return base.call("squeeze", w, dimensions)
+
+
+def broadcast_in_dim(w, *dynamic_sizes, shape, broadcast_dimensions, **_):
+  if dynamic_sizes:
+    raise NotFactored("the sizes of the broadcast are not static")
+  return base.call("broadcast_in_dim", w, shape, broadcast_dimensions)
+
+
+def slice_(w, *, start_indices, limit_indices, strides, **_):
+  return base.call("slice", w, start_indices, limit_indices, strides)
+
+
+def dynamic_slice(w, *start_indices, slice_sizes, **_):
+  if any(map(is_weight, start_indices)):
+    raise NotFactored("the weight is used as an index")
+  return base.call("dynamic_slice", w, start_indices, slice_sizes)
+
+
+def mul(x, y, **_):
+  w, c = (x, y) if is_weight(x) else (y, x)
+  return _scaled(w, c)
+
+
+def div(x, y, **_):
+  if is_weight(y):
+    raise NotFactored("it is what is divided by")
+  return _scaled(x, 1 / y)
+
+
+def neg(w, **_):
+  return _scaled(w, -1)
+
+
+def _scaled(w, c):
+  if is_weight(c) or jnp.ndim(c):
+    raise NotFactored("it is multiplied by more than a single number")
+  return base.scaled(w, c)
+
+
 RULES = {
   primitives.dot_general_p: dot_general,
+  primitives.conv_general_dilated_p: conv_general_dilated,
+  compat.ragged_dot_general_p: ragged_dot_general,
   primitives.gather_p: gather,
-  primitives.transpose_p: transpose,
   primitives.convert_element_type_p: convert_element_type,
+  primitives.transpose_p: transpose,
+  primitives.reshape_p: reshape,
+  primitives.squeeze_p: squeeze,
+  primitives.broadcast_in_dim_p: broadcast_in_dim,
+  primitives.slice_p: slice_,
+  primitives.dynamic_slice_p: dynamic_slice,
+  primitives.mul_p: mul,
+  primitives.div_p: div,
+  primitives.neg_p: neg,
 }

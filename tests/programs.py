@@ -298,19 +298,29 @@ PROGRAMS = {
   "function of the weight": Program(lambda p, x: x @ jnp.sin(p["w"]), refused="no rule for sin"),
   "norm of the weight": Program(lambda p, x: x @ p["w"] + jnp.sum(p["w"] ** 2), refused="no rule"),
   "stop_gradient": Program(lambda p, x: x @ lax.stop_gradient(p["w"]), refused="no rule"),
-  "scaled": Program(lambda p, x: x @ (0.5 * p["w"]), refused="no rule for mul"),
-  "reshaped": Program(
-    lambda p, x: x @ p["w"].reshape(11, 15),
-    {"w": normal(11, 3, 5)},
-    {"w": "ioo"},
-    refused="no rule for reshape",
+  "scaled": Program(lambda p, x: x @ (0.5 * p["w"])),
+  "scaled by a traced number": Program(lambda p, x: x @ (-p["w"] / (1 + x[0, 0] ** 2))),
+  "multiplied by a mask": Program(
+    lambda p, x: x @ (p["w"] * (jnp.arange(13) % 2)), refused="more than a single number"
   ),
-  "sliced": Program(lambda p, x: x @ p["w"][:, :6], refused="no rule for slice"),
-  "one of a stack": Program(
-    lambda p, x: x @ p["w"][1], STACK, STACK_ROLES, refused="no rule for slice"
+  "axes joined": Program(
+    lambda p, x: x @ p["w"].reshape(11, 15), {"w": normal(11, 3, 5)}, {"w": "ioo"}
   ),
+  "axes split": Program(
+    lambda p, x: jnp.einsum("bi,ihe->bhe", x, p["w"].reshape(11, 3, 5)), {"w": normal(11, 15)}
+  ),
+  "axes of ones": Program(lambda p, x: x @ p["w"][:, None].reshape(1, 11, 1, 13)[0, :, 0]),
+  "axes of two roles joined": Program(
+    lambda p, x: x @ p["w"].reshape(-1)[:11], refused="mixes axes of different roles"
+  ),
+  "sliced": Program(lambda p, x: x @ p["w"][:, :6]),
+  "every second row": Program(lambda p, x: x @ p["w"][1::2], x=normal(3, 5)),
+  "one of a stack": Program(lambda p, x: x @ p["w"][1], STACK, STACK_ROLES),
   "one of a stack, traced": Program(
-    lambda p, x: x @ p["w"][jnp.argmax(x[0]) % 3], STACK, STACK_ROLES, refused="dynamic_slice"
+    lambda p, x: x @ p["w"][jnp.argmax(x[0]) % 3], STACK, STACK_ROLES
+  ),
+  "one weight for every row": Program(
+    lambda p, x: jnp.einsum("bd,bdk->bk", x, jnp.broadcast_to(p["w"], (3, 11, 13)))
   ),
   "rows of a stack": Program(
     lambda p, i: p["w"][i], STACK, STACK_ROLES, jnp.array([0, 2]), "rows of a stack"
@@ -324,28 +334,36 @@ PROGRAMS = {
     {"w": normal(2, 3, 11, 13)},
     {"w": "ssio"},
     normal(3, 2, 11),
-    "exchanges stack axes",
   ),
-  "convolution": Program(
-    convolve, {"w": normal(5, 3, 7)}, {"w": "oio"}, normal(2, 9, 3), "conv_general_dilated"
-  ),
+  "convolution": Program(convolve, {"w": normal(5, 3, 7)}, {"w": "iio"}, normal(2, 9, 3)),
   "convolution, strided and dilated": Program(
     functools.partial(convolve, strides=2, dilation=2),
     {"w": normal(3, 3, 5, 7)},
     {"w": "iiio"},
     normal(2, 9, 9, 5),
-    "conv_general_dilated",
   ),
   "convolution, depthwise": Program(
     functools.partial(convolve, groups=6),
     {"w": normal(3, 3, 1, 6)},
     {"w": "iiio"},
     normal(2, 5, 5, 6),
-    "conv_general_dilated",
   ),
-  "experts by ragged_dot": Program(
-    experts, STACK, STACK_ROLES, normal(5, 11), "no rule for ragged_dot_general"
+  "convolution, grouped": Program(
+    functools.partial(convolve, groups=2),
+    {"w": normal(3, 3, 2, 6)},
+    {"w": "iiio"},
+    normal(2, 5, 5, 4),
   ),
+  "convolution in three dimensions": Program(
+    convolve, {"w": normal(2, 3, 2, 3, 7)}, {"w": "iiiio"}, normal(2, 4, 4, 4, 3)
+  ),
+  "convolution, the channels first": Program(
+    lambda p, x: lax.conv_general_dilated(x, p["w"].astype(x.dtype), (2,), "VALID"),
+    {"w": normal(7, 3, 5)},
+    {"w": "oii"},
+    normal(2, 3, 9),
+  ),
+  "experts by ragged_dot": Program(experts, STACK, STACK_ROLES, normal(5, 11)),
   "the weight itself": Program(lambda p, x: (p["w"], x @ p["w"]), refused="returns the weight"),
   # Functions that hold functions
   "jit": Program(jax.jit(dense)),
@@ -433,7 +451,7 @@ PROGRAMS = {
   "custom_vjp": Program(wrong_vjp(dense), refused="custom_vjp"),
   "custom_vjp of activations": Program(lambda p, x: wrong_vjp(jnp.sin)(x @ p["w"])),
   "relu": Program(lambda p, x: jax.nn.relu(x @ p["w"])),
-  "shard_map": Program(on_mesh, refused="no rule for shard_map"),
+  "shard_map": Program(on_mesh),
   # Transformations inside
   "vmap inside": Program(lambda p, x: jax.vmap(lambda row: dense(p, row))(x)),
   "vmap over a stack": Program(jax.vmap(dense, (0, None)), STACK, STACK_ROLES),

@@ -18,7 +18,8 @@ A new kind of weight is one file with one frozen dataclass, registered as a pytr
         return self.w * self.c
 
       def dot_general(self, other, dimension_numbers, *, weight_is_lhs, **params):
-        ...
+        operands = (self.w, other) if weight_is_lhs else (other, self.w)
+        return self.c * dot_general(*operands, dimension_numbers, **params)
 
 The shape and dtype of a Weight are derived from its children, never stored: `vmap`, `scan` and
 `shard_map` change the children behind its back.
@@ -79,21 +80,9 @@ class Weight:
     """Whether slicing every child along its leading axis slices the weight along its own."""
     return False
 
-  def dot_general(self, other, dimension_numbers, *, weight_is_lhs: bool, **params):
-    """`lax.dot_general` of this weight with an array, this weight on the side that is told."""
-    raise NotFactored(f"{type(self).__name__} has no factored product")
-
-  def gather(self, indices, **params):
-    """`lax.gather` with this weight as the operand."""
-    raise NotFactored(f"{type(self).__name__} has no factored gather")
-
-  def transpose(self, permutation: tuple[int, ...]) -> "Weight":
-    """`lax.transpose` as a Weight."""
-    raise NotFactored(f"{type(self).__name__} has no factored transpose")
-
-  def astype(self, dtype) -> "Weight":
-    """The weight whose array has another dtype."""
-    raise NotFactored(f"{type(self).__name__} has no factored cast")
+  def partition_specs(self, spec: jax.sharding.PartitionSpec) -> "Weight":
+    """This weight with a PartitionSpec in the place of every array, derived from its own."""
+    raise NotFactored(f"{type(self).__name__} does not say how its parts are sharded")
 
   def __jax_array__(self):
     raise TypeError(
@@ -113,30 +102,55 @@ def materialize(tree: PyTree) -> PyTree:
   return jax.tree.map(lambda x: x.materialize() if is_weight(x) else x, tree, is_leaf=is_weight)
 
 
-# Each of these accepts an array or a Weight, so that a Weight can hold another as its base.
+# What follows accepts arrays and Weights alike, so that a Weight can hold another as its base.
+
+
+def call(op: str, operand, *args, **params):
+  """`lax.<op>` of an array, or the method of that name of a Weight.
+
+  Raises:
+    NotFactored: when the kind of weight has no such method.
+  """
+  if not is_weight(operand):
+    return getattr(lax, op)(operand, *args, **params)
+  if not hasattr(operand, op):
+    raise NotFactored(f"{type(operand).__name__} has no factored form of {op}")
+  return getattr(operand, op)(*args, **params)
 
 
 def dot_general(lhs, rhs, dimension_numbers, **params):
+  """`lax.dot_general`; a Weight's method is told on which side it stands."""
   if is_weight(lhs) and is_weight(rhs):
     raise NotFactored("both operands of the product are weights")
   if is_weight(lhs):
-    return lhs.dot_general(rhs, dimension_numbers, weight_is_lhs=True, **params)
+    return call("dot_general", lhs, rhs, dimension_numbers, weight_is_lhs=True, **params)
   if is_weight(rhs):
-    return rhs.dot_general(lhs, dimension_numbers, weight_is_lhs=False, **params)
+    return call("dot_general", rhs, lhs, dimension_numbers, weight_is_lhs=False, **params)
   return lax.dot_general(lhs, rhs, dimension_numbers, **params)
 
 
-def gather(operand, indices, **params):
-  if is_weight(operand):
-    return operand.gather(indices, **params)
-  return lax.gather(operand, indices, **params)
+def conv_general_dilated(x, kernel, **params):
+  """`lax.conv_general_dilated`; a Weight's method takes the input first."""
+  if is_weight(x):
+    raise NotFactored("the weight is what is convolved, not the kernel")
+  if is_weight(kernel):
+    return call("conv_general_dilated", kernel, x, **params)
+  return lax.conv_general_dilated(x, kernel, **params)
 
 
-def transpose(operand, permutation):
-  if is_weight(operand):
-    return operand.transpose(permutation)
-  return lax.transpose(operand, permutation)
+def ragged_dot_general(lhs, rhs, group_sizes, **params):
+  """`lax.ragged_dot_general`; a Weight's method takes the rows first."""
+  if is_weight(lhs) or is_weight(group_sizes):
+    raise NotFactored("the weight is not the stack of matrices")
+  if is_weight(rhs):
+    return call("ragged_dot_general", rhs, lhs, group_sizes, **params)
+  return lax.ragged_dot_general(lhs, rhs, group_sizes, **params)
 
 
 def astype(operand, dtype):
   return operand.astype(dtype)
+
+
+def scaled(operand, c):
+  """The operand times a number."""
+  return operand.scaled(c) if is_weight(operand) else operand * c

@@ -1,14 +1,15 @@
-"""LowRank: `w + scale * a @ b`, contracted, gathered and transposed in factored form.
+"""LowRank: `w + scale * a @ b`, contracted, convolved, gathered and sliced in factored form.
 
 Which axes of `w` are what is said by `roles`, one letter an axis: `i` for an input, `o` for an
 output, `s` for a stack (layers, experts). Leading stack axes need no letter, so a weight keeps its
 roles when `scan` or `vmap` slices it. The factors hold the stack axes first:
 
-    w (d, k)             roles "io"    a (d, r)          b (r, k)
-    w (L, d, k)          roles "io"    a (L, d, r)       b (L, r, k)         layers stacked by scan
-    w (d, heads, dim)    roles "ioo"   a (d, r)          b (r, heads, dim)   a query projection
-    w (heads, dim, k)    roles "iio"   a (heads, dim, r) b (r, k)            the projection back
-    w (d, L, k)          roles "iso"   a (L, d, r)       b (L, r, k)         stacked on axis 1
+    w (d, k)             roles "io"    a (d, r)            b (r, k)
+    w (L, d, k)          roles "io"    a (L, d, r)         b (L, r, k)       layers stacked by scan
+    w (d, heads, dim)    roles "ioo"   a (d, r)            b (r, heads, dim) a query projection
+    w (heads, dim, k)    roles "iio"   a (heads, dim, r)   b (r, k)          the projection back
+    w (h, w, c, k)       roles "iiio"  a (h, w, c, r)      b (r, k)          a convolution
+    w (d, L, k)          roles "iso"   a (L, d, r)         b (L, r, k)       stacked on axis 1
 
 Source: Hu et al. 2021, LoRA, arXiv 2106.09685, section 4.1.
 """
@@ -24,8 +25,16 @@ from jax import lax
 
 from lora_jax.weights import base
 from lora_jax.weights.base import NotFactored, Weight
-
-Labels = str  # one letter an axis, as in einsum
+from lora_jax.weights.factors import (
+  RANK,
+  Labels,
+  factor_axes,
+  factor_labels,
+  labels,
+  per_factor,
+  permuted,
+  reshaped_roles,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -70,13 +79,19 @@ class LowRank(Weight):
     frozen = jax.tree.map(lambda _: False, self.w)
     return dataclasses.replace(self, w=frozen, a=True, b=True)
 
+  def partition_specs(self, spec):
+    """Each axis of a factor is sharded as the axis of w that it is; the rank is not."""
+    a, b = per_factor(self.all_roles, (*spec, *[None] * (self.ndim - len(spec))), None)
+    w = self.w.partition_specs(spec) if base.is_weight(self.w) else spec
+    return dataclasses.replace(self, w=w, a=jax.P(*a), b=jax.P(*b))
+
   def delta(self) -> jax.Array:
     """`scale * a @ b` in w's axes, in at least float32."""
-    labels = _labels(self.all_roles, string.ascii_lowercase)
-    a, b = _factor_labels(labels, self.all_roles)
+    w = labels(self.ndim)
+    a, b = factor_labels(w, self.all_roles)
     dtype = jnp.promote_types(self.dtype, jnp.float32)
     product = jnp.einsum(
-      f"{a},{b}->{labels}", self.a.astype(dtype), self.b.astype(dtype), precision="highest"
+      f"{a},{b}->{w}", self.a.astype(dtype), self.b.astype(dtype), precision="highest"
     )
     return self.scale * product
 
@@ -85,92 +100,180 @@ class LowRank(Weight):
     delta = self.delta()
     return (w.astype(delta.dtype) + delta).astype(w.dtype)
 
-  def astype(self, dtype):
-    # The factors keep their precision: they are cast where they are used.
-    return dataclasses.replace(self, w=base.astype(self.w, dtype))
-
-  def transpose(self, permutation):
-    roles = self.all_roles
-    moved = [n for n in permutation if roles[n] == "s"]
-    if moved != sorted(moved):
-      raise NotFactored("the transpose exchanges stack axes")
-    a, b = (
-      _permute_factor(f, roles, role, permutation) for f, role in ((self.a, "i"), (self.b, "o"))
-    )
-    roles = "".join(roles[n] for n in permutation).lstrip("s")
-    return dataclasses.replace(self, w=base.transpose(self.w, permutation), a=a, b=b, roles=roles)
+  # ---- what is contracted
 
   def dot_general(self, other, dimension_numbers, *, weight_is_lhs, precision=None, **params):
-    if not jnp.issubdtype(other.dtype, jnp.inexact):
-      raise NotFactored(f"the other operand is {other.dtype}")
     lhs, rhs = (self.w, other) if weight_is_lhs else (other, self.w)
     y = base.dot_general(lhs, rhs, dimension_numbers, precision=precision, **params)
-    other_labels, weight_labels, out_labels = _dot_labels(
-      other.ndim, self.ndim, dimension_numbers, weight_is_lhs
-    )
-    delta = _low_rank_product(
-      other, other_labels, self.a, self.b, self.scale, weight_labels, self.all_roles, out_labels,
-      precision,
+    other_labels, out_labels = _dot_labels(other.ndim, self.ndim, dimension_numbers, weight_is_lhs)
+    x = other.astype(jnp.promote_types(other.dtype, self.dtype))  # it may be of integers
+    delta = _low_rank_product(self, x, other_labels, out_labels, precision)
+    return y + delta.astype(y.dtype)
+
+  def conv_general_dilated(
+    self, x, *, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers,
+    feature_group_count, batch_group_count, precision, preferred_element_type,
+  ):  # fmt: skip
+    """A convolution to `rank` channels with a as its kernel, then b at every position."""
+    roles = self.all_roles
+    lhs_spec, rhs_spec, out_spec = dimension_numbers
+    if batch_group_count != 1:
+      raise NotFactored("the convolution has batch groups")
+    if any(roles[n] != ("o" if n == rhs_spec[0] else "i") for n in range(self.ndim)):
+      raise NotFactored(f"the roles {roles!r} of its axes are not those of the convolution")
+    params = {
+      "window_strides": window_strides, "padding": padding, "lhs_dilation": lhs_dilation,
+      "rhs_dilation": rhs_dilation, "precision": precision,
+      "preferred_element_type": preferred_element_type,
+    }  # fmt: skip
+    y = base.conv_general_dilated(
+      x, self.w, dimension_numbers=dimension_numbers, feature_group_count=feature_group_count,
+      batch_group_count=1, **params,
     )  # fmt: skip
+    # Batch and features first, in every array; each group of features is a batch of its own, since
+    # all of them are read by the same a.
+    x = lax.transpose(x, lhs_spec)
+    batch, features, *spatial = x.shape
+    groups = feature_group_count
+    x = x.reshape(batch * groups, features // groups, *spatial)
+    axes = factor_axes(roles)[0]
+    kernel = lax.transpose(self.a, [axes.index(None), *(axes.index(n) for n in rhs_spec[1:])])
+    h = lax.conv_general_dilated(x, kernel.astype(x.dtype), dimension_numbers=None, **params)
+    h = (self.scale * h).astype(x.dtype).reshape(batch, groups, *h.shape[1:])
+    b = self.b.reshape(self.b.shape[0], groups, -1).astype(x.dtype)
+    where = "xyzuvw"[: len(spatial)]
+    delta = jnp.einsum(f"ngr{where},rgk->ngk{where}", h, b, precision=precision)
+    delta = delta.reshape(batch, -1, *delta.shape[3:])
+    delta = lax.transpose(delta, [out_spec.index(n) for n in range(len(out_spec))])
+    return y + delta.astype(y.dtype)
+
+  def ragged_dot_general(self, lhs, group_sizes, *, ragged_dot_dimension_numbers, **params):
+    """Each group of rows by its own matrix of the stack, as experts are applied."""
+    d = ragged_dot_dimension_numbers
+    (_, rhs_c), (lhs_b, rhs_b) = d.dot_dimension_numbers
+    if self.all_roles != "sio" or (*d.rhs_group_dimensions, *rhs_c) != (0, 1) or lhs_b or rhs_b:
+      raise NotFactored("only rows by a stack of (in, out) matrices are multiplied by group")
+    y = base.ragged_dot_general(lhs, self.w, group_sizes, ragged_dot_dimension_numbers=d, **params)
+    params = params | {"ragged_dot_dimension_numbers": d, "preferred_element_type": None}
+    h = lax.ragged_dot_general(lhs, self.a.astype(lhs.dtype), group_sizes, **params)
+    last = dataclasses.replace(d, dot_dimension_numbers=(((h.ndim - 1,), rhs_c), ((), ())))
+    params["ragged_dot_dimension_numbers"] = last
+    h = (self.scale * h).astype(lhs.dtype)
+    delta = lax.ragged_dot_general(h, self.b.astype(lhs.dtype), group_sizes, **params)
     return y + delta.astype(y.dtype)
 
   def gather(self, indices, *, dimension_numbers, slice_sizes, fill_value=None, **params):
     """Rows along one axis: `w[ids] + scale * a[ids] @ b`, as an embedding is looked up."""
     d = dimension_numbers
-    if (
-      d.operand_batching_dims
-      or len(d.collapsed_slice_dims) != 1
-      or d.start_index_map != d.collapsed_slice_dims
-      or any(
-        size != full
-        for n, (size, full) in enumerate(zip(slice_sizes, self.shape, strict=True))
-        if n not in d.collapsed_slice_dims
-      )
-    ):
+    axis = d.collapsed_slice_dims[0] if len(d.collapsed_slice_dims) == 1 else None
+    full = [n == axis or size == self.shape[n] for n, size in enumerate(slice_sizes)]
+    if axis is None or d.operand_batching_dims or d.start_index_map != (axis,) or not all(full):
       raise NotFactored("only whole rows along one axis are gathered in factored form")
-    (axis,) = d.collapsed_slice_dims
     roles = self.all_roles
     if "s" in roles:
       raise NotFactored("the rows of a stack of weights are gathered")
-    labels = _labels(roles, string.ascii_lowercase)
-    gathered, other = (self.a, self.b) if roles[axis] == "i" else (self.b, self.a)
-    gathered_labels, other_labels = _factor_labels(labels, roles)
-    if roles[axis] == "o":
-      gathered_labels, other_labels = other_labels, gathered_labels
-    rows = base.gather(
-      self.w, indices, dimension_numbers=d, slice_sizes=slice_sizes, fill_value=fill_value, **params
+    rows = base.call(
+      "gather",
+      self.w,
+      indices,
+      dimension_numbers=d,
+      slice_sizes=slice_sizes,
+      fill_value=fill_value,
+      **params,
     )
+    names = labels(self.ndim)
+    picked, other = (self.a, self.b) if roles[axis] == "i" else (self.b, self.a)
+    picked_labels, other_labels = factor_labels(names, roles)[:: 1 if roles[axis] == "i" else -1]
     # A row out of bounds takes its fill value from w alone, so the factor's is zero.
-    row_axis = gathered_labels.index(labels[axis])
-    picked = _take_rows(gathered, indices, row_axis, fill_value=0, **params)
-    row_labels = gathered_labels.replace(labels[axis], "")
+    picked = _take_rows(picked, indices, picked_labels.index(names[axis]), fill_value=0, **params)
     batch = string.ascii_uppercase[: rows.ndim - (self.ndim - 1)]
-    offsets = iter(labels.replace(labels[axis], ""))
-    batches = iter(batch)
+    offsets, batches = iter(names.replace(names[axis], "")), iter(batch)
     out = "".join(next(offsets if n in d.offset_dims else batches) for n in range(rows.ndim))
-    delta = jnp.einsum(f"{batch}{row_labels},{other_labels}->{out}", picked * self.scale, other)
+    delta = jnp.einsum(
+      f"{batch}{picked_labels.replace(names[axis], '')},{other_labels}->{out}",
+      picked * self.scale,
+      other,
+    )
     return rows + delta.astype(rows.dtype)
 
+  # ---- what stays a weight
 
-def _labels(roles: str, alphabet: str) -> Labels:
-  """A letter for each axis; `r` stays free for the rank."""
-  return "".join(c for c in alphabet if c != "r")[: len(roles)]
+  def astype(self, dtype):
+    if not jnp.issubdtype(dtype, jnp.inexact):
+      raise NotFactored(f"a cast to {dtype} rounds the sum, not its terms")
+    # The factors keep their precision: they are cast where they are used.
+    return dataclasses.replace(self, w=base.astype(self.w, dtype))
 
+  def transpose(self, permutation):
+    a, b, roles = permuted(self.all_roles, permutation)
+    return self._with(
+      base.call("transpose", self.w, permutation),
+      lax.transpose(self.a, a),
+      lax.transpose(self.b, b),
+      roles,
+    )
 
-def _factor_labels(labels: Labels, roles: str) -> tuple[Labels, Labels]:
-  """The labels of a and b, given those of w's axes."""
-  of = {role: "".join(c for c, x in zip(labels, roles, strict=True) if x == role) for role in "sio"}
-  return of["s"] + of["i"] + "r", of["s"] + "r" + of["o"]
+  def reshape(self, new_sizes):
+    roles = reshaped_roles(self.all_roles, self.shape, new_sizes)
+    if roles is None:
+      raise NotFactored(f"the reshape to {tuple(new_sizes)} mixes axes of different roles")
+    a, b = per_factor(roles, new_sizes, self.a.shape[-1])
+    w = base.call("reshape", self.w, new_sizes)
+    return self._with(w, self.a.reshape(a), self.b.reshape(b), roles)
 
+  def squeeze(self, dimensions):
+    kept = [n for n in range(self.ndim) if n not in dimensions]
+    roles = "".join(self.all_roles[n] for n in kept)
+    a, b = per_factor(roles, [self.shape[n] for n in kept], self.a.shape[-1])
+    return self._with(
+      base.call("squeeze", self.w, dimensions), self.a.reshape(a), self.b.reshape(b), roles
+    )
 
-def _permute_factor(factor, roles: str, role: str, permutation):
-  """The factor whose own axes follow the new order of w's axes of that role."""
-  before = [n for n, x in enumerate(roles) if x == role]
-  after = [before.index(n) for n in permutation if roles[n] == role]
-  stack = roles.count("s")
-  first = stack + (1 if role == "o" else 0)  # b holds its rank before its own axes
-  order = [*range(first), *(first + n for n in after), *range(first + len(after), factor.ndim)]
-  return lax.transpose(factor, order)
+  def broadcast_in_dim(self, shape, broadcast_dimensions):
+    if any(shape[d] != size for d, size in zip(broadcast_dimensions, self.shape, strict=True)):
+      raise NotFactored("an axis of size one is repeated")
+    roles = ["s"] * len(shape)  # a new axis is a stack
+    for d, role in zip(broadcast_dimensions, self.all_roles, strict=True):
+      roles[d] = role
+    roles = "".join(roles)
+    before, after = factor_axes(self.all_roles), factor_axes(roles)
+    factors = []
+    for x, old, new in zip((self.a, self.b), before, after, strict=True):
+      sizes = [x.shape[old.index(None)] if n is None else shape[n] for n in new]
+      where = [new.index(None if n is None else broadcast_dimensions[n]) for n in old]
+      factors.append(lax.broadcast_in_dim(x, sizes, where))
+    w = base.call("broadcast_in_dim", self.w, shape, broadcast_dimensions)
+    return self._with(w, *factors, roles)
+
+  def slice(self, start_indices, limit_indices, strides):
+    strides = strides or (1,) * self.ndim
+    bounds = list(zip(start_indices, limit_indices, strides, strict=True))
+    a, b = (
+      lax.slice(x, *zip(*each, strict=True))
+      for x, each in zip(
+        (self.a, self.b), per_factor(self.all_roles, bounds, (0, self.a.shape[-1], 1)), strict=True
+      )
+    )
+    w = base.call("slice", self.w, start_indices, limit_indices, strides)
+    return self._with(w, a, b, self.all_roles)
+
+  def dynamic_slice(self, start_indices, slice_sizes):
+    bounds = list(zip(start_indices, slice_sizes, strict=True))
+    zero = jnp.zeros_like(jnp.asarray(start_indices[0]))
+    a, b = (
+      lax.dynamic_slice(x, *zip(*each, strict=True))
+      for x, each in zip(
+        (self.a, self.b), per_factor(self.all_roles, bounds, (zero, self.a.shape[-1])), strict=True
+      )
+    )
+    w = base.call("dynamic_slice", self.w, start_indices, slice_sizes)
+    return self._with(w, a, b, self.all_roles)
+
+  def scaled(self, c):
+    return dataclasses.replace(self, w=base.scaled(self.w, c), b=self.b * c)
+
+  def _with(self, w, a, b, roles: str) -> "LowRank":
+    return dataclasses.replace(self, w=w, a=a, b=b, roles=roles.lstrip("s"))
 
 
 def _take_rows(x, indices, axis: int, fill_value, **params):
@@ -191,25 +294,28 @@ def _take_rows(x, indices, axis: int, fill_value, **params):
   )
 
 
-def _dot_labels(other_ndim: int, weight_ndim: int, dimension_numbers, weight_is_lhs: bool):
-  """Einsum labels (other, weight, result) of a dot_general."""
+def _dot_labels(
+  other_ndim: int, weight_ndim: int, dimension_numbers, weight_is_lhs: bool
+) -> tuple[Labels, Labels]:
+  """Einsum labels of the other operand and of the result of a dot_general.
+
+  The weight's are `labels(weight_ndim)`; upper-case letters are the other operand's own.
+  """
   contracting, batch = dimension_numbers
   if weight_is_lhs:
     contracting, batch = contracting[::-1], batch[::-1]
   (other_c, weight_c), (other_b, weight_b) = contracting, batch
-  weight = _labels("?" * weight_ndim, string.ascii_lowercase)
+  weight = labels(weight_ndim)
   shared = dict(zip((*other_c, *other_b), (*weight_c, *weight_b), strict=True))
   fresh = iter(string.ascii_uppercase)
   other = "".join(weight[shared[n]] if n in shared else next(fresh) for n in range(other_ndim))
   other_free = "".join(c for c in other if c.isupper())
   weight_free = "".join(c for n, c in enumerate(weight) if n not in (*weight_c, *weight_b))
   free = weight_free + other_free if weight_is_lhs else other_free + weight_free
-  return other, weight, "".join(weight[n] for n in weight_b) + free
+  return other, "".join(weight[n] for n in weight_b) + free
 
 
-def _low_rank_product(
-  x, x_labels, a, b, scale, weight_labels, roles, out_labels, precision
-) -> jax.Array:  # fmt: skip
+def _low_rank_product(weight: LowRank, x, x_labels: Labels, out_labels: Labels, precision):
   """The contraction of x with `scale * a @ b`, by two thin products; no operand is w's size.
 
   Two things are done for the backward pass, and left to autodiff otherwise, so that `jvp`, `vmap`
@@ -218,37 +324,39 @@ def _low_rank_product(
 
   - The factors are used rank-major, [r, ...], behind an optimisation barrier. The gradient of `a`
     is then formed as `dhᵀ x`, an [r, d] array, 5 to 20 times faster than `xᵀ dh`, which XLA would
-    otherwise make of it by folding the transpose back into the product.
+    otherwise make of it by folding the transpose back into the product. The barrier stands on the
+    flat array, which has one layout only: through any other, XLA hands the layout of the transposed
+    gradient on to a batched product, and its CPU compiler aborts the process.
   - The rows of the rank-sized h are flattened to one axis before the second product, or the
     gradient of `b` is contracted over two axes with its operands the slow way round.
   """
-  a_labels, b_labels = _factor_labels(weight_labels, roles)
-  rank_major = a_labels.replace("r", "")
+  roles = weight.all_roles
+  a_labels, b_labels = factor_labels(labels(weight.ndim), roles)
   stacks = roles.count("s")
-  rank_major = a_labels[:stacks] + "r" + rank_major[stacks:]
-  a = jnp.einsum(f"{a_labels}->{rank_major}", a.astype(x.dtype))
-  a = lax.optimization_barrier(a)
-  b = b.astype(x.dtype)
-  contracted = {c for c in x_labels if c not in out_labels}
-  in_labels = set(a_labels[stacks:]) - {"r"}
-  first, second = ((a, rank_major), (b, b_labels))
-  if not contracted & in_labels:
-    first, second = second, first
+  rank_major = a_labels[:stacks] + RANK + a_labels[stacks:-1]
+  a = jnp.einsum(f"{a_labels}->{rank_major}", weight.a.astype(x.dtype))
+  a = lax.optimization_barrier(a.ravel()).reshape(a.shape)
+  b = weight.b.astype(x.dtype)
 
-  # h: [the stacks that stay, the rows, what the second product contracts]
-  union = x_labels + "".join(c for c in first[1] if c not in x_labels)
-  kept = [c for c in union if c in out_labels or c in second[1]]
-  batch = "".join(c for c in kept if c in out_labels and c in second[1])
-  rows = "".join(c for c in kept if c not in second[1])
-  inner = "".join(c for c in kept if c in second[1] and c not in out_labels)
+  # x meets the factor that it is contracted with first.
+  (first, first_labels), (second, second_labels) = (a, rank_major), (b, b_labels)
+  if not {c for c in x_labels if c not in out_labels} & set(rank_major[stacks + 1 :]):
+    (first, first_labels), (second, second_labels) = (b, b_labels), (a, rank_major)
+
+  # h: [the stacks that stay, rows, what the second product contracts]
+  union = x_labels + "".join(c for c in first_labels if c not in x_labels)
+  kept = [c for c in union if c in out_labels or c in second_labels]
+  batch = "".join(c for c in kept if c in out_labels and c in second_labels)
+  rows = "".join(c for c in kept if c not in second_labels)
+  inner = "".join(c for c in kept if c in second_labels and c not in out_labels)
   h = jnp.einsum(
-    f"{x_labels},{first[1]}->{batch}{rows}{inner}", x, first[0], precision=precision,
+    f"{x_labels},{first_labels}->{batch}{rows}{inner}", x, first, precision=precision,
     preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
   )  # fmt: skip
-  h = (scale * h).astype(x.dtype)
+  h = (weight.scale * h).astype(x.dtype)
   row_shape = h.shape[len(batch) : len(batch) + len(rows)]
   h = h.reshape(*h.shape[: len(batch)], math.prod(row_shape), *h.shape[len(batch) + len(rows) :])
-  free = "".join(c for c in second[1] if c in out_labels and c not in batch)
-  y = jnp.einsum(f"{batch}Z{inner},{second[1]}->{batch}Z{free}", h, second[0], precision=precision)
+  free = "".join(c for c in second_labels if c in out_labels and c not in batch)
+  y = jnp.einsum(f"{batch}Z{inner},{second_labels}->{batch}Z{free}", h, second, precision=precision)
   y = y.reshape(*y.shape[: len(batch)], *row_shape, *y.shape[len(batch) + 1 :])
   return jnp.einsum(f"{batch}{rows}{free}->{out_labels}", y)
