@@ -75,6 +75,11 @@ flags.register_validator(
   lambda ranks: ranks and all(rank.isdecimal() and int(rank) for rank in ranks),
   "--ranks takes positive whole numbers, as in --ranks=1,8,64",
 )
+flags.register_validator(
+  "output",
+  lambda path: path is None or Path(path).absolute().parent.is_dir(),
+  "--output names a file in a folder that exists",
+)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -84,6 +84,7 @@ def test_pytorch_s_rows_are_left_out_of_a_model_that_it_does_not_have():
     (["--rows=theirs"], "--rows takes some of floor, full"),
     (["--ranks=8,0"], "--ranks takes positive whole numbers"),
     (["--rounds=1"], "rounds"),
+    (["--output=no/such/folder/results.md"], "a folder that exists"),
     (["--model=huge"], "small|smollm2|llama1b|tiny"),
   ],
 )
