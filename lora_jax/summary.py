@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lora_jax import transform, tree
 from lora_jax.adapters import LoRA
@@ -88,7 +89,7 @@ def _size(x) -> int:
   """How many numbers an array, a Weight or a tree holds."""
   if hasattr(x, "shape"):
     return math.prod(x.shape)
-  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(x))
+  return sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(x))
 
 
 def _spec(spec) -> str:

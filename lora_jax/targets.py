@@ -22,13 +22,16 @@ PyTree = Any
 
 # What the presets go by when no traced axes tell: the names that Flax, Haiku and PyTorch give.
 _KERNEL = re.compile(r"(.*/)?(kernel|w|weight)")
-_ATTENTION = re.compile(r"(^|.*[/_])(self_?|cross_?)?att(n|ention)([/_].*|$)", re.IGNORECASE)
-_MLP = re.compile(r"(^|.*[/_])(mlp|ffn|ff|feed_?forward|intermediate)([/_].*|$)", re.IGNORECASE)
+_ATTENTION = re.compile(r"(.*/)?([^/]*(attn|attention)[^/]*|att)(/.*)?", re.IGNORECASE)
+_MLP = re.compile(r"(.*/)?([^/]*(mlp|ffn|feed_?forward|intermediate)[^/]*|ff)(/.*)?", re.IGNORECASE)
 # Contracted leaves that are no layers of the body: what reads tokens in and out, and what routes.
 _APART = re.compile(
   r"(^|.*/)(embed\w*|\w*embed|\w*embeddings?|wte|wpe|head|\w*_head|router|\w*_router)(/.*|$)",
   re.IGNORECASE,
 )
+
+# A layer that is only convolved or gathered is no linear one.
+_PRODUCTS = frozenset({"dot_general", "ragged_dot_general"})
 
 PRESETS = ("all-linear", "attention", "mlp")
 
@@ -46,8 +49,8 @@ def match(
       is a regular expression for the whole path, or a preset: "all-linear" (every linear layer
       but embeddings, heads and routers), "attention" and "mlp" (those of them in such blocks).
       The spec None leaves a leaf as it is.
-    axes: what `trace_axes` found. With it the presets take what the model contracts, whatever its
-      name; without it they go by the usual names of kernels.
+    axes: what `trace_axes` found. With it the presets take what the model multiplies by, whatever
+      the name; without it they go by the usual names of kernels.
 
   Raises:
     ValueError: when a pattern matches no leaf (the nearest paths are listed), or matches one that
@@ -80,11 +83,7 @@ def match(
 
 def _select(pattern: str, leaves: Mapping[str, Any], axes) -> list[str]:
   if pattern not in PRESETS:
-    try:
-      regex = re.compile(pattern)
-    except re.error as error:
-      raise ValueError(f"the pattern {pattern!r} is no regular expression: {error}") from None
-    return [path for path in leaves if regex.fullmatch(path)]
+    return tree.matching(pattern, leaves)
   linear = [path for path in leaves if _is_linear(path, leaves[path], axes)]
   block = {"attention": _ATTENTION, "mlp": _MLP}.get(pattern)
   return [path for path in linear if block is None or block.fullmatch(path)]
@@ -95,11 +94,13 @@ def _is_linear(path: str, leaf, axes) -> bool:
     return False
   if axes is None:
     return _KERNEL.fullmatch(path) is not None
-  return bool(axes[path].roles)
+  return bool(axes[path].roles) and _PRODUCTS.intersection(axes[path].uses) != set()
 
 
 def _unfit(leaf) -> str | None:
   """Why a leaf cannot be adapted, or None."""
+  if not hasattr(leaf, "shape"):
+    return f"it is no array but {leaf!r}"
   if len(leaf.shape) < 2:
     return f"its shape {tuple(leaf.shape)} has fewer than two axes"
   if not jnp.issubdtype(leaf.dtype, jnp.floating):

@@ -7,7 +7,6 @@ merged   = merge(params, adapters)         # plain arrays again
 """
 
 import hashlib
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -92,13 +91,12 @@ def trainable_mask(weights: PyTree, also: Iterable[str] = ()) -> PyTree:
       expression for the whole path.
 
   Raises:
-    ValueError: when a pattern matches no leaf, or one that is a Weight.
+    ValueError: when a pattern matches no leaf, or one that is a Weight, or is none.
   """
-  patterns = {pattern: re.compile(pattern) for pattern in also}
   leaves = tree.flatten(weights, is_leaf=is_weight)
   full = set()
-  for pattern, regex in patterns.items():
-    hits = [path for path in leaves if regex.fullmatch(path)]
+  for pattern in also:
+    hits = tree.matching(pattern, leaves)
     if not hits:
       raise ValueError(f"the pattern {pattern!r} of leaves to train in full matches no leaf")
     for path in hits:

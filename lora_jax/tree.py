@@ -7,7 +7,8 @@ dataclasses, NNX states, tuples):
     {'block_0/attn/query/kernel': 1.0}
 """
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -46,6 +47,19 @@ def map_with_path(
   return jax.tree_util.tree_map_with_path(
     lambda key_path, leaf: f(path_string(key_path), leaf), tree, is_leaf=is_leaf
   )
+
+
+def matching(pattern: str, paths: Iterable[str]) -> list[str]:
+  """The paths that a regular expression matches as a whole.
+
+  Raises:
+    ValueError: when the pattern is no regular expression.
+  """
+  try:
+    regex = re.compile(pattern)
+  except re.error as error:
+    raise ValueError(f"the pattern {pattern!r} is no regular expression: {error}") from None
+  return [path for path in paths if regex.fullmatch(path)]
 
 
 def replace(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:

@@ -54,9 +54,7 @@ class LoRA:
     Raises:
       ValueError: when the rank exceeds that of the kernel.
     """
-    stack, inputs, outputs = (
-      tuple(size for size, x in zip(w.shape, roles, strict=True) if x == role) for role in "sio"
-    )
+    stack, inputs, outputs = _sizes(w.shape, roles)
     fan_in, fan_out = math.prod(inputs), math.prod(outputs)
     if self.rank > min(fan_in, fan_out):
       raise ValueError(
@@ -85,14 +83,38 @@ class LoRAAdapter:
   roles: str = dataclasses.field(metadata={"static": True})
 
   def attach(self, w, path: str) -> LowRank:
-    """The Weight that stands for `w + scale * a @ b`."""
+    """The Weight that stands for `w + scale * a @ b`.
+
+    Raises:
+      ValueError: when the factors are not those of a leaf of w's shape.
+    """
+    if not self._fits(tuple(w.shape)):
+      raise ValueError(
+        f"{path}: the adapter's factors {self.a.shape} and {self.b.shape}, for a leaf of the roles "
+        f"{self.roles!r}, do not fit {tuple(w.shape)}; it was made for another model"
+      )
     return LowRank(w=w, a=self.a, b=self.b, scale=self.scale, roles=self.roles, path=path)
 
   def detach(self, weight: LowRank) -> "LoRAAdapter":
     """This adapter with the factors of a weight that it was attached as."""
     return dataclasses.replace(self, a=weight.a, b=weight.b)
 
+  def _fits(self, shape: tuple[int, ...]) -> bool:
+    roles = self.roles.rjust(len(shape), "s")
+    if len(roles) != len(shape):
+      return False
+    stack, inputs, outputs = _sizes(shape, roles)
+    rank = self.a.shape[-1]
+    return self.a.shape == (*stack, *inputs, rank) and self.b.shape == (*stack, rank, *outputs)
+
   def unmerge(self, merged, path: str) -> jax.Array:
     """The base of which `merged` is the merge: `merged - scale * a @ b`, in at least float32."""
     delta = self.attach(merged, path).delta()
     return (merged.astype(delta.dtype) - delta).astype(merged.dtype)
+
+
+def _sizes(shape, roles: str) -> tuple[tuple[int, ...], ...]:
+  """The sizes of the stacked, the input and the output axes."""
+  return tuple(
+    tuple(size for size, x in zip(shape, roles, strict=True) if x == role) for role in "sio"
+  )
