@@ -28,11 +28,13 @@ from lora_jax.weights.base import NotFactored, Weight
 from lora_jax.weights.factors import (
   RANK,
   Labels,
+  contract,
   factor_axes,
   factor_labels,
   labels,
   per_factor,
   permuted,
+  reordered,
   reshaped_roles,
 )
 
@@ -334,29 +336,36 @@ def _low_rank_product(weight: LowRank, x, x_labels: Labels, out_labels: Labels, 
   a_labels, b_labels = factor_labels(labels(weight.ndim), roles)
   stacks = roles.count("s")
   rank_major = a_labels[:stacks] + RANK + a_labels[stacks:-1]
-  a = jnp.einsum(f"{a_labels}->{rank_major}", weight.a.astype(x.dtype))
+  a = reordered(weight.a.astype(x.dtype), a_labels, rank_major)
   a = lax.optimization_barrier(a.ravel()).reshape(a.shape)
   b = weight.b.astype(x.dtype)
 
-  # x meets the factor that it is contracted with first.
-  (first, first_labels), (second, second_labels) = (a, rank_major), (b, b_labels)
-  if not {c for c in x_labels if c not in out_labels} & set(rank_major[stacks + 1 :]):
-    (first, first_labels), (second, second_labels) = (b, b_labels), (a, rank_major)
+  sizes = dict(zip(x_labels + rank_major + b_labels, x.shape + a.shape + b.shape, strict=True))
+
+  def left_by(first_labels: Labels, second_labels: Labels) -> list[str]:
+    union = x_labels + "".join(c for c in first_labels if c not in x_labels)
+    return [c for c in union if c in out_labels or c in second_labels]
+
+  # x meets first the factor that leaves the smaller h.
+  orders = [((a, rank_major), (b, b_labels)), ((b, b_labels), (a, rank_major))]
+  (first, first_labels), (second, second_labels) = min(
+    orders, key=lambda order: math.prod(sizes[c] for c in left_by(order[0][1], order[1][1]))
+  )
 
   # h: [the stacks that stay, rows, what the second product contracts]
-  union = x_labels + "".join(c for c in first_labels if c not in x_labels)
-  kept = [c for c in union if c in out_labels or c in second_labels]
+  kept = left_by(first_labels, second_labels)
   batch = "".join(c for c in kept if c in out_labels and c in second_labels)
   rows = "".join(c for c in kept if c not in second_labels)
   inner = "".join(c for c in kept if c in second_labels and c not in out_labels)
-  h = jnp.einsum(
-    f"{x_labels},{first_labels}->{batch}{rows}{inner}", x, first, precision=precision,
-    preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+  precise = jnp.promote_types(x.dtype, jnp.float32)
+  h = contract(
+    x, x_labels, first, first_labels, batch + rows + inner, precision=precision,
+    preferred_element_type=precise,
   )  # fmt: skip
   h = (weight.scale * h).astype(x.dtype)
-  row_shape = h.shape[len(batch) : len(batch) + len(rows)]
-  h = h.reshape(*h.shape[: len(batch)], math.prod(row_shape), *h.shape[len(batch) + len(rows) :])
+  split = h.shape[: len(batch)], h.shape[len(batch) : len(batch) + len(rows)]
+  h = h.reshape(*split[0], math.prod(split[1]), *h.shape[len(batch) + len(rows) :])
   free = "".join(c for c in second_labels if c in out_labels and c not in batch)
-  y = jnp.einsum(f"{batch}Z{inner},{second_labels}->{batch}Z{free}", h, second, precision=precision)
-  y = y.reshape(*y.shape[: len(batch)], *row_shape, *y.shape[len(batch) + 1 :])
-  return jnp.einsum(f"{batch}{rows}{free}->{out_labels}", y)
+  y = contract(h, f"{batch}Z{inner}", second, second_labels, f"{batch}Z{free}", precision=precision)
+  y = y.reshape(*split[0], *split[1], *y.shape[len(batch) + 1 :])
+  return reordered(y, batch + rows + free, out_labels)
