@@ -126,6 +126,11 @@ def _step(eqn, ins, found) -> list:
     for view, contracted, stacks in zip(ins, contracting, batch, strict=True):
       _note(found, view, "dot_general", inputs=contracted, stacks=stacks)
     return []
+  if eqn.primitive is compat.ragged_dot_general_p and ins[1] is not None:
+    d = params["ragged_dot_dimension_numbers"]
+    (_, contracted), (_, stacks) = d.dot_dimension_numbers
+    _note(found, ins[1], "ragged_dot_general", contracted, (*stacks, *d.rhs_group_dimensions))
+    return []
   if eqn.primitive is primitives.gather_p and ins[0] is not None:
     numbers = params["dimension_numbers"]
     _note(found, ins[0], "gather", numbers.start_index_map, numbers.operand_batching_dims)

@@ -4,6 +4,7 @@ Only public names are used (`jax.core`, `jax.extend.core`); the private ones are
 libraries of this kind stop importing.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -20,23 +21,26 @@ while_p = primitives.while_p
 scan_p = primitives.scan_p
 
 
-def _primitive_of(f, *avals: jax.ShapeDtypeStruct) -> jex.Primitive:
-  """The primitive that a public function binds, where no public module names it."""
-  return jax.make_jaxpr(f)(*avals).eqns[0].primitive
+def _equation(f, *avals: jax.ShapeDtypeStruct) -> jex.JaxprEqn:
+  """The equation of a public function whose primitive no public module names."""
+  return jax.make_jaxpr(f)(*avals).eqns[0]
 
 
 def _on_mesh(x):
   mesh = jax.sharding.AbstractMesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-  return jax.shard_map(lambda x: x, mesh=mesh, in_specs=jax.P(), out_specs=jax.P())(x)
+  vary = functools.partial(lax.pcast, axis_name="x", to="varying")
+  return jax.shard_map(vary, mesh=mesh, in_specs=jax.P(), out_specs=jax.P("x"))(x)
 
 
-ragged_dot_general_p = _primitive_of(
+ragged_dot_general_p = _equation(
   lax.ragged_dot,
   jax.ShapeDtypeStruct((1, 1), jnp.float32),
   jax.ShapeDtypeStruct((1, 1, 1), jnp.float32),
   jax.ShapeDtypeStruct((1,), jnp.int32),
-)
-shard_map_p = _primitive_of(_on_mesh, jax.ShapeDtypeStruct((1,), jnp.float32))
+).primitive
+_mapped = _equation(_on_mesh, jax.ShapeDtypeStruct((1,), jnp.float32))
+shard_map_p = _mapped.primitive
+pvary_p = _mapped.params["jaxpr"].eqns[0].primitive
 
 
 def bind_unchanged(eqn: jex.JaxprEqn, args: list[Any]) -> list[Any]:

@@ -8,7 +8,10 @@ the result is again one. It raises `NotFactored` where only the full array will 
 (`control_flow.py`).
 """
 
+import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import primitives
 
 from lora_jax import compat
@@ -107,6 +110,18 @@ def neg(w, **_):
   return _scaled(w, -1)
 
 
+def stop_gradient(w, **_):
+  return jax.tree.map(lax.stop_gradient, w)
+
+
+def name(w, *, name, **_):
+  return jax.tree.map(lambda leaf: checkpoint_name(leaf, name), w)
+
+
+def pvary(w, *, axes, **_):
+  return jax.tree.map(lambda leaf: lax.pcast(leaf, axes, to="varying"), w)
+
+
 def _scaled(w, c):
   if is_weight(c) or jnp.ndim(c):
     raise NotFactored("it is multiplied by more than a single number")
@@ -128,4 +143,7 @@ RULES = {
   primitives.mul_p: mul,
   primitives.div_p: div,
   primitives.neg_p: neg,
+  primitives.stop_gradient_p: stop_gradient,
+  primitives.name_p: name,
+  compat.pvary_p: pvary,
 }

@@ -297,7 +297,8 @@ PROGRAMS = {
   # Without a factored form: materialised, or refused
   "function of the weight": Program(lambda p, x: x @ jnp.sin(p["w"]), refused="no rule for sin"),
   "norm of the weight": Program(lambda p, x: x @ p["w"] + jnp.sum(p["w"] ** 2), refused="no rule"),
-  "stop_gradient": Program(lambda p, x: x @ lax.stop_gradient(p["w"]), refused="no rule"),
+  "stop_gradient": Program(lambda p, x: x @ lax.stop_gradient(p["w"])),
+  "named": Program(lambda p, x: x @ checkpoint_name(p["w"], "kernel")),
   "scaled": Program(lambda p, x: x @ (0.5 * p["w"])),
   "scaled by a traced number": Program(lambda p, x: x @ (-p["w"] / (1 + x[0, 0] ** 2))),
   "multiplied by a mask": Program(
