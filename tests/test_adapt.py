@@ -1,14 +1,16 @@
 """The law of `adapt` and its structural twin, over the tables of programs and of weights."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jaxprs import compilations, full_size_values
-from programs import PROGRAMS, Program
+from programs import PROGRAMS, Program, normal
 from tolerances import assert_close
-from weight_table import WEIGHTS, Kind, with_weights
+from weight_table import WEIGHTS, Kind, low_rank, with_weights
 
 import lora_jax
 from lora_jax import adapt, is_weight, materialize
@@ -119,3 +121,221 @@ def test_strict_mode_forms_no_full_size_value_or_says_why_it_would(program, kind
   assert full_size_values(
     jax.grad(adapted_gradient, by), (train, frozen, x), matrices
   ) <= full_size_values(bare_by_x, (x,), matrices)
+
+
+# ---- transformations outside
+
+
+W, X = low_rank(normal(11, 13), "io"), normal(3, 11)
+TWO = [low_rank(W.w, "io", seed=n) for n in (1, 2)]
+STACKED = jax.tree.map(lambda *xs: jnp.stack(xs), *TWO)
+
+
+def dense(p, x):
+  return jnp.sin(x @ p["w"])
+
+
+def total(p, x):
+  return jnp.sum(dense(p, x) ** 2)
+
+
+@pytest.mark.parametrize(
+  "transform",
+  [
+    jax.jacfwd,
+    jax.jacrev,
+    jax.hessian,
+    lambda f, by: lambda p, x: jax.jvp(f, (p, x), jax.tree.map(jnp.cos, (p, x))),
+    lambda f, by: lambda p, x: jax.linearize(f, p, x)[1](*jax.tree.map(jnp.cos, (p, x))),
+    lambda f, by: lambda p, x: jax.vjp(f, p, x)[1](jnp.float32(2)),
+    lambda f, by: jax.grad(lambda p, x: jnp.sum(jax.grad(f, 1)(p, x) ** 2), by),
+    lambda f, by: jax.jit(jax.value_and_grad(jax.checkpoint(f), by)),
+  ],
+  ids=["jacfwd", "jacrev", "hessian", "jvp", "linearize", "vjp", "grad of grad", "jit grad remat"],
+)
+def test_derivatives_of_the_adapted_function_are_those_of_the_dense_one(transform):
+  small = {"w": low_rank(normal(3, 2), "io")}, normal(2, 3)
+  adapted = transform(adapt(total), (0, 1))
+  oracle = transform(lambda p, x: total(materialize(p), x), (0, 1))
+  assert_close(adapted(*small), oracle(*small))
+
+
+def test_many_adapters_are_applied_by_vmap_to_one_base_each_with_its_gradient():
+  axes = ({"w": dataclasses.replace(W, w=None, a=0, b=0)}, None)
+  adapters = {"w": dataclasses.replace(STACKED, w=W.w)}
+
+  for f in (adapt(dense), jax.grad(adapt(total))):
+    expected = jax.tree.map(lambda *xs: jnp.stack(xs), *(f({"w": w}, X) for w in TWO))
+    assert_close(jax.jit(jax.vmap(f, axes))(adapters, X), expected)
+
+
+def test_many_adapters_on_one_base_form_no_full_size_value_for_any_of_them():
+  axes = ({"w": dataclasses.replace(W, w=None, a=0, b=0)}, None)
+  adapters = {"w": dataclasses.replace(STACKED, w=W.w)}
+  mapped = jax.vmap(adapt(dense, strict=True), axes)
+  assert full_size_values(mapped, (adapters, X), {(11, 13)}) == 0
+
+
+def test_inputs_are_mapped_by_vmap():
+  actual = jax.vmap(adapt(dense), (None, 0))({"w": W}, X)
+  assert_close(actual, dense({"w": W.materialize()}, X))
+
+
+def test_a_stack_of_weights_is_scanned_and_mapped_outside():
+  def step(x, w):
+    return x, adapt(dense, strict=True)({"w": w}, x)
+
+  expected = jnp.stack([dense({"w": w.materialize()}, X) for w in TWO])
+  assert_close(jax.lax.scan(step, X, STACKED)[1], expected)
+  assert_close(jax.vmap(lambda w: step(X, w)[1])(STACKED), expected)
+
+
+def test_the_shapes_are_found_without_arrays():
+  abstract = jax.eval_shape(lambda: ({"w": W}, X))
+  assert jax.eval_shape(adapt(dense, strict=True), *abstract).shape == (3, 13)
+
+
+def test_an_adapted_function_inside_an_adapted_function_is_no_different():
+  f = adapt(lambda p, x: adapt(dense)(p, x) @ p["w"].T, strict=True)
+  assert_close(f({"w": W}, X), dense({"w": W.materialize()}, X) @ W.materialize().T)
+
+
+# ---- arguments
+
+
+def test_what_is_no_array_reaches_the_function_as_it_is():
+  seen = {}
+
+  def f(p, x, *args, activation, flag, **kwargs):
+    seen.update(args=args, flag=flag, **kwargs)
+    return activation(x @ p["w"]) if flag else x
+
+  y = adapt(f)({"w": W}, X, "text", None, 3, activation=jnp.tanh, flag=True, layers=(1, 2.5))
+  assert seen == {"args": ("text", None, 3), "flag": True, "layers": (1, 2.5)}
+  assert_close(y, jnp.tanh(X @ W.materialize()))
+
+
+def test_weights_may_come_by_keyword_and_in_several_arguments():
+  def f(first, *, second, x):
+    return (x @ first) @ second["w"].T
+
+  y = adapt(f, strict=True)(TWO[0], second={"w": TWO[1]}, x=X)
+  assert_close(y, f(TWO[0].materialize(), second={"w": TWO[1].materialize()}, x=X))
+
+
+def test_numpy_arrays_and_tracers_are_arrays():
+  f = adapt(dense, strict=True)
+  expected = f({"w": W}, X)
+  assert_close(f({"w": jax.tree.map(np.asarray, W)}, np.asarray(X)), expected)
+  assert_close(jax.jit(lambda x: f({"w": W}, x))(X), expected)
+
+
+def test_static_arguments_of_an_outer_jit_stay_static():
+  def f(p, x, power):
+    return sum(x @ p["w"] for _ in range(power))
+
+  adapted = jax.jit(adapt(f), static_argnums=2)
+  assert_close(adapted({"w": W}, X, 3), 3 * X @ W.materialize())
+
+
+def test_without_a_weight_the_function_itself_is_called():
+  def f(x):
+    assert not isinstance(x, jax.core.Tracer)
+    return x
+
+  assert adapt(f)(X) is X
+  assert adapt(dense).__name__ == "dense"
+
+
+def test_a_dropout_key_gives_the_same_noise_as_without_the_transform():
+  def f(p, x, key):
+    return (x * jax.random.bernoulli(key, 0.5, x.shape)) @ p["w"]
+
+  key = jax.random.key(3)
+  assert_close(adapt(f, strict=True)({"w": W}, X, key), f({"w": W.materialize()}, X, key))
+
+
+# ---- errors
+
+
+def test_a_weight_that_the_function_reaches_by_closure_is_a_clear_error():
+  named = W.with_path("block_0/query/kernel")
+  with pytest.raises(
+    TypeError, match=r"block_0/query/kernel: a Weight met a JAX function.*by closure is not seen"
+  ):
+    adapt(lambda p, x: jnp.dot(x, named) + x @ p["w"])({"w": W}, X)
+
+
+@pytest.mark.parametrize(
+  "f", [jnp.dot, jnp.matmul, lambda x, w: x @ w, lambda x, w: x + w, lambda x, w: jnp.sin(w)]
+)
+def test_a_weight_that_meets_a_function_which_was_not_adapted_says_what_to_do(f):
+  for run in (f, jax.jit(f)):
+    with pytest.raises(TypeError, match=r"a Weight met a JAX function.*lora_jax\.adapt\(f\)"):
+      run(X, W)
+
+
+@pytest.mark.parametrize(
+  ("weight", "path"),
+  [(W, "0/block/w"), (W.with_path("block/w"), "block/w")],
+  ids=["by its place among the arguments", "by the path that attach gave it"],
+)
+def test_strict_mode_names_the_weight(weight, path):
+  with pytest.raises(lora_jax.MaterializationError, match=f"^{path}: sin would materialise this"):
+    adapt(lambda p: jnp.sin(p["block"]["w"]), strict=True)({"block": {"w": weight}})
+
+
+def test_strict_mode_names_a_weight_given_by_keyword():
+  with pytest.raises(lora_jax.MaterializationError, match=r"^params/w: sin would"):
+    adapt(lambda params: jnp.sin(params["w"]), strict=True)(params={"w": W})
+
+
+# ---- what users add
+
+
+def test_a_rule_of_the_user_s_own_is_used():
+  def sin(w, **_):
+    return jnp.zeros(w.shape)
+
+  rules = lora_jax.RULES | {jax.lax.sin_p: sin}
+  f = adapt(lambda p: jnp.sin(p["w"]), strict=True, rules=rules)
+  assert_close(f({"w": W}), jnp.zeros((11, 13)))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Diagonal(lora_jax.Weight):
+  """A user's own kind of weight: it says what it is and how it is contracted, no more."""
+
+  d: jax.Array
+  path: str = dataclasses.field(default="", metadata={"static": True})
+
+  def materialize(self):
+    return jnp.diag(self.d)
+
+  def dot_general(self, other, dimension_numbers, *, weight_is_lhs, **params):
+    if weight_is_lhs or dimension_numbers != (((1,), (0,)), ((), ())):
+      raise lora_jax.NotFactored("only x @ w is")
+    return other * self.d
+
+
+def test_a_weight_of_the_user_s_own_kind_is_applied_by_its_methods_and_else_materialized():
+  w = Diagonal(normal(11))
+  assert (w.shape, w.ndim, w.dtype) == ((11, 11), 2, jnp.float32)
+  product = adapt(lambda p, x: x @ p["w"], strict=True)
+  assert full_size_values(product, ({"w": w}, X), {(11, 11)}) == 0
+  assert_close(product({"w": w}, X), X * w.d)
+
+  def transposed(p, x):
+    return x @ p["w"].T
+
+  assert_close(adapt(transposed)({"w": w}, X), X * w.d)
+  with pytest.raises(lora_jax.MaterializationError, match="Diagonal has no factored form of trans"):
+    adapt(transposed, strict=True)({"w": w}, X)
+
+
+def test_a_low_rank_update_of_a_user_s_own_kind_of_weight_is_factored():
+  base = Diagonal(normal(11))
+  w = lora_jax.LowRank(base, normal(11, 2), normal(2, 11))
+  assert_close(adapt(dense, strict=True)({"w": w}, X), dense({"w": w.materialize()}, X))
+  assert not any(jax.tree.leaves(w.trainable().w))
