@@ -1,0 +1,133 @@
+"""The house itself: what imports what, what stays light, and what nothing may touch."""
+
+import ast
+import pathlib
+import re
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+import lora_jax
+
+ROOT = pathlib.Path(__file__).parents[1]
+ROOMS = ("lora_jax", "experiments", "configs", "benchmarks", "notebooks", "tests")
+SOURCES = [
+  path
+  for room in ROOMS
+  for path in sorted((ROOT / room).rglob("*"))
+  if path.suffix in {".py", ".ipynb"}
+]
+
+
+def python(code: str) -> str:
+  """What a fresh interpreter prints."""
+  result = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+  )
+  return result.stdout
+
+
+def test_no_private_part_of_jax_is_used():
+  assert len(SOURCES) > 50
+  private = re.compile(
+    r"\b(jax|jaxlib|flax)(\.\w+)*\._" + r"\w+|from (jax|jaxlib|flax)\S* import _"
+  )
+  assert private.search("from jax._" + "src import core")
+  found = [
+    f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+    for path in SOURCES
+    for number, line in enumerate(path.read_text().splitlines(), 1)
+    if private.search(line)
+  ]
+  assert not found
+
+
+def test_nothing_is_pickled():
+  word = "pick" + "le"
+  loads = re.compile(rf"\b(import|from) {word}|{word}\.loads?|allow_{word}=True")
+  assert loads.search(f"import {word}")
+  assert not [str(path) for path in SOURCES if loads.search(path.read_text())]
+
+
+def test_the_version_of_jax_is_looked_at_in_one_room_only():
+  version = re.compile(r"jax\.__version__|jax\.version")
+  readers = {path.relative_to(ROOT) for path in SOURCES if version.search(path.read_text())}
+  core = {path for path in readers if path.parts[0] == "lora_jax"}
+  assert core <= {pathlib.Path("lora_jax/compat.py")}
+
+
+def test_importing_the_package_imports_nothing_heavy():
+  loaded = python("import sys, lora_jax; print(*sys.modules)").split()
+  heavy = {"optax", "orbax", "torch", "grain", "chex", "transformers", "tokenizers", "flax", "peft"}
+  assert heavy.isdisjoint(name.partition(".")[0] for name in loaded)
+
+
+def test_importing_the_package_adds_little_to_importing_jax_and_flax():
+  code = (
+    "import time, jax, flax; start = time.perf_counter(); import lora_jax;"
+    "print(time.perf_counter() - start)"
+  )
+  assert min(float(python(code)) for _ in range(3)) <= 0.3, "seconds"
+
+
+def test_importing_the_package_starts_no_backend():
+  """A user may still choose devices, or call jax.distributed.initialize."""
+  code = (
+    "import lora_jax, jax; jax.config.update('jax_platforms', 'cpu');"
+    "jax.config.update('jax_num_cpu_devices', 3); print(jax.device_count())"
+  )
+  assert python(code).strip() == "3"
+
+
+def test_every_module_of_the_core_can_be_imported_first():
+  """No module counts on another's having been imported before it."""
+  core = ROOT / "lora_jax"
+  paths = [*core.glob("*.py"), *core.glob("weights/*.py"), *core.glob("adapters/*.py")]
+  names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
+  code = f"""
+import importlib, sys
+for name in {names}:
+  for module in [m for m in sys.modules if m.startswith("lora_jax")]:
+    del sys.modules[module]
+  importlib.import_module(name)
+  print(name)
+"""
+  assert python(code).split() == names
+
+
+def test_the_rooms_import_each_other_in_their_order():
+  lint = pathlib.Path(sys.executable).with_name("lint-imports")
+  result = subprocess.run(
+    [lint, "--config", "setup.cfg", "--no-cache"], capture_output=True, text=True, cwd=ROOT
+  )
+  assert result.returncode == 0, result.stdout
+  assert "0 broken" in result.stdout
+
+
+def test_every_module_says_what_it_is_and_is_read_in_one_sitting():
+  rooms = {"lora_jax", "experiments", "configs", "benchmarks"}
+  modules = [p for p in SOURCES if p.relative_to(ROOT).parts[0] in rooms and p.suffix == ".py"]
+  texts = {str(path.relative_to(ROOT)): path.read_text() for path in modules}
+  assert not [
+    name for name, text in texts.items() if text and not ast.get_docstring(ast.parse(text))
+  ]
+  assert not [name for name, text in texts.items() if len(text.splitlines()) > 400]
+
+
+@pytest.mark.parametrize("category", [DeprecationWarning, FutureWarning])
+def test_a_warning_of_jax_about_our_own_code_is_an_error(category):
+  for module in ("lora_jax.rules", "experiments.train"):
+    with pytest.raises(category):
+      warnings.warn_explicit("jax.old is deprecated", category, "rules.py", 1, module=module)
+
+
+def test_the_public_names_are_there_and_say_what_they_are():
+  public = [name for name in vars(lora_jax) if not name.startswith("_")]
+  expected = {
+    "LoRA", "adapt", "attach", "init", "join", "match", "materialize", "merge", "partition",
+    "summary", "trainable_mask", "trace_axes", "unmerge",
+  }  # fmt: skip
+  assert expected <= set(public)
+  assert not [name for name in expected if not getattr(lora_jax, name).__doc__]
