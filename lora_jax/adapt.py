@@ -115,7 +115,7 @@ def _interpret(eqn, ins, rules, strict, recur) -> list[Any]:
     if eqn.primitive not in rules:
       raise NotFactored(f"there is no rule for {name}")
     outs = rules[eqn.primitive](*ins, evaluate=recur, **eqn.params)
-    return list(outs) if eqn.primitive.multiple_results else [outs]
+    return list(outs) if isinstance(outs, list | tuple) else [outs]
   except NotFactored as reason:
     if strict:
       raise _refusal(next(filter(is_weight, ins)), name, str(reason)) from None

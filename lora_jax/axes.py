@@ -71,7 +71,7 @@ class _View:
   Attributes:
     path: the leaf.
     axes: the leaf's axis behind each axis of the value; None where there is none.
-    stacks: the leaf's axes that a scan has sliced away.
+    stacks: the leaf's axes that a scan or an index has sliced away.
   """
 
   path: str
@@ -81,8 +81,11 @@ class _View:
   def pick(self, order) -> "_View":
     return dataclasses.replace(self, axes=tuple(self.axes[n] for n in order))
 
-  def sliced(self) -> "_View":
-    return dataclasses.replace(self, axes=self.axes[1:], stacks=(*self.stacks, *self.axes[:1]))
+  def without(self, gone) -> "_View":
+    """The view of one slice: the axes that are gone are stacks."""
+    kept = self.pick([n for n in range(len(self.axes)) if n not in gone])
+    stacks = tuple(self.axes[n] for n in gone if self.axes[n] is not None)
+    return dataclasses.replace(kept, stacks=(*self.stacks, *stacks))
 
 
 def _split_arguments(arguments):
@@ -117,8 +120,7 @@ def _step(eqn, ins, found) -> list:
   if eqn.primitive is primitives.transpose_p:
     return [ins[0].pick(params["permutation"])]
   if eqn.primitive is primitives.squeeze_p:
-    gone = params["dimensions"]
-    return [ins[0].pick([n for n in range(len(ins[0].axes)) if n not in gone])]
+    return [ins[0].without(params["dimensions"])]
   if eqn.primitive is primitives.reshape_p:
     return [_reshape(ins[0], eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape)]
   if eqn.primitive is primitives.dot_general_p:
@@ -157,7 +159,7 @@ def _step(eqn, ins, found) -> list:
 
 def _scan(ins, params, found) -> list:
   consts, carry = params["num_consts"], params["num_carry"]
-  xs = [view and view.sliced() for view in ins[consts + carry :]]
+  xs = [view and view.without((0,)) for view in ins[consts + carry :]]
   outs = _follow(params["jaxpr"], [*ins[: consts + carry], *xs], found)
   return [*outs[:carry], *[None] * (len(outs) - carry)]
 
@@ -182,8 +184,11 @@ def _reshape(view, before, after):
 _SAME_AXES = {
   primitives.convert_element_type_p,
   primitives.copy_p,
+  primitives.dynamic_slice_p,
   primitives.neg_p,
   primitives.sharding_constraint_p,
-  primitives.stop_gradient_p,
-  primitives.name_p,
+  primitives.slice_p,
+  compat.stop_gradient_p,
+  compat.name_p,
+  compat.pvary_p,
 }

@@ -67,7 +67,7 @@ def scan(*args, evaluate, jaxpr, num_consts, num_carry, length, reverse, unroll,
 
 
 def shard_map(
-  *args, evaluate, jaxpr, mesh, in_specs, out_specs, check_vma, newly_manual_axes, **_
+  *args, evaluate, jaxpr, mesh, in_specs, out_specs, check_vma, **axes
 ):  # fmt: skip
   def body(*args):
     outs = evaluate(compat.closed(jaxpr), args)
@@ -79,7 +79,7 @@ def shard_map(
   )
   return jax.shard_map(
     body, mesh=mesh, in_specs=specs, out_specs=tuple(out_specs), check_vma=check_vma,
-    axis_names=newly_manual_axes,
+    axis_names=compat.manual_axes(**axes),
   )(*args)  # fmt: skip
 
 

@@ -119,7 +119,7 @@ def name(w, *, name, **_):
 
 
 def pvary(w, *, axes, **_):
-  return jax.tree.map(lambda leaf: lax.pcast(leaf, axes, to="varying"), w)
+  return jax.tree.map(lambda leaf: compat.vary(leaf, axes), w)
 
 
 def _scaled(w, c):
@@ -143,7 +143,7 @@ RULES = {
   primitives.mul_p: mul,
   primitives.div_p: div,
   primitives.neg_p: neg,
-  primitives.stop_gradient_p: stop_gradient,
-  primitives.name_p: name,
+  compat.stop_gradient_p: stop_gradient,
+  compat.name_p: name,
   compat.pvary_p: pvary,
 }
