@@ -13,6 +13,7 @@ from tolerances import assert_close
 
 import lora_jax
 from lora_jax import LoRA, adapt
+from lora_jax import nnx as lora_nnx
 
 KEY = jax.random.key(0)
 SPEC = LoRA(rank=2, alpha=4.0)
@@ -261,3 +262,33 @@ def test_a_plain_function_of_a_tuple_of_arrays_is_adapted():
   adapters = trained(lora_jax.init(KEY, params, specs, axes=axes))
   y = adapt(f, strict=True)(lora_jax.attach(params, adapters), normal(3, 11))
   assert_close(y, f(lora_jax.merge(params, adapters), normal(3, 11)))
+
+
+class Layered(nnx.Module):
+  """A module with a list of layers, a random stream and statistics of its own."""
+
+  def __init__(self, rngs):
+    self.layers = nnx.List([nnx.Linear(11, 11, rngs=rngs) for _ in range(2)])
+    self.norm = nnx.BatchNorm(11, use_running_average=True, rngs=rngs)
+    self.dropout = nnx.Dropout(0.5, rngs=rngs, deterministic=True)
+
+  def __call__(self, x, *, power=1):
+    for layer in self.layers:
+      x = jnp.sin(layer(x))
+    return self.dropout(self.norm(x)) ** power
+
+
+def test_the_helper_for_nnx_takes_a_module_apart_and_writes_a_merge_back():
+  module, x = Layered(nnx.Rngs(0)), normal(3, 11)
+  f, params = lora_nnx.split(module)
+  assert_close(f(params, x, power=2), module(x, power=2), "float32")
+  specs = lora_jax.match(params, [("all-linear", SPEC)])
+  assert list(specs) == ["layers/0/kernel", "layers/1/kernel"]
+  weights = lora_jax.attach(params, trained(lora_jax.init(KEY, params, specs)))
+  before, adapted = module(x), adapt(f, strict=True)(weights, x)
+  assert_close(module(x), before, "float32")  # a pure function changes no module
+  lora_nnx.update(module, lora_jax.materialize(weights))
+  assert_close(module(x), adapted, "float32")
+  assert float(abs(adapted - before).max()) > 1e-2
+  with pytest.raises(ValueError, match="layers"):
+    lora_nnx.update(module, {"layers": {7: {"kernel": params["layers"][0]["kernel"]}}})
