@@ -2,10 +2,11 @@
 
 import pytest
 
-from lora_jax.io import pretrained
-
 
 @pytest.fixture(scope="session")
-def smollm2() -> pretrained.Pretrained:
-  """SmolLM2-135M-Instruct in float32."""
+def smollm2():
+  """SmolLM2-135M-Instruct in float32, a `lora_jax.io.pretrained.Pretrained`."""
+  # Imported here, for the tests of the transform run without what io needs.
+  from lora_jax.io import pretrained
+
   return pretrained.load(pretrained.DEFAULT)
