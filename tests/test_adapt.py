@@ -16,7 +16,17 @@ import lora_jax
 from lora_jax import adapt, is_weight, materialize
 
 all_programs = pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
-all_kinds = pytest.mark.parametrize("kind", WEIGHTS.values(), ids=WEIGHTS)
+
+
+def kinds(*everyday: str):
+  """All rows of the table of weights, those that are not named as slow ones."""
+  return pytest.mark.parametrize(
+    "kind",
+    [
+      pytest.param(kind, id=name, marks=[] if name in everyday else [pytest.mark.slow])
+      for name, kind in WEIGHTS.items()
+    ],
+  )
 
 
 def arguments(program: Program, kind: Kind):
@@ -60,20 +70,14 @@ def differentiate(f, program: Program):
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-@all_kinds
+@kinds("nested", "bfloat16-base")
 @all_programs
 def test_the_adapted_function_of_the_tree_is_the_function_of_the_materialized_tree(program, kind):
   params, x = arguments(program, kind)
   assert_close(adapt(program.f)(params, x), program.f(materialize(params), x), kind.dtype)
 
 
-@pytest.mark.parametrize(
-  "kind",
-  [
-    pytest.param(kind, id=name, marks=[pytest.mark.slow] if name != "float32" else [])
-    for name, kind in WEIGHTS.items()
-  ],
-)
+@kinds("float32")
 @all_programs
 def test_values_and_gradients_under_jit_are_the_oracle_s_and_a_second_call_compiles_nothing(
   program, kind
@@ -87,7 +91,7 @@ def test_values_and_gradients_under_jit_are_the_oracle_s_and_a_second_call_compi
   assert not events
 
 
-@all_kinds
+@kinds(*WEIGHTS)
 @all_programs
 def test_strict_mode_forms_no_full_size_value_or_says_why_it_would(program, kind):
   params, x = arguments(program, kind)
