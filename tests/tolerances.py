@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 
 # Of the difference's norm, relative to that of the expected array. A bfloat16 keeps 8 bits, and a
-# factored product rounds its two thin products where the oracle rounds the sum of the weights.
-TOLERANCES = {"float32": 1e-5, "bfloat16": 4e-2}
+# factored product rounds its two thin products where the oracle rounds the sum of the weights; in
+# a second derivative the oracle itself is 5 % from the float32 one, the factored product 3 %.
+TOLERANCES = {"float32": 1e-5, "bfloat16": 8e-2}
 
 
 def assert_close(actual, expected, dtype: str = "float32") -> None:
