@@ -70,7 +70,7 @@ def differentiate(f, program: Program):
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-@kinds("nested", "bfloat16-base")
+@kinds("bfloat16-base")
 @all_programs
 def test_the_adapted_function_of_the_tree_is_the_function_of_the_materialized_tree(program, kind):
   params, x = arguments(program, kind)

@@ -1,5 +1,7 @@
 """Models of Flax, untouched: Linen, NNX and plain functions, with adapters placed by tracing."""
 
+import functools
+
 import flax.core
 import flax.linen as nn
 import jax
@@ -16,6 +18,8 @@ from lora_jax import LoRA, adapt
 from lora_jax import nnx as lora_nnx
 
 KEY = jax.random.key(0)
+# What is made here is small, and most of the time is the compiler's.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 SPEC = LoRA(rank=2, alpha=4.0)
 
 
@@ -135,12 +139,12 @@ def gradients(f, train, frozen, x):
   def loss(train):
     return jnp.sum(jnp.sin(f(lora_jax.join(train, frozen), x)))
 
-  return jax.jit(jax.grad(loss), compiler_options={"xla_backend_optimization_level": 0})(train)
+  return quick_jit(jax.grad(loss))(train)
 
 
 @pytest.mark.parametrize(("model", "x", "roles", "matrices"), LINEN.values(), ids=LINEN)
 def test_a_linen_model_is_adapted_untouched(model, x, roles, matrices):
-  variables = model.init(KEY, x)
+  variables = quick_jit(model.init)(KEY, x)
   params, rest = variables["params"], {k: v for k, v in variables.items() if k != "params"}
 
   def f(params, x):
@@ -169,7 +173,7 @@ def test_a_linen_model_is_adapted_untouched(model, x, roles, matrices):
 
 def test_dropout_and_batch_statistics_are_as_without_the_transform():
   model, x = Encoder(), normal(2, 4, 11)
-  variables = model.init(KEY, x)
+  variables = quick_jit(model.init)(KEY, x)
   specs = lora_jax.match(variables["params"], [(r"Dense_\d/kernel", SPEC)])
   adapters = trained(lora_jax.init(KEY, variables["params"], specs))
 

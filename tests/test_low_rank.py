@@ -21,7 +21,7 @@ from lora_jax.weights import base
 
 # Each example compiles a program of its own; most of the time is the compiler's.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-few = settings(max_examples=30, deadline=None)
+few = settings(max_examples=20, deadline=None)
 
 
 @st.composite
@@ -115,7 +115,7 @@ class Sized:
     self.shape, self.ndim, self.size = shape, len(shape), math.prod(shape)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_any_chain_of_structural_operations_gives_the_same_operations_of_the_dense_array(data):
   w = data.draw(weights(max_ndim=3))
