@@ -12,7 +12,9 @@ input, a convolution's dimension numbers say the rest. So the function is traced
 """
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -30,7 +32,7 @@ class Axes:
 
   Attributes:
     roles: a letter an axis: `i` input, `o` output, `s` stack. Empty where the function never
-      contracts or gathers the leaf (biases, norm scales) or contracts it in contradictory ways.
+      contracts or gathers the leaf (biases, norm scales), or leaves it no input or no output.
     uses: the primitives that contract or gather the leaf, in order of first use.
   """
 
@@ -58,7 +60,7 @@ def trace_axes(f: Callable, params: PyTree, *args, **kwargs) -> dict[str, Axes]:
 
   jaxpr = jax.make_jaxpr(g)(params, dynamic)
   found = {path: {} for path in leaves}
-  views = [_View(path, tuple(range(len(leaf.shape)))) for path, leaf in leaves.items()]
+  views = [_View(path, tuple((n,) for n in range(len(x.shape)))) for path, x in leaves.items()]
   rest = [None] * (len(jaxpr.jaxpr.invars) - len(views))
   _follow(jaxpr, [*views, *rest], found)
   return {path: _axes(len(leaf.shape), found[path]) for path, leaf in leaves.items()}
@@ -70,12 +72,13 @@ class _View:
 
   Attributes:
     path: the leaf.
-    axes: the leaf's axis behind each axis of the value; None where there is none.
+    axes: the leaf's axes behind each axis of the value: one as a rule, none for a new axis, several
+      for axes that were joined.
     stacks: the leaf's axes that a scan or an index has sliced away.
   """
 
   path: str
-  axes: tuple[int | None, ...]
+  axes: tuple[tuple[int, ...], ...]
   stacks: tuple[int, ...] = ()
 
   def pick(self, order) -> "_View":
@@ -84,7 +87,7 @@ class _View:
   def without(self, gone) -> "_View":
     """The view of one slice: the axes that are gone are stacks."""
     kept = self.pick([n for n in range(len(self.axes)) if n not in gone])
-    stacks = tuple(self.axes[n] for n in gone if self.axes[n] is not None)
+    stacks = tuple(axis for n in gone for axis in self.axes[n])
     return dataclasses.replace(kept, stacks=(*self.stacks, *stacks))
 
 
@@ -117,12 +120,18 @@ def _step(eqn, ins, found) -> list:
   params = eqn.params
   if eqn.primitive in _SAME_AXES:
     return [ins[0]]
+  if eqn.primitive in _PRODUCTS and any(v.aval.ndim == 0 for v in eqn.invars):
+    return [ins[0] or ins[1]]  # times or by a single number
   if eqn.primitive is primitives.transpose_p:
     return [ins[0].pick(params["permutation"])]
   if eqn.primitive is primitives.squeeze_p:
     return [ins[0].without(params["dimensions"])]
   if eqn.primitive is primitives.reshape_p:
     return [_reshape(ins[0], eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape)]
+  if eqn.primitive is primitives.broadcast_in_dim_p:
+    behind = dict(zip(params["broadcast_dimensions"], ins[0].axes, strict=True))
+    axes = tuple(behind.get(n, ()) for n in range(len(params["shape"])))
+    return [dataclasses.replace(ins[0], axes=axes)]
   if eqn.primitive is primitives.dot_general_p:
     contracting, batch = params["dimension_numbers"]
     for view, contracted, stacks in zip(ins, contracting, batch, strict=True):
@@ -167,19 +176,34 @@ def _scan(ins, params, found) -> list:
 def _note(found, view, primitive, inputs, stacks) -> None:
   if view is None:
     return
-  roles = {view.axes[n]: "i" for n in inputs} | {view.axes[n]: "s" for n in stacks}
-  roles |= dict.fromkeys(view.stacks, "s")
+  roles = {axis: "i" for n in inputs for axis in view.axes[n]}
+  roles |= {axis: "s" for n in stacks for axis in view.axes[n]} | dict.fromkeys(view.stacks, "s")
   found[view.path].setdefault(primitive, roles)
 
 
-def _reshape(view, before, after):
-  """The view behind a reshape that only adds or drops axes of size one, else nothing."""
-  kept = [axis for axis, size in zip(view.axes, before, strict=True) if size != 1]
-  if [s for s in before if s != 1] != [s for s in after if s != 1]:
-    return None
-  rest = iter(kept)
-  return dataclasses.replace(view, axes=tuple(None if s == 1 else next(rest) for s in after))
+def _reshape(view: _View, before: Sequence[int], after: Sequence[int]) -> _View:
+  """The view behind a reshape: axes split or joined in one go share what is behind them."""
+  starts, new_starts = (
+    list(itertools.accumulate(x, operator.mul, initial=1)) for x in (before, after)
+  )
+  common = set(starts) & set(new_starts)
 
+  def group(start: int) -> int:
+    return sum(boundary <= start for boundary in common)
+
+  def behind(start: int) -> tuple[int, ...]:
+    old = zip(starts, before, view.axes, strict=False)
+    return tuple(n for s, size, axis in old if size > 1 and group(s) == group(start) for n in axis)
+
+  return dataclasses.replace(
+    view,
+    axes=tuple(
+      behind(start) if size > 1 else () for start, size in zip(new_starts, after, strict=False)
+    ),
+  )
+
+
+_PRODUCTS = {primitives.mul_p, primitives.div_p}
 
 _SAME_AXES = {
   primitives.convert_element_type_p,

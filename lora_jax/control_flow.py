@@ -1,9 +1,9 @@
 """Rules for the primitives that hold functions: jit, remat, cond, while, scan and shard_map.
 
-Each calls the public function again, with Weights passed as the pytrees that they are: a stacked
-Weight slices itself inside `lax.scan`, and nothing here rebuilds a primitive's parameters. What
-has a derivative of its own (`custom_jvp`, `custom_vjp`) has no rule: to look inside would throw the
-author's gradient away, so a Weight that reaches one is materialised.
+Each but jit, which is inlined, calls the public function again, with Weights passed as the pytrees
+that they are: a stacked Weight slices itself inside `lax.scan`, and nothing here rebuilds a
+primitive's parameters. What has a derivative of its own (`custom_jvp`, `custom_vjp`) has no rule:
+to look inside would throw the author's gradient away, so a Weight that reaches one is materialised.
 """
 
 import jax
@@ -14,11 +14,10 @@ from lora_jax.weights import NotFactored, is_weight
 
 
 def jit(*args, evaluate, jaxpr, name, **_):
-  def body(*args):
+  # Not wrapped in a jit again: one made anew here would be compiled anew at every eager call, and
+  # inside another jit it would make no difference.
+  with jax.named_scope(name):
     return evaluate(jaxpr, args)
-
-  body.__name__ = name
-  return jax.jit(body)(*args)
 
 
 def remat(*args, evaluate, jaxpr, policy, prevent_cse, **_):

@@ -120,3 +120,20 @@ def test_linen_s_attention_tells_heads_from_inputs():
   assert {path: a.roles for path, a in axes.items() if path.endswith("kernel")} == {
     "query/kernel": "ioo", "key/kernel": "ioo", "value/kernel": "ioo", "out/kernel": "iio",
   }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ("f", "shape", "inputs", "roles"),
+  [
+    (lambda w, x: jnp.einsum("bd,dhe->bhe", x, w.reshape(4, 3, 5)), (4, 15), (2, 4), "io"),
+    (lambda w, x: x @ w.reshape(4, 15), (4, 3, 5), (2, 4), "ioo"),
+    (lambda w, x: x @ w.reshape(12, 5), (4, 3, 5), (2, 12), "iio"),
+    (lambda w, x: x @ (0.5 * w[:, None].reshape(4, 1, 5)[:, 0]), (4, 5), (2, 4), "io"),
+    (lambda w, x: x @ (w / x[0, 0]), (4, 5), (2, 4), "io"),
+    (lambda w, x: x @ w.reshape(-1)[:4], (4, 5), (2, 4), ""),
+  ],
+  ids=["split", "outputs joined", "inputs joined", "ones and a scale", "divided", "flattened"],
+)
+def test_axes_are_followed_through_reshapes_and_scalings(f, shape, inputs, roles):
+  w, x = (jax.ShapeDtypeStruct(s, jnp.float32) for s in (shape, inputs))
+  assert trace_axes(lambda p, x: f(p["w"], x), {"w": w}, x)["w"].roles == roles

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxprs import equations
+from jaxprs import compilations, equations
 from programs import LAYER, LAYERS, PROGRAMS, dense, normal, scanned, up_down, wrong_jvp, wrong_vjp
 from tolerances import assert_close
 from weight_table import low_rank
@@ -99,13 +99,22 @@ def test_a_weight_that_rides_in_a_carry_is_not_carried():
   assert (3, 11) in carried and (11, 13) not in carried
 
 
-def test_a_jitted_function_stays_a_jitted_function_of_its_name():
+def test_a_jitted_function_is_inlined_under_its_name_and_compiles_nothing_at_a_second_eager_call():
   @jax.jit
   def project(p, x):
     return x @ p["w"]
 
-  jaxpr = jax.make_jaxpr(adapt(lambda p, x: project(p, x)))({"w": W}, X)
-  assert "project" in [e.params.get("name") for e in equations(jaxpr)]
+  f = adapt(lambda p, x: project(p, x))
+  (product,) = [
+    eqn
+    for eqn in equations(jax.make_jaxpr(f)({"w": W}, X))
+    if eqn.primitive.name == "dot_general" and eqn.invars[1].aval.shape == (11, 13)
+  ]
+  assert "project" in str(product.source_info.name_stack)
+  f({"w": W}, X)
+  with compilations() as events:
+    f({"w": W}, X)
+  assert not [event for event in events if "backend_compile" in event]
 
 
 def test_equations_keep_their_named_scope():
