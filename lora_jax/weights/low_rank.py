@@ -15,7 +15,6 @@ Source: Hu et al. 2021, LoRA, arXiv 2106.09685, section 4.1.
 """
 
 import dataclasses
-import math
 import string
 from typing import Any
 
@@ -26,17 +25,14 @@ from jax import lax
 from lora_jax.weights import base
 from lora_jax.weights.base import NotFactored, Weight
 from lora_jax.weights.factors import (
-  RANK,
-  Labels,
-  contract,
   factor_axes,
   factor_labels,
   labels,
   per_factor,
   permuted,
-  reordered,
   reshaped_roles,
 )
+from lora_jax.weights.products import dot_labels, low_rank_product
 
 
 @jax.tree_util.register_dataclass
@@ -107,9 +103,11 @@ class LowRank(Weight):
   def dot_general(self, other, dimension_numbers, *, weight_is_lhs, precision=None, **params):
     lhs, rhs = (self.w, other) if weight_is_lhs else (other, self.w)
     y = base.dot_general(lhs, rhs, dimension_numbers, precision=precision, **params)
-    other_labels, out_labels = _dot_labels(other.ndim, self.ndim, dimension_numbers, weight_is_lhs)
+    other_labels, out_labels = dot_labels(other.ndim, self.ndim, dimension_numbers, weight_is_lhs)
     x = other.astype(jnp.promote_types(other.dtype, self.dtype))  # it may be of integers
-    delta = _low_rank_product(self, x, other_labels, out_labels, precision)
+    delta = low_rank_product(
+      x, other_labels, self.a, self.b, self.all_roles, self.scale, out_labels, precision
+    )
     return y + delta.astype(y.dtype)
 
   def conv_general_dilated(
@@ -294,78 +292,3 @@ def _take_rows(x, indices, axis: int, fill_value, **params):
     fill_value=fill_value,
     **params,
   )
-
-
-def _dot_labels(
-  other_ndim: int, weight_ndim: int, dimension_numbers, weight_is_lhs: bool
-) -> tuple[Labels, Labels]:
-  """Einsum labels of the other operand and of the result of a dot_general.
-
-  The weight's are `labels(weight_ndim)`; upper-case letters are the other operand's own.
-  """
-  contracting, batch = dimension_numbers
-  if weight_is_lhs:
-    contracting, batch = contracting[::-1], batch[::-1]
-  (other_c, weight_c), (other_b, weight_b) = contracting, batch
-  weight = labels(weight_ndim)
-  shared = dict(zip((*other_c, *other_b), (*weight_c, *weight_b), strict=True))
-  fresh = iter(string.ascii_uppercase)
-  other = "".join(weight[shared[n]] if n in shared else next(fresh) for n in range(other_ndim))
-  other_free = "".join(c for c in other if c.isupper())
-  weight_free = "".join(c for n, c in enumerate(weight) if n not in (*weight_c, *weight_b))
-  free = weight_free + other_free if weight_is_lhs else other_free + weight_free
-  return other, "".join(weight[n] for n in weight_b) + free
-
-
-def _low_rank_product(weight: LowRank, x, x_labels: Labels, out_labels: Labels, precision):
-  """The contraction of x with `scale * a @ b`, by two thin products; no operand is w's size.
-
-  Two things are done for the backward pass, and left to autodiff otherwise, so that `jvp`, `vmap`
-  and `linearize` work as ever. Measured on CPU, where they make up most of the difference between
-  this product and the naive one:
-
-  - The factors are used rank-major, [r, ...], behind an optimisation barrier. The gradient of `a`
-    is then formed as `dhᵀ x`, an [r, d] array, 5 to 20 times faster than `xᵀ dh`, which XLA would
-    otherwise make of it by folding the transpose back into the product. The barrier stands on the
-    flat array, which has one layout only: through any other, XLA hands the layout of the transposed
-    gradient on to a batched product, and its CPU compiler aborts the process.
-  - The rows of the rank-sized h are flattened to one axis before the second product, or the
-    gradient of `b` is contracted over two axes with its operands the slow way round.
-  """
-  roles = weight.all_roles
-  a_labels, b_labels = factor_labels(labels(weight.ndim), roles)
-  stacks = roles.count("s")
-  rank_major = a_labels[:stacks] + RANK + a_labels[stacks:-1]
-  a = reordered(weight.a.astype(x.dtype), a_labels, rank_major)
-  a = lax.optimization_barrier(a.ravel()).reshape(a.shape)
-  b = weight.b.astype(x.dtype)
-
-  sizes = dict(zip(x_labels + rank_major + b_labels, x.shape + a.shape + b.shape, strict=True))
-
-  def left_by(first_labels: Labels, second_labels: Labels) -> list[str]:
-    union = x_labels + "".join(c for c in first_labels if c not in x_labels)
-    return [c for c in union if c in out_labels or c in second_labels]
-
-  # x meets first the factor that leaves the smaller h.
-  orders = [((a, rank_major), (b, b_labels)), ((b, b_labels), (a, rank_major))]
-  (first, first_labels), (second, second_labels) = min(
-    orders, key=lambda order: math.prod(sizes[c] for c in left_by(order[0][1], order[1][1]))
-  )
-
-  # h: [the stacks that stay, rows, what the second product contracts]
-  kept = left_by(first_labels, second_labels)
-  batch = "".join(c for c in kept if c in out_labels and c in second_labels)
-  rows = "".join(c for c in kept if c not in second_labels)
-  inner = "".join(c for c in kept if c in second_labels and c not in out_labels)
-  precise = jnp.promote_types(x.dtype, jnp.float32)
-  h = contract(
-    x, x_labels, first, first_labels, batch + rows + inner, precision=precision,
-    preferred_element_type=precise,
-  )  # fmt: skip
-  h = (weight.scale * h).astype(x.dtype)
-  split = h.shape[: len(batch)], h.shape[len(batch) : len(batch) + len(rows)]
-  h = h.reshape(*split[0], math.prod(split[1]), *h.shape[len(batch) + len(rows) :])
-  free = "".join(c for c in second_labels if c in out_labels and c not in batch)
-  y = contract(h, f"{batch}Z{inner}", second, second_labels, f"{batch}Z{free}", precision=precision)
-  y = y.reshape(*split[0], *split[1], *y.shape[len(batch) + 1 :])
-  return reordered(y, batch + rows + free, out_labels)

@@ -1,0 +1,105 @@
+"""The product that LoRA is: something times `a @ b`, without forming `a @ b`."""
+
+import math
+import string
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.weights.factors import (
+  RANK,
+  Labels,
+  contract,
+  factor_labels,
+  labels,
+  reordered,
+)
+
+
+def dot_labels(
+  other_ndim: int, weight_ndim: int, dimension_numbers, weight_is_lhs: bool
+) -> tuple[Labels, Labels]:
+  """Einsum labels of the other operand and of the result of a dot_general.
+
+  The weight's are `labels(weight_ndim)`; upper-case letters are the other operand's own.
+  """
+  contracting, batch = dimension_numbers
+  if weight_is_lhs:
+    contracting, batch = contracting[::-1], batch[::-1]
+  (other_c, weight_c), (other_b, weight_b) = contracting, batch
+  weight = labels(weight_ndim)
+  shared = dict(zip((*other_c, *other_b), (*weight_c, *weight_b), strict=True))
+  fresh = iter(string.ascii_uppercase)
+  other = "".join(weight[shared[n]] if n in shared else next(fresh) for n in range(other_ndim))
+  other_free = "".join(c for c in other if c.isupper())
+  weight_free = "".join(c for n, c in enumerate(weight) if n not in (*weight_c, *weight_b))
+  free = weight_free + other_free if weight_is_lhs else other_free + weight_free
+  return other, "".join(weight[n] for n in weight_b) + free
+
+
+def low_rank_product(
+  x: jax.Array, x_labels: Labels, a: jax.Array, b: jax.Array, roles: str, scale: float,
+  out_labels: Labels, precision,
+) -> jax.Array:  # fmt: skip
+  """The contraction of x with `scale * a @ b`, by two thin products; no operand is of full size.
+
+  Two things are done for the backward pass, and left to autodiff otherwise, so that `jvp`, `vmap`
+  and `linearize` work as ever. Measured on CPU, where they make up most of the difference between
+  this product and the naive one:
+
+  - The factors are used rank-major, [r, ...], behind an optimisation barrier. The gradient of `a`
+    is then formed as `dhᵀ x`, an [r, d] array, 5 to 20 times faster than `xᵀ dh`, which XLA would
+    otherwise make of it by folding the transpose back into the product. The barrier stands on the
+    flat array, which has one layout only: through any other, XLA hands the layout of the transposed
+    gradient on to a batched product, and its CPU compiler aborts the process.
+  - The rows of the rank-sized h are flattened to one axis before the second product, or the
+    gradient of `b` is contracted over two axes with its operands the slow way round.
+
+  Args:
+    x, x_labels: the other operand, and a letter for each of its axes.
+    a, b, roles: the factors, of a matrix with these roles and the letters `labels(len(roles))`.
+    scale: the number that the product is multiplied by.
+    out_labels: the letters of the result's axes.
+    precision: of the products, as in `lax.dot_general`.
+  """
+  a_labels, b_labels = factor_labels(labels(len(roles)), roles)
+  stacks = roles.count("s")
+  rank_major = a_labels[:stacks] + RANK + a_labels[stacks:-1]
+  a = reordered(a.astype(x.dtype), a_labels, rank_major)
+  a = lax.optimization_barrier(a.ravel()).reshape(a.shape)
+  b = b.astype(x.dtype)
+  sizes = dict(zip(x_labels + rank_major + b_labels, x.shape + a.shape + b.shape, strict=True))
+
+  def left_by(first_labels: Labels, second_labels: Labels) -> list[str]:
+    union = x_labels + "".join(c for c in first_labels if c not in x_labels)
+    return [c for c in union if c in out_labels or c in second_labels]
+
+  # x meets first the factor that leaves the smaller h.
+  orders = [((a, rank_major), (b, b_labels)), ((b, b_labels), (a, rank_major))]
+  (first, first_labels), (second, second_labels) = min(
+    orders, key=lambda order: math.prod(sizes[c] for c in left_by(order[0][1], order[1][1]))
+  )
+
+  # h: [the stacks that stay, rows, what the second product contracts]
+  kept = left_by(first_labels, second_labels)
+  batch = "".join(c for c in kept if c in out_labels and c in second_labels)
+  rows = "".join(c for c in kept if c not in second_labels)
+  inner = "".join(c for c in kept if c in second_labels and c not in out_labels)
+  precise = jnp.promote_types(x.dtype, jnp.float32)
+  h = contract(
+    x, x_labels, first, first_labels, batch + rows + inner, precision=precision,
+    preferred_element_type=precise,
+  )  # fmt: skip
+  h = (scale * h).astype(x.dtype)
+  split = h.shape[: len(batch)], h.shape[len(batch) : len(batch) + len(rows)]
+  h = h.reshape(*split[0], math.prod(split[1]), *h.shape[len(batch) + len(rows) :])
+  free = "".join(c for c in second_labels if c in out_labels and c not in batch)
+  # The batch axis of one keeps this product from the checkpoint policies that save products without
+  # a batch: what they save is the base's, and this one is cheap to compute again.
+  y = contract(
+    h[None], f"Y{batch}Z{inner}", second[None], f"Y{second_labels}", f"Y{batch}Z{free}",
+    precision=precision,
+  )[0]  # fmt: skip
+  y = y.reshape(*split[0], *split[1], *y.shape[len(batch) + 1 :])
+  return reordered(y, batch + rows + free, out_labels)
