@@ -36,7 +36,10 @@ def main(argv):
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
   logging.set_verbosity(logging.WARNING)  # Orbax tells each file that it writes
   with workdir.open_workdir(_WORKDIR.value, _CONFIG.value.to_dict()) as run:
-    train(_CONFIG.value, run)
+    try:
+      train(_CONFIG.value, run)
+    except loop.Interrupted as stopped:  # asked for, and saved: no error
+      print(stopped)
 
 
 def train(config, run):

@@ -7,6 +7,7 @@ import re
 import runpy
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -212,6 +213,23 @@ def test_a_diverging_run_stops_at_the_step_and_keeps_its_checkpoint(config_file,
   arguments = [f"--config={config_file}", f"--workdir={workdir}"]
   printed = run("train", *arguments, "--config.optimizer.peak=1e30", fails=True)
   assert re.search(r"step \d: the loss is nan|step \d: the loss is inf|gradient norm", printed)
+
+
+def test_a_run_that_is_told_to_stop_saves_says_so_and_goes_on_from_there(config_file, tmp_path):
+  command = [
+    *(sys.executable, "-m", "experiments.train", f"--config={config_file}"),
+    *(f"--workdir={tmp_path / 'run'}", "--config.train.steps=5000"),
+  ]
+  metrics = tmp_path / "run" / "metrics.jsonl"
+  with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 3):
+      time.sleep(0.1)
+    process.terminate()
+    printed, _ = process.communicate(timeout=300)
+  assert process.returncode == 0
+  step = int(re.search(r"stopped by SIGTERM at step (\d+) of 5000; saved in", printed)[1])
+  checkpoints = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+  assert str(step) in checkpoints
 
 
 def test_an_unfinished_run_is_named_by_the_programs_that_need_its_adapter(config_file, tmp_path):
