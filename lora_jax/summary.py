@@ -1,6 +1,7 @@
 """A table of what is adapted and how much of the model trains, from shapes alone."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -9,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import transform, tree
+from lora_jax import tree
 from lora_jax.adapters import LoRA
 from lora_jax.axes import Axes
+from lora_jax.transform import roles_of
 from lora_jax.weights import is_weight
 
 PyTree = Any
@@ -77,12 +79,16 @@ def summary(
     ValueError: as `init` does.
   """
   leaves = tree.flatten(params, is_leaf=is_weight)
-  adapters = jax.eval_shape(lambda key: transform.init(key, params, specs, axes), jax.random.key(0))
-  rows = tuple(
-    Row(path, tuple(leaves[path].shape), spec, _size(leaves[path]), _size(adapters[path]))
-    for path, spec in specs.items()
-  )
-  return Summary(rows, sum(map(_size, leaves.values())), sum(row.trainable for row in rows))
+  trainable: dict[tuple, int] = {}  # of each kind of leaf: a model has thousands of a few kinds
+  rows = []
+  for path, spec in specs.items():
+    leaf = leaves[path]
+    kind = spec, tuple(leaf.shape), roles_of(path, leaf, axes)
+    if kind not in trainable:
+      start = functools.partial(spec.init, path=path, w=leaf, roles=kind[2])
+      trainable[kind] = _size(jax.eval_shape(start, jax.random.key(0)))
+    rows.append(Row(path, tuple(leaf.shape), spec, _size(leaf), trainable[kind]))
+  return Summary(tuple(rows), sum(map(_size, leaves.values())), sum(row.trainable for row in rows))
 
 
 def _size(x) -> int:

@@ -43,7 +43,7 @@ def init(
   leaves = tree.flatten(params, is_leaf=is_weight)
   return {
     path: spec.init(
-      jax.random.fold_in(key, _hash32(path)), path, leaves[path], _roles(path, leaves[path], axes)
+      jax.random.fold_in(key, _hash32(path)), path, leaves[path], roles_of(path, leaves[path], axes)
     )
     for path, spec in specs.items()
   }
@@ -118,7 +118,12 @@ def _targets(params: PyTree, adapters: Mapping[str, Any]) -> dict[str, Any]:
   return leaves
 
 
-def _roles(path: str, leaf, axes: Mapping[str, Axes] | None) -> str:
+def roles_of(path: str, leaf, axes: Mapping[str, Axes] | None) -> str:
+  """The roles of a leaf's axes: what was traced, or (in, out) for two axes.
+
+  Raises:
+    ValueError: when neither says it.
+  """
   if axes is not None and axes[path].roles:
     return axes[path].roles
   if len(leaf.shape) == 2:

@@ -44,9 +44,9 @@ def trained(params, rules, stacked=False):
   """Adapters as they might be after training, and the weights with them."""
   axes = None
   if stacked:
-    axes = {
-      p: lora_jax.Axes("sio" if x.ndim == 3 else "", ()) for p, x in tree.flatten(params).items()
-    }
+    kernel, other = lora_jax.Axes("sio", ("dot_general",)), lora_jax.Axes("", ())
+    leaves = tree.flatten(params)
+    axes = {path: kernel if leaf.ndim == 3 else other for path, leaf in leaves.items()}
   specs = lora_jax.match(params, rules, axes)
   adapters = lora_jax.init(jax.random.key(1), params, specs, axes)
   adapters = jax.tree.map(
