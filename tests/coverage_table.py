@@ -19,7 +19,8 @@ Written by `python tests/coverage_table.py` from the tables that the tests run; 
 
 Every program below is run on these weights: {", ".join(WEIGHTS)}.
 Its values under `adapt`, and its values and gradients under `jit`, equal those of the materialised
-oracle, `adapt(f)(tree, x) == f(materialize(tree), x)`, and a second call compiles nothing.
+oracle, `adapt(f)(tree, x) == f(materialize(tree), x)`, a second call compiles nothing, and `vmap`
+over adapters gives what each gives alone (but where JAX has no `vmap` of the program itself).
 *Factored*: strict mode succeeds, and no value of the full matrix's shape is formed, forward or
 backward. *Materialised*: the full matrix is formed, or, in strict mode, refused for the reason.
 

@@ -44,6 +44,7 @@ class Program(NamedTuple):
   x: the input.
   refused: words of the reason for which strict mode refuses; empty where it must succeed.
   reverse: False where JAX has no reverse gradient of `f` (a while loop).
+  vmap: False where JAX has no vmap of `f` over its parameters, or there is nothing to map over.
   """
 
   f: Callable
@@ -52,6 +53,7 @@ class Program(NamedTuple):
   x: Any = X
   refused: str = ""
   reverse: bool = True
+  vmap: bool = True
 
 
 def wrong_jvp(f):
@@ -364,7 +366,7 @@ PROGRAMS = {
     {"w": "oii"},
     normal(2, 3, 9),
   ),
-  "experts by ragged_dot": Program(experts, STACK, STACK_ROLES, normal(5, 11)),
+  "experts by ragged_dot": Program(experts, STACK, STACK_ROLES, normal(5, 11), vmap=False),
   "the weight itself": Program(lambda p, x: (p["w"], x @ p["w"]), refused="returns the weight"),
   # Functions that hold functions
   "jit": Program(jax.jit(dense)),
@@ -481,5 +483,5 @@ PROGRAMS = {
   ),
   "integers and a random key": Program(noisy, W | {"key": jax.random.key(0), "step": jnp.int32(7)}),
   "a bare leaf": Program(lambda w, x: x @ w, normal(11, 13), {"": "io"}),
-  "no weight": Program(dense, roles={}),
+  "no weight": Program(dense, roles={}, vmap=False),
 }

@@ -343,3 +343,20 @@ def test_a_low_rank_update_of_a_user_s_own_kind_of_weight_is_factored():
   w = lora_jax.LowRank(base, normal(11, 2), normal(2, 11))
   assert_close(adapt(dense, strict=True)({"w": w}, X), dense({"w": w.materialize()}, X))
   assert not any(jax.tree.leaves(w.trainable().w))
+
+
+@pytest.mark.parametrize(
+  "program", [pytest.param(p, id=name) for name, p in PROGRAMS.items() if p.vmap]
+)
+def test_vmap_over_adapters_gives_what_each_adapter_gives_alone(program):
+  params, x = arguments(program, WEIGHTS["float32"])
+  train, frozen = lora_jax.partition(params, lora_jax.trainable_mask(params))
+  members = [jax.tree.map(lambda leaf, c=c: c * leaf, train) for c in (1.0, -0.5)]
+
+  def f(train):
+    return adapt(program.f)(lora_jax.join(train, frozen), x)
+
+  together = quick_jit(jax.vmap(f))(jax.tree.map(lambda *leaves: jnp.stack(leaves), *members))
+  for n, member in enumerate(members):
+    alone = program.f(materialize(lora_jax.join(member, frozen)), x)
+    assert_close(jax.tree.map(lambda leaf, n=n: leaf[n], together), alone)
