@@ -296,3 +296,34 @@ def test_the_helper_for_nnx_takes_a_module_apart_and_writes_a_merge_back():
   assert float(abs(adapted - before).max()) > 1e-2
   with pytest.raises(ValueError, match="layers"):
     lora_nnx.update(module, {"layers": {7: {"kernel": params["layers"][0]["kernel"]}}})
+
+
+class StackedByScan(nnx.Module):
+  """Three layers in one, applied by nnx.scan."""
+
+  def __init__(self, rngs):
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def layers(rngs):
+      return nnx.Linear(11, 11, rngs=rngs)
+
+    self.layers = layers(rngs)
+
+  def __call__(self, x):
+    @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+    def forward(layer, x):
+      return jnp.sin(layer(x))
+
+    return forward(self.layers, x)
+
+
+def test_layers_stacked_for_nnx_scan_have_an_adapter_each():
+  module, x = StackedByScan(nnx.Rngs(0)), normal(3, 11)
+  f, params = lora_nnx.split(module)
+  axes = lora_jax.trace_axes(f, params, x)
+  assert axes["layers/kernel"].roles == "sio"
+  specs = lora_jax.match(params, [("all-linear", SPEC)], axes)
+  adapters = trained(lora_jax.init(KEY, params, specs, axes))
+  assert adapters["layers/kernel"].a.shape == (3, 11, 2)
+  weights = lora_jax.attach(params, adapters)
+  assert_close(adapt(f, strict=True)(weights, x), f(lora_jax.materialize(weights), x), "float32")
