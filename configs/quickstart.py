@@ -64,7 +64,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   config.train = train = ml_collections.ConfigDict()
   train.steps = 160
   train.batch_size = 16  # sentences a step
-  train.log_every = 5  # steps
+  train.log_every = 1  # steps
   train.checkpoint_every = 50  # steps
   train.keep = 2  # checkpoints
   train.evaluate_every = 0  # steps between validations; 0 for none
@@ -84,7 +84,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
 
   if args["smoke"]:
     data.buckets = (80,)
-    train.steps, train.batch_size, train.log_every, train.checkpoint_every = 4, 4, 1, 2
+    train.steps, train.batch_size, train.checkpoint_every = 4, 4, 2
     optimizer.warmup_steps = 1
     evaluation.examples, evaluation.batch_size = 16, 8
   return config
