@@ -21,7 +21,7 @@ import jax
 import jax.extend.core as jex
 from jax.extend.core import primitives
 
-from lora_jax import compat, tree
+from lora_jax import compat, tables, tree
 
 PyTree = Any
 
@@ -40,8 +40,27 @@ class Axes:
   uses: tuple[str, ...]
 
 
-def trace_axes(f: Callable, params: PyTree, *args, **kwargs) -> dict[str, Axes]:
+class AxesReport(dict[str, Axes]):
+  """What `trace_axes` returns, `{path: Axes}`; `str` of it is a table."""
+
+  def __str__(self) -> str:
+    kinds = tables.grouped((path, (axes,)) for path, axes in self.items())
+    return tables.rendered(
+      ("path", "leaves", "axes", "used by"),
+      [
+        (path, f"{n}", ", ".join(_NAMES[role] for role in axes.roles) or "-", ", ".join(axes.uses))
+        for (path, axes), n in kinds.items()
+      ],
+    )
+
+
+_NAMES = {"s": "stack", "i": "in", "o": "out"}
+
+
+def trace_axes(f: Callable, params: PyTree, *args, **kwargs) -> AxesReport:
   """Returns `{path: Axes}` for every leaf of `params`, by tracing `f(params, *args, **kwargs)`.
+
+  `print` it for a table.
 
   Where a leaf is used more than once (tied embeddings are gathered, then used transposed as the
   head) the first use gives the roles.
@@ -63,7 +82,7 @@ def trace_axes(f: Callable, params: PyTree, *args, **kwargs) -> dict[str, Axes]:
   views = [_View(path, tuple((n,) for n in range(len(x.shape)))) for path, x in leaves.items()]
   rest = [None] * (len(jaxpr.jaxpr.invars) - len(views))
   _follow(jaxpr, [*views, *rest], found)
-  return {path: _axes(len(leaf.shape), found[path]) for path, leaf in leaves.items()}
+  return AxesReport({path: _axes(len(leaf.shape), found[path]) for path, leaf in leaves.items()})
 
 
 @dataclasses.dataclass(frozen=True)

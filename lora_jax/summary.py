@@ -3,14 +3,13 @@
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax import tree
+from lora_jax import tables, tree
 from lora_jax.adapters import LoRA
 from lora_jax.axes import Axes
 from lora_jax.transform import roles_of
@@ -50,19 +49,16 @@ class Summary:
     return self.trainable / self.parameters
 
   def __str__(self) -> str:
-    groups: dict[tuple, list[Row]] = {}
-    for row in self.rows:
-      key = (re.sub(r"\d+", "*", row.path), row.shape, row.spec)
-      groups.setdefault(key, []).append(row)
-    header = ("path", "leaves", "shape", "spec", "trainable")
-    table = [header]
-    for (path, shape, spec), rows in groups.items():
-      count = sum(row.trainable for row in rows)
-      table.append((path, f"{len(rows)}", "×".join(map(str, shape)), _spec(spec), f"{count:,}"))
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
+    kinds = tables.grouped((row.path, (row.shape, row.spec, row.trainable)) for row in self.rows)
+    table = tables.rendered(
+      ("path", "leaves", "shape", "spec", "trainable"),
+      [
+        (path, f"{n}", "×".join(map(str, shape)), _spec(spec), f"{n * trainable:,}")
+        for (path, shape, spec, trainable), n in kinds.items()
+      ],
+    )
     total = f"{self.trainable:,} of {self.parameters:,} parameters train ({self.share:.2%})"
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], total])
+    return f"{table}\n{total}"
 
 
 def summary(

@@ -137,3 +137,17 @@ def test_linen_s_attention_tells_heads_from_inputs():
 def test_axes_are_followed_through_reshapes_and_scalings(f, shape, inputs, roles):
   w, x = (jax.ShapeDtypeStruct(s, jnp.float32) for s in (shape, inputs))
   assert trace_axes(lambda p, x: f(p["w"], x), {"w": w}, x)["w"].roles == roles
+
+
+def test_the_report_is_a_table_with_a_line_for_each_kind_of_leaf():
+  params = {f"layer_{i}": {"kernel": normal(11, 13), "bias": normal(13)} for i in range(2)}
+
+  def f(params, x):
+    return sum(x @ p["kernel"] + p["bias"] for p in params.values())
+
+  lines = str(trace_axes(f, params, X)).splitlines()
+  assert [line.split() for line in lines if not line.startswith("-")] == [
+    ["path", "leaves", "axes", "used", "by"],
+    ["layer_*/bias", "2", "-"],
+    ["layer_*/kernel", "2", "in,", "out", "dot_general"],
+  ]
