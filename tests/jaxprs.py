@@ -51,17 +51,25 @@ def _holds(shape: tuple[int, ...], matrix: tuple[int, ...]) -> bool:
   return math.prod(matrix) in axes or collections.Counter(matrix) <= axes
 
 
-@contextlib.contextmanager
-def compilations() -> Iterator[list[str]]:
-  """Collects what JAX traces and compiles meanwhile."""
-  events = []
+_listening: list[list[str]] = []
 
-  def listen(event: str, duration: float, **_):
+
+def _listen(event: str, duration: float, **_):
+  for events in _listening:
     if "/compile/" in event:
       events.append(event)
 
-  jax.monitoring.register_event_duration_secs_listener(listen)
+
+# Once and for all: a listener cannot be taken back in every release.
+jax.monitoring.register_event_duration_secs_listener(_listen)
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+  """Collects what JAX traces and compiles meanwhile."""
+  events: list[str] = []
+  _listening.append(events)
   try:
     yield events
   finally:
-    jax.monitoring.unregister_event_duration_listener(listen)
+    _listening.remove(events)

@@ -155,7 +155,8 @@ def test_a_linen_model_is_adapted_untouched(model, x, roles, matrices):
   specs = lora_jax.match(params, [(path, SPEC) for path in roles], axes=axes)
   adapters = lora_jax.init(KEY, params, specs, axes=axes)
   fresh = adapt(f)(lora_jax.attach(params, adapters), x)
-  np.testing.assert_array_equal(fresh, f(params, x))
+  # Not to the bit: eagerly, a function that Flax jits is compiled in f and inlined by adapt.
+  assert_close(fresh, f(params, x), "float32")
 
   weights = lora_jax.attach(params, trained(adapters))
   strict = adapt(f, strict=True)
