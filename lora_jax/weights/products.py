@@ -95,11 +95,6 @@ def low_rank_product(
   split = h.shape[: len(batch)], h.shape[len(batch) : len(batch) + len(rows)]
   h = h.reshape(*split[0], math.prod(split[1]), *h.shape[len(batch) + len(rows) :])
   free = "".join(c for c in second_labels if c in out_labels and c not in batch)
-  # The batch axis of one keeps this product from the checkpoint policies that save products without
-  # a batch: what they save is the base's, and this one is cheap to compute again.
-  y = contract(
-    h[None], f"Y{batch}Z{inner}", second[None], f"Y{second_labels}", f"Y{batch}Z{free}",
-    precision=precision,
-  )[0]  # fmt: skip
+  y = contract(h, f"{batch}Z{inner}", second, second_labels, f"{batch}Z{free}", precision=precision)
   y = y.reshape(*split[0], *split[1], *y.shape[len(batch) + 1 :])
   return reordered(y, batch + rows + free, out_labels)
