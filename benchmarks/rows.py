@@ -21,10 +21,10 @@ from flax import traverse_util
 import lora_jax
 from benchmarks.models import Case
 from lora_jax import tree
-from lora_jax.adapters import LoRAAdapter
+from lora_jax.weights import Adapted
 
 PyTree = Any
-Adapters = Mapping[str, LoRAAdapter]
+Adapters = Mapping[str, Adapted]
 
 ALPHA = 16.0
 LEARNING_RATE = 1e-4

@@ -10,7 +10,6 @@ from ml_collections import ConfigDict
 
 import lora_jax
 from lora_jax import tree
-from lora_jax.adapters import LoRAAdapter
 from lora_jax.data import examples, labels, records, splits, templates
 from lora_jax.io import assets, peft, pretrained
 from lora_jax.models import llama
@@ -97,7 +96,7 @@ def trace_axes(model: llama.Llama, params: PyTree) -> dict[str, lora_jax.Axes]:
 
 def load_adapter(
   folder, params: PyTree, axes: Mapping[str, lora_jax.Axes]
-) -> tuple[PyTree, dict[str, LoRAAdapter]]:
+) -> tuple[PyTree, dict[str, lora_jax.LowRank]]:
   """The base with the leaves that an adapter's folder holds in full, and its `{path: adapter}`.
 
   Raises what `lora_jax.io.peft.load` does.
@@ -105,7 +104,8 @@ def load_adapter(
   leaves = tree.flatten(params)
   loaded = peft.load(folder, leaves)
   adapters = {
-    path: LoRAAdapter(
+    path: lora_jax.LowRank(
+      w=None,
       a=jnp.asarray(factors.a),
       b=jnp.asarray(factors.b),
       scale=factors.scale,

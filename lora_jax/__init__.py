@@ -26,10 +26,12 @@ from lora_jax.transform import init as init
 from lora_jax.transform import merge as merge
 from lora_jax.transform import trainable_mask as trainable_mask
 from lora_jax.transform import unmerge as unmerge
+from lora_jax.transform import with_dropout as with_dropout
 from lora_jax.tree import join as join
 from lora_jax.tree import partition as partition
 
 # Weights
+from lora_jax.weights import Adapted as Adapted
 from lora_jax.weights import LowRank as LowRank
 from lora_jax.weights import NotFactored as NotFactored
 from lora_jax.weights import Weight as Weight

@@ -1,7 +1,6 @@
 """A table of what is adapted and how much of the model trains, from shapes alone."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import tables, tree
-from lora_jax.adapters import LoRA
+from lora_jax.adapters import Method
 from lora_jax.axes import Axes
 from lora_jax.transform import roles_of
 from lora_jax.weights import is_weight
@@ -24,7 +23,7 @@ class Row:
 
   path: str
   shape: tuple[int, ...]
-  spec: LoRA
+  spec: Method
   parameters: int
   trainable: int
 
@@ -62,7 +61,7 @@ class Summary:
 
 
 def summary(
-  params: PyTree, specs: Mapping[str, LoRA], axes: Mapping[str, Axes] | None = None
+  params: PyTree, specs: Mapping[str, Method], axes: Mapping[str, Axes] | None = None
 ) -> Summary:
   """Counts what trains, exactly and without memory: nothing is allocated.
 
@@ -81,10 +80,17 @@ def summary(
     leaf = leaves[path]
     kind = spec, tuple(leaf.shape), roles_of(path, leaf, axes)
     if kind not in trainable:
-      start = functools.partial(spec.init, path=path, w=leaf, roles=kind[2])
-      trainable[kind] = _size(jax.eval_shape(start, jax.random.key(0)))
+      trainable[kind] = _trainable(spec, path, leaf, kind[2])
     rows.append(Row(path, tuple(leaf.shape), spec, _size(leaf), trainable[kind]))
   return Summary(tuple(rows), sum(map(_size, leaves.values())), sum(row.trainable for row in rows))
+
+
+def _trainable(spec: Method, path: str, leaf, roles: str) -> int:
+  """How many numbers train of a leaf's adapter."""
+  key = jax.random.key(0)
+  adapter = jax.eval_shape(lambda key, w: spec.init(key, path, w, roles), key, leaf)
+  train, _ = tree.partition(adapter, adapter.trainable())
+  return sum(math.prod(part.shape) for part in jax.tree.leaves(train))
 
 
 def _size(x) -> int:

@@ -11,10 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
-
 from lora_jax import tree
-from lora_jax.adapters import LoRA
+from lora_jax.adapters import LoRA, Method
 from lora_jax.axes import Axes
 from lora_jax.weights import is_weight
 
@@ -33,14 +31,17 @@ _APART = re.compile(
 # A layer that is only convolved or gathered is no linear one.
 _PRODUCTS = frozenset({"dot_general", "ragged_dot_general"})
 
+# What a preset leaves out whatever the method is: leaves that are no kernels.
+_KERNELS = LoRA(rank=1, alpha=1.0)
+
 PRESETS = ("all-linear", "attention", "mlp")
 
 
 def match(
   params: PyTree,
-  rules: Sequence[tuple[str, LoRA | None]],
+  rules: Sequence[tuple[str, Method | None]],
   axes: Mapping[str, Axes] | None = None,
-) -> dict[str, LoRA]:
+) -> dict[str, Method]:
   """Returns `{path: spec}` of the leaves to adapt, in the tree's order.
 
   Args:
@@ -71,7 +72,7 @@ def match(
         continue
       taken.add(path)
       if spec is not None:
-        reason = _unfit(leaves[path])
+        reason = spec.unfit(leaves[path])
         if reason:
           raise ValueError(
             f"the pattern {pattern!r} matches {path}, which cannot be adapted: {reason}; "
@@ -90,19 +91,8 @@ def _select(pattern: str, leaves: Mapping[str, Any], axes) -> list[str]:
 
 
 def _is_linear(path: str, leaf, axes) -> bool:
-  if _APART.fullmatch(path) or _unfit(leaf):
+  if _APART.fullmatch(path) or _KERNELS.unfit(leaf):
     return False
   if axes is None:
     return _KERNEL.fullmatch(path) is not None
   return bool(axes[path].roles) and _PRODUCTS.intersection(axes[path].uses) != set()
-
-
-def _unfit(leaf) -> str | None:
-  """Why a leaf cannot be adapted, or None."""
-  if not hasattr(leaf, "shape"):
-    return f"it is no array but {leaf!r}"
-  if len(leaf.shape) < 2:
-    return f"its shape {tuple(leaf.shape)} has fewer than two axes"
-  if not jnp.issubdtype(leaf.dtype, jnp.floating):
-    return f"its dtype {leaf.dtype} is not a float"
-  return None

@@ -13,9 +13,9 @@ from typing import Any
 import jax
 
 from lora_jax import tree
-from lora_jax.adapters import LoRA, LoRAAdapter
+from lora_jax.adapters import Method
 from lora_jax.axes import Axes
-from lora_jax.weights import is_weight, materialize
+from lora_jax.weights import Adapted, is_weight, materialize
 
 PyTree = Any
 
@@ -23,9 +23,9 @@ PyTree = Any
 def init(
   key: jax.Array,
   params: PyTree,
-  specs: Mapping[str, LoRA],
+  specs: Mapping[str, Method],
   axes: Mapping[str, Axes] | None = None,
-) -> dict[str, LoRAAdapter]:
+) -> dict[str, Adapted]:
   """Returns fresh adapters, `{path: adapter}`; float32, whatever the base's dtype is.
 
   Each leaf's random key comes from `key` and a hash of its path, so that a change of the targets
@@ -33,7 +33,8 @@ def init(
 
   Args:
     key: a random key.
-    params: the base; only shapes are read, `jax.ShapeDtypeStruct`s will do.
+    params: the base. Only shapes are read of it, so `jax.ShapeDtypeStruct`s will do, unless the
+      method starts from the values (PiSSA, OLoRA, DoRA).
     specs: what `match` returned.
     axes: what `trace_axes` found. Kernels of two axes (in, out) do not need it.
 
@@ -49,25 +50,31 @@ def init(
   }
 
 
-def attach(params: PyTree, adapters: Mapping[str, Any]) -> PyTree:
+def attach(params: PyTree, adapters: Mapping[str, Adapted]) -> PyTree:
   """The tree of `params` with a Weight at the path of every adapter."""
   leaves = _targets(params, adapters)
   weights = {path: adapter.attach(leaves[path], path) for path, adapter in adapters.items()}
   return tree.map_with_path(lambda path, leaf: weights.get(path, leaf), params, is_leaf=is_weight)
 
 
-def detach(weights: PyTree, adapters: Mapping[str, Any]) -> dict[str, Any]:
+def detach(weights: PyTree, adapters: Iterable[str]) -> dict[str, Adapted]:
   """The adapters as they stand in a tree that was trained: `detach(attach(p, x), x) == x`.
 
   Args:
-    weights: a tree that `attach` made of these adapters, its arrays perhaps changed since.
-    adapters: `{path: adapter}`, for their kinds.
+    weights: a tree that `attach` made, its arrays perhaps changed since.
+    adapters: their paths, or the adapters themselves as they were attached.
+
+  Raises:
+    ValueError: when a path has no leaf, or one without an adapter.
   """
   leaves = _targets(weights, adapters)
-  return {path: adapter.detach(leaves[path]) for path, adapter in adapters.items()}
+  for path in adapters:
+    if not isinstance(leaves[path], Adapted):
+      raise ValueError(f"{path}: has no adapter; detach takes the tree that attach made")
+  return {path: leaves[path].detach() for path in adapters}
 
 
-def merge(params: PyTree, adapters: Mapping[str, Any]) -> PyTree:
+def merge(params: PyTree, adapters: Mapping[str, Adapted]) -> PyTree:
   """Plain arrays that compute what `attach(params, adapters)` does.
 
   Computed in float32 and rounded once to each leaf's dtype.
@@ -75,7 +82,7 @@ def merge(params: PyTree, adapters: Mapping[str, Any]) -> PyTree:
   return materialize(attach(params, adapters))
 
 
-def unmerge(merged: PyTree, adapters: Mapping[str, Any]) -> PyTree:
+def unmerge(merged: PyTree, adapters: Mapping[str, Adapted]) -> PyTree:
   """The base of a merge: `unmerge(merge(params, adapters), adapters)` is params, to rounding."""
   leaves = _targets(merged, adapters)
   base = {path: adapter.unmerge(leaves[path], path) for path, adapter in adapters.items()}
@@ -110,7 +117,22 @@ def trainable_mask(weights: PyTree, also: Iterable[str] = ()) -> PyTree:
   )
 
 
-def _targets(params: PyTree, adapters: Mapping[str, Any]) -> dict[str, Any]:
+def with_dropout(weights: PyTree, key: jax.Array) -> PyTree:
+  """The weights dropping inputs of their adapters, for one training step.
+
+  Each weight whose spec says `dropout` drops that share, by `key` and a hash of its path; without
+  this call nothing is dropped. `weights` is what `attach` made, or `join` in the step.
+  """
+
+  def dropping(path, leaf):
+    if isinstance(leaf, Adapted):
+      return leaf.with_dropout(jax.random.fold_in(key, _hash32(path)))
+    return leaf
+
+  return tree.map_with_path(dropping, weights, is_leaf=is_weight)
+
+
+def _targets(params: PyTree, adapters: Iterable[str]) -> dict[str, Any]:
   leaves = tree.flatten(params, is_leaf=is_weight)
   missing = sorted(set(adapters) - set(leaves))
   if missing:

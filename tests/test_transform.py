@@ -12,7 +12,6 @@ from tolerances import assert_close
 
 import lora_jax
 from lora_jax import LoRA, LowRank, adapt, attach, init, merge, trainable_mask, unmerge
-from lora_jax.adapters import LoRAAdapter
 
 SPEC = LoRA(rank=2, alpha=4.0)
 PARAMS = {
@@ -239,5 +238,5 @@ def test_the_gradient_by_the_trainable_part_is_a_tree_of_factors_alone():
 def test_adapters_are_a_pytree_that_can_be_stacked():
   two = [init(jax.random.key(n), PARAMS, SPECS) for n in range(2)]
   stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *two)
-  assert isinstance(stacked[PATHS[0]], LoRAAdapter)
+  assert isinstance(stacked[PATHS[0]], LowRank)
   assert stacked[PATHS[0]].a.shape == (2, 11, 2)

@@ -51,6 +51,14 @@ class Weight:
     """The array that this weight stands for."""
     raise NotImplementedError
 
+  def applied(self) -> Any:
+    """The Weight or array by whose operations this weight is applied.
+
+    A kind that comes down to another one, computed from its parts, says so here and needs no
+    operation of its own.
+    """
+    return self
+
   def trainable(self) -> "Weight":
     """This weight with a bool in the place of every array: True where it trains."""
     return jax.tree.map(lambda _: False, self)
@@ -111,6 +119,7 @@ def call(op: str, operand, *args, **params):
   Raises:
     NotFactored: when the kind of weight has no such method.
   """
+  operand = _applied(operand)
   if not is_weight(operand):
     return getattr(lax, op)(operand, *args, **params)
   if not hasattr(operand, op):
@@ -148,9 +157,20 @@ def ragged_dot_general(lhs, rhs, group_sizes, **params):
 
 
 def astype(operand, dtype):
-  return operand.astype(dtype)
+  return _applied(operand).astype(dtype)
 
 
 def scaled(operand, c):
   """The operand times a number."""
+  operand = _applied(operand)
   return operand.scaled(c) if is_weight(operand) else operand * c
+
+
+def _applied(operand):
+  """The operand, or what it comes down to."""
+  while is_weight(operand):
+    applied = operand.applied()
+    if applied is operand:
+      break
+    operand = applied
+  return operand

@@ -14,6 +14,7 @@ from jax import lax
 
 Labels = str  # a letter an axis, as in einsum
 RANK = "r"
+A, B = "sir", "sro"  # the layouts of the two factors
 
 
 def labels(count: int) -> Labels:
@@ -23,31 +24,38 @@ def labels(count: int) -> Labels:
 
 def factor_labels(matrix: Labels, roles: str) -> tuple[Labels, Labels]:
   """The labels of a and of b, given those of the matrix."""
-  of = {role: "".join(c for c, x in zip(matrix, roles, strict=True) if x == role) for role in "sio"}
-  return of["s"] + of["i"] + RANK, of["s"] + RANK + of["o"]
+  return part_labels(matrix, roles, A), part_labels(matrix, roles, B)
 
 
-def factor_axes(roles: str) -> tuple[list[int | None], list[int | None]]:
-  """For each axis of a and of b, the matrix's axis that it is; None for the rank."""
+def part_labels(matrix: Labels, roles: str, layout: str) -> Labels:
+  """The labels of a part, given those of the matrix; `layout` is the roles it has, in their order.
+
+  >>> part_labels("abcd", "sioo", "sro")
+  'arcd'
+  """
+  pairs = list(zip(matrix, roles, strict=True))
+  return "".join(
+    RANK if wanted == RANK else "".join(c for c, role in pairs if role == wanted)
+    for wanted in layout
+  )
+
+
+def part_axes(roles: str, layout: str) -> list[int | None]:
+  """For each axis of a part, the matrix's axis that it is; None for the rank."""
   names = labels(len(roles))
   place = {name: n for n, name in enumerate(names)} | {RANK: None}
-  a, b = factor_labels(names, roles)
-  return [place[c] for c in a], [place[c] for c in b]
+  return [place[c] for c in part_labels(names, roles, layout)]
 
 
-def per_factor(roles: str, values: Sequence, rank) -> tuple[list, list]:
-  """A value for each axis of a and of b, given one for each axis of the matrix and the rank's."""
-  a, b = factor_axes(roles)
-  return tuple([rank if n is None else values[n] for n in axes] for axes in (a, b))
+def part_sizes(shape: Sequence[int], roles: str, layout: str, rank: int) -> tuple[int, ...]:
+  """The shape of a part of a matrix of this shape."""
+  return tuple(rank if n is None else shape[n] for n in part_axes(roles, layout))
 
 
-def permuted(roles: str, permutation: Sequence[int]) -> tuple[list[int], list[int], str] | None:
-  """The permutations of a and b that follow one of the matrix, and the new roles."""
-  new_roles = "".join(roles[n] for n in permutation)
-  orders = []
-  for before, after in zip(factor_axes(roles), factor_axes(new_roles), strict=True):
-    orders.append([before.index(None if n is None else permutation[n]) for n in after])
-  return *orders, new_roles
+def permuted_part(roles: str, permutation: Sequence[int], new_roles: str, layout: str) -> list[int]:
+  """The permutation of a part that follows one of the matrix."""
+  before, after = part_axes(roles, layout), part_axes(new_roles, layout)
+  return [before.index(None if n is None else permutation[n]) for n in after]
 
 
 def reshaped_roles(roles: str, before: Sequence[int], after: Sequence[int]) -> str | None:

@@ -16,20 +16,21 @@ Source: Hu et al. 2021, LoRA, arXiv 2106.09685, section 4.1.
 
 import dataclasses
 import string
-from typing import Any
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.weights import base
-from lora_jax.weights.base import NotFactored, Weight
+from lora_jax.weights.adapted import Adapted
+from lora_jax.weights.base import NotFactored
 from lora_jax.weights.factors import (
-  factor_axes,
   factor_labels,
   labels,
-  per_factor,
-  permuted,
+  part_axes,
+  part_sizes,
+  permuted_part,
   reshaped_roles,
 )
 from lora_jax.weights.products import dot_labels, low_rank_product
@@ -37,51 +38,32 @@ from lora_jax.weights.products import dot_labels, low_rank_product
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LowRank(Weight):
+class LowRank(Adapted):
   """`w + scale * a @ b`, an array of w's shape and dtype.
 
   Attributes:
-    w: the base, an array or another Weight, of shape [*stack, ...].
+    w: the base, an array or another Weight, of shape [*stack, ...]; None in an adapter.
     a: [*stack, *inputs, rank], of any float dtype; float32 keeps small updates.
     b: [*stack, rank, *outputs].
     scale: the factor of the product.
-    roles: the role of each axis of w, leading stack axes left out; see the module.
-    path: the leaf's path, for messages.
+    dropout: the share of the inputs of a that are dropped while there is a key.
+    key: [*stack] random keys, or None: nothing is dropped. `lora_jax.with_dropout` sets it.
+    roles, frozen, path: as in `Adapted`.
   """
 
-  w: Any
+  LAYOUTS: ClassVar = {"a": "sir", "b": "sro", "key": "s"}
+  TRAINED: ClassVar = ("a", "b")
+  LINEAR: ClassVar = "b"
+
   a: jax.Array
   b: jax.Array
   scale: float = dataclasses.field(default=1.0, metadata={"static": True})
-  roles: str = dataclasses.field(default="io", metadata={"static": True})
-  path: str = dataclasses.field(default="", metadata={"static": True})
+  dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
+  key: jax.Array | None = None
 
   @property
-  def shape(self):
-    return tuple(self.w.shape)
-
-  @property
-  def dtype(self):
-    return self.w.dtype
-
-  @property
-  def is_stacked(self):
-    return self.ndim > len(self.roles)
-
-  @property
-  def all_roles(self) -> str:
-    """The role of every axis of w, leading stack axes included."""
-    return "s" * (self.ndim - len(self.roles)) + self.roles
-
-  def trainable(self):
-    frozen = jax.tree.map(lambda _: False, self.w)
-    return dataclasses.replace(self, w=frozen, a=True, b=True)
-
-  def partition_specs(self, spec):
-    """Each axis of a factor is sharded as the axis of w that it is; the rank is not."""
-    a, b = per_factor(self.all_roles, (*spec, *[None] * (self.ndim - len(spec))), None)
-    w = self.w.partition_specs(spec) if base.is_weight(self.w) else spec
-    return dataclasses.replace(self, w=w, a=jax.P(*a), b=jax.P(*b))
+  def rank(self) -> int:
+    return self.a.shape[-1]
 
   def delta(self) -> jax.Array:
     """`scale * a @ b` in w's axes, in at least float32."""
@@ -93,10 +75,20 @@ class LowRank(Weight):
     )
     return self.scale * product
 
-  def materialize(self):
-    w = base.materialize(self.w)
-    delta = self.delta()
-    return (w.astype(delta.dtype) + delta).astype(w.dtype)
+  def with_dropout(self, key) -> "LowRank":
+    """This weight dropping inputs by a random key, if it has a share to drop."""
+    if not self.dropout:
+      return self
+    stack = part_sizes(self.shape, self.all_roles, "s", self.rank)
+    return dataclasses.replace(self, key=jax.random.split(key, stack) if stack else key)
+
+  def _dropped(self, x):
+    """The input of a, with a share of it dropped and the rest made larger for it."""
+    if self.key is None:
+      return x
+    # x has an axis for each stack that is left, so one key does for all.
+    kept = jax.random.bernoulli(self.key.ravel()[0], 1 - self.dropout, x.shape)
+    return jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
 
   # ---- what is contracted
 
@@ -106,7 +98,14 @@ class LowRank(Weight):
     other_labels, out_labels = dot_labels(other.ndim, self.ndim, dimension_numbers, weight_is_lhs)
     x = other.astype(jnp.promote_types(other.dtype, self.dtype))  # it may be of integers
     delta = low_rank_product(
-      x, other_labels, self.a, self.b, self.all_roles, self.scale, out_labels, precision
+      self._dropped(x),
+      other_labels,
+      self.a,
+      self.b,
+      self.all_roles,
+      self.scale,
+      out_labels,
+      precision,
     )
     return y + delta.astype(y.dtype)
 
@@ -132,11 +131,11 @@ class LowRank(Weight):
     )  # fmt: skip
     # Batch and features first, in every array; each group of features is a batch of its own, since
     # all of them are read by the same a.
-    x = lax.transpose(x, lhs_spec)
+    x = self._dropped(lax.transpose(x, lhs_spec))
     batch, features, *spatial = x.shape
     groups = feature_group_count
     x = x.reshape(batch * groups, features // groups, *spatial)
-    axes = factor_axes(roles)[0]
+    axes = part_axes(roles, "sir")
     kernel = lax.transpose(self.a, [axes.index(None), *(axes.index(n) for n in rhs_spec[1:])])
     h = lax.conv_general_dilated(x, kernel.astype(x.dtype), dimension_numbers=None, **params)
     h = (self.scale * h).astype(x.dtype).reshape(batch, groups, *h.shape[1:])
@@ -155,7 +154,8 @@ class LowRank(Weight):
       raise NotFactored("only rows by a stack of (in, out) matrices are multiplied by group")
     y = base.ragged_dot_general(lhs, self.w, group_sizes, ragged_dot_dimension_numbers=d, **params)
     params = params | {"ragged_dot_dimension_numbers": d, "preferred_element_type": None}
-    h = lax.ragged_dot_general(lhs, self.a.astype(lhs.dtype), group_sizes, **params)
+    x = self._dropped(lhs)
+    h = lax.ragged_dot_general(x, self.a.astype(lhs.dtype), group_sizes, **params)
     last = dataclasses.replace(d, dot_dimension_numbers=(((h.ndim - 1,), rhs_c), ((), ())))
     params["ragged_dot_dimension_numbers"] = last
     h = (self.scale * h).astype(lhs.dtype)
@@ -205,29 +205,31 @@ class LowRank(Weight):
     return dataclasses.replace(self, w=base.astype(self.w, dtype))
 
   def transpose(self, permutation):
-    a, b, roles = permuted(self.all_roles, permutation)
-    return self._with(
-      base.call("transpose", self.w, permutation),
-      lax.transpose(self.a, a),
-      lax.transpose(self.b, b),
-      roles,
-    )
+    roles = self.all_roles
+    new_roles = "".join(roles[n] for n in permutation)
+
+    def transposed(part, layout):
+      return lax.transpose(part, permuted_part(roles, permutation, new_roles, layout))
+
+    return self._with(base.call("transpose", self.w, permutation), transposed, new_roles)
 
   def reshape(self, new_sizes):
     roles = reshaped_roles(self.all_roles, self.shape, new_sizes)
     if roles is None:
       raise NotFactored(f"the reshape to {tuple(new_sizes)} mixes axes of different roles")
-    a, b = per_factor(roles, new_sizes, self.a.shape[-1])
-    w = base.call("reshape", self.w, new_sizes)
-    return self._with(w, self.a.reshape(a), self.b.reshape(b), roles)
+    return self._reshaped(base.call("reshape", self.w, new_sizes), new_sizes, roles)
 
   def squeeze(self, dimensions):
     kept = [n for n in range(self.ndim) if n not in dimensions]
+    w = base.call("squeeze", self.w, dimensions)
     roles = "".join(self.all_roles[n] for n in kept)
-    a, b = per_factor(roles, [self.shape[n] for n in kept], self.a.shape[-1])
-    return self._with(
-      base.call("squeeze", self.w, dimensions), self.a.reshape(a), self.b.reshape(b), roles
-    )
+    return self._reshaped(w, [self.shape[n] for n in kept], roles)
+
+  def _reshaped(self, w, sizes, roles: str) -> "LowRank":
+    def reshaped(part, layout):
+      return part.reshape(part_sizes(sizes, roles, layout, self.rank))
+
+    return self._with(w, reshaped, roles)
 
   def broadcast_in_dim(self, shape, broadcast_dimensions):
     if any(shape[d] != size for d, size in zip(broadcast_dimensions, self.shape, strict=True)):
@@ -236,44 +238,46 @@ class LowRank(Weight):
     for d, role in zip(broadcast_dimensions, self.all_roles, strict=True):
       roles[d] = role
     roles = "".join(roles)
-    before, after = factor_axes(self.all_roles), factor_axes(roles)
-    factors = []
-    for x, old, new in zip((self.a, self.b), before, after, strict=True):
-      sizes = [x.shape[old.index(None)] if n is None else shape[n] for n in new]
+
+    def broadcast(part, layout):
+      old, new = part_axes(self.all_roles, layout), part_axes(roles, layout)
       where = [new.index(None if n is None else broadcast_dimensions[n]) for n in old]
-      factors.append(lax.broadcast_in_dim(x, sizes, where))
+      return lax.broadcast_in_dim(part, part_sizes(shape, roles, layout, self.rank), where)
+
     w = base.call("broadcast_in_dim", self.w, shape, broadcast_dimensions)
-    return self._with(w, *factors, roles)
+    return self._with(w, broadcast, roles)
 
   def slice(self, start_indices, limit_indices, strides):
     strides = strides or (1,) * self.ndim
     bounds = list(zip(start_indices, limit_indices, strides, strict=True))
-    a, b = (
-      lax.slice(x, *zip(*each, strict=True))
-      for x, each in zip(
-        (self.a, self.b), per_factor(self.all_roles, bounds, (0, self.a.shape[-1], 1)), strict=True
-      )
-    )
+
+    def sliced(part, layout):
+      axes = part_axes(self.all_roles, layout)
+      each = [(0, self.rank, 1) if n is None else bounds[n] for n in axes]
+      return lax.slice(part, *zip(*each, strict=True)) if each else part
+
     w = base.call("slice", self.w, start_indices, limit_indices, strides)
-    return self._with(w, a, b, self.all_roles)
+    return self._with(w, sliced, self.all_roles)
 
   def dynamic_slice(self, start_indices, slice_sizes):
     bounds = list(zip(start_indices, slice_sizes, strict=True))
     zero = jnp.zeros_like(jnp.asarray(start_indices[0]))
-    a, b = (
-      lax.dynamic_slice(x, *zip(*each, strict=True))
-      for x, each in zip(
-        (self.a, self.b), per_factor(self.all_roles, bounds, (zero, self.a.shape[-1])), strict=True
-      )
-    )
+
+    def sliced(part, layout):
+      axes = part_axes(self.all_roles, layout)
+      each = [(zero, self.rank) if n is None else bounds[n] for n in axes]
+      return lax.dynamic_slice(part, *zip(*each, strict=True)) if each else part
+
     w = base.call("dynamic_slice", self.w, start_indices, slice_sizes)
-    return self._with(w, a, b, self.all_roles)
+    return self._with(w, sliced, self.all_roles)
 
   def scaled(self, c):
     return dataclasses.replace(self, w=base.scaled(self.w, c), b=self.b * c)
 
-  def _with(self, w, a, b, roles: str) -> "LowRank":
-    return dataclasses.replace(self, w=w, a=a, b=b, roles=roles.lstrip("s"))
+  def _with(self, w, change, roles: str) -> "LowRank":
+    """This weight with another base, and every part changed by `change(part, its layout)`."""
+    parts = {name: change(part, self.LAYOUTS[name]) for name, part in self.parts.items()}
+    return dataclasses.replace(self, w=w, **parts, roles=roles.lstrip("s"))
 
 
 def _take_rows(x, indices, axis: int, fill_value, **params):

@@ -12,8 +12,7 @@ import torch
 import transformers
 
 import lora_jax
-from lora_jax import tree
-from lora_jax.adapters import LoRAAdapter
+from lora_jax import LowRank, tree
 from lora_jax.io import export, safetensors
 from lora_jax.io import peft as peft_io
 from lora_jax.models import llama
@@ -150,7 +149,7 @@ def test_an_adapter_made_by_peft_gives_the_same_logits_here(tiny, tmp_path, opti
   model.save_pretrained(tmp_path)
   loaded = peft_io.load(tmp_path, tree.flatten(params))
   adapters = {
-    path: LoRAAdapter(a=jnp.asarray(f.a), b=jnp.asarray(f.b), scale=f.scale, roles="io")
+    path: LowRank(None, a=jnp.asarray(f.a), b=jnp.asarray(f.b), scale=f.scale, roles="io")
     for path, f in loaded.factors.items()
   }
   weights = lora_jax.attach(tree.replace(params, loaded.full), adapters)
@@ -220,13 +219,13 @@ def test_tensors_that_fit_nothing_are_listed(written):
 
 
 def test_what_the_layout_cannot_hold_is_refused(tmp_path):
-  adapter = LoRAAdapter(a=jnp.ones((4, 2)), b=jnp.ones((2, 3, 5)), scale=1.0, roles="ioo")
+  adapter = LowRank(None, a=jnp.ones((4, 2)), b=jnp.ones((2, 3, 5)), scale=1.0, roles="ioo")
   with pytest.raises(ValueError, match="not the factors of a linear layer"):
     peft_io.save(tmp_path / "x", {"block_0/attn/query/kernel": adapter}, full={}, base_model="")
   with pytest.raises(ValueError, match="no adapter to save"):
     peft_io.save(tmp_path / "x", {}, full={}, base_model="")
   (tmp_path / "notes.txt").write_text("mine")
-  adapter = LoRAAdapter(a=jnp.ones((4, 2)), b=jnp.ones((2, 3)), scale=1.0, roles="io")
+  adapter = LowRank(None, a=jnp.ones((4, 2)), b=jnp.ones((2, 3)), scale=1.0, roles="io")
   with pytest.raises(FileExistsError, match="holds something that is no adapter"):
     peft_io.save(tmp_path, {"block_0/attn/query/kernel": adapter}, full={}, base_model="")
   assert (tmp_path / "notes.txt").read_text() == "mine"
