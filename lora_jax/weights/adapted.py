@@ -96,8 +96,8 @@ class Adapted(Weight):
     return weight
 
   def detach(self) -> Self:
-    """This weight without its base."""
-    return dataclasses.replace(self, w=None)
+    """This weight without its base and its place."""
+    return dataclasses.replace(self, w=None, path="")
 
   def unmerge(self, merged: jax.Array, path: str) -> jax.Array:
     """The base of which `merged` is the merge with this adapter, to rounding."""
