@@ -16,12 +16,11 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
+import lora_jax
 from lora_jax.io import pretrained
 from lora_jax.models import llama
 
 PyTree = Any
-
-KEEP_PRODUCTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +53,7 @@ class Case:
     On the CPU that saves memory with scanned layers only: between layers that are not, XLA finds
     what is computed twice and computes it once.
     """
-    config = dataclasses.replace(self.module.config, remat_policy=KEEP_PRODUCTS)
+    config = dataclasses.replace(self.module.config, remat_policy=lora_jax.products_saveable)
     return self.module.clone(config=config)
 
 

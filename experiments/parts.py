@@ -20,7 +20,7 @@ PyTree = Any
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
   "none": None,
   "everything": jax.checkpoint_policies.everything_saveable,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "dots": lora_jax.products_saveable,
   "nothing": jax.checkpoint_policies.nothing_saveable,
 }
 

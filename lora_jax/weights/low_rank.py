@@ -21,6 +21,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.weights import base
 from lora_jax.weights.adapted import Adapted
@@ -34,6 +35,8 @@ from lora_jax.weights.factors import (
   reshaped_roles,
 )
 from lora_jax.weights.products import dot_labels, low_rank_product
+
+SUM = "lora_jax.product"
 
 
 @jax.tree_util.register_dataclass
@@ -107,7 +110,7 @@ class LowRank(Adapted):
       out_labels,
       precision,
     )
-    return y + delta.astype(y.dtype)
+    return _sum(y, delta)
 
   def conv_general_dilated(
     self, x, *, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers,
@@ -144,7 +147,7 @@ class LowRank(Adapted):
     delta = jnp.einsum(f"ngr{where},rgk->ngk{where}", h, b, precision=precision)
     delta = delta.reshape(batch, -1, *delta.shape[3:])
     delta = lax.transpose(delta, [out_spec.index(n) for n in range(len(out_spec))])
-    return y + delta.astype(y.dtype)
+    return _sum(y, delta)
 
   def ragged_dot_general(self, lhs, group_sizes, *, ragged_dot_dimension_numbers, **params):
     """Each group of rows by its own matrix of the stack, as experts are applied."""
@@ -160,7 +163,7 @@ class LowRank(Adapted):
     params["ragged_dot_dimension_numbers"] = last
     h = (self.scale * h).astype(lhs.dtype)
     delta = lax.ragged_dot_general(h, self.b.astype(lhs.dtype), group_sizes, **params)
-    return y + delta.astype(y.dtype)
+    return _sum(y, delta)
 
   def gather(self, indices, *, dimension_numbers, slice_sizes, fill_value=None, **params):
     """Rows along one axis: `w[ids] + scale * a[ids] @ b`, as an embedding is looked up."""
@@ -278,6 +281,11 @@ class LowRank(Adapted):
     """This weight with another base, and every part changed by `change(part, its layout)`."""
     parts = {name: change(part, self.LAYOUTS[name]) for name, part in self.parts.items()}
     return dataclasses.replace(self, w=w, **parts, roles=roles.lstrip("s"))
+
+
+def _sum(y, delta):
+  """`y + delta` in y's dtype, with a name by which a remat policy keeps it and not its terms."""
+  return checkpoint_name(y + delta.astype(y.dtype), SUM)
 
 
 def _take_rows(x, indices, axis: int, fill_value, **params):
