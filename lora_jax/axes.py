@@ -8,11 +8,12 @@ input, a convolution's dimension numbers say the rest. So the function is traced
 
     >>> axes = trace_axes(lambda p, x: x @ p["kernel"], params, x)
     >>> axes["kernel"]
-    Axes(roles='io', uses=('dot_general',))
+    Axes(roles='io', uses=('dot_general',), rows=32)
 """
 
 import dataclasses
 import itertools
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,10 +35,14 @@ class Axes:
     roles: a letter an axis: `i` input, `o` output, `s` stack. Empty where the function never
       contracts or gathers the leaf (biases, norm scales), or leaves it no input or no output.
     uses: the primitives that contract or gather the leaf, in order of first use.
+    rows: how many rows meet each of its matrices, over all uses: tokens for a linear layer,
+      positions of the result for a convolution, ids for a lookup. So the products of a leaf cost
+      2 · rows · its size FLOPs forward. A loop of unknown length counts once, a cond each branch.
   """
 
   roles: str
   uses: tuple[str, ...]
+  rows: int = 0
 
 
 class AxesReport(dict[str, Axes]):
@@ -46,9 +51,15 @@ class AxesReport(dict[str, Axes]):
   def __str__(self) -> str:
     kinds = tables.grouped((path, (axes,)) for path, axes in self.items())
     return tables.rendered(
-      ("path", "leaves", "axes", "used by"),
+      ("path", "leaves", "axes", "used by", "rows"),
       [
-        (path, f"{n}", ", ".join(_NAMES[role] for role in axes.roles) or "-", ", ".join(axes.uses))
+        (
+          path,
+          f"{n}",
+          ", ".join(_NAMES[role] for role in axes.roles) or "-",
+          ", ".join(axes.uses) or "-",
+          f"{axes.rows:,}",
+        )
         for (path, axes), n in kinds.items()
       ],
     )
@@ -78,7 +89,7 @@ def trace_axes(f: Callable, params: PyTree, *args, **kwargs) -> AxesReport:
     return f(params, *args, **kwargs)
 
   jaxpr = jax.make_jaxpr(g)(params, dynamic)
-  found = {path: {} for path in leaves}
+  found = {path: _Found({}) for path in leaves}
   views = [_View(path, tuple((n,) for n in range(len(x.shape)))) for path, x in leaves.items()]
   rest = [None] * (len(jaxpr.jaxpr.invars) - len(views))
   _follow(jaxpr, [*views, *rest], found)
@@ -94,11 +105,13 @@ class _View:
     axes: the leaf's axes behind each axis of the value: one as a rule, none for a new axis, several
       for axes that were joined.
     stacks: the leaf's axes that a scan or an index has sliced away.
+    times: how often the loops around it use the value.
   """
 
   path: str
   axes: tuple[tuple[int, ...], ...]
   stacks: tuple[int, ...] = ()
+  times: int = 1
 
   def pick(self, order) -> "_View":
     return dataclasses.replace(self, axes=tuple(self.axes[n] for n in order))
@@ -110,20 +123,26 @@ class _View:
     return dataclasses.replace(kept, stacks=(*self.stacks, *stacks))
 
 
+@dataclasses.dataclass
+class _Found:
+  """How a leaf is used: the roles of its axes by primitive, and how many rows meet it."""
+
+  uses: dict[str, dict[int, str]]
+  rows: int = 0
+
+
 def _split_arguments(arguments):
   is_array = jax.tree.map(lambda x: hasattr(x, "shape") and hasattr(x, "dtype"), arguments)
   return tree.partition(arguments, is_array)
 
 
-def _axes(ndim: int, uses: dict) -> Axes:
-  if not uses:
-    return Axes("", ())
-  first = next(iter(uses.values()))
+def _axes(ndim: int, found: _Found) -> Axes:
+  first = next(iter(found.uses.values()), {})
   roles = "".join(first.get(n, "o") for n in range(ndim))
-  return Axes(roles if {"i", "o"} <= set(roles) else "", tuple(uses))
+  return Axes(roles if {"i", "o"} <= set(roles) else "", tuple(found.uses), found.rows)
 
 
-def _follow(jaxpr: jex.ClosedJaxpr, views: list, found: dict) -> list:
+def _follow(jaxpr: jex.ClosedJaxpr, views: list, found: dict[str, _Found]) -> list:
   """Follows views through a jaxpr, noting in `found` how each leaf is used."""
   env = dict(zip(jaxpr.jaxpr.invars, views, strict=True))
   for eqn in jaxpr.jaxpr.eqns:
@@ -153,21 +172,32 @@ def _step(eqn, ins, found) -> list:
     return [dataclasses.replace(ins[0], axes=axes)]
   if eqn.primitive is primitives.dot_general_p:
     contracting, batch = params["dimension_numbers"]
-    for view, contracted, stacks in zip(ins, contracting, batch, strict=True):
-      _note(found, view, "dot_general", inputs=contracted, stacks=stacks)
+    for n, (view, contracted, stacks) in enumerate(zip(ins, contracting, batch, strict=True)):
+      other = eqn.invars[1 - n].aval
+      paired = (*contracting[1 - n], *batch[1 - n])
+      rows = other.size // math.prod(other.shape[axis] for axis in paired)
+      _note(found, view, "dot_general", contracted, stacks, rows)
     return []
   if eqn.primitive is compat.ragged_dot_general_p and ins[1] is not None:
     d = params["ragged_dot_dimension_numbers"]
     (_, contracted), (_, stacks) = d.dot_dimension_numbers
-    _note(found, ins[1], "ragged_dot_general", contracted, (*stacks, *d.rhs_group_dimensions))
+    groups = (*stacks, *d.rhs_group_dimensions)
+    # Each row meets one group's matrix, so a matrix meets its share of them.
+    count = math.prod(eqn.invars[1].aval.shape[axis] for axis in groups)
+    rows = eqn.invars[0].aval.size // eqn.invars[0].aval.shape[-1] // count
+    _note(found, ins[1], "ragged_dot_general", contracted, groups, rows)
     return []
   if eqn.primitive is primitives.gather_p and ins[0] is not None:
     numbers = params["dimension_numbers"]
-    _note(found, ins[0], "gather", numbers.start_index_map, numbers.operand_batching_dims)
+    batched = numbers.operand_batching_dims
+    rows = eqn.invars[1].aval.size // eqn.invars[1].aval.shape[-1]
+    _note(found, ins[0], "gather", numbers.start_index_map, batched, rows)
     return []
   if eqn.primitive is primitives.conv_general_dilated_p and ins[1] is not None:
     spec = params["dimension_numbers"].rhs_spec
-    _note(found, ins[1], "conv_general_dilated", inputs=spec[1:], stacks=())
+    out = eqn.outvars[0].aval
+    rows = out.size // out.shape[params["dimension_numbers"].out_spec[1]]
+    _note(found, ins[1], "conv_general_dilated", spec[1:], (), rows)
     return []
   if eqn.primitive is compat.scan_p:
     return _scan(ins, params, found)
@@ -186,18 +216,28 @@ def _step(eqn, ins, found) -> list:
 
 
 def _scan(ins, params, found) -> list:
-  consts, carry = params["num_consts"], params["num_carry"]
+  consts, carry, length = params["num_consts"], params["num_carry"], params["length"]
+  whole = [
+    view and dataclasses.replace(view, times=view.times * length) for view in ins[: consts + carry]
+  ]
   xs = [view and view.without((0,)) for view in ins[consts + carry :]]
-  outs = _follow(params["jaxpr"], [*ins[: consts + carry], *xs], found)
-  return [*outs[:carry], *[None] * (len(outs) - carry)]
+  outs = _follow(params["jaxpr"], [*whole, *xs], found)
+  kept = [view and dataclasses.replace(view, times=view.times // length) for view in outs[:carry]]
+  return [*kept, *[None] * (len(outs) - carry)]
 
 
-def _note(found, view, primitive, inputs, stacks) -> None:
+def _note(found, view, primitive, inputs, stacks, rows: int) -> None:
+  """Notes a use of the leaf behind a view, if there is one.
+
+  inputs, stacks: axes of the view.
+  rows: how many rows meet the leaf in one use.
+  """
   if view is None:
     return
   roles = {axis: "i" for n in inputs for axis in view.axes[n]}
   roles |= {axis: "s" for n in stacks for axis in view.axes[n]} | dict.fromkeys(view.stacks, "s")
-  found[view.path].setdefault(primitive, roles)
+  found[view.path].uses.setdefault(primitive, roles)
+  found[view.path].rows += rows * view.times
 
 
 def _reshape(view: _View, before: Sequence[int], after: Sequence[int]) -> _View:

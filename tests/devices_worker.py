@@ -96,6 +96,8 @@ def an_exported_program_runs_on_the_leaves_of_the_weights():
 
   exported = export.export(on_leaves)(leaves, X)
   assert_close(exported.call(leaves, X), f(materialize(W), X))
+  restored = export.deserialize(bytearray(exported.serialize()))
+  assert_close(restored.call(leaves, X), f(materialize(W), X))
 
 
 def a_batch_in_which_every_row_has_its_own_adapter():

@@ -139,6 +139,23 @@ def test_axes_are_followed_through_reshapes_and_scalings(f, shape, inputs, roles
   assert trace_axes(lambda p, x: f(p["w"], x), {"w": w}, x)["w"].roles == roles
 
 
+def test_the_rows_of_a_convolution_are_the_positions_of_its_result():
+  def f(p, x):
+    return jax.lax.conv_general_dilated(
+      x, p["w"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=3
+    )
+
+  axes = trace_axes(f, {"w": normal(3, 3, 4, 6)}, normal(2, 8, 10, 12))
+  assert axes["w"].rows == 2 * 4 * 5
+
+
+def test_each_group_of_a_ragged_product_meets_its_share_of_the_rows():
+  def f(p, x):
+    return jax.lax.ragged_dot(x, p["w"], jnp.array([2, 2, 2]))
+
+  assert trace_axes(f, {"w": normal(3, 4, 5)}, normal(6, 4))["w"].rows == 2
+
+
 def test_the_report_is_a_table_with_a_line_for_each_kind_of_leaf():
   params = {f"layer_{i}": {"kernel": normal(11, 13), "bias": normal(13)} for i in range(2)}
 
@@ -147,7 +164,26 @@ def test_the_report_is_a_table_with_a_line_for_each_kind_of_leaf():
 
   lines = str(trace_axes(f, params, X)).splitlines()
   assert [line.split() for line in lines if not line.startswith("-")] == [
-    ["path", "leaves", "axes", "used", "by"],
-    ["layer_*/bias", "2", "-"],
-    ["layer_*/kernel", "2", "in,", "out", "dot_general"],
+    ["path", "leaves", "axes", "used", "by", "rows"],
+    ["layer_*/bias", "2", "-", "-", "0"],
+    ["layer_*/kernel", "2", "in,", "out", "dot_general", "3"],
   ]
+
+
+@pytest.mark.parametrize(
+  ("name", "rows"),
+  [
+    ("matmul", {"w": 3}),
+    ("attention with head axes", {"query": 8, "key": 8, "value": 8, "out": 8}),
+    ("tied embedding and head", {"embed": 20}),
+    ("scan over layers", {"up": 3, "down": 3}),
+    ("scan with one weight for all steps", {"up": 3, "down": 3}),
+    ("scan with the weights in its carry", {"up": 3, "down": 3}),
+    ("experts as a batch axis", {"w": 2}),
+    ("embedding", {"embed": 10}),
+  ],
+)
+def test_the_rows_that_meet_a_matrix_are_counted(name, rows):
+  program = PROGRAMS[name]
+  axes = trace_axes(program.f, program.params, program.x)
+  assert {path: axes[path].rows for path in program.roles} == rows
