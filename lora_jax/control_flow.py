@@ -11,6 +11,7 @@ from jax import lax
 
 from lora_jax import compat
 from lora_jax.weights import NotFactored, is_weight
+from lora_jax.weights.low_rank import PRODUCT
 
 
 def jit(*args, evaluate, jaxpr, name, **_):
@@ -24,7 +25,7 @@ def remat(*args, evaluate, jaxpr, policy, prevent_cse, **_):
   def body(*args):
     return evaluate(compat.closed(jaxpr), args)
 
-  return jax.checkpoint(body, policy=policy, prevent_cse=prevent_cse)(*args)
+  return jax.checkpoint(body, policy=policy and _unaware(policy), prevent_cse=prevent_cse)(*args)
 
 
 def cond(index, *args, evaluate, branches, **_):
@@ -106,6 +107,21 @@ class _Carry:
     """The whole carry again."""
     rest = iter(changed)
     return [start if is_weight(start) else next(rest) for start in self.carry]
+
+
+def _unaware(policy):
+  """The policy of a function that does not know of the name that adapted products have.
+
+  One that keeps whatever has a name, or any name but some, shall not keep more for it.
+  """
+
+  def decide(primitive, *avals, **params):
+    keep = policy(primitive, *avals, **params)
+    if primitive is compat.name_p and params["name"] == PRODUCT:
+      return keep and not policy(primitive, *avals, **params | {"name": ""})
+    return keep
+
+  return decide
 
 
 def _arrays(outs, reason):

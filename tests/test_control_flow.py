@@ -10,6 +10,7 @@ from programs import LAYER, LAYERS, PROGRAMS, dense, normal, scanned, up_down, w
 from tolerances import assert_close
 from weight_table import low_rank
 
+import lora_jax
 from lora_jax import MaterializationError, adapt, materialize
 
 W, X = low_rank(normal(11, 13), "io"), normal(3, 11)
@@ -69,6 +70,20 @@ def test_a_remat_keeps_what_its_policy_says(policy, keeps_hidden):
   weights = {name: low_rank(w, "io") for name, w in LAYER.items()}
   assert ((3, 13) in saved(f, LAYER, X)) == keeps_hidden
   assert ((3, 13) in saved(adapt(f, strict=True), weights, X)) == keeps_hidden
+
+
+def test_keeping_products_keeps_their_sum_and_not_the_terms():
+  def block(p, x):
+    return jnp.sum(jnp.sin(jnp.sin(x @ p["up"]) @ p["down"]))
+
+  weights = {name: low_rank(w, "io") for name, w in LAYER.items()}
+  kept = {}
+  for policy in (lora_jax.products_saveable, jax.checkpoint_policies.dots_saveable):
+    f = adapt(jax.checkpoint(block, policy=policy), strict=True)
+    kept[policy] = [shape for shape in saved(f, weights, X) if shape in ((3, 11), (3, 13))]
+  ours, usual = kept.values()
+  assert sorted(ours) == [(3, 11), (3, 11), (3, 13)]  # x, and what each product returns
+  assert len(usual) > len(ours)
 
 
 def test_a_remat_keeps_its_protection_from_common_subexpressions():

@@ -36,7 +36,7 @@ from lora_jax.weights.factors import (
 )
 from lora_jax.weights.products import dot_labels, low_rank_product
 
-SUM = "lora_jax.product"
+PRODUCT = "lora_jax.product"
 
 
 @jax.tree_util.register_dataclass
@@ -285,7 +285,7 @@ class LowRank(Adapted):
 
 def _sum(y, delta):
   """`y + delta` in y's dtype, with a name by which a remat policy keeps it and not its terms."""
-  return checkpoint_name(y + delta.astype(y.dtype), SUM)
+  return checkpoint_name(y + delta.astype(y.dtype), PRODUCT)
 
 
 def _take_rows(x, indices, axis: int, fill_value, **params):
