@@ -13,7 +13,9 @@ from lora_jax.adapt import RULES as RULES
 from lora_jax.adapt import MaterializationError as MaterializationError
 from lora_jax.adapt import adapt as adapt
 from lora_jax.adapters import Full as Full
+from lora_jax.adapters import Full as Full
 from lora_jax.adapters import LoRA as LoRA
+from lora_jax.adapters import TokenRows as TokenRows
 from lora_jax.axes import Axes as Axes
 from lora_jax.axes import trace_axes as trace_axes
 from lora_jax.remat import products_saveable as products_saveable

@@ -70,7 +70,7 @@ def adapt(
       f_args, f_kwargs = jax.tree.unflatten(treedef, full)
       return f(*f_args, **f_kwargs)
 
-    inputs = [values[n] for n in dynamic]
+    inputs = [_formed(values[n]) for n in dynamic]
     abstract = [x.aval if is_weight(x) else x for x in inputs]
     jaxpr, shapes = jax.make_jaxpr(flat_f, return_shape=True)(*abstract)
     outs = evaluate(jaxpr, inputs, rules=rules, strict=strict)
@@ -136,6 +136,11 @@ def _named(weight: Weight, key_path) -> Weight:
     return weight
   _argument, *rest = key_path
   return weight.with_path(tree.path_string(tuple(rest)))
+
+
+def _formed(x: Any) -> Any:
+  """The argument itself, or the array of a weight that is not worth keeping apart."""
+  return x.materialize() if is_weight(x) and x.IS_DENSE else x
 
 
 def _is_array(x: Any) -> bool:

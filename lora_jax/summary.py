@@ -78,7 +78,7 @@ def summary(
   rows = []
   for path, spec in specs.items():
     leaf = leaves[path]
-    kind = spec, tuple(leaf.shape), roles_of(path, leaf, axes)
+    kind = spec, tuple(leaf.shape), roles_of(spec, path, leaf, axes)
     if kind not in trainable:
       trainable[kind] = _trainable(spec, path, leaf, kind[2])
     rows.append(Row(path, tuple(leaf.shape), spec, _size(leaf), trainable[kind]))

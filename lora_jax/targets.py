@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_jax import tree
-from lora_jax.adapters import LoRA, Method
+from lora_jax.adapters import Full, LoRA, Method
 from lora_jax.axes import Axes
 from lora_jax.weights import is_weight
 
@@ -28,13 +28,23 @@ _APART = re.compile(
   re.IGNORECASE,
 )
 
+_BIAS = re.compile(r"(.*/)?((\w*_)?bias|b)")
+_NORM = re.compile(
+  r"(.*/)?([^/]*norm[^/]*|(\w*_)?(ln|bn)(_\w+|\d+)?)/(scale|weight|gamma|bias|offset|beta)",
+  re.IGNORECASE,
+)
+
 # A layer that is only convolved or gathered is no linear one.
 _PRODUCTS = frozenset({"dot_general", "ragged_dot_general"})
 
 # What a preset leaves out whatever the method is: leaves that are no kernels.
 _KERNELS = LoRA(rank=1, alpha=1.0)
 
-PRESETS = ("all-linear", "attention", "mlp")
+# The presets of leaves that are no kernels, and what they ask of a leaf.
+_BY_NAME = {"bias": _BIAS, "norm": _NORM}
+_FLOATS = Full()
+
+PRESETS = ("all-linear", "attention", "mlp", *_BY_NAME)
 
 
 def match(
@@ -48,10 +58,12 @@ def match(
     params: the base, a pytree of arrays, Weights or `jax.ShapeDtypeStruct`s.
     rules: ordered (pattern, spec) pairs; the first whose pattern matches a leaf decides. A pattern
       is a regular expression for the whole path, or a preset: "all-linear" (every linear layer
-      but embeddings, heads and routers), "attention" and "mlp" (those of them in such blocks).
+      but embeddings, heads and routers), "attention" and "mlp" (those of them in such blocks),
+      "bias" and "norm" (all biases; all parameters of normalisation layers; for `Full`).
       The spec None leaves a leaf as it is.
-    axes: what `trace_axes` found. With it the presets take what the model multiplies by, whatever
-      the name; without it they go by the usual names of kernels.
+    axes: what `trace_axes` found. With it the presets of linear layers take what the model
+      multiplies by, whatever the name; without it, as "bias" and "norm" always, they go by the
+      usual names.
 
   Raises:
     ValueError: when a pattern matches no leaf (the nearest paths are listed), or matches one that
@@ -85,6 +97,9 @@ def match(
 def _select(pattern: str, leaves: Mapping[str, Any], axes) -> list[str]:
   if pattern not in PRESETS:
     return tree.matching(pattern, leaves)
+  if pattern in _BY_NAME:
+    named = _BY_NAME[pattern]
+    return [x for x in leaves if named.fullmatch(x) and not _FLOATS.unfit(leaves[x])]
   linear = [path for path in leaves if _is_linear(path, leaves[path], axes)]
   block = {"attention": _ATTENTION, "mlp": _MLP}.get(pattern)
   return [path for path in linear if block is None or block.fullmatch(path)]

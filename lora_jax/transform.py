@@ -44,7 +44,10 @@ def init(
   leaves = tree.flatten(params, is_leaf=is_weight)
   return {
     path: spec.init(
-      jax.random.fold_in(key, _hash32(path)), path, leaves[path], roles_of(path, leaves[path], axes)
+      jax.random.fold_in(key, _hash32(path)),
+      path,
+      leaves[path],
+      roles_of(spec, path, leaves[path], axes),
     )
     for path, spec in specs.items()
   }
@@ -140,12 +143,16 @@ def _targets(params: PyTree, adapters: Iterable[str]) -> dict[str, Any]:
   return leaves
 
 
-def roles_of(path: str, leaf, axes: Mapping[str, Axes] | None) -> str:
+def roles_of(spec: Method, path: str, leaf, axes: Mapping[str, Axes] | None) -> str:
   """The roles of a leaf's axes: what was traced, or (in, out) for two axes.
+
+  Empty for a method that needs none.
 
   Raises:
     ValueError: when neither says it.
   """
+  if not spec.NEEDS_ROLES:
+    return ""
   if axes is not None and axes[path].roles:
     return axes[path].roles
   if len(leaf.shape) == 2:

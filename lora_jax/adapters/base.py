@@ -1,7 +1,7 @@
 """What an adapter method's spec is."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,9 @@ from lora_jax.weights import Adapted
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
   """A spec: the method and its settings, which `match` gives to leaves."""
+
+  NEEDS_ROLES: ClassVar[bool] = True
+  """Whether it asks which axes are inputs, outputs and stacks; else `init` gets no roles."""
 
   def init(self, key: jax.Array, path: str, w: Any, roles: str) -> Adapted:
     """The adapter of one leaf at its start.

@@ -26,7 +26,7 @@ The shape and dtype of a Weight are derived from its children, never stored: `vm
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,9 @@ class Weight:
   """
 
   path: str
+
+  IS_DENSE: ClassVar[bool] = False
+  """Whether nothing is spared by keeping it apart: `adapt` then forms the array at once."""
 
   def materialize(self) -> jax.Array:
     """The array that this weight stands for."""
@@ -129,6 +132,7 @@ def call(op: str, operand, *args, **params):
 
 def dot_general(lhs, rhs, dimension_numbers, **params):
   """`lax.dot_general`; a Weight's method is told on which side it stands."""
+  lhs, rhs = _applied(lhs), _applied(rhs)
   if is_weight(lhs) and is_weight(rhs):
     raise NotFactored("both operands of the product are weights")
   if is_weight(lhs):
@@ -140,6 +144,7 @@ def dot_general(lhs, rhs, dimension_numbers, **params):
 
 def conv_general_dilated(x, kernel, **params):
   """`lax.conv_general_dilated`; a Weight's method takes the input first."""
+  x, kernel = _applied(x), _applied(kernel)
   if is_weight(x):
     raise NotFactored("the weight is what is convolved, not the kernel")
   if is_weight(kernel):
@@ -149,6 +154,7 @@ def conv_general_dilated(x, kernel, **params):
 
 def ragged_dot_general(lhs, rhs, group_sizes, **params):
   """`lax.ragged_dot_general`; a Weight's method takes the rows first."""
+  lhs, rhs = _applied(lhs), _applied(rhs)
   if is_weight(lhs) or is_weight(group_sizes):
     raise NotFactored("the weight is not the stack of matrices")
   if is_weight(rhs):

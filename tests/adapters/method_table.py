@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from programs import IDS, normal
 
-from lora_jax import LoRA
+from lora_jax import Full, LoRA, TokenRows
 from lora_jax.adapters import Method
 
 
@@ -101,4 +101,12 @@ METHODS = {
   "LoRA": Row(LoRA(rank=2, alpha=3.0), _lora),
   "rsLoRA": Row(LoRA(rank=2, alpha=3.0, rslora=True), _lora),
   "LoRA-FA": Row(LoRA(rank=2, alpha=3.0, train_a=False), _lora),
+  "Full": Row(Full(), lambda w, parts, weight: w + parts["dw"], dense=True),
+  "TokenRows": Row(
+    TokenRows(ids=(9, 3)),
+    lambda w, parts, weight: w.at[jnp.array(weight.ids)].add(parts["dw"]),
+    undefined=dict.fromkeys(
+      ("several_inputs", "layers", "experts", "convolution"), "does not count the tokens"
+    ),
+  ),
 }

@@ -1,0 +1,44 @@
+"""Full: `w + dw`, every number of a leaf trained, beside adapters of other leaves.
+
+    before    {"norm": {"scale": w}}
+    after     {"norm": {"scale": Full(w=w, dw=0)}}
+
+The sum is formed before the function is run: it is what full fine-tuning multiplies by, and there
+is nothing to spare. `dw` is float32, so that small updates are not lost on a bfloat16 base.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.weights.adapted import Adapted
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Full(Adapted):
+  """`w + dw`, an array of w's shape and dtype.
+
+  Attributes:
+    w: the base, an array of any number of axes or another Weight; None in an adapter.
+    dw: the change, of w's shape.
+    roles: empty, since every axis is treated alike.
+    frozen, path: as in `Adapted`.
+  """
+
+  LAYOUTS: ClassVar = {"dw": "s"}
+  TRAINED: ClassVar = ("dw",)
+  LINEAR: ClassVar = "dw"
+  IS_DENSE: ClassVar = True
+
+  dw: jax.Array
+  roles: str = dataclasses.field(default="", kw_only=True, metadata={"static": True})
+
+  def delta(self) -> jax.Array:
+    """The change, in at least float32."""
+    return self.dw.astype(jnp.promote_types(self.dtype, jnp.float32))
+
+  def applied(self) -> jax.Array:
+    return self.materialize()

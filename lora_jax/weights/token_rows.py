@@ -1,0 +1,140 @@
+"""TokenRows: `w` with a change of a few rows, looked up and multiplied by without forming the sum.
+
+    w (V, D)             roles "io"    dw (n, D)           an embedding, tied to a head or not
+    w (D, V)             roles "oi"    dw (n, D)           the kernel of a head of its own
+
+The role `i` is here the axis of the tokens, whichever way the leaf is multiplied by.
+"""
+
+import dataclasses
+import string
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lora_jax.weights import base
+from lora_jax.weights.adapted import Adapted
+from lora_jax.weights.base import NotFactored
+from lora_jax.weights.factors import RANK, labels, part_labels, permuted_part, reordered
+from lora_jax.weights.products import dot_labels
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenRows(Adapted):
+  """`w` with `dw[n]` added to its row `ids[n]`, an array of w's shape and dtype.
+
+  Attributes:
+    w: the base, an array or another Weight, with one axis of tokens; None in an adapter.
+    dw: [*stack, len(ids), *the other axes], the change of the rows.
+    ids: the tokens, each once.
+    roles: `i` for the axis of the tokens, `o` for every other one but the leading stacks.
+    frozen, path: as in `Adapted`.
+  """
+
+  LAYOUTS: ClassVar = {"dw": "sro"}
+  TRAINED: ClassVar = ("dw",)
+  LINEAR: ClassVar = "dw"
+
+  dw: jax.Array
+  ids: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+  @property
+  def rows(self) -> jax.Array:
+    """The rows as they stand, [*stack, len(ids), *the other axes]: what PEFT stores."""
+    rows = jnp.take(base.materialize(self.w), self._places, axis=self._tokens)
+    names = labels(self.ndim)
+    return reordered(rows + self._change(rows.dtype), names, self._dw_labels(names))
+
+  def delta(self) -> jax.Array:
+    dtype = jnp.promote_types(self.dtype, jnp.float32)
+    return self._added(jnp.zeros(self.shape, dtype), self._tokens, self._change(dtype))
+
+  def fits(self):
+    rows = self.dw.shape[self.all_roles.count("s")] if self.dw.ndim == self.ndim else 0
+    return super().fits() and rows == len(self.ids) and max(self.ids) < self.shape[self._tokens]
+
+  # ---- what is contracted and looked up
+
+  def dot_general(self, other, dimension_numbers, *, weight_is_lhs, precision=None, **params):
+    lhs, rhs = (self.w, other) if weight_is_lhs else (other, self.w)
+    y = base.dot_general(lhs, rhs, dimension_numbers, precision=precision, **params)
+    other_labels, out_labels = dot_labels(other.ndim, self.ndim, dimension_numbers, weight_is_lhs)
+    names = labels(self.ndim)
+    token = names[self._tokens]
+    x = other.astype(jnp.promote_types(other.dtype, self.dtype))  # it may be of integers
+    if token in other_labels:
+      x = jnp.take(x, self._places, axis=other_labels.index(token))
+    product = f"{other_labels},{self._dw_labels(names)}->{out_labels}"
+    delta = jnp.einsum(product, x, self.dw.astype(x.dtype), precision=precision).astype(y.dtype)
+    return self._added(y, out_labels.index(token), delta) if token in out_labels else y + delta
+
+  def gather(self, indices, *, dimension_numbers, slice_sizes, mode, fill_value=None, **params):
+    """The rows of tokens: `w[t]`, and `dw[n]` more where t is `ids[n]`."""
+    d = dimension_numbers
+    full = [n == self._tokens or size == self.shape[n] for n, size in enumerate(slice_sizes)]
+    if d.start_index_map != (self._tokens,) or d.operand_batching_dims or not all(full):
+      raise NotFactored("only whole rows along the axis of the tokens are gathered")
+    if "s" in self.all_roles or d.collapsed_slice_dims != (self._tokens,):
+      raise NotFactored("the rows of a stack, or slices of several rows, are gathered")
+    rows = base.call(
+      "gather", self.w, indices, dimension_numbers=d, slice_sizes=slice_sizes, mode=mode,
+      fill_value=fill_value, **params,
+    )  # fmt: skip
+    tokens = indices[..., 0]
+    if mode == lax.GatherScatterMode.CLIP:
+      tokens = jnp.clip(tokens, 0, self.shape[self._tokens] - 1)
+    # Where a token stands among the sorted ids; one out of bounds is equal to none of them.
+    order = np.argsort(self.ids)
+    ids = np.asarray(self.ids)[order]
+    place = jnp.searchsorted(ids, tokens).clip(max=len(ids) - 1)
+    found = (jnp.asarray(ids)[place] == tokens).reshape(*tokens.shape, *[1] * (self.ndim - 1))
+    delta = jnp.where(found, self.dw[order][place], 0).astype(rows.dtype)
+    batch, rest = string.ascii_uppercase[: tokens.ndim], labels(self.ndim - 1)
+    offsets, batches = iter(rest), iter(batch)
+    out = "".join(next(offsets if n in d.offset_dims else batches) for n in range(rows.ndim))
+    return rows + reordered(delta, batch + rest, out)
+
+  # ---- what stays a weight
+
+  def astype(self, dtype):
+    if not jnp.issubdtype(dtype, jnp.inexact):
+      raise NotFactored(f"a cast to {dtype} rounds the sum, not its terms")
+    return dataclasses.replace(self, w=base.astype(self.w, dtype))
+
+  def transpose(self, permutation):
+    roles = "".join(self.all_roles[n] for n in permutation)
+    dw = lax.transpose(self.dw, permuted_part(self.all_roles, permutation, roles, "sro"))
+    w = base.call("transpose", self.w, permutation)
+    return dataclasses.replace(self, w=w, dw=dw, roles=roles.lstrip("s"))
+
+  def scaled(self, c):
+    return dataclasses.replace(self, w=base.scaled(self.w, c), dw=self.dw * c)
+
+  # ---- which rows
+
+  @property
+  def _tokens(self) -> int:
+    """The axis of the tokens."""
+    return self.all_roles.index("i")
+
+  @property
+  def _places(self) -> np.ndarray:
+    return np.asarray(self.ids, np.int32)
+
+  def _dw_labels(self, names: str) -> str:
+    """The labels of dw, given those of w; the rows have the label of the tokens."""
+    return part_labels(names, self.all_roles, "sro").replace(RANK, names[self._tokens])
+
+  def _change(self, dtype) -> jax.Array:
+    """dw in the order of w's axes."""
+    names = labels(self.ndim)
+    return reordered(self.dw.astype(dtype), self._dw_labels(names), names)
+
+  def _added(self, x, axis: int, change):
+    """x with a change of what lies along an axis at the ids."""
+    where = (*[slice(None)] * axis, self._places)
+    return x.at[where].add(change, unique_indices=True, mode="promise_in_bounds")
