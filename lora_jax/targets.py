@@ -73,6 +73,8 @@ def match(
   specs, taken = {}, set()
   for pattern, spec in rules:
     hits = _select(pattern, leaves, axes)
+    if not hits and pattern in PRESETS:
+      raise ValueError(f"the preset {pattern!r} matches no leaf of these parameters")
     if not hits:
       nearest = difflib.get_close_matches(pattern, leaves, n=5, cutoff=0.0)
       raise ValueError(
