@@ -44,7 +44,7 @@ def init(
   leaves = tree.flatten(params, is_leaf=is_weight)
   return {
     path: spec.init(
-      jax.random.fold_in(key, _hash32(path)),
+      key_of(key, path),
       path,
       leaves[path],
       roles_of(spec, path, leaves[path], axes),
@@ -129,7 +129,7 @@ def with_dropout(weights: PyTree, key: jax.Array) -> PyTree:
 
   def dropping(path, leaf):
     if isinstance(leaf, Adapted):
-      return leaf.with_dropout(jax.random.fold_in(key, _hash32(path)))
+      return leaf.with_dropout(key_of(key, path))
     return leaf
 
   return tree.map_with_path(dropping, weights, is_leaf=is_weight)
@@ -164,5 +164,7 @@ def roles_of(spec: Method, path: str, leaf, axes: Mapping[str, Axes] | None) -> 
   )
 
 
-def _hash32(path: str) -> int:
-  return int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big")
+def key_of(key: jax.Array, path: str) -> jax.Array:
+  """A leaf's own random key, by a hash of its path: the same whatever the other leaves are."""
+  hashed = int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big")
+  return jax.random.fold_in(key, hashed)

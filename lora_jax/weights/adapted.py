@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 import jax
 
 from lora_jax.weights import base
-from lora_jax.weights.base import Weight
+from lora_jax.weights.base import NotFactored, Weight
 from lora_jax.weights.factors import part_axes
 
 
@@ -123,6 +123,14 @@ class Adapted(Weight):
   def rescaled(self, c) -> Self:
     """This weight with the change of the base multiplied by a number, which may be traced."""
     return dataclasses.replace(self, **{self.LINEAR: getattr(self, self.LINEAR) * c})
+
+  def as_low_rank(self) -> "Adapted":
+    """The plain LoRA adapter, a LowRank without a base, that changes any base as this one does.
+
+    Raises:
+      NotFactored: when there is none, or none that does without the base.
+    """
+    raise NotFactored(f"{type(self).__name__} has no low-rank form of its own")
 
   def with_dropout(self, key: jax.Array) -> Self:
     """This weight as a training step uses it; itself, for a kind that drops nothing."""

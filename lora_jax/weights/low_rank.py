@@ -78,6 +78,9 @@ class LowRank(Adapted):
     )
     return self.scale * product
 
+  def as_low_rank(self) -> "LowRank":
+    return LowRank(None, self.a, self.b, self.scale, roles=self.roles)
+
   def with_dropout(self, key) -> "LowRank":
     """This weight dropping inputs by a random key, if it has a share to drop."""
     if not self.dropout:
