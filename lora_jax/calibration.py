@@ -1,0 +1,143 @@
+"""Second moments of what a model's kernels are applied to, from example batches.
+
+    moments = second_moments(f, params, paths, batches, axes=trace_axes(f, params, batch))
+    moments["block_0/query/kernel"].total    # the sum of x xᵀ over all rows x: [inputs, inputs]
+    moments["block_0/query/kernel"].rows     # how many rows there were
+
+EVA starts from them; activation-aware compression and pruning weigh by them. No model is edited: a
+kernel is exchanged for a `Probe`, the same array with a slot of zeros beside it, whose cotangent is
+by definition the moments of the rows that the kernel meets. The gradient by the slots is then their
+sum over all uses, through jit, scan, remat and whatever else JAX differentiates: layers stacked for
+a scan have a slot each. The gradient proper is never asked for, so no backward pass remains in the
+compiled program.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import compat, tree
+from lora_jax.adapt import RULES, adapt
+from lora_jax.adapters import Method
+from lora_jax.axes import Axes
+from lora_jax.transform import roles_of
+from lora_jax.weights import is_weight
+from lora_jax.weights.factors import part_sizes
+from lora_jax.weights.probe import Moments, Probe
+
+PyTree = Any
+
+
+def second_moments(
+  f: Callable,
+  params: PyTree,
+  paths: Iterable[str],
+  batches: Iterable[PyTree],
+  *,
+  axes: Mapping[str, Axes] | None = None,
+  diagonal: bool = False,
+  mask: Callable[[PyTree], jax.Array] | None = None,
+) -> dict[str, Moments]:
+  """Returns `{path: Moments}` of the inputs of kernels, in float32.
+
+  One program is compiled for each shape of batch. Memory is that of a forward pass and of the
+  result: d² numbers for a kernel of d inputs, so ask for as many paths at a time as there is room.
+  Kernels that share an input (query, key, value) share the work, not the room.
+
+  Args:
+    f: `f(params, batch)`, whose result, or some float of it, depends on the kernels by a path that
+      JAX differentiates in reverse: no while loop without a fixed number of steps.
+    params: what `f` takes; Weights may be among the leaves.
+    paths: the kernels: leaves that are multiplied by, convolved with or chosen by groups of rows
+      (`lax.ragged_dot`), all of their inputs at once. No embeddings, whose rows are looked up.
+    batches: what `f` takes, one after another; each is read once.
+    axes: what `trace_axes` found. Kernels of two axes (in, out) do not need it.
+    diagonal: sum x² and not x xᵀ: d numbers for a kernel.
+    mask: from a batch, the rows that count: ones, and zeros where there is padding. Its shape is
+      that of the leading axes of the rows of every kernel's input, or of all rows in one axis:
+      [batch, tokens] for a language model. Without it every row counts.
+
+  Raises:
+    ValueError: when a path is no leaf or is used in another way, when there is no batch, when the
+      mask has other rows than a kernel's input, and when no row counted.
+  """
+  leaves = tree.flatten(params, is_leaf=is_weight)
+  paths = tuple(paths)
+  missing = sorted(set(paths) - set(leaves))
+  if missing:
+    raise ValueError(f"the tree has no leaf at {', '.join(missing)}, whose inputs are asked for")
+  roles = {path: roles_of(Method(), path, leaves[path], axes) for path in paths}
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def add(totals, params, batch):
+    counted = None if mask is None else mask(batch)
+    moments = batch_moments(f, params, batch, roles, diagonal=diagonal, mask=counted)
+    return jax.tree.map(jnp.add, totals, moments)
+
+  totals = {path: _zeros(leaves[path].shape, roles[path], diagonal) for path in paths}
+  empty = True
+  for batch in batches:
+    totals, empty = add(totals, params, batch), False
+  if empty:
+    raise ValueError("there is no batch to take second moments from")
+  unseen = [path for path in paths if not totals[path].rows.any()]
+  if unseen:
+    raise ValueError(
+      f"no row counted for {', '.join(unseen)}: the mask is zero, the function does not use them, "
+      "or its result does not depend on them by a path with a gradient (stop_gradient cuts it)"
+    )
+  return totals
+
+
+def batch_moments(
+  f: Callable,
+  params: PyTree,
+  batch: PyTree,
+  roles: Mapping[str, str],
+  *,
+  diagonal: bool = False,
+  mask: jax.Array | None = None,
+) -> dict[str, Moments]:
+  """Returns `{path: Moments}` of one batch, for a loop of one's own; to be called under `jax.jit`.
+
+  Args:
+    f, params, batch, diagonal: as in `second_moments`.
+    roles: the kernels, by path, with the roles of their axes.
+    mask: the rows that count, as the function `mask` of `second_moments` gives them.
+
+  Raises:
+    ValueError: as `second_moments` does, but for what only the numbers tell.
+  """
+  # A remat's barriers are left out: there is no backward pass to compute anything again for.
+  probed = adapt(f, rules=RULES | {compat.remat_p: _inlined})
+
+  def result(slots):
+    def probe(path, leaf):
+      if path not in roles:
+        return leaf
+      return Probe.of(leaf, slots[path], mask, roles=roles[path].lstrip("s"), path=path)
+
+    outs = jax.tree.leaves(probed(tree.map_with_path(probe, params, is_leaf=is_weight), batch))
+    floats = [jnp.sum(y, dtype=jnp.float32) for y in outs if jnp.issubdtype(y.dtype, jnp.floating)]
+    if not floats:
+      raise ValueError("the function returns no float; let it return what its last layer computes")
+    return sum(floats)
+
+  leaves = tree.flatten(params, is_leaf=is_weight)
+  return jax.grad(result)(
+    {path: _zeros(leaves[path].shape, roles[path], diagonal) for path in roles}
+  )
+
+
+def _zeros(shape, roles: str, diagonal: bool) -> Moments:
+  stack = part_sizes(shape, roles, "s", 0)
+  d = math.prod(part_sizes(shape, roles, "i", 0))
+  return Moments(jnp.zeros((*stack, *(d,) * (2 - diagonal))), jnp.zeros(stack))
+
+
+def _inlined(*args, evaluate, jaxpr, **_):
+  return evaluate(compat.closed(jaxpr), args)
