@@ -1,0 +1,51 @@
+"""What PiSSA and OLoRA share: a start taken out of the kernel itself."""
+
+import dataclasses
+
+import jax
+
+from lora_jax import factorization
+from lora_jax.adapters.base import Method, sizes
+from lora_jax.adapters.lora import check_rank, check_rank_fits, scale_of
+from lora_jax.weights.base import materialize
+from lora_jax.weights.recentred import Recentred
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FromKernel(Method):
+  """A spec whose A and B start from factors of the kernel, whose product is taken out of the base.
+
+  Attributes:
+    rank: of A B, at least 1 and at most that of the kernel.
+    alpha: the numerator of the scale.
+    rslora: divide alpha by sqrt(rank) instead of rank.
+  """
+
+  rank: int
+  alpha: float
+  rslora: bool = False
+
+  def __post_init__(self):
+    check_rank(self)
+
+  @property
+  def scale(self) -> float:
+    return scale_of(self)
+
+  def factorize(self, key: jax.Array, matrix: jax.Array) -> factorization.Factors:
+    """Returns a, [*stack, d, rank], and b, [*stack, rank, k], of matrices [*stack, d, k]."""
+    raise NotImplementedError
+
+  def init(self, key, path, w, roles):
+    """As in `Method`; raises when the rank exceeds the kernel's, or where there are no values."""
+    _, inputs, outputs = sizes(w.shape, roles)
+    check_rank_fits(path, self.rank, inputs, outputs)
+    if isinstance(w, jax.ShapeDtypeStruct):
+      raise ValueError(
+        f"{path}: {type(self).__name__} starts from the values of the weights, and here is their "
+        "shape alone; pass arrays, or call init under jax.eval_shape"
+      )
+    a, b = factorization.factorized(
+      materialize(w), roles, lambda matrix: self.factorize(key, matrix)
+    )
+    return Recentred.start(a, b, self.scale, roles)

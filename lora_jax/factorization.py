@@ -1,0 +1,87 @@
+"""Kernels as matrices, and two thin factors of a matrix.
+
+    a, b = factorized(w, "ioo", lambda matrix: balanced(svd(matrix, rank)))
+
+A kernel of several input and output axes is one matrix, inputs by outputs, a stack of kernels a
+stack of matrices. All is computed in float32, or in float64 for what is float64 already.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.weights.factors import part_sizes
+
+
+class Svd(NamedTuple):
+  """`u @ diag(s) @ vt`: [*stack, d, r], [*stack, r] falling, [*stack, r, k]."""
+
+  u: jax.Array
+  s: jax.Array
+  vt: jax.Array
+
+
+Factors = tuple[jax.Array, jax.Array]
+
+
+def factorized(w: jax.Array, roles: str, factorize: Callable[[jax.Array], Factors]) -> Factors:
+  """Returns a, [*stack, *inputs, rank], and b, [*stack, rank, *outputs], of a kernel.
+
+  Args:
+    w: the kernel.
+    roles: the role of each of its axes: stack, input or output.
+    factorize: gives two factors, [*stack, d, rank] and [*stack, rank, k], of [*stack, d, k].
+  """
+  order = [n for role in "sio" for n, each in enumerate(roles) if each == role]
+  stack, inputs, outputs = (part_sizes(w.shape, roles, role, 0) for role in "sio")
+  matrix = lax.transpose(w, order).reshape(*stack, math.prod(inputs), math.prod(outputs))
+  a, b = factorize(matrix.astype(jnp.promote_types(w.dtype, jnp.float32)))
+  rank = a.shape[-1]
+  return a.reshape(*stack, *inputs, rank), b.reshape(*stack, rank, *outputs)
+
+
+def svd(matrix: jax.Array, rank: int) -> Svd:
+  """The first `rank` singular triplets of [*stack, d, k]; the nearest matrices of that rank."""
+  u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+  return Svd(u[..., :rank], s[..., :rank], vt[..., :rank, :])
+
+
+def randomized_svd(
+  key: jax.Array, matrix: jax.Array, rank: int, iterations: int, oversampling: int = 8
+) -> Svd:
+  """Nearly the first `rank` singular triplets, at the price of a few thin products.
+
+  The range of the matrix is found by `iterations` subspace iterations on rank + oversampling
+  random vectors, orthonormalised after each product, and the small matrix that is left is
+  decomposed exactly. Halko, Martinsson and Tropp 2011, arXiv 0909.4061, algorithms 4.4 and 5.1.
+
+  Args:
+    key: a random key.
+    matrix: [*stack, d, k].
+    rank: at most min(d, k).
+    iterations: 0 is enough for a spectrum that falls fast, 4 for most others.
+    oversampling: how many vectors more than `rank`.
+  """
+  *stack, d, k = matrix.shape
+  columns = min(rank + oversampling, d, k)
+  transposed = jnp.swapaxes(matrix, -2, -1)
+
+  def range_of(matrix, x):
+    return jnp.linalg.qr(jnp.matmul(matrix, x, precision="highest"))[0]
+
+  q = range_of(matrix, jax.random.normal(key, (*stack, k, columns), matrix.dtype))
+  for _ in range(iterations):
+    q = range_of(matrix, range_of(transposed, q))
+  small = jnp.matmul(jnp.swapaxes(q, -2, -1), matrix, precision="highest")
+  u, s, vt = svd(small, rank)
+  return Svd(jnp.matmul(q, u, precision="highest"), s, vt)
+
+
+def balanced(decomposition: Svd) -> Factors:
+  """The factors u √s and √s vt, of one size each."""
+  root = jnp.sqrt(decomposition.s)
+  return decomposition.u * root[..., None, :], root[..., None] * decomposition.vt

@@ -1,0 +1,85 @@
+"""Recentred: a low-rank product that starts from a part of the base, which is taken out of it.
+
+    W + scale * (a @ b - a0 @ b0)
+
+a0 and b0 are what a and b started from, so a fresh adapter is the identity to rounding though
+neither factor is zero. PiSSA and OLoRA are of this form, and differ in what they start from.
+"""
+
+import dataclasses
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.weights.adapted import Adapted
+from lora_jax.weights.base import is_weight
+from lora_jax.weights.low_rank import LowRank
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Recentred(Adapted):
+  """`w + scale * a @ b` on the residual `w = W - scale * a0 @ b0` of the base W.
+
+  `attach` takes W and keeps the residual, so that a step costs what LoRA's does. The residual is
+  computed in float32 and rounded to W's dtype; of a base that is itself a Weight it is a Weight
+  too, which keeps the base as it is and has the product subtracted wherever it is used.
+
+  Attributes:
+    w: the residual, an array or a Weight, of shape [*stack, ...]; None in an adapter.
+    a: [*stack, *inputs, rank].
+    b: [*stack, rank, *outputs].
+    a0, b0: where a and b started; they do not train.
+    scale: the factor of both products.
+    roles, frozen, path: as in `Adapted`.
+  """
+
+  LAYOUTS: ClassVar = {"a": "sir", "b": "sro", "a0": "sir", "b0": "sro"}
+  TRAINED: ClassVar = ("a", "b")
+
+  a: jax.Array
+  b: jax.Array
+  a0: jax.Array
+  b0: jax.Array
+  scale: float = dataclasses.field(default=1.0, metadata={"static": True})
+
+  @classmethod
+  def start(cls, a: jax.Array, b: jax.Array, scale: float, roles: str) -> Self:
+    """The adapter at its start, from float32 factors of a part of the base."""
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    # Copies: a step that donates its adapters must not take the start with them.
+    return cls(
+      w=None, a=a, b=b, a0=jnp.copy(a), b0=jnp.copy(b), scale=scale, roles=roles.lstrip("s")
+    )
+
+  def applied(self) -> LowRank:
+    return self._low_rank(self.w, self.a, self.b)
+
+  def attach(self, w: Any, path: str) -> Self:
+    """This adapter on the residual of a base; raises as in `Adapted`."""
+    weight = super().attach(w, path)
+    residual = self._low_rank(w, self.a0, -self.b0)
+    return dataclasses.replace(weight, w=residual if is_weight(w) else residual.materialize())
+
+  def unmerge(self, merged, path):
+    return self.as_low_rank().unmerge(merged, path)
+
+  def as_low_rank(self) -> LowRank:
+    """The plain LoRA adapter that changes the base W as this one does, of twice the rank.
+
+    `[a, a0] @ [b, -b0] = a @ b - a0 @ b0`
+    """
+    return self._joined(None, self.b, -self.b0)
+
+  def rescaled(self, c) -> LowRank:
+    """The change of W multiplied by a number: a low-rank weight of twice the rank."""
+    return self._joined(self.w, self.b * c, self.b0 * (-c if self.w is None else 1 - c))
+
+  def _joined(self, w, b, b0) -> LowRank:
+    a = jnp.concatenate([self.a, self.a0], axis=-1)
+    rank_axis = self.a.ndim - 1 - self.roles.count("i")
+    return self._low_rank(w, a, jnp.concatenate([b, b0], axis=rank_axis))
+
+  def _low_rank(self, w, a, b) -> LowRank:
+    return LowRank(w, a, b, self.scale, roles=self.roles, path=self.path)
