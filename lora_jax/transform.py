@@ -128,7 +128,7 @@ def with_dropout(weights: PyTree, key: jax.Array) -> PyTree:
   """
 
   def dropping(path, leaf):
-    if isinstance(leaf, Adapted):
+    if isinstance(leaf, Adapted) and leaf.drops:
       return leaf.with_dropout(key_of(key, path))
     return leaf
 

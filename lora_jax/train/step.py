@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lora_jax.transform import with_dropout
 from lora_jax.tree import join
 
 PyTree = Any
@@ -91,7 +92,12 @@ def completion_objective(apply: Callable) -> Objective:
   return objective
 
 
-def make_train_step(objective: Objective, tx: optax.GradientTransformation) -> Callable:
+def make_train_step(
+  objective: Objective,
+  tx: optax.GradientTransformation,
+  *,
+  dropout_key: jax.Array | None = None,
+) -> Callable:
   """Makes the jitted step `(state, frozen, batch) -> (state, metrics)`.
 
   The state is donated: its buffers are gone after the call. A step whose loss or gradient is not
@@ -100,6 +106,8 @@ def make_train_step(objective: Objective, tx: optax.GradientTransformation) -> C
   Args:
     objective: `(weights, batch) -> (mean loss, tokens)`, as `completion_objective` makes it.
     tx: the optimiser.
+    dropout_key: what adapters drop inputs by, together with the number of the step, so that a run
+      which is resumed drops the same ones; None drops nothing.
 
   Returns:
     The step. Its metrics are scalars: `loss` (the objective before the update), `grad_norm` (the
@@ -107,9 +115,13 @@ def make_train_step(objective: Objective, tx: optax.GradientTransformation) -> C
   """
 
   def step(state: State, frozen: PyTree, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-    (loss, tokens), grads = jax.value_and_grad(
-      lambda trainable: objective(join(trainable, frozen), batch), has_aux=True
-    )(state.trainable)
+    def loss_of(trainable: PyTree) -> tuple[jax.Array, jax.Array]:
+      weights = join(trainable, frozen)
+      if dropout_key is not None:
+        weights = with_dropout(weights, jax.random.fold_in(dropout_key, state.step))
+      return objective(weights, batch)
+
+    (loss, tokens), grads = jax.value_and_grad(loss_of, has_aux=True)(state.trainable)
     grad_norm = optax.tree.norm(grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
     updated = State(state.step + 1, optax.apply_updates(state.trainable, updates), opt_state)

@@ -132,6 +132,11 @@ class Adapted(Weight):
     """
     raise NotFactored(f"{type(self).__name__} has no low-rank form of its own")
 
+  @property
+  def drops(self) -> bool:
+    """Whether a training step drops some of its inputs: whether `with_dropout` is needed."""
+    return False
+
   def with_dropout(self, key: jax.Array) -> Self:
     """This weight as a training step uses it; itself, for a kind that drops nothing."""
     return self

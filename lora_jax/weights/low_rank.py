@@ -81,9 +81,13 @@ class LowRank(Adapted):
   def as_low_rank(self) -> "LowRank":
     return LowRank(None, self.a, self.b, self.scale, roles=self.roles)
 
+  @property
+  def drops(self):
+    return self.dropout > 0
+
   def with_dropout(self, key) -> "LowRank":
     """This weight dropping inputs by a random key, if it has a share to drop."""
-    if not self.dropout:
+    if not self.drops:
       return self
     stack = part_sizes(self.shape, self.all_roles, "s", self.rank)
     return dataclasses.replace(self, key=jax.random.split(key, stack) if stack else key)

@@ -146,7 +146,7 @@ def test_a_batch_of_adapters_is_mapped_over():
       attach(base, {"w": adapter}), tokens
     )
 
-  each = [f(jax.tree.map(lambda x: x[n], two), TOKENS[n]) for n in range(2)]
+  each = [f(jax.tree.map(lambda x, n=n: x[n], two), TOKENS[n]) for n in range(2)]
   assert_close(jax.vmap(f)(two, TOKENS), jnp.stack(each))
 
 
