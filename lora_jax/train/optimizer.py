@@ -2,13 +2,19 @@
 
     learning_rate = schedule(peak=1e-3, warmup_steps=10, total_steps=100, kind="linear")
     tx = adamw(learning_rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=1.0)
+    tx = optax.chain(tx, scale_rates([(".*/b", 16.0)]))         # LoRA+
     opt_state = tx.init(trainable)      # `trainable` holds None for every frozen leaf
 
-Neither knows what trains: the optimiser is initialised on the trainable part of the tree alone, so
-it has no moment, and applies no weight decay, for anything else.
+None of them knows what trains: the optimiser is initialised on the trainable part of the tree
+alone, so it has no moment, and applies no weight decay, for anything else.
 """
 
+from collections.abc import Sequence
+
+import jax.numpy as jnp
 import optax
+
+from lora_jax import tree
 
 _DECAYS = {
   "constant": lambda peak, steps: optax.constant_schedule(peak),
@@ -82,3 +88,46 @@ def adamw(
     optax.clip_by_global_norm(clip_norm),
     optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
   )
+
+
+def scale_rates(rules: Sequence[tuple[str, float]]) -> optax.GradientTransformation:
+  """Learning-rate groups: what trains at some paths does so at a multiple of the rate.
+
+  Stands after the optimiser, whose whole update it multiplies, weight decay included.
+
+  Args:
+    rules: ordered (pattern, factor) pairs; the first whose pattern matches a path decides, and what
+      none matches keeps its rate. A pattern is a regular expression for the whole path, down to the
+      part of an adapter: `block_0/attn/query/kernel/b`. So LoRA+ is `[(".*/b", 16.0)]`. (Haiku
+      calls biases b too: where one of them trains in full, say `".*/w/b"`.)
+
+  Raises:
+    ValueError: at `init`, when a pattern matches nothing that trains.
+
+  Source of LoRA+: Hayou et al. 2024, arXiv 2402.12354, section 4.
+  """
+
+  def factors(paths) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for pattern, factor in rules:
+      hits = tree.matching(pattern, paths)
+      if not hits:
+        raise ValueError(
+          f"the pattern {pattern!r} of learning rates matches nothing that trains; there are "
+          + ", ".join(list(paths)[:5])
+        )
+      found = dict.fromkeys(hits, factor) | found
+    return found
+
+  def init(params):
+    factors(tree.flatten(params))
+    return optax.EmptyState()
+
+  def update(updates, state, params=None):
+    of = factors(tree.flatten(updates))
+    scaled = tree.map_with_path(
+      lambda path, x: x * jnp.asarray(of[path], x.dtype) if path in of else x, updates
+    )
+    return scaled, state
+
+  return optax.GradientTransformation(init, update)

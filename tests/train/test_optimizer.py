@@ -4,11 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import peft
+import peft.optimizers
 import pytest
 import torch
 import transformers
 
-from lora_jax.train.optimizer import adamw, schedule
+import lora_jax
+from lora_jax import tree
+from lora_jax.train.optimizer import adamw, scale_rates, schedule
 
 
 def test_the_warmup_rises_linearly_from_above_zero_to_the_peak():
@@ -87,3 +91,62 @@ def test_updates_agree_with_pytorchs_adamw_behind_its_clip(clip_norm):
     updates, opt_state = tx.update(jnp.array(gradient), opt_state, ours)
     ours = optax.apply_updates(ours, updates)
   np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+def random(*shape, seed=0):
+  return np.random.default_rng([seed, *shape]).normal(size=shape).astype(np.float32)
+
+
+def test_what_a_pattern_matches_trains_at_its_multiple_of_the_rate():
+  params = {"x": {"a": jnp.ones(3), "b": jnp.ones(3)}, "head": jnp.ones(2), "rest": jnp.ones(2)}
+  rules = [("x/b", 16.0), ("head", 0.5), ("x/.*|head", 2.0)]
+  tx = optax.chain(optax.sgd(0.1), scale_rates(rules))
+  updates, _ = jax.jit(tx.update)(jax.tree.map(jnp.ones_like, params), tx.init(params))
+  factors = jax.tree.map(lambda x: float(x[0] / -0.1), updates)
+  wanted = {"x/a": 2.0, "x/b": 16.0, "head": 0.5, "rest": 1.0}
+  assert tree.flatten(factors) == pytest.approx(wanted)
+
+
+def test_a_pattern_of_rates_that_matches_nothing_is_refused_with_what_there_is():
+  with pytest.raises(ValueError, match=r"'.\*/b' of learning rates matches nothing .* x/a"):
+    scale_rates([(".*/b", 16.0)]).init({"x": {"a": jnp.ones(3)}})
+
+
+def test_the_rates_keep_the_dtype_of_an_update():
+  updates = {"b": jnp.ones(3, jnp.bfloat16)}
+  scaled, _ = scale_rates([("b", 0.5)]).update(updates, optax.EmptyState())
+  assert scaled["b"].dtype == jnp.bfloat16
+
+
+def test_lora_plus_trains_as_peft_s_optimizer_does():
+  x, y = random(16, 6), random(16, 5)
+  base = torch.nn.Sequential(torch.nn.Linear(6, 5, bias=False))
+  theirs = peft.get_peft_model(base, peft.LoraConfig(r=2, lora_alpha=4, target_modules=["0"]))
+  layer = theirs.base_model.model[0]
+  params = {"w": jnp.asarray(layer.base_layer.weight.detach().numpy().T)}
+  adapters = lora_jax.init(jax.random.key(0), params, {"w": lora_jax.LoRA(rank=2, alpha=4.0)})
+  layer.lora_A.default.weight.data = torch.tensor(np.asarray(adapters["w"].a).T)
+  optimizer = peft.optimizers.create_loraplus_optimizer(
+    theirs, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=16.0, loraplus_weight_decay=0.1
+  )
+
+  def loss(adapters):
+    predict = lora_jax.adapt(lambda p, x: x @ p["w"])
+    return jnp.mean((predict(lora_jax.attach(params, adapters), x) - y) ** 2)
+
+  tx = optax.chain(
+    adamw(
+      optax.constant_schedule(1e-2), b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.1,
+      clip_norm=math.inf,
+    ),
+    scale_rates([(".*/b", 16.0)]),
+  )  # fmt: skip
+  state = tx.init(adapters)
+  for _ in range(5):
+    optimizer.zero_grad()
+    torch.nn.functional.mse_loss(theirs(torch.tensor(x)), torch.tensor(y)).backward()
+    optimizer.step()
+    updates, state = tx.update(jax.grad(loss)(adapters), state, adapters)
+    adapters = optax.apply_updates(adapters, updates)
+  for part, module in [(adapters["w"].a, layer.lora_A), (adapters["w"].b, layer.lora_B)]:
+    np.testing.assert_allclose(part, module.default.weight.detach().numpy().T, rtol=1e-4, atol=1e-6)
