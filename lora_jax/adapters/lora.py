@@ -56,7 +56,10 @@ class LoRA(Method):
     """As in `Method`; raises when the rank exceeds that of the kernel."""
     stack, inputs, outputs = sizes(w.shape, roles)
     check_rank_fits(path, self.rank, inputs, outputs)
-    a, b = self.initializer(key, stack, inputs, outputs, self.rank)
+    return self.starting_at(*self.initializer(key, stack, inputs, outputs, self.rank), roles)
+
+  def starting_at(self, a, b, roles: str) -> LowRank:
+    """The adapter with given factors, of any rank, for a leaf of these roles."""
     return LowRank(
       w=None, a=a, b=b, scale=self.scale, dropout=self.dropout, roles=roles.lstrip("s"),
       frozen=() if self.train_a else ("a",),
@@ -82,3 +85,11 @@ def check_rank_fits(path: str, rank: int, inputs: tuple, outputs: tuple) -> None
     raise ValueError(
       f"{path}: rank {rank} exceeds min({fan_in}, {fan_out}); use rank <= {min(fan_in, fan_out)}"
     )
+
+
+def check_leaves_start(path: str, spec, method: str) -> None:
+  """Raises ValueError for a spec that is no LoRA, or says itself what its factors start from."""
+  if not isinstance(spec, LoRA):
+    raise ValueError(f"{path}: {method} is a start of LoRA, and the spec is {spec}; use LoRA")
+  if spec.initializer is not LoRA.initializer:
+    raise ValueError(f"{path}: {method} is a start, and so is the spec's initializer; choose one")
