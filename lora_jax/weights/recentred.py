@@ -82,4 +82,4 @@ class Recentred(Adapted):
     return self._low_rank(w, a, jnp.concatenate([b, b0], axis=rank_axis))
 
   def _low_rank(self, w, a, b) -> LowRank:
-    return LowRank(w, a, b, self.scale, roles=self.roles, path=self.path)
+    return LowRank(w, a, b, self.scale, roles=self.roles, path="" if w is None else self.path)

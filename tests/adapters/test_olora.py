@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from programs import normal
-from test_pissa import peft_start, start
+from starts import peft_start, start
 from tolerances import assert_close
 
 from lora_jax import LowRank, OLoRA, merge

@@ -3,34 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft
 import pytest
-import torch
 from jaxprs import full_size_values
 from programs import normal
+from starts import peft_start, start
 from tolerances import assert_close
 
 import lora_jax
-from lora_jax import Axes, LoRA, LowRank, PiSSA, Recentred, adapt, attach, detach, init, merge
-
-KEY = jax.random.key(0)
-
-
-def start(w, spec, roles="io"):
-  return init(KEY, {"w": w}, {"w": spec}, {"w": Axes(roles, ("dot_general",))})["w"]
-
-
-def peft_start(w, how, rank, alpha, rslora=False):
-  """(residual, a, b, scale) of PEFT on a layer with the kernel w, (in, out)."""
-  torch.manual_seed(0)
-  model = torch.nn.Sequential(torch.nn.Linear(*w.shape, bias=False))
-  model[0].weight.data = torch.tensor(np.asarray(w)).T.contiguous()
-  config = peft.LoraConfig(
-    r=rank, lora_alpha=alpha, use_rslora=rslora, init_lora_weights=how, target_modules=["0"]
-  )
-  layer = peft.get_peft_model(model, config).base_model.model[0]
-  arrays = (layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight)
-  return *(x.detach().numpy().T for x in arrays), layer.scaling["default"]
+from lora_jax import LoRA, LowRank, PiSSA, Recentred, adapt, attach, detach, merge
 
 
 @pytest.fixture(scope="module")

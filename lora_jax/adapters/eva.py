@@ -1,0 +1,148 @@
+"""EVA: LoRA that starts in the directions in which its inputs vary most.
+
+    moments  = second_moments(f, params, specs, batches, axes=axes)     # lora_jax.calibration
+    adapters = eva.start(params, specs, moments, axes=axes)             # instead of lora_jax.init
+
+The columns of A are the first right singular vectors of the inputs X of a kernel, [rows, inputs],
+which are the first eigenvectors of Xᵀ X; B is zero, so a fresh adapter is the identity. The ranks
+of all kernels are one budget. Each singular value σ_j of each kernel explains σ_j² / Σ σ² of the
+variance of its inputs, and those that explain the most get a column, wherever they are, but no
+kernel gets more than rho times the rank of its spec. With rho = 1 every kernel keeps its rank.
+
+Paischer et al. 2024, EVA, arXiv 2410.07170, section 3. What the paper leaves open, or PEFT does in
+its own way:
+
+- The inputs are not centred, as in the paper; PEFT's incremental PCA subtracts their mean.
+- The eigenvectors are exact, of all batches at once: there is no convergence to wait for.
+- The scale is that of the spec whatever the rank turns out to be, as in PEFT, which adjusts alpha
+  for it (`adjust_scaling_factors`). PEFT's `whiten` is off by default, and not here.
+- A stack of layers is one array, of the largest rank among them. Where a layer's own rank is
+  smaller, the last columns of its A are zero, and stay so: with B zero too, no gradient reaches
+  them. So stacked layers learn what they would unstacked.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import tree
+from lora_jax.adapters.base import sizes
+from lora_jax.adapters.lora import LoRA, check_leaves_start, check_rank_fits
+from lora_jax.axes import Axes
+from lora_jax.transform import roles_of
+from lora_jax.weights import LowRank, is_weight
+from lora_jax.weights.probe import Moments
+
+PyTree = Any
+
+
+def start(
+  params: PyTree,
+  specs: Mapping[str, LoRA],
+  moments: Mapping[str, Moments],
+  *,
+  rho: float = 2.0,
+  axes: Mapping[str, Axes] | None = None,
+) -> dict[str, LowRank]:
+  """Returns adapters at EVA's start, `{path: adapter}`, without those whose rank came out as zero.
+
+  Args:
+    params: the base, of which only shapes are read.
+    specs: what `match` returned, of LoRA alone. The sum of their ranks over all kernels, each layer
+      of a stack counted, is the budget.
+    moments: the second moments of the kernels' inputs, as `calibration.second_moments` returns.
+    rho: how many times its spec's rank a kernel may get; at least 1.
+    axes: what `trace_axes` found. Kernels of two axes (in, out) do not need it.
+
+  Raises:
+    ValueError: when a spec is no LoRA or has an initializer of its own, when a kernel's moments are
+      missing, diagonal, not finite or of other inputs, when a rank exceeds its kernel's, and when
+      rho is below 1.
+  """
+  if rho < 1:
+    raise ValueError(f"EVA: rho {rho} is below 1, which would leave a part of the ranks unused")
+  leaves = tree.flatten(params, is_leaf=is_weight)
+  kernels = {path: _kernel(path, spec, leaves[path], axes) for path, spec in specs.items()}
+  spectra = {path: _spectrum(path, kernel, moments) for path, kernel in kernels.items()}
+  ranks = _shared_ranks(specs, kernels, spectra, rho)
+  return {
+    path: specs[path].starting_at(
+      *_factors(kernels[path], spectra[path], ranks[path]), kernel.roles
+    )
+    for path, kernel in kernels.items()
+    if ranks[path].any()
+  }
+
+
+class _Kernel(NamedTuple):
+  """The roles of a kernel's axes, and the sizes of those of each role."""
+
+  roles: str
+  stack: tuple[int, ...]
+  inputs: tuple[int, ...]
+  outputs: tuple[int, ...]
+
+
+class _Spectrum(NamedTuple):
+  """share: of the variance explained, falling, [*stack, d]; vectors: [*stack, d, d], in columns."""
+
+  share: np.ndarray
+  vectors: jax.Array
+
+
+def _kernel(path: str, spec: LoRA, leaf, axes) -> _Kernel:
+  check_leaves_start(path, spec, "EVA")
+  roles = roles_of(spec, path, leaf, axes)
+  kernel = _Kernel(roles, *sizes(leaf.shape, roles))
+  check_rank_fits(path, spec.rank, kernel.inputs, kernel.outputs)
+  return kernel
+
+
+def _spectrum(path: str, kernel: _Kernel, moments: Mapping[str, Moments]) -> _Spectrum:
+  if path not in moments:
+    raise ValueError(f"{path}: has no moments; ask second_moments for this path as well")
+  mean = moments[path].mean
+  d = math.prod(kernel.inputs)
+  if mean.shape != (*kernel.stack, d, d):
+    raise ValueError(
+      f"{path}: the moments are {mean.shape}, and EVA needs {(*kernel.stack, d, d)}, the whole "
+      "matrix of each kernel (diagonal=False)"
+    )
+  if not jnp.isfinite(mean).all():
+    raise ValueError(f"{path}: the moments are not finite; an activation overflowed")
+  values, vectors = jnp.linalg.eigh(mean)
+  values, vectors = np.maximum(values[..., ::-1], 0), vectors[..., ::-1]
+  total = values.sum(-1, keepdims=True)
+  # The sign of an eigenvector is free; fixed, a start is the same on every machine.
+  largest = jnp.take_along_axis(vectors, jnp.abs(vectors).argmax(-2, keepdims=True), axis=-2)
+  # An expert that saw no row explains nothing, and gets a rank last.
+  return _Spectrum(values / np.where(total > 0, total, 1), vectors * jnp.sign(largest))
+
+
+def _shared_ranks(specs, kernels, spectra, rho: float) -> dict[str, np.ndarray]:
+  """The rank of each kernel, [*stack], by path."""
+  most = {
+    path: min(round(specs[path].rank * rho), math.prod(kernel.inputs), math.prod(kernel.outputs))
+    for path, kernel in kernels.items()
+  }
+  offered = {path: spectrum.share[..., : most[path]] for path, spectrum in spectra.items()}
+  budget = sum(specs[path].rank * math.prod(kernel.stack) for path, kernel in kernels.items())
+  shares = np.concatenate([share.ravel() for share in offered.values()])
+  chosen = np.zeros(shares.shape, bool)
+  chosen[np.argsort(-shares, kind="stable")[:budget]] = True
+  ends = np.cumsum([share.size for share in offered.values()])[:-1]
+  return {
+    path: each.reshape(share.shape).sum(-1)
+    for (path, share), each in zip(offered.items(), np.split(chosen, ends), strict=True)
+  }
+
+
+def _factors(kernel: _Kernel, spectrum: _Spectrum, ranks: np.ndarray):
+  rank = int(ranks.max())
+  kept = np.arange(rank) < ranks[..., None, None]
+  a = jnp.where(kept, spectrum.vectors[..., :rank], 0).reshape(*kernel.stack, *kernel.inputs, rank)
+  return a, jnp.zeros((*kernel.stack, rank, *kernel.outputs))
