@@ -5,13 +5,14 @@
     moments["block_0/query/kernel"].rows     # how many rows there were
 
 EVA starts from them; activation-aware compression and pruning weigh by them. No model is edited: a
-kernel is exchanged for a `Probe`, the same array with a slot of zeros beside it, whose cotangent is
-by definition the moments of the rows that the kernel meets. The gradient by the slots is then their
-sum over all uses, through jit, scan, remat and whatever else JAX differentiates: layers stacked for
-a scan have a slot each. The gradient proper is never asked for, so no backward pass remains in the
-compiled program.
+kernel is exchanged for a `Probe`, the same array with slots of zeros beside it, whose cotangents
+are by definition the moments of the rows that the kernel meets. The gradient by the slots is then
+their sum over all uses, through jit, scan, remat and whatever else JAX differentiates: layers
+stacked for a scan have slots each. The gradient proper is never asked for, so no backward pass
+remains in the compiled program.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -115,11 +116,19 @@ def batch_moments(
   # A remat's barriers are left out: there is no backward pass to compute anything again for.
   probed = adapt(f, rules=RULES | {compat.remat_p: _inlined})
 
+  leaves = tree.flatten(params, is_leaf=is_weight)
+  moments = {path: _zeros(leaves[path].shape, roles[path], diagonal) for path in roles}
+  probes = {
+    path: Probe.on(leaves[path], moments[path], mask, roles=roles[path].lstrip("s"), path=path)
+    for path in roles
+  }
+
   def result(slots):
     def probe(path, leaf):
-      if path not in roles:
+      if path not in probes:
         return leaf
-      return Probe.of(leaf, slots[path], mask, roles=roles[path].lstrip("s"), path=path)
+      total, rows = slots[path]
+      return dataclasses.replace(probes[path], total=total, rows=rows)
 
     outs = jax.tree.leaves(probed(tree.map_with_path(probe, params, is_leaf=is_weight), batch))
     floats = [jnp.sum(y, dtype=jnp.float32) for y in outs if jnp.issubdtype(y.dtype, jnp.floating)]
@@ -127,10 +136,11 @@ def batch_moments(
       raise ValueError("the function returns no float; let it return what its last layer computes")
     return sum(floats)
 
-  leaves = tree.flatten(params, is_leaf=is_weight)
-  return jax.grad(result)(
-    {path: _zeros(leaves[path].shape, roles[path], diagonal) for path in roles}
-  )
+  found = jax.grad(result)({path: (probe.total, probe.rows) for path, probe in probes.items()})
+  return {
+    path: Moments(total.reshape(moments[path].total.shape), rows)
+    for path, (total, rows) in found.items()
+  }
 
 
 def _zeros(shape, roles: str, diagonal: bool) -> Moments:

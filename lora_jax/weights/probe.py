@@ -1,34 +1,26 @@
 """Probe: a kernel that leaves the second moments of what it is applied to.
 
-The kernel is the same array as ever, with a slot of zeros beside it. Where it is contracted, the
-result passes through a function whose gradient by the slot is, by definition and whatever the
-cotangent is, the sum of x xᵀ over the rows x of the other operand. Differentiating by the slot then
-sums over all uses; `scan` slices the slots of a stack as it slices the kernels, and stacks their
-gradients. `lora_jax.calibration` does that.
+The kernel is the same array as ever, with slots of zeros beside it. Where it is contracted, the
+result passes through a function whose gradient by the slots is, by definition and whatever the
+cotangent is, the sum of x xᵀ over the rows x of the other operand, and their number. So to
+differentiate by the slots is to sum over all uses; `scan` slices the slots of a stack as it slices
+the kernels, and stacks their gradients. `lora_jax.calibration` does that.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.weights import base
-from lora_jax.weights.base import NotFactored, Weight, materialize
-from lora_jax.weights.factors import (
-  Labels,
-  labels,
-  part_axes,
-  part_labels,
-  part_sizes,
-  permuted_part,
-  reordered,
-  reshaped_roles,
-)
+from lora_jax.weights.base import NotFactored, materialize
+from lora_jax.weights.factors import Labels, labels, part_labels, part_sizes, reordered
 from lora_jax.weights.products import dot_labels
+from lora_jax.weights.structured import Structured
 
 
 class Moments(NamedTuple):
@@ -51,62 +43,61 @@ class Moments(NamedTuple):
 
 
 @jax.custom_vjp
-def _tap(y, slot: Moments, moments: Moments):
-  """y; the cotangent of the slot is the moments."""
-  del slot, moments
+def _tap(y, slots, moments):
+  """y; the cotangent of the slots is the moments."""
+  del slots, moments
   return y
 
 
 _tap.defvjp(
-  lambda y, slot, moments: (y, moments),
+  lambda y, slots, moments: (y, moments),
   lambda moments, cotangent: (cotangent, moments, None),
 )
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Probe(Weight):
-  """The array w; the cotangent of its slot is the second moments of what it is applied to.
+class Probe(Structured):
+  """The array w; the cotangents of its slots are the second moments of what it is applied to.
 
   Attributes:
     w: the kernel, an array or a Weight.
-    slot: zeros.
-    mask: the rows that count, [*stack, *rows], or None.
-    roles: the role of each axis of w, leading stack axes left out.
-    path: the leaf's path, for messages.
+    total: a slot, zeros, for the sum of x xᵀ or for its diagonal: [*stack, d * d] or [*stack, d].
+    rows: a slot, zeros, for the number of rows: [*stack].
+    mask: the rows that count, [*stack, all rows], or None.
+    mask_shape: the axes of the rows in the mask.
+    roles, path: as in `Adapted`.
   """
 
-  w: Any
-  slot: Moments
-  mask: jax.Array | None
-  roles: str = dataclasses.field(metadata={"static": True})
-  path: str = dataclasses.field(metadata={"static": True})
+  LAYOUTS: ClassVar = {"total": "sr", "rows": "s", "mask": "sr"}
+  TRAINED: ClassVar = ()
+
+  total: jax.Array
+  rows: jax.Array
+  mask: jax.Array | None = None
+  mask_shape: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
 
   @classmethod
-  def of(cls, w, slot: Moments, mask: jax.Array | None, roles: str, path: str) -> "Probe":
-    """A probe with one mask for all of a stack."""
-    if mask is not None:
-      mask = jnp.broadcast_to(mask.astype(jnp.float32), slot.rows.shape + mask.shape)
-    return cls(w, slot, mask, roles, path)
+  def on(cls, w, moments: Moments, mask: jax.Array | None, roles: str, path: str) -> "Probe":
+    """A probe whose slots are zeros in the shape of moments, with one mask for all of a stack."""
+    stack = moments.rows.shape
+    flat = None if mask is None else mask.astype(jnp.float32).ravel()
+    return cls(
+      w,
+      jnp.zeros((*stack, math.prod(moments.total.shape[len(stack) :]))),
+      jnp.zeros(stack),
+      None if flat is None else jnp.broadcast_to(flat, (*stack, flat.size)),
+      () if mask is None else mask.shape,
+      roles=roles,
+      path=path,
+    )
 
   def materialize(self):
     raise self._refusal("it is used by something else than a product or a convolution")
 
   @property
   def aval(self):
-    return jax.ShapeDtypeStruct(self.w.shape, self.w.dtype)
-
-  @property
-  def is_stacked(self):
-    return self.ndim > len(self.roles)
-
-  @property
-  def all_roles(self) -> str:
-    return self.roles.rjust(self.ndim, "s")
-
-  @property
-  def _is_diagonal(self) -> bool:
-    return self.slot.total.ndim == self.slot.rows.ndim + 1
+    return jax.ShapeDtypeStruct(self.shape, self.dtype)
 
   # ---- where it meets its rows
 
@@ -168,8 +159,7 @@ class Probe(Weight):
       rhs_group_dimensions=[],
     )
     total = lax.ragged_dot_general(*pair, group_sizes, by_group, precision="highest")
-    moments = Moments(total.reshape(self.slot.total.shape), group_sizes.astype(jnp.float32))
-    return _tap(y, self.slot, moments)
+    return self._with_moments(y, total, group_sizes.astype(jnp.float32))
 
   def gather(self, *_, **__):
     raise self._refusal("its rows are looked up, so they have no input")
@@ -182,7 +172,7 @@ class Probe(Weight):
       return use(materialize(self.w))
 
   def _tapped(self, y, x, x_labels: Labels):
-    """y, and the moments of x to the slot; upper-case labels are rows, the others those of w."""
+    """y, and the moments of x to the slots; upper-case labels are rows, the others those of w."""
     names = labels(self.ndim)
     stack, inputs = (part_labels(names, self.all_roles, role) for role in "si")
     rows = "".join(c for c in x_labels if c.isupper())
@@ -194,100 +184,52 @@ class Probe(Weight):
     count = self._counted(shape)
     terms = "...nd,...nd->...d" if self._is_diagonal else "...nd,...ne->...de"
     total = jnp.einsum(terms, x * count[..., None], x, precision="highest")
-    return _tap(y, self.slot, Moments(total, jnp.broadcast_to(count.sum(-1), stacked)))
+    return self._with_moments(y, total, jnp.broadcast_to(count.sum(-1), stacked))
+
+  def _with_moments(self, y, total, rows):
+    return _tap(y, (self.total, self.rows), (total.reshape(self.total.shape), rows))
+
+  @property
+  def _is_diagonal(self) -> bool:
+    return self.total.shape[-1] == math.prod(part_sizes(self.shape, self.all_roles, "i", 0))
 
   def _counted(self, rows: tuple[int, ...]) -> jax.Array:
     """How much each row counts, [*stack or nothing, the product of rows]."""
     if self.mask is None:
       return jnp.ones(math.prod(rows))
-    stack = self.slot.rows.ndim
-    stacked, masked = self.mask.shape[:stack], self.mask.shape[stack:]
-    if rows == (math.prod(masked),):
-      return self.mask.reshape(*stacked, -1)
-    if rows[: len(masked)] != masked:
-      raise self._refusal(f"the mask is {masked}, and the rows of its input are {rows}")
-    mask = self.mask.reshape(*self.mask.shape, *[1] * (len(rows) - len(masked)))
-    return jnp.broadcast_to(mask, stacked + rows).reshape(*stacked, -1)
+    if rows == (math.prod(self.mask_shape),):
+      return self.mask
+    more = rows[len(self.mask_shape) :]
+    if rows != self.mask_shape + more:
+      raise self._refusal(f"the mask is {self.mask_shape}, and the rows of its input are {rows}")
+    return jnp.repeat(self.mask, math.prod(more), axis=-1)
 
   def _refusal(self, reason: str) -> ValueError:
     return ValueError(
       f"{self.path}: no second moments of its inputs, since {reason}; leave this path out"
     )
 
-  # ---- what stays a probe: a change of its axes changes those of its slot that are stacks
-
-  def astype(self, dtype):
-    return dataclasses.replace(self, w=base.astype(self.w, dtype))
+  # ---- what stays a probe
 
   def scaled(self, c):
     return dataclasses.replace(self, w=base.scaled(self.w, c))
 
   def transpose(self, permutation):
-    roles = self.all_roles
-    inputs = [n for n in permutation if roles[n] == "i"]
+    inputs = [n for n in permutation if self.all_roles[n] == "i"]
     if inputs != sorted(inputs):
       raise self._refusal("its inputs change their order")
-    new_roles = "".join(roles[n] for n in permutation)
-    order = permuted_part(roles, permutation, new_roles, "s")
-
-    def transposed(part):
-      return lax.transpose(part, (*order, *range(len(order), part.ndim)))
-
-    return self._with(lambda w: base.call("transpose", w, permutation), transposed, new_roles)
-
-  def reshape(self, new_sizes):
-    roles = reshaped_roles(self.all_roles, self.shape, new_sizes)
-    if roles is None:
-      raise self._refusal(f"the reshape to {tuple(new_sizes)} mixes axes of different roles")
-    return self._reshaped(lambda w: base.call("reshape", w, new_sizes), new_sizes, roles)
-
-  def squeeze(self, dimensions):
-    kept = [n for n in range(self.ndim) if n not in dimensions]
-    roles = "".join(self.all_roles[n] for n in kept)
-    sizes = [self.shape[n] for n in kept]
-    return self._reshaped(lambda w: base.call("squeeze", w, dimensions), sizes, roles)
-
-  def _reshaped(self, change: Callable, sizes, roles: str) -> "Probe":
-    before, after = self.slot.rows.ndim, part_sizes(sizes, roles, "s", 0)
-    return self._with(change, lambda part: part.reshape(*after, *part.shape[before:]), roles)
+    return super().transpose(permutation)
 
   def slice(self, start_indices, limit_indices, strides):
-    strides = strides or (1,) * self.ndim
-    bounds = list(zip(start_indices, limit_indices, strides, strict=True))
-    self._check_whole([len(range(*bound)) for bound in bounds])
-
-    def sliced(part):
-      each = [bounds[n] for n in part_axes(self.all_roles, "s")]
-      whole = [(0, size, 1) for size in part.shape[len(each) :]]
-      return lax.slice(part, *zip(*each, *whole, strict=True)) if each else part
-
-    def change(w):
-      return base.call("slice", w, start_indices, limit_indices, strides)
-
-    return self._with(change, sliced, self.all_roles)
+    ends = zip(start_indices, limit_indices, strides or (1,) * self.ndim, strict=True)
+    self._check_whole([len(range(*bounds)) for bounds in ends])
+    return super().slice(start_indices, limit_indices, strides)
 
   def dynamic_slice(self, start_indices, slice_sizes):
     self._check_whole(slice_sizes)
-    zero = jnp.zeros_like(jnp.asarray(start_indices[0]))
-
-    def sliced(part):
-      axes = part_axes(self.all_roles, "s")
-      starts = [start_indices[n] for n in axes] + [zero] * (part.ndim - len(axes))
-      sizes = [slice_sizes[n] for n in axes] + list(part.shape[len(axes) :])
-      return lax.dynamic_slice(part, starts, sizes) if axes else part
-
-    def change(w):
-      return base.call("dynamic_slice", w, start_indices, slice_sizes)
-
-    return self._with(change, sliced, self.all_roles)
+    return super().dynamic_slice(start_indices, slice_sizes)
 
   def _check_whole(self, sizes) -> None:
     pairs = zip(self.all_roles, sizes, self.shape, strict=True)
     if any(role == "i" and size != whole for role, size, whole in pairs):
       raise self._refusal("a part of its inputs is cut out")
-
-  def _with(self, change: Callable, change_part: Callable, roles: str) -> "Probe":
-    """This probe with w changed, and the parts whose leading axes are w's stacks."""
-    slot, mask = jax.tree.map(change_part, (self.slot, self.mask))
-    w = self._plainly(change)
-    return dataclasses.replace(self, w=w, slot=slot, mask=mask, roles=roles.lstrip("s"))
