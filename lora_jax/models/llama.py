@@ -9,6 +9,9 @@
     cache = llama.init_cache(config, batch_size, max_length, jnp.float32)
     logits_BTV, cache = model.apply({"params": params}, tokens_BT, cache=cache)
 
+    hidden_BTD = model.apply({"params": params}, tokens_BT, method="hidden")
+    logits_BTV = model.apply({"params": params}, hidden_BTD, method="logits")
+
 Touvron et al. 2023, "LLaMA: Open and Efficient Foundation Language Models" (section 2.2), and its
 grouped-query successors. Shapes are written as suffixes:
 
@@ -75,6 +78,9 @@ class LlamaConfig:
   scan_layers: one `blocks` under nn.scan, its leaves stacked to (L, ...), and not L named blocks.
   remat_policy: None keeps every activation for the backward pass; a function from
     jax.checkpoint_policies says which to keep, the others are computed again.
+  constrain: what the residual stream x_BTD passes through before, between and after the blocks:
+    a sharding constraint, without which the compiler may split D over the devices that hold
+    different rows of B. None: nothing.
   dtype: of the arithmetic and of the logits (norms, rotations and softmax are float32 inside).
   param_dtype: of the parameters that `init` makes.
 
@@ -95,6 +101,7 @@ class LlamaConfig:
   tie_embeddings: bool = False
   scan_layers: bool = False
   remat_policy: Callable[..., bool] | None = None
+  constrain: Callable[[jax.Array], jax.Array] | None = None
   dtype: DTypeLike = jnp.float32
   param_dtype: DTypeLike = jnp.float32
 
@@ -169,25 +176,28 @@ def rotate(x_BTNH: jax.Array, turn: Rotation) -> jax.Array:
   return jnp.concatenate(turned, axis=-1).astype(x_BTNH.dtype)
 
 
-def _dense(config: LlamaConfig, features: int, name: str) -> nn.Dense:
+def _dense(config: LlamaConfig, features: int, name: str | None) -> nn.Dense:
   return nn.Dense(
     features, use_bias=False, dtype=config.dtype, param_dtype=config.param_dtype, name=name
   )
 
 
-def _norm(config: LlamaConfig, name: str) -> nn.RMSNorm:
+def _norm(config: LlamaConfig, name: str | None) -> nn.RMSNorm:
   return nn.RMSNorm(
     epsilon=config.norm_eps, dtype=config.dtype, param_dtype=config.param_dtype, name=name
   )
 
 
 class Attention(nn.Module):
-  """Causal grouped-query attention with rotary positions."""
+  """Causal grouped-query attention with rotary positions.
+
+  same_B1TT: whether a token may see another, if that is before it; None: every one.
+  """
 
   config: LlamaConfig
 
   @nn.compact
-  def __call__(self, x_BTD, positions_BT, turn: Rotation, cache: KVCache | None):
+  def __call__(self, x_BTD, positions_BT, turn: Rotation, same_B1TT, cache: KVCache | None):
     c = self.config
 
     def heads(name: str, number: int) -> jax.Array:
@@ -199,7 +209,9 @@ class Attention(nn.Module):
     value_BTKH = heads("value", c.num_kv_heads)
 
     if cache is None:
-      out_BTNH = jax.nn.dot_product_attention(query_BTNH, key_BTKH, value_BTKH, is_causal=True)
+      out_BTNH = jax.nn.dot_product_attention(
+        query_BTNH, key_BTKH, value_BTKH, mask=same_B1TT, is_causal=True
+      )
     else:
       cache = _write(cache, positions_BT, key_BTKH, value_BTKH)
       slots_S = jnp.arange(cache.key_BSKH.shape[1])
@@ -241,23 +253,25 @@ class Block(nn.Module):
   config: LlamaConfig
 
   @nn.compact
-  def __call__(self, x_BTD, positions_BT, turn: Rotation, cache: KVCache | None):
+  def __call__(self, x_BTD, positions_BT, turn: Rotation, same_B1TT, cache: KVCache | None):
     c = self.config
     attended_BTD, cache = Attention(c, name="attn")(
-      _norm(c, "attn_norm")(x_BTD), positions_BT, turn, cache
+      _norm(c, "attn_norm")(x_BTD), positions_BT, turn, same_B1TT, cache
     )
     x_BTD = x_BTD + attended_BTD
     x_BTD = x_BTD + Mlp(c, name="mlp")(_norm(c, "mlp_norm")(x_BTD))
-    return x_BTD, cache
+    return c.constrain(x_BTD) if c.constrain else x_BTD, cache
 
 
 class Llama(nn.Module):
-  """A decoder: tokens in, next-token logits out.
+  """A decoder: tokens in, next-token logits out; `logits(hidden(tokens))`, two methods.
 
   tokens_BT: token ids; right padding needs no mask, for no token looks to its right.
-  positions_BT: position of each token, 0 ... T-1 by default. With a cache they are also the slots
-    where keys and values are written, and a token at position p sees the slots 0 ... p: rows of
-    different length decode together, each at its own position.
+  positions_BT: position of each token, by default 0 ... T-1, or from 0 in each segment. With a
+    cache they are also the slots where keys and values are written, and a token at position p sees
+    the slots 0 ... p: rows of different length decode together, each at its own position.
+  segments_BT: the number of the text that a token belongs to, where a row holds several, one after
+    another; no token sees another text's. None: one text a row. Not with a cache.
   at_BC: indices into T; the head is computed at these tokens only. None: at all.
   cache: from `init_cache` or from the call before.
 
@@ -266,43 +280,81 @@ class Llama(nn.Module):
 
   config: LlamaConfig
 
-  @nn.compact
-  def __call__(self, tokens_BT, *, positions_BT=None, at_BC=None, cache: Cache | None = None):
+  def setup(self):
     c = self.config
-    if positions_BT is None:
-      positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    turn = rotation(c, positions_BT)
-    embed = nn.Embed(c.vocab_size, c.width, dtype=c.dtype, param_dtype=c.param_dtype, name="embed")
-    x_BTD = embed(tokens_BT)
-
+    self.embed = nn.Embed(c.vocab_size, c.width, dtype=c.dtype, param_dtype=c.param_dtype)
     block = Block
     if c.remat_policy is not None:
       # A scan keeps the recomputation apart from the first computation by itself.
       block = nn.remat(Block, policy=c.remat_policy, prevent_cse=not c.scan_layers)
     if c.scan_layers:
-      scanned = nn.scan(
+      self.blocks = nn.scan(
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=(nn.broadcast, nn.broadcast, 0),
+        in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
         length=c.num_layers,
-      )
-      x_BTD, layers = scanned(c, name="blocks")(
-        x_BTD, positions_BT, turn, None if cache is None else cache["blocks"]
+      )(c)
+    else:
+      self.block = [block(c) for _ in range(c.num_layers)]  # their names are block_0, block_1, ...
+    self.norm = _norm(c, None)
+    if not c.tie_embeddings:
+      self.head = _dense(c, c.vocab_size, None)
+
+  def __call__(
+    self, tokens_BT, *, positions_BT=None, segments_BT=None, at_BC=None, cache: Cache | None = None
+  ):
+    out = self.hidden(
+      tokens_BT, positions_BT=positions_BT, segments_BT=segments_BT, at_BC=at_BC, cache=cache
+    )
+    if cache is None:
+      return self.logits(out)
+    hidden_BTD, cache = out
+    return self.logits(hidden_BTD), cache
+
+  def hidden(
+    self, tokens_BT, *, positions_BT=None, segments_BT=None, at_BC=None, cache: Cache | None = None
+  ):
+    """What the head is applied to, normalised: the same as the model itself, less the logits."""
+    if segments_BT is not None and cache is not None:
+      raise ValueError("segments_BT: a cache holds one text a row; decode without segments")
+    if positions_BT is None:
+      positions_BT = _positions(tokens_BT, segments_BT)
+    same_B1TT = None
+    if segments_BT is not None:
+      same_B1TT = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
+    turn = rotation(self.config, positions_BT)
+    x_BTD = self.embed(tokens_BT)
+
+    if self.config.scan_layers:
+      x_BTD, layers = self.blocks(
+        x_BTD, positions_BT, turn, same_B1TT, None if cache is None else cache["blocks"]
       )
       new_cache = {"blocks": layers}
     else:
       new_cache = {}
-      for name in (f"block_{i}" for i in range(c.num_layers)):
-        x_BTD, new_cache[name] = block(c, name=name)(
-          x_BTD, positions_BT, turn, None if cache is None else cache[name]
+      for block in self.block:
+        x_BTD, new_cache[block.name] = block(
+          x_BTD, positions_BT, turn, same_B1TT, None if cache is None else cache[block.name]
         )
 
     if at_BC is not None:
       x_BTD = jnp.take_along_axis(x_BTD, at_BC[..., None], axis=1)
-    x_BTD = _norm(c, "norm")(x_BTD)
-    logits_BTV = embed.attend(x_BTD) if c.tie_embeddings else _dense(c, c.vocab_size, "head")(x_BTD)
-    return logits_BTV if cache is None else (logits_BTV, new_cache)
+    x_BTD = self.norm(x_BTD)
+    return x_BTD if cache is None else (x_BTD, new_cache)
+
+  def logits(self, hidden_BTD):
+    """The head."""
+    return self.embed.attend(hidden_BTD) if self.config.tie_embeddings else self.head(hidden_BTD)
+
+
+def _positions(tokens_BT, segments_BT) -> jax.Array:
+  """Positions that start from 0 in each row, or in each segment."""
+  places_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+  if segments_BT is None:
+    return places_BT
+  starts_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)))
+  return places_BT - jax.lax.cummax(jnp.where(starts_BT, places_BT, 0), axis=1)
 
 
 def param_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:

@@ -142,7 +142,9 @@ def test_grouped_queries_attend_as_a_slow_einsum_does():
   turn = llama.rotation(TINY, positions_BT)
   params = {name: {"kernel": block[f"attn/{name}/kernel"]} for name in ("query", "key", "value")}
   params["out"] = {"kernel": block["attn/out/kernel"]}
-  fast_BTD, _ = llama.Attention(TINY).apply({"params": params}, x_BTD, positions_BT, turn, None)
+  fast_BTD, _ = llama.Attention(TINY).apply(
+    {"params": params}, x_BTD, positions_BT, turn, None, None
+  )
 
   def heads(name):
     return (x_BTD @ params[name]["kernel"]).reshape(2, 9, -1, TINY.head_dim)
@@ -172,6 +174,67 @@ def test_the_head_is_computed_at_the_chosen_positions_only():
   text = str(trace(init(TINY)))
   assert "f32[2,1,61]" in text
   assert "f32[2,9,61]" not in text
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_texts_that_share_a_row_have_the_logits_and_gradients_that_they_have_alone(scan_layers):
+  config = dataclasses.replace(TINY, scan_layers=scan_layers)
+  lengths = [4, 5, 3]
+  alone_BT = TOKENS_BT[:, :5].repeat(2, axis=0)[:3]
+  places = [(row, column) for row, length in enumerate(lengths) for column in range(length)]
+  rows, columns = np.array(places).T
+  together_1T = jnp.pad(alone_BT[rows, columns][None], ((0, 0), (0, 2)))
+  segments_1T = jnp.pad(jnp.asarray(rows + 1)[None], ((0, 0), (0, 2)))
+
+  def score(params, tokens_BT, where, **segments):
+    chosen = logits(config, params, tokens_BT, **segments)[where]
+    return jnp.sum(jax.nn.log_softmax(chosen)[:, 7]), chosen
+
+  gradient = jax.jit(jax.grad(score, has_aux=True))
+  grads, chosen = gradient(init(config), alone_BT, (rows, columns))
+  where = np.zeros(12, int), np.arange(12)
+  other_grads, other = gradient(init(config), together_1T, where, segments_BT=segments_1T)
+  np.testing.assert_allclose(other, chosen, atol=ATOL)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), other_grads, grads)
+
+
+def test_a_token_depends_on_no_other_text_of_its_row():
+  params = init(TINY)
+  tokens_1T = jnp.arange(9)[None]  # each token once, so that a row of the embedding is a position
+  segments_1T = jnp.asarray([[1, 1, 1, 2, 2, 2, 2, 0, 0]])
+
+  def logit_at(embedding_VD):
+    changed = params | {"embed": {"embedding": embedding_VD}}
+    return jnp.sum(logits(TINY, changed, tokens_1T, segments_BT=segments_1T)[0, 5] ** 2)
+
+  gradient_VD = jax.jit(jax.grad(logit_at))(params["embed"]["embedding"])
+  seen = np.any(np.asarray(gradient_VD) != 0, axis=1)
+  assert list(np.flatnonzero(seen)) == [3, 4, 5]
+
+
+def test_a_cache_with_texts_that_share_a_row_is_refused():
+  with pytest.raises(ValueError, match="segments_BT: a cache holds one text a row"):
+    logits(TINY, init(TINY), cache=llama.init_cache(TINY, 2, 9), segments_BT=jnp.ones((2, 9), int))
+
+
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_the_logits_are_the_head_of_what_is_hidden(tie_embeddings):
+  config = dataclasses.replace(TINY, tie_embeddings=tie_embeddings)
+  variables = {"params": init(config)}
+  model = llama.Llama(config)
+  at_BC = jnp.asarray([[0, 8], [5, 1]])
+  hidden_BCD = model.apply(variables, TOKENS_BT, at_BC=at_BC, method="hidden")
+  assert hidden_BCD.shape == (2, 2, TINY.width)
+  head = params_of_head(config, variables["params"])
+  expected = logits(config, variables["params"], at_BC=at_BC)
+  np.testing.assert_allclose(hidden_BCD @ head, expected, atol=ATOL)
+  np.testing.assert_allclose(
+    model.apply(variables, hidden_BCD, method="logits"), expected, atol=ATOL
+  )
+
+
+def params_of_head(config, params):
+  return params["embed"]["embedding"].T if config.tie_embeddings else params["head"]["kernel"]
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
