@@ -197,6 +197,16 @@ def target_widths(examples: Sequence[Example], buckets: Sequence[int]) -> dict[i
   }
 
 
+def check_shards(batch_size: int, shard_index: int, shard_count: int) -> None:
+  """Raises ValueError for a batch that cannot be cut so, or a shard that there is not."""
+  if batch_size < 1 or shard_count < 1 or batch_size % shard_count:
+    raise ValueError(
+      f"batch_size {batch_size} must be positive and a multiple of shard_count {shard_count}"
+    )
+  if not 0 <= shard_index < shard_count:
+    raise ValueError(f"shard_index {shard_index} is not below shard_count {shard_count}")
+
+
 def _lengths(
   examples: Sequence[Example],
   batch_size: int,
@@ -209,12 +219,7 @@ def _lengths(
     raise ValueError("no examples to make batches of")
   if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
     raise ValueError(f"buckets {tuple(buckets)} must be positive lengths that rise")
-  if batch_size < 1 or shard_count < 1 or batch_size % shard_count:
-    raise ValueError(
-      f"batch_size {batch_size} must be positive and a multiple of shard_count {shard_count}"
-    )
-  if not 0 <= shard_index < shard_count:
-    raise ValueError(f"shard_index {shard_index} is not below shard_count {shard_count}")
+  check_shards(batch_size, shard_index, shard_count)
   lengths = np.array([len(example.inputs) for example in examples])
   if lengths.max() > buckets[-1]:
     raise ValueError(
