@@ -12,6 +12,7 @@ merged   = lora_jax.merge(params, adapters)
 from lora_jax.adapt import RULES as RULES
 from lora_jax.adapt import MaterializationError as MaterializationError
 from lora_jax.adapt import adapt as adapt
+from lora_jax.adapters import AdaLoRA as AdaLoRA
 from lora_jax.adapters import Full as Full
 from lora_jax.adapters import Full as Full
 from lora_jax.adapters import LoRA as LoRA

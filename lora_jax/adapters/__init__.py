@@ -1,5 +1,6 @@
 """Adapter methods, one file each: the spec, how it starts, what Weight it attaches."""
 
+from lora_jax.adapters.adalora import AdaLoRA as AdaLoRA
 from lora_jax.adapters.base import Method as Method
 from lora_jax.adapters.full import Full as Full
 from lora_jax.adapters.lora import LoRA as LoRA

@@ -1,5 +1,6 @@
 """Weights: frozen pytrees that stand for an array without being one."""
 
+from lora_jax.weights.adalora import AdaLoRA as AdaLoRA
 from lora_jax.weights.adapted import Adapted as Adapted
 from lora_jax.weights.base import NotFactored as NotFactored
 from lora_jax.weights.base import Weight as Weight

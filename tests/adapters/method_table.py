@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from programs import IDS, normal
 
-from lora_jax import Full, LoRA, TokenRows
+from lora_jax import AdaLoRA, Full, LoRA, TokenRows
 from lora_jax.adapters import Method
 
 
@@ -101,6 +101,10 @@ METHODS = {
   "LoRA": Row(LoRA(rank=2, alpha=3.0), _lora),
   "rsLoRA": Row(LoRA(rank=2, alpha=3.0, rslora=True), _lora),
   "LoRA-FA": Row(LoRA(rank=2, alpha=3.0, train_a=False), _lora),
+  "AdaLoRA": Row(
+    AdaLoRA(rank=2, alpha=3.0, deviation=0.3),
+    lambda w, parts, weight: w + weight.scale * parts["a"] @ jnp.diag(parts["e"]) @ parts["b"],
+  ),
   "Full": Row(Full(), lambda w, parts, weight: w + parts["dw"], dense=True),
   "TokenRows": Row(
     TokenRows(ids=(9, 3)),

@@ -1,0 +1,56 @@
+"""AdaLoRA: `W + scale * P diag(E) Q`, whose ranks are shared out among the matrices in training.
+
+    before    {"query": {"kernel": W}}
+    after     {"query": {"kernel": AdaLoRA(w=W, a=P, e=E, b=Q, scale=alpha / rank)}}
+
+Every matrix starts with `rank` triplets of a column of P, a number of E and a row of Q. Training
+finds out how much each of them matters, and leaves those that matter most within a budget for all
+matrices together: `lora_jax.train.adalora` wraps the optimiser for it, and keeps P and Q near
+orthogonal by a penalty. E starts at zero, so the adapted model starts as the base.
+
+Defined for every kernel that LoRA is defined for. The layers of a stack have ranks of their own.
+
+Source: Zhang et al. 2023, AdaLoRA, arXiv 2303.10512, section 3.1.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import weights
+from lora_jax.adapters.base import Method, sizes
+from lora_jax.adapters.lora import check_rank, check_rank_fits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaLoRA(Method):
+  """The spec of a low-rank adapter in the form of a singular value decomposition.
+
+  Attributes:
+    rank: the triplets that each matrix starts with; half as many again as it shall have on average
+      at the end is the authors' choice.
+    alpha: the numerator of the scale, alpha / rank, which does not follow the budget.
+    deviation: of the normal numbers that P and Q start with; 0.02 in the authors' code and in PEFT.
+  """
+
+  rank: int
+  alpha: float
+  deviation: float = 0.02
+
+  def __post_init__(self):
+    check_rank(self)
+
+  def init(self, key, path, w, roles):
+    """As in `Method`; raises when the rank exceeds that of the kernel."""
+    stack, inputs, outputs = sizes(w.shape, roles)
+    check_rank_fits(path, self.rank, inputs, outputs)
+    for_a, for_b = jax.random.split(key)
+    return weights.AdaLoRA(
+      w=None,
+      a=self.deviation * jax.random.normal(for_a, (*stack, *inputs, self.rank), jnp.float32),
+      e=jnp.zeros((*stack, self.rank), jnp.float32),
+      b=self.deviation * jax.random.normal(for_b, (*stack, self.rank, *outputs), jnp.float32),
+      scale=self.alpha / self.rank,
+      roles=roles.lstrip("s"),
+    )

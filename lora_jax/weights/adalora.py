@@ -1,0 +1,63 @@
+"""AdaLoRA: `w + scale * a diag(e) b`, whose ranks are switched off one by one by zeros in e."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.weights.adapted import Adapted
+from lora_jax.weights.low_rank import LowRank
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AdaLoRA(Adapted):
+  """`w + scale * a diag(e) b`, an array of w's shape and dtype.
+
+  Attributes:
+    w: the base, an array or another Weight; None in an adapter.
+    a: [*stack, *inputs, rank], the left singular vectors.
+    e: [*stack, rank], the singular values; where one is zero, the matrix has that rank less.
+    b: [*stack, rank, *outputs], the right singular vectors.
+    scale: the factor of the product.
+    roles, frozen, path: as in `Adapted`.
+  """
+
+  LAYOUTS: ClassVar = {"a": "sir", "e": "sr", "b": "sro"}
+  TRAINED: ClassVar = ("a", "e", "b")
+  LINEAR: ClassVar = "e"
+
+  a: jax.Array
+  e: jax.Array
+  b: jax.Array
+  scale: float = dataclasses.field(default=1.0, metadata={"static": True})
+
+  @property
+  def rank(self) -> int:
+    return self.e.shape[-1]
+
+  def applied(self) -> LowRank:
+    return LowRank(
+      self.w, self.a * self._beside(self.e), self.b, self.scale, roles=self.roles, path=self.path
+    )
+
+  def as_low_rank(self) -> LowRank:
+    """The same change as a plain LoRA, of the ranks that are left.
+
+    The layers of a stack have one rank: that of the layer which has most left. It is read off the
+    values, so this is not for use inside `jit`.
+    """
+    left = np.asarray(self.e) != 0
+    rank = max(1, int(left.sum(axis=-1).max()))
+    first = np.argsort(~left, axis=-1, kind="stable")[..., :rank]
+    stacks = self.e.ndim - 1
+    a = jnp.take_along_axis(self.a * self._beside(self.e), self._beside(first), axis=-1)
+    of_b = first.reshape(*first.shape, *[1] * (self.b.ndim - first.ndim))
+    b = jnp.take_along_axis(self.b, of_b, axis=stacks)
+    return LowRank(None, a, b, self.scale, roles=self.roles)
+
+  def _beside(self, e):
+    """What is [*stack, rank], with axes of one for the inputs of a."""
+    return e.reshape(*e.shape[:-1], *[1] * (self.a.ndim - e.ndim), e.shape[-1])
