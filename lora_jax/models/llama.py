@@ -325,6 +325,7 @@ class Llama(nn.Module):
       same_B1TT = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
     turn = rotation(self.config, positions_BT)
     x_BTD = self.embed(tokens_BT)
+    x_BTD = self.config.constrain(x_BTD) if self.config.constrain else x_BTD
 
     if self.config.scan_layers:
       x_BTD, layers = self.blocks(
@@ -370,6 +371,13 @@ def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
   rest = {name: leaf for name, leaf in params.items() if not name.startswith("block_")}
   blocks = [params[f"block_{i}"] for i in range(len(params) - len(rest))]
   return rest | {"blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}
+
+
+def layer_paths(path: str, num_layers: int) -> list[str]:
+  """Returns the paths in the unstacked tree of which a leaf is made: L for one that is stacked."""
+  if not path.startswith("blocks/"):
+    return [path]
+  return [path.replace("blocks", f"block_{i}", 1) for i in range(num_layers)]
 
 
 def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
