@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lora_jax.train.accumulation import accumulated
 from lora_jax.transform import with_dropout
 from lora_jax.tree import join
 
@@ -73,6 +74,12 @@ def completion_loss(
   return jnp.sum(losses_BC * weights_BC) / jnp.where(tokens > 0, tokens, 1), tokens
 
 
+def model_options(batch: Batch) -> dict[str, jax.Array]:
+  """What a language model takes of a batch beside the tokens, by the names that it has there."""
+  packed = {"segments_BT": batch["segments"]} if "segments" in batch else {}
+  return {"at_BC": batch["at"]} | packed
+
+
 def completion_objective(apply: Callable) -> Objective:
   """The objective of a language model on batches of prompts and completions.
 
@@ -82,11 +89,12 @@ def completion_objective(apply: Callable) -> Objective:
 
   Returns:
     `objective(weights, batch) -> (mean loss, tokens)`, for batches with the keys `tokens` (B, T),
-    `at`, `targets` and `weights` (B, C).
+    `at`, `targets` and `weights` (B, C), and for packed ones, with `segments` (B, T), which go to
+    the model as `segments_BT`.
   """
 
   def objective(weights: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    logits_BCV = apply({"params": weights}, batch["tokens"], at_BC=batch["at"])
+    logits_BCV = apply({"params": weights}, batch["tokens"], **model_options(batch))
     return completion_loss(logits_BCV, batch["targets"], batch["weights"])
 
   return objective
@@ -96,6 +104,7 @@ def make_train_step(
   objective: Objective,
   tx: optax.GradientTransformation,
   *,
+  parts: int = 1,
   dropout_key: jax.Array | None = None,
 ) -> Callable:
   """Makes the jitted step `(state, frozen, batch) -> (state, metrics)`.
@@ -106,8 +115,10 @@ def make_train_step(
   Args:
     objective: `(weights, batch) -> (mean loss, tokens)`, as `completion_objective` makes it.
     tx: the optimiser.
-    dropout_key: what adapters drop inputs by, together with the number of the step, so that a run
-      which is resumed drops the same ones; None drops nothing.
+    parts: into how many parts a batch's rows are cut, whose gradients are summed before the update;
+      see `lora_jax.train.accumulation`.
+    dropout_key: what adapters drop inputs by, together with the number of the step and of the part,
+      so that a run which is resumed drops the same ones; None drops nothing.
 
   Returns:
     The step. Its metrics are scalars: `loss` (the objective before the update), `grad_norm` (the
@@ -115,13 +126,14 @@ def make_train_step(
   """
 
   def step(state: State, frozen: PyTree, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-    def loss_of(trainable: PyTree) -> tuple[jax.Array, jax.Array]:
+    def loss_of(trainable: PyTree, batch: Batch, part: jax.Array) -> tuple[jax.Array, jax.Array]:
       weights = join(trainable, frozen)
       if dropout_key is not None:
-        weights = with_dropout(weights, jax.random.fold_in(dropout_key, state.step))
+        key = jax.random.fold_in(dropout_key, state.step)
+        weights = with_dropout(weights, jax.random.fold_in(key, part))
       return objective(weights, batch)
 
-    (loss, tokens), grads = jax.value_and_grad(loss_of, has_aux=True)(state.trainable)
+    (loss, tokens), grads = accumulated(loss_of, parts)(state.trainable, batch)
     grad_norm = optax.tree.norm(grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
     updated = State(state.step + 1, optax.apply_updates(state.trainable, updates), opt_state)
