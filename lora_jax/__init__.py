@@ -35,6 +35,19 @@ from lora_jax.transform import with_dropout as with_dropout
 from lora_jax.tree import join as join
 from lora_jax.tree import partition as partition
 
+# isort: split
+# Composition
+from lora_jax import combiners as combiners
+from lora_jax.batching import align as align
+from lora_jax.batching import gate as gate
+from lora_jax.batching import put as put
+from lora_jax.batching import select as select
+from lora_jax.batching import stack as stack
+from lora_jax.compose import combine as combine
+from lora_jax.compose import rescale as rescale
+from lora_jax.compose import to_lora as to_lora
+
+# isort: split
 # Weights
 from lora_jax.weights import Adapted as Adapted
 from lora_jax.weights import LowRank as LowRank

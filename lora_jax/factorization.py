@@ -50,6 +50,18 @@ def svd(matrix: jax.Array, rank: int) -> Svd:
   return Svd(u[..., :rank], s[..., :rank], vt[..., :rank, :])
 
 
+def product_svd(a: jax.Array, b: jax.Array, rank: int) -> Svd:
+  """The first `rank` singular triplets of `a @ b`, [*stack, d, n] @ [*stack, n, k], not formed."""
+  q_a, r_a = jnp.linalg.qr(a)
+  q_b, r_b = jnp.linalg.qr(jnp.swapaxes(b, -2, -1))
+  u, s, vt = svd(jnp.matmul(r_a, jnp.swapaxes(r_b, -2, -1), precision="highest"), rank)
+  return Svd(
+    jnp.matmul(q_a, u, precision="highest"),
+    s,
+    jnp.matmul(vt, jnp.swapaxes(q_b, -2, -1), precision="highest"),
+  )
+
+
 def randomized_svd(
   key: jax.Array, matrix: jax.Array, rank: int, iterations: int, oversampling: int = 8
 ) -> Svd:

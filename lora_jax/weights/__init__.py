@@ -7,5 +7,6 @@ from lora_jax.weights.base import Weight as Weight
 from lora_jax.weights.base import is_weight as is_weight
 from lora_jax.weights.base import materialize as materialize
 from lora_jax.weights.dense import Full as Full
+from lora_jax.weights.gated import Gated as Gated
 from lora_jax.weights.low_rank import LowRank as LowRank
 from lora_jax.weights.token_rows import TokenRows as TokenRows

@@ -1,0 +1,204 @@
+"""Adapters made of adapters: combined with weights, scaled, and converted to plain LoRA.
+
+both           = combine([x, y], [0.7, 0.3], combiners.cat)
+half           = rescale(x, 0.5)
+loras, errors  = to_lora(x, params, rank=16)     # of whatever kind x is
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import factorization, tree
+from lora_jax.batching import Adapters, check_same_leaf, low_rank
+from lora_jax.combiners import Combiner
+from lora_jax.transform import key_of
+from lora_jax.weights import Adapted, LowRank, NotFactored, is_weight, materialize
+
+PyTree = Any
+
+
+def combine(
+  adapters: Sequence[Adapters],
+  weights: Sequence[float] | jax.Array,
+  method: Combiner,
+  *,
+  key: jax.Array | None = None,
+) -> dict[str, LowRank]:
+  """One LoRA adapter of several, computed in at least float32.
+
+  A leaf that only some of them adapt is combined of those. A stack of matrices, as of layers, is
+  combined matrix by matrix.
+
+  Args:
+    adapters: at least one `{path: adapter}`, of kinds with an exact low-rank form.
+    weights: a number for each, of either sign; may be traced.
+    method: one of `lora_jax.combiners`, or your own function of that form.
+    key: for the methods that drop numbers at random; each leaf and layer has its own from it.
+
+  Raises:
+    ValueError: when there is not a weight for each adapter, two are not of one base, a kind has no
+      exact low-rank form, or the method cannot combine them.
+  """
+  weights = jnp.asarray(weights, jnp.float32)
+  if not adapters or weights.shape != (len(adapters),):
+    raise ValueError(
+      f"{len(adapters)} adapters and weights of shape {weights.shape}; give a number for each of "
+      "one adapter or more"
+    )
+  leaves = {}
+  for path in dict.fromkeys(path for each in adapters for path in each):
+    having = [n for n, each in enumerate(adapters) if path in each]
+    at_path = [low_rank(path, adapters[n][path]) for n in having]
+    check_same_leaf(path, at_path)
+    leaves[path] = (None if key is None else key_of(key, path), at_path, weights[jnp.array(having)])
+  for path, leaf in leaves.items():
+    try:
+      jax.eval_shape(functools.partial(_combined, method), *leaf)
+    except ValueError as reason:
+      raise ValueError(f"{path}: {reason}") from None
+  return {path: _combined(method, *leaf) for path, leaf in leaves.items()}
+
+
+def rescale(adapters: Adapters, c: float | jax.Array) -> dict[str, Adapted]:
+  """The adapters with their changes of the base multiplied by a number, which may be traced.
+
+  Raises:
+    ValueError: when a kind is no base plus a change (DoRA).
+  """
+  return {path: adapter.rescaled(c) for path, adapter in adapters.items()}
+
+
+def to_lora(
+  adapters: Adapters, params: PyTree | None = None, *, rank: int
+) -> tuple[dict[str, LowRank], dict[str, jax.Array]]:
+  """Plain LoRA adapters that change the base as nearly as a rank allows.
+
+  What has an exact low-rank form is cut to the rank by its factors alone, or is that form where its
+  rank is no larger. Of any other kind the change, the merged leaf minus the base in float32, is
+  formed and decomposed, one leaf at a time.
+
+  Args:
+    adapters: `{path: adapter}` of any kinds.
+    params: the base, for the kinds without a low-rank form of their own (DoRA).
+    rank: the largest that the result may have.
+
+  Returns:
+    The adapters, and for each leaf the norm of what is lost, relative to that of the change
+    (Frobenius).
+
+  Raises:
+    ValueError: when a kind needs params and there are none, or a leaf is no matrix.
+  """
+  if rank < 1:
+    raise ValueError(f"rank {rank} is below 1; use a positive whole number")
+  leaves = {} if params is None else tree.flatten(params, is_leaf=is_weight)
+  exact = {}
+  for path, adapter in adapters.items():
+    try:
+      exact[path] = adapter.as_low_rank()
+    except NotFactored as reason:
+      if path not in leaves:
+        raise ValueError(
+          f"{path}: {reason}; pass the params that it adapts, and its change of them is decomposed"
+        ) from None
+      _roles(path, adapter, leaves[path])
+
+  def cut(path: str, adapter: Adapted) -> tuple[LowRank, jax.Array]:
+    if path in exact:
+      return _cut(exact[path], rank)
+    leaf = leaves[path]
+    return _nearest(_change(path, adapter, leaf), _roles(path, adapter, leaf), rank)
+
+  pairs = {path: cut(path, adapter) for path, adapter in adapters.items()}
+  return {path: x for path, (x, _) in pairs.items()}, {path: e for path, (_, e) in pairs.items()}
+
+
+# ---- one leaf at a time; jitted, so that leaves of one shape are compiled once
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _combined(
+  method: Combiner, key: jax.Array | None, adapters: list[LowRank], weights: jax.Array
+) -> LowRank:
+  """The adapter that a method makes of several of one leaf, matrix by matrix."""
+  like = adapters[0]
+  matrices = [_as_matrices(adapter) for adapter in adapters]
+  keys = None if key is None else jax.random.split(key, len(matrices[0].a))
+  made = jax.lax.map(lambda each: method(*each, weights), (keys, matrices))
+  return _as_leaf(made.a, made.b * made.scale, like)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cut(adapter: LowRank, rank: int) -> tuple[LowRank, jax.Array]:
+  """An adapter cut to a rank, and the relative norm of what is lost."""
+  if adapter.rank <= rank:
+    return adapter, jnp.zeros(())
+  matrices = _as_matrices(adapter)
+  u, s, vt = factorization.product_svd(matrices.a, matrices.b * adapter.scale, adapter.rank)
+  a, b = factorization.balanced(factorization.Svd(u[..., :rank], s[..., :rank], vt[..., :rank, :]))
+  return _as_leaf(a, b, adapter), _ratio(s[..., rank:], s)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _nearest(delta: jax.Array, roles: str, rank: int) -> tuple[LowRank, jax.Array]:
+  """The adapter of a rank that is nearest to a change, and the relative norm of what is lost."""
+  a, b = factorization.factorized(
+    delta, roles, lambda matrix: factorization.balanced(factorization.svd(matrix, rank))
+  )
+  adapter = LowRank(None, a, b, roles=roles.lstrip("s"))
+  found = adapter.attach(jnp.zeros_like(delta), "").delta()
+  return adapter, _ratio(delta - found, delta)
+
+
+def _change(path: str, adapter: Adapted, leaf: Any) -> jax.Array:
+  """What an adapter changes a leaf by, in at least float32."""
+  w = materialize(leaf)
+  w = w.astype(jnp.promote_types(w.dtype, jnp.float32))
+  return adapter.attach(w, path).materialize() - w
+
+
+def _roles(path: str, adapter: Adapted, leaf: Any) -> str:
+  """The roles of all axes of a leaf."""
+  roles = adapter.roles.rjust(len(leaf.shape), "s")
+  if {"i", "o"} <= set(roles):
+    return roles
+  if len(leaf.shape) == 2:
+    return "io"
+  raise ValueError(
+    f"{path}: {type(adapter).__name__} says of no axis of {tuple(leaf.shape)} that it is an input "
+    "or output, so its change is no matrix; leave this path out, and keep it as it is"
+  )
+
+
+def _ratio(part: jax.Array, whole: jax.Array) -> jax.Array:
+  size = jnp.linalg.norm(whole.ravel())
+  return jnp.linalg.norm(part.ravel()) / jnp.where(size > 0, size, 1)
+
+
+def _as_matrices(adapter: LowRank) -> LowRank:
+  """The same, with a [stack, d, rank] and b [stack, rank, k]; one matrix is a stack of one."""
+  stack, inputs, outputs = _sizes(adapter)
+  a = adapter.a.reshape(math.prod(stack), math.prod(inputs), adapter.rank)
+  b = adapter.b.reshape(math.prod(stack), adapter.rank, math.prod(outputs))
+  dtype = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
+  return LowRank(None, a.astype(dtype), b.astype(dtype), adapter.scale)
+
+
+def _as_leaf(a: jax.Array, b: jax.Array, like: LowRank) -> LowRank:
+  """The adapter of a leaf, of whatever rank, from the factors of its matrices."""
+  stack, inputs, outputs = _sizes(like)
+  rank = a.shape[-1]
+  return LowRank(
+    None, a.reshape(*stack, *inputs, rank), b.reshape(*stack, rank, *outputs), roles=like.roles
+  )
+
+
+def _sizes(adapter: LowRank) -> tuple[tuple[int, ...], ...]:
+  """The sizes of the stacked, the input and the output axes."""
+  stacks = adapter.a.ndim - 1 - adapter.roles.count("i")
+  return adapter.a.shape[:stacks], adapter.a.shape[stacks:-1], adapter.b.shape[stacks + 1 :]

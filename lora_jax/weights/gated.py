@@ -1,0 +1,95 @@
+"""Gated: a low-rank sum of which some ranks are open and the others shut.
+
+    w + scale * a @ diag(gate) @ b
+
+It is what gives every row of a batch an adapter of its own: the factors of several adapters stand
+side by side along the rank, a = [a0, a1, ...] and b = [b0, b1, ...], and a row's gate is open for
+its own. Under `vmap` only the gate differs from row to row, so both products stay those of all rows
+with one matrix, where factors that differ would make as many small products as there are rows.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.weights import base
+from lora_jax.weights.factors import factor_labels, labels, part_labels
+from lora_jax.weights.low_rank import LowRank
+from lora_jax.weights.products import dot_labels
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Gated(LowRank):
+  """`w + scale * a @ diag(gate) @ b`, an array of w's shape and dtype.
+
+  Attributes:
+    gate: [*stack, rank], what each rank is multiplied by; it does not train.
+    w, a, b, scale, dropout, key, roles, frozen, path: as in `LowRank`.
+  """
+
+  LAYOUTS: ClassVar = LowRank.LAYOUTS | {"gate": "sr"}
+
+  gate: jax.Array = dataclasses.field(kw_only=True)
+
+  def delta(self):
+    return self._through_b().delta()
+
+  def as_low_rank(self) -> LowRank:
+    return self._through_b().as_low_rank()
+
+  # ---- what is contracted
+
+  def dot_general(self, other, dimension_numbers, *, weight_is_lhs, precision=None, **params):
+    """The gate meets the rank-sized product between the factors, and neither of them."""
+    lhs, rhs = (self.w, other) if weight_is_lhs else (other, self.w)
+    y = base.dot_general(lhs, rhs, dimension_numbers, precision=precision, **params)
+    names = labels(self.ndim)
+    x_labels, out_labels = dot_labels(other.ndim, self.ndim, dimension_numbers, weight_is_lhs)
+    gate_labels = part_labels(names, self.all_roles, "sr")
+    x = self._dropped(other.astype(jnp.promote_types(other.dtype, self.dtype)))
+    factors = list(zip((self.a, self.b), factor_labels(names, self.all_roles), strict=True))
+    summed = set(x_labels) - set(out_labels)
+    # x meets first the factor whose axes are summed.
+    factors.sort(key=lambda factor: summed.isdisjoint(set(factor[1]) - set(gate_labels)))
+    (first, first_labels), (second, second_labels) = factors
+    both = dict.fromkeys(x_labels + first_labels)
+    kept = [c for c in both if c not in gate_labels and (c in out_labels or c in second_labels)]
+    h_labels = "".join(kept) + gate_labels
+    h = jnp.einsum(
+      f"{x_labels},{first_labels}->{h_labels}", x, first.astype(x.dtype), precision=precision,
+      preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+    )  # fmt: skip
+    h = (self.scale * self.gate * h).astype(x.dtype)
+    delta = jnp.einsum(
+      f"{h_labels},{second_labels}->{out_labels}", h, second.astype(x.dtype), precision=precision
+    )
+    return y + delta.astype(y.dtype)
+
+  def conv_general_dilated(self, x, **params):
+    return self._through_b().conv_general_dilated(x, **params)
+
+  def ragged_dot_general(self, lhs, group_sizes, **params):
+    return self._through_b().ragged_dot_general(lhs, group_sizes, **params)
+
+  def gather(self, indices, *, dimension_numbers, **params):
+    # The factor whose rows are looked up is the large one.
+    outputs = "o" in (self.all_roles[n] for n in dimension_numbers.collapsed_slice_dims)
+    plain = self._through_a() if outputs else self._through_b()
+    return plain.gather(indices, dimension_numbers=dimension_numbers, **params)
+
+  def _through_a(self) -> LowRank:
+    stack = self.a.shape[: self.gate.ndim - 1]
+    inputs = [1] * (self.a.ndim - self.gate.ndim)
+    return self._plain(self.a * self.gate.reshape(*stack, *inputs, -1), self.b)
+
+  def _through_b(self) -> LowRank:
+    outputs = [1] * (self.b.ndim - self.gate.ndim)
+    return self._plain(self.a, self.b * self.gate.reshape(*self.gate.shape, *outputs))
+
+  def _plain(self, a, b) -> LowRank:
+    return LowRank(
+      self.w, a, b, self.scale, self.dropout, self.key, roles=self.roles, path=self.path
+    )
