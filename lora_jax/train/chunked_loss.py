@@ -1,0 +1,73 @@
+"""The loss of a language model without all of its logits.
+
+    objective = chunked_completion_objective(lora_jax.adapt(model.apply), chunk=64)
+
+A vocabulary is some fifty times as wide as a small model: the logits of a batch, their float32
+copies and their gradient are then most of a step's memory. Here the head is applied to `chunk`
+positions of every row at a time, forward and backward, so that no more than rows x chunk x
+vocabulary logits are held. The backward pass computes them again, the time of the head's forward
+pass once more.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.train.step import Batch, Objective, completion_loss, model_options
+
+PyTree = Any
+
+
+def chunked_completion_objective(apply: Callable, chunk: int) -> Objective:
+  """The objective of `completion_objective`, to rounding, `chunk` positions of a row at a time.
+
+  The head may be tied to the embedding, adapted, or train in full. The chunks are cut along the
+  positions and not the rows, so rows that are sharded over devices stay where they are.
+
+  Args:
+    apply: the adapted `model.apply` of a module with two methods, `hidden(tokens_BT, at_BC=...) ->
+      hidden_BCD` and `logits(hidden_BCD) -> logits_BCV`, as `lora_jax.models.llama.Llama` has.
+    chunk: positions of a row whose logits are held at a time, at least 1; from C on it is the plain
+      loss.
+
+  Returns:
+    The objective, for the same batches as those of `completion_objective`.
+
+  Raises:
+    ValueError: when `chunk` is less than 1.
+  """
+  if chunk < 1:
+    raise ValueError(f"chunk is {chunk}; it must be at least 1 position")
+
+  def loss_of(weights: PyTree, part: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    hidden_BKD, targets_BK, weights_BK = part
+    logits_BKV = apply({"params": weights}, hidden_BKD, method="logits")
+    return completion_loss(logits_BKV, targets_BK, weights_BK)
+
+  def objective(weights: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    hidden_BCD = apply(
+      {"params": weights}, batch["tokens"], method="hidden", **model_options(batch)
+    )
+    whole = hidden_BCD, batch["targets"], batch["weights"]
+    if hidden_BCD.shape[1] <= chunk:
+      return loss_of(weights, whole)
+
+    @jax.checkpoint
+    def add(sums, part):
+      loss, tokens = loss_of(weights, part)
+      return (sums[0] + tokens * loss, sums[1] + tokens), None
+
+    parts = jax.tree.map(lambda x_BC: _cut(x_BC, chunk), whole)
+    (loss_sum, tokens), _ = jax.lax.scan(add, (jnp.float32(0), jnp.float32(0)), parts)
+    return loss_sum / jnp.where(tokens > 0, tokens, 1), tokens
+
+  return objective
+
+
+def _cut(x_BC: jax.Array, chunk: int) -> jax.Array:
+  """[parts, B, chunk, ...] of [B, C, ...], the end filled up with zeros."""
+  missing = -x_BC.shape[1] % chunk
+  filled = jnp.pad(x_BC, ((0, 0), (0, missing)) + ((0, 0),) * (x_BC.ndim - 2))
+  return jnp.moveaxis(filled.reshape(len(x_BC), -1, chunk, *x_BC.shape[2:]), 1, 0)
