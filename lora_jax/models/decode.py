@@ -1,14 +1,21 @@
-"""Decoding: tokens from a language model, with a KV cache or without, greedily or by sampling.
+"""Decoding: tokens from a language model, greedily, by sampling or by beam search.
 
     tokens_BS = decode(
         model.apply, params, prompts_BT, lengths_B, steps=32, choose=greedy, key=jax.random.key(0),
         eos_id=2, cache=llama.init_cache(config, batch_size, max_length=96))
 
-B prompts, T their longest length, S new tokens, V vocabulary.
+    tokens_BKS, scores_BK = beam_search(
+        model.apply, params, prompts_BT, lengths_B, steps=32, beams=4, penalty=power(1.0),
+        eos_id=2, cache=llama.init_cache(config, batch_size, max_length=96), exact=True)
+
+Each works with a KV cache or, slowly, without.
+
+B prompts, T their longest length, S new tokens, V vocabulary, U = T + S; in beam search K beams of
+a prompt, C = 2 K candidates for their next token, and R = B K rows that the model sees.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +23,7 @@ import numpy as np
 
 PyTree = Any
 Choose = Callable[[jax.Array, jax.Array], jax.Array]  # (key, logits_BV) -> tokens_B
+Penalty = Callable[[jax.Array], jax.Array]  # length -> what a log-probability is divided by
 
 
 def greedy(key: jax.Array, logits_BV: jax.Array) -> jax.Array:
@@ -97,18 +105,9 @@ def decode(
     cache: an empty cache with T + S slots or more; None computes the whole text anew at each step,
       which gives the same tokens and is slow.
   """
-  batch, length = prompts_BT.shape
+  batch = len(prompts_BT)
   text_BU = jnp.pad(prompts_BT, ((0, 0), (0, steps)))
   rows_B = jnp.arange(batch)
-
-  def logits_at(tokens, positions_BT, at_B, cache):
-    at_B1 = at_B[:, None]
-    if cache is None:
-      return apply({"params": params}, tokens, at_BC=at_B1)[:, 0], None
-    logits, cache = apply(
-      {"params": params}, tokens, positions_BT=positions_BT, at_BC=at_B1, cache=cache
-    )
-    return logits[:, 0], cache
 
   def going(state):
     step, *_, ended_B = state
@@ -123,15 +122,12 @@ def decode(
     position_B = lengths_B + step
     text_BU = text_BU.at[rows_B, position_B].set(token_B)
     if cache is None:
-      logits_BV, _ = logits_at(text_BU, None, position_B, None)
+      logits_BV = _logits_of_text(apply, params, text_BU, position_B)
     else:
-      at_B = jnp.zeros_like(position_B)
-      logits_BV, cache = logits_at(token_B[:, None], position_B[:, None], at_B, cache)
+      logits_BV, cache = _logits_after(apply, params, token_B, position_B, cache)
     return step + 1, text_BU, logits_BV, cache, ended_B
 
-  first = prompts_BT if cache is not None else text_BU
-  positions_BT = jnp.broadcast_to(jnp.arange(length), (batch, length))
-  logits_BV, cache = logits_at(first, positions_BT, lengths_B - 1, cache)
+  logits_BV, cache = _read_prompts(apply, params, prompts_BT, lengths_B, cache)
   ended_B = jnp.zeros(batch, bool)
   made, text_BU, *_ = jax.lax.while_loop(going, one_token, (0, text_BU, logits_BV, cache, ended_B))
 
@@ -140,3 +136,185 @@ def decode(
   if eos_id is None:
     return tokens_BS
   return jnp.where(jnp.arange(steps) < made, tokens_BS, eos_id)
+
+
+def power(alpha: float) -> Penalty:
+  """The length penalty `length ** alpha`; `transformers` divides by it, as did Jean et al. 2015.
+
+  Args:
+    alpha: 0 compares sums of log-probabilities, 1 their means; more favours longer texts.
+  """
+  return lambda length: jnp.asarray(length, jnp.float32) ** alpha
+
+
+def gnmt(alpha: float) -> Penalty:
+  """The length penalty `((5 + length) / 6) ** alpha`.
+
+  Args:
+    alpha: 0 compares sums of log-probabilities; more favours longer texts. 0.6 to 0.7 in the paper.
+
+  Source: Wu et al. 2016, "Google's Neural Machine Translation System", equation 14.
+  """
+  return lambda length: ((5 + jnp.asarray(length, jnp.float32)) / 6) ** alpha
+
+
+class Beams(NamedTuple):
+  """What beam search found for each prompt, the best first.
+
+  Attributes:
+    tokens_BKS: int32; a text that has ended is filled up with EOS.
+    scores_BK: float32, `log p(text | prompt) / penalty(length)`, the EOS counted in both; -inf
+      where there were fewer than K texts to be found.
+  """
+
+  tokens_BKS: jax.Array
+  scores_BK: jax.Array
+
+
+def beam_search(
+  apply: Callable,
+  params: PyTree,
+  prompts_BT: jax.Array,
+  lengths_B: jax.Array,
+  *,
+  steps: int,
+  beams: int,
+  penalty: Penalty,
+  eos_id: int | None,
+  cache: PyTree | None,
+  exact: bool,
+) -> Beams:
+  """Looks for the likeliest texts after the prompts; jit it with all but arrays closed over.
+
+  Each step extends the K running texts of a prompt by every token and keeps the K likeliest that do
+  not end. One that ends, by EOS or by its length S, is set aside when it is among the K likeliest;
+  of these the K with the highest scores are returned. With K = V^S that is every text there is.
+
+  Args:
+    apply, params, prompts_BT, lengths_B: as in `decode`.
+    steps: the most tokens of a text, S.
+    beams: K.
+    penalty: `power` or `gnmt`, or a function of your own that only rises or only falls.
+    eos_id: the token that ends a text, or None when all go on to S tokens.
+    cache: an empty cache of B rows with T + S slots or more, whose leaves are (..., B, S, K, H) as
+      those of `llama.init_cache` are; None computes the whole text anew at each step.
+    exact: when a prompt is done. True: when no running text can still enter the K best, whatever it
+      becomes (`early_stopping="never"` in `transformers`). False: when none would at its present
+      length (`early_stopping=False` there, its default): sooner, and seldom another text.
+
+  Raises:
+    ValueError: when there is less than one beam.
+  """
+  if beams < 1:
+    raise ValueError(f"beams is {beams}; there must be at least 1")
+  batch = len(prompts_BT)
+  parent_of_row = jnp.repeat(jnp.arange(batch), beams)
+  length_R = lengths_B[parent_of_row]
+
+  def text_RU(new_BKS):
+    """Prompts and what follows them, for a model without a cache."""
+    text = jnp.pad(prompts_BT, ((0, 0), (0, steps)))[parent_of_row]
+    at_RS = length_R[:, None] + jnp.arange(steps)
+    return text.at[jnp.arange(len(text))[:, None], at_RS].set(new_BKS.reshape(-1, steps))
+
+  def going(state):
+    step, *_, open_B = state
+    return (step < steps) & jnp.any(open_B)
+
+  def one_token(state):
+    step, new_BKS, sum_BK, logits_RV, cache, found, open_B = state
+
+    log_p_RV = jax.nn.log_softmax(logits_RV.astype(jnp.float32))
+    sum_BKV = sum_BK[..., None] + log_p_RV.reshape(batch, beams, -1)
+    vocab_size = sum_BKV.shape[-1]
+    # Of 2 K candidates at least K do not end here, for each beam has but one that does.
+    sum_BC, at_BC = jax.lax.top_k(sum_BKV.reshape(batch, -1), 2 * beams)
+    parent_BC, token_BC = at_BC // vocab_size, at_BC % vocab_size
+    new_BCS = _take_beams(new_BKS, parent_BC).at[..., step].set(token_BC)
+    ends_BC = jnp.broadcast_to(step + 1 == steps, token_BC.shape)
+    if eos_id is not None:
+      ends_BC |= token_BC == eos_id
+
+    may_enter_BC = ends_BC & (jnp.arange(2 * beams) < beams) & open_B[:, None]
+    score_BC = jnp.where(may_enter_BC, sum_BC / penalty(step + 1), -jnp.inf)
+    found = _best(found, Beams(new_BCS, score_BC))
+
+    sum_BK, kept_BK = jax.lax.top_k(jnp.where(ends_BC, -jnp.inf, sum_BC), beams)
+    new_BKS = _take_beams(new_BCS, kept_BK)
+    # A sum of log-probabilities only falls, so a text's best score is at one end of its lengths.
+    best_B = sum_BK[:, 0] / penalty(step + 1)
+    if exact:
+      best_B = jnp.maximum(best_B, sum_BK[:, 0] / penalty(steps))
+    open_B = open_B & (best_B > found.scores_BK[:, -1])
+
+    position_R = length_R + step
+    if cache is None:
+      logits_RV = _logits_of_text(apply, params, text_RU(new_BKS), position_R)
+    else:
+      parent_BK = jnp.take_along_axis(parent_BC, kept_BK, axis=1)
+      rows_R = (jnp.arange(batch)[:, None] * beams + parent_BK).reshape(-1)
+      token_R = new_BKS[..., step].reshape(-1)
+      logits_RV, cache = _logits_after(
+        apply, params, token_R, position_R, _take_rows(cache, rows_R)
+      )
+    return step + 1, new_BKS, sum_BK, logits_RV, cache, found, open_B
+
+  logits_BV, cache = _read_prompts(apply, params, prompts_BT, lengths_B, cache)
+  new_BKS = jnp.full((batch, beams, steps), 0 if eos_id is None else eos_id, jnp.int32)
+  # All beams begin alike, so all but one are ruled out before the first step.
+  sum_BK = jnp.full((batch, beams), -jnp.inf).at[:, 0].set(0.0)
+  found = Beams(new_BKS, jnp.full((batch, beams), -jnp.inf))
+  state = (
+    *(0, new_BKS, sum_BK, logits_BV[parent_of_row], _take_rows(cache, parent_of_row), found),
+    jnp.ones(batch, bool),
+  )
+  *_, found, _ = jax.lax.while_loop(going, one_token, state)
+  return found
+
+
+def _read_prompts(apply, params, prompts_BT, lengths_B, cache):
+  """The logits after each prompt, and the cache filled with the prompts."""
+  if cache is None:
+    return _logits_of_text(apply, params, prompts_BT, lengths_B - 1), None
+  positions_BT = jnp.broadcast_to(jnp.arange(prompts_BT.shape[1]), prompts_BT.shape)
+  logits_B1V, cache = apply(
+    {"params": params},
+    prompts_BT,
+    positions_BT=positions_BT,
+    at_BC=lengths_B[:, None] - 1,
+    cache=cache,
+  )
+  return logits_B1V[:, 0], cache
+
+
+def _logits_of_text(apply, params, text_BU, at_B):
+  return apply({"params": params}, text_BU, at_BC=at_B[:, None])[:, 0]
+
+
+def _logits_after(apply, params, token_B, position_B, cache):
+  """The logits after one more token of each row, and the cache with it."""
+  position_B1 = position_B[:, None]
+  logits_B1V, cache = apply(
+    {"params": params},
+    token_B[:, None],
+    positions_BT=position_B1,
+    at_BC=jnp.zeros_like(position_B1),
+    cache=cache,
+  )
+  return logits_B1V[:, 0], cache
+
+
+def _best(*found: Beams) -> Beams:
+  """The best of several, as many as the first holds."""
+  tokens = jnp.concatenate([beams.tokens_BKS for beams in found], axis=1)
+  scores = jnp.concatenate([beams.scores_BK for beams in found], axis=1)
+  scores_BK, kept_BK = jax.lax.top_k(scores, found[0].scores_BK.shape[1])
+  return Beams(_take_beams(tokens, kept_BK), scores_BK)
+
+
+def _take_beams(x_BKS: jax.Array, index_BC: jax.Array) -> jax.Array:
+  return jnp.take_along_axis(x_BKS, index_BC[..., None], axis=1)
+
+
+def _take_rows(cache: PyTree, rows: jax.Array) -> PyTree:
+  return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=-4), cache)
