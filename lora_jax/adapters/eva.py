@@ -13,7 +13,7 @@ Paischer et al. 2024, EVA, arXiv 2410.07170, section 3. What the paper leaves op
 its own way:
 
 - The inputs are not centred, as in the paper; PEFT's incremental PCA subtracts their mean.
-- The eigenvectors are exact, of all batches at once: there is no convergence to wait for.
+- The eigenvectors are those of all batches at once, so there is no convergence to wait for.
 - The scale is that of the spec whatever the rank turns out to be, as in PEFT, which adjusts alpha
   for it (`adjust_scaling_factors`). PEFT's `whiten` is off by default, and not here.
 - A stack of layers is one array, of the largest rank among them. Where a layer's own rank is
@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import tree
+from lora_jax import factorization, tree
 from lora_jax.adapters.base import sizes
 from lora_jax.adapters.lora import LoRA, check_leaves_start, check_rank_fits
 from lora_jax.axes import Axes
@@ -46,6 +46,7 @@ def start(
   moments: Mapping[str, Moments],
   *,
   rho: float = 2.0,
+  iterations: int | None = None,
   axes: Mapping[str, Axes] | None = None,
 ) -> dict[str, LowRank]:
   """Returns adapters at EVA's start, `{path: adapter}`, without those whose rank came out as zero.
@@ -56,6 +57,8 @@ def start(
       of a stack counted, is the budget.
     moments: the second moments of the kernels' inputs, as `calibration.second_moments` returns.
     rho: how many times its spec's rank a kernel may get; at least 1.
+    iterations: subspace iterations of a randomised decomposition, 8 say, for kernels of thousands
+      of inputs: what needs d³ operations exactly needs rank * d² for each. None is exact.
     axes: what `trace_axes` found. Kernels of two axes (in, out) do not need it.
 
   Raises:
@@ -67,8 +70,12 @@ def start(
     raise ValueError(f"EVA: rho {rho} is below 1, which would leave a part of the ranks unused")
   leaves = tree.flatten(params, is_leaf=is_weight)
   kernels = {path: _kernel(path, spec, leaves[path], axes) for path, spec in specs.items()}
-  spectra = {path: _spectrum(path, kernel, moments) for path, kernel in kernels.items()}
-  ranks = _shared_ranks(specs, kernels, spectra, rho)
+  spectra = {
+    path: _spectrum(path, kernel, moments, round(specs[path].rank * rho), iterations)
+    for path, kernel in kernels.items()
+  }
+  budget = sum(specs[path].rank * math.prod(kernel.stack) for path, kernel in kernels.items())
+  ranks = _shared_ranks({path: spectrum.share for path, spectrum in spectra.items()}, budget)
   return {
     path: specs[path].starting_at(
       *_factors(kernels[path], spectra[path], ranks[path]), kernel.roles
@@ -88,7 +95,11 @@ class _Kernel(NamedTuple):
 
 
 class _Spectrum(NamedTuple):
-  """share: of the variance explained, falling, [*stack, d]; vectors: [*stack, d, d], in columns."""
+  """What a kernel may get, the first n components of its inputs.
+
+  share: of the variance that each explains, falling, [*stack, n].
+  vectors: [*stack, d, n].
+  """
 
   share: np.ndarray
   vectors: jax.Array
@@ -102,7 +113,7 @@ def _kernel(path: str, spec: LoRA, leaf, axes) -> _Kernel:
   return kernel
 
 
-def _spectrum(path: str, kernel: _Kernel, moments: Mapping[str, Moments]) -> _Spectrum:
+def _spectrum(path: str, kernel: _Kernel, moments, most: int, iterations) -> _Spectrum:
   if path not in moments:
     raise ValueError(f"{path}: has no moments; ask second_moments for this path as well")
   mean = moments[path].mean
@@ -114,30 +125,30 @@ def _spectrum(path: str, kernel: _Kernel, moments: Mapping[str, Moments]) -> _Sp
     )
   if not jnp.isfinite(mean).all():
     raise ValueError(f"{path}: the moments are not finite; an activation overflowed")
-  values, vectors = jnp.linalg.eigh(mean)
-  values, vectors = np.maximum(values[..., ::-1], 0), vectors[..., ::-1]
-  total = values.sum(-1, keepdims=True)
+  most = min(most, d, math.prod(kernel.outputs))
+  if iterations is None:
+    values, vectors = jnp.linalg.eigh(mean)
+    values, vectors = values[..., : -most - 1 : -1], vectors[..., : -most - 1 : -1]
+  else:
+    # Which random vectors it starts from is no choice of the user's, so they need no key.
+    vectors, values, _ = factorization.randomized_svd(jax.random.key(0), mean, most, iterations)
+  total = np.trace(mean, axis1=-2, axis2=-1)[..., None]
+  # An expert that saw no row explains nothing, and gets a rank last.
+  share = np.maximum(values, 0) / np.where(total > 0, total, 1)
   # The sign of an eigenvector is free; fixed, a start is the same on every machine.
   largest = jnp.take_along_axis(vectors, jnp.abs(vectors).argmax(-2, keepdims=True), axis=-2)
-  # An expert that saw no row explains nothing, and gets a rank last.
-  return _Spectrum(values / np.where(total > 0, total, 1), vectors * jnp.sign(largest))
+  return _Spectrum(share, vectors * jnp.sign(largest))
 
 
-def _shared_ranks(specs, kernels, spectra, rho: float) -> dict[str, np.ndarray]:
-  """The rank of each kernel, [*stack], by path."""
-  most = {
-    path: min(round(specs[path].rank * rho), math.prod(kernel.inputs), math.prod(kernel.outputs))
-    for path, kernel in kernels.items()
-  }
-  offered = {path: spectrum.share[..., : most[path]] for path, spectrum in spectra.items()}
-  budget = sum(specs[path].rank * math.prod(kernel.stack) for path, kernel in kernels.items())
-  shares = np.concatenate([share.ravel() for share in offered.values()])
-  chosen = np.zeros(shares.shape, bool)
-  chosen[np.argsort(-shares, kind="stable")[:budget]] = True
-  ends = np.cumsum([share.size for share in offered.values()])[:-1]
+def _shared_ranks(shares: Mapping[str, np.ndarray], budget: int) -> dict[str, np.ndarray]:
+  """How many of its components each kernel gets, [*stack], by path."""
+  every = np.concatenate([share.ravel() for share in shares.values()])
+  chosen = np.zeros(every.shape, bool)
+  chosen[np.argsort(-every, kind="stable")[:budget]] = True
+  ends = np.cumsum([share.size for share in shares.values()])[:-1]
   return {
     path: each.reshape(share.shape).sum(-1)
-    for (path, share), each in zip(offered.items(), np.split(chosen, ends), strict=True)
+    for (path, share), each in zip(shares.items(), np.split(chosen, ends), strict=True)
   }
 
 

@@ -50,8 +50,11 @@ def same_directions(a, v, tolerance=1e-4):
   np.testing.assert_allclose(np.linalg.norm(a, axis=0), 1.0, atol=1e-5)
 
 
-def test_a_starts_from_the_right_singular_vectors_of_the_inputs_and_b_from_zero(moments):
-  adapters = eva.start(PARAMS, SPECS, moments)
+@pytest.mark.parametrize("iterations", [None, 4])
+def test_a_starts_from_the_right_singular_vectors_of_the_inputs_and_b_from_zero(
+  moments, iterations
+):
+  adapters = eva.start(PARAMS, SPECS, moments, iterations=iterations)
   assert ranks_of(adapters) == {"sharp": 1, "flat": 3, "middle": 2}
   for path, adapter in adapters.items():
     v = np.linalg.svd(INPUTS[path].astype(np.float64))[2].T[:, : adapter.rank]
@@ -163,6 +166,20 @@ def test_a_kernel_of_several_axes_starts_in_all_its_inputs(roles, shape, equatio
   assert np.isfinite(adapt(lambda p, x: jnp.einsum(equation, x, p["w"]))(
     attach(params, {"w": adapter}), rows
   )).all()  # fmt: skip
+
+
+def test_a_randomised_start_explains_nearly_as_much_as_the_exact_one():
+  x = normal(200, 64) * 0.95 ** jnp.arange(64)
+  params = {"w": normal(64, 80)}
+  moments = second_moments(lambda p, x: x @ p["w"], params, ["w"], [x])
+  starts = [
+    eva.start(params, {"w": LoRA(rank=8, alpha=8.0)}, moments, iterations=n)["w"].a
+    for n in (None, 0, 4)
+  ]
+  exact, rough, fine = (float(np.sum((x @ a) ** 2)) for a in starts)
+  assert rough < fine <= exact * (1 + 1e-5) and fine > 0.999 * exact
+  for a in starts:
+    np.testing.assert_allclose(a.T @ a, np.eye(8), atol=1e-5)
 
 
 def test_an_expert_without_rows_gets_no_rank_while_others_want_it():
