@@ -9,7 +9,6 @@ import pytest
 import torch
 from peft.utils.loftq_utils import _low_rank_decomposition
 from programs import normal
-from scipy import stats
 from tolerances import assert_close
 
 import lora_jax
@@ -21,11 +20,10 @@ W = normal(64, 96)
 
 # The sixteen values of NF4: quantiles of the normal distribution, one of them zero
 # (Dettmers et al. 2023, appendix E).
-_ENDS = (
-  stats.norm.ppf(np.linspace(0.9677083, 0.5, 9)[:-1]),
-  stats.norm.ppf(np.linspace(0.9677083, 0.5, 8)[:-1]),
+_ABOVE, _BELOW = (
+  np.asarray(jax.scipy.stats.norm.ppf(np.linspace(0.9677083, 0.5, n)[:-1])) for n in (9, 8)
 )
-NF4 = np.sort(np.concatenate([_ENDS[0], [0.0], -_ENDS[1]])) / _ENDS[0].max()
+NF4 = np.sort(np.concatenate([_ABOVE, [0.0], -_BELOW])) / _ABOVE.max()
 
 
 def rounded(w, xp):
