@@ -50,6 +50,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   data.source = _RATED
   data.format = "tsv"  # jsonl, csv or tsv
   data.columns = ("id", "rating", "text")  # of a file without a header line; else ()
+  data.detokenise = ()  # columns of text that was published with its tokens apart
   data.sign_of = "rating"  # a column of numbers whose sign is the label; "" for none
   data.neutral = 0.5  # smaller ratings are left out
   data.prompt = "Review: {text}\nSentiment:"
@@ -58,6 +59,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   data.append_eos = False  # the answer is one token; text that is generated needs an end
   data.split_by = "text"  # the column whose hash decides the split
   data.train, data.validation, data.test = 0.9, 0.05, 0.05  # shares of the sentences
+  data.test_source = ""  # a file that is the test split; then data.test is 0
   data.max_length = 80  # tokens; a longer prompt loses its beginning
   data.buckets = (24, 32, 40, 48, 64, 80)  # lengths that batches are padded to; each compiles once
 

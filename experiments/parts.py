@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 import lora_jax
 from lora_jax import tree
-from lora_jax.data import examples, labels, records, splits, templates
+from lora_jax.data import detokenise, examples, labels, records, splits, templates
 from lora_jax.io import assets, peft, pretrained
 from lora_jax.models import llama
 from lora_jax.train import workdir
@@ -42,15 +42,36 @@ def open_run(path: str) -> tuple[workdir.Workdir, ConfigDict]:
 
 
 def load_records(data: ConfigDict) -> dict[str, list[records.Record]]:
-  """`{split: records}` of a data config, with the templates checked against them."""
-  path = assets.resolve(data.source)
-  rows = records.read(path, format=data.format, columns=data.columns or None)
+  """`{split: records}` of a data config, with the templates checked against them.
+
+  With a `data.test_source` the test split is that file, and no record of `data.source` has a text
+  in common with it.
+
+  Raises:
+    ValueError: when the test split is to be both that file and a share of the other.
+  """
+  if data.test_source and data.test:
+    raise ValueError(
+      f"data.test {data.test} is a share of data.source, and data.test_source names a file for the "
+      "test split; set one of them to 0 or to ''"
+    )
+  rows = _read_records(data, data.source)
+  held_out = _read_records(data, data.test_source) if data.test_source else []
+  if held_out:
+    rows = splits.without(rows, held_out, data.split_by)
+  shares = {name: data[name] for name in ("train", "validation", "test") if data[name]}
+  found = splits.split(rows, data.split_by, shares)
+  return found | {"test": held_out} if held_out else found
+
+
+def _read_records(data: ConfigDict, source: str) -> list[records.Record]:
+  rows = records.read(assets.resolve(source), format=data.format, columns=data.columns or None)
+  rows = detokenise.detokenise_columns(rows, data.detokenise)
   if data.sign_of:
     rows = labels.sign_label(rows, data.sign_of, neutral=data.neutral)
   for name in ("prompt", "completion"):
     templates.check(data[name], rows, name)
-  shares = {name: data[name] for name in ("train", "validation", "test") if data[name]}
-  return splits.split(rows, data.split_by, shares)
+  return rows
 
 
 def pick(rows: Mapping[str, list[records.Record]], split: str, field: str) -> list[records.Record]:
