@@ -4,8 +4,8 @@
         lora_jax.adapt(model.apply), functools.partial(llama.init_cache, model.config),
         max_tokens=80, beams=4, penalty=decode.power(1.0), eos_id=tokenizer.eos_id)
     batches = prompt_batches(prompts, batch_size=16, buckets=(32, 64), pad_id=tokenizer.pad_id)
-    completions = generate(generate_step, weights, batches)
-    bleu([tokenizer.decode(tokens) for tokens in completions], references)
+    found = generate(generate_step, weights, batches, tokenizer.eos_id)
+    bleu([tokenizer.decode(tokens) for tokens in found], references)
     # {"bleu": 65.2, "texts": 547, "signature": "nrefs:var|case:mixed|eff:no|tok:13a|..."}
 
 The letters are those of `lora_jax.models.decode`.
@@ -114,20 +114,22 @@ def make_generate_step(
 
 
 def generate(
-  generate_step: Callable, weights: PyTree, batches: Iterable[Prompts]
+  generate_step: Callable, weights: PyTree, batches: Iterable[Prompts], eos_id: int | None
 ) -> list[list[int]]:
-  """Returns the tokens of each prompt's text, in the prompts' order; after an end come more ends.
+  """Returns the tokens of each prompt's text, in the prompts' order, without the EOS.
 
   Args:
     generate_step: as `make_generate_step` makes it.
     weights: what it generates with; merged ones save the adapters' thin products.
     batches: as `prompt_batches` makes them.
+    eos_id: the token that ends a text, or None.
   """
   found: dict[int, list[int]] = {}
   for batch in batches:
     tokens_BS = generate_step(weights, batch.tokens_BT, batch.lengths_B)
-    rows = zip(batch.index_B.tolist(), np.asarray(tokens_BS).tolist(), strict=True)
-    found |= {index: tokens for index, tokens in rows if index >= 0}
+    for index, tokens in zip(batch.index_B.tolist(), np.asarray(tokens_BS).tolist(), strict=True):
+      if index >= 0:
+        found[index] = tokens[: tokens.index(eos_id)] if eos_id in tokens else tokens
   return [found[index] for index in range(len(found))]
 
 
