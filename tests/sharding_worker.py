@@ -1,0 +1,225 @@
+"""Run by `test_sharding.py` in a process of its own, which has eight devices.
+
+Each function without arguments is one statement about a Llama with adapters that is trained on a
+mesh: `python sharding_worker.py STATEMENT...` prints the names of those that hold.
+"""
+
+import dataclasses
+import functools
+import sys
+import traceback
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from collectives import collectives, moved
+from jax.sharding import SingleDeviceSharding
+
+import lora_jax
+from lora_jax import sharding, tree
+from lora_jax.io import shards
+from lora_jax.models import llama
+from lora_jax.train import optimizer, step
+
+# No two kernels have the same axes, whole or cut in 2, 4 or 8.
+CONFIG = llama.LlamaConfig(
+  vocab_size=112, width=64, mlp_width=160, num_layers=2, num_heads=12, num_kv_heads=4, head_dim=8,
+  max_length=32, scan_layers=True, tie_embeddings=True,
+)  # fmt: skip
+STEPS, ROWS, LENGTH, TARGETS = 20, 16, 12, 4
+UNTIED = dataclasses.replace(CONFIG, tie_embeddings=False, scan_layers=False)
+KERNELS = {(64, 96), (32, 64), (64, 160), (64, 112)}
+
+
+def batch(number: int):
+  """Rows with different numbers of tokens that count; the tokens to predict depend on others."""
+  rng = np.random.default_rng(number)
+  tokens = rng.integers(0, 112, (ROWS, LENGTH)).astype(np.int32)
+  at = np.tile(np.arange(LENGTH - TARGETS, LENGTH, dtype=np.int32), (ROWS, 1))
+  weights = rng.random((ROWS, TARGETS)) < np.linspace(0.3, 1, ROWS)[:, None]
+  targets = np.take_along_axis(tokens, at - 1, axis=1) % 7
+  return {"tokens": tokens, "at": at, "targets": targets, "weights": weights.astype(np.float32)}
+
+
+@functools.cache
+def adapted(config):
+  """The weights, with adapters on every linear layer and full norms, and the mask."""
+  tokens = jnp.zeros((1, 2), jnp.int32)
+  model = llama.Llama(config)
+  params = model.init(jax.random.key(0), tokens)["params"]
+  axes = lora_jax.trace_axes(lambda p, t: model.apply({"params": p}, t), params, tokens)
+  lora = lora_jax.LoRA(rank=4, alpha=8.0)
+  rules = [("all-linear", lora), ("norm/scale", lora_jax.Full())]
+  specs = lora_jax.match(params, rules, axes)
+  weights = lora_jax.attach(params, lora_jax.init(jax.random.key(1), params, specs, axes))
+  return weights, lora_jax.trainable_mask(weights)
+
+
+def make_optimizer():
+  rate = optimizer.schedule(peak=1e-2, warmup_steps=2, total_steps=STEPS, kind="linear")
+  return optimizer.adamw(rate, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.01, clip_norm=1.0)
+
+
+def start(config, mesh=None):
+  """(state, frozen, train_step) on one device, or laid out on a mesh."""
+  weights, mask = adapted(config)
+  tx = make_optimizer()
+  if mesh is None:
+    trainable, frozen = lora_jax.partition(weights, mask)
+    state = step.init_state(trainable, tx)
+  else:
+    layout = sharding.lay_out(weights, mesh, sharding.LLAMA_RULES)
+    trainable, frozen = lora_jax.partition(jax.device_put(weights, layout.shardings), mask)
+    state = step.init_state(trainable, tx)
+    places, _ = lora_jax.partition(layout.shardings, mask)
+    state = jax.device_put(state, sharding.follow(state, trainable, places, mesh))
+    config = dataclasses.replace(config, constrain=sharding.keep_rows(mesh))
+  objective = step.completion_objective(lora_jax.adapt(llama.Llama(config).apply, strict=True))
+  return state, frozen, step.make_train_step(objective, tx)
+
+
+@functools.cache
+def losses_on_one_device(config):
+  state, frozen, train_step = start(config)
+  losses = []
+  for number in range(STEPS):
+    state, metrics = train_step(state, frozen, batch(number))
+    losses.append(float(metrics["loss"]))
+  assert losses[-1] < losses[0] - 0.5  # it learns
+  return np.array(losses)
+
+
+@functools.cache
+def trained(sizes, config=CONFIG):
+  """(losses, shardings of the state before and after, the program's collectives) on a mesh."""
+  mesh = sharding.make_mesh(**dict(zip(sharding.AXES, sizes, strict=True)))
+  state, frozen, train_step = start(config, mesh)
+  program = train_step.lower(state, frozen, sharding.put_rows(batch(0), mesh)).compile()
+  before = jax.tree.map(lambda x: x.sharding, state)
+  losses = []
+  for number in range(STEPS):
+    state, metrics = program(state, frozen, sharding.put_rows(batch(number), mesh))
+    losses.append(float(metrics["loss"]))
+  after = jax.tree.map(lambda x: x.sharding, state)
+  return np.array(losses), before, after, collectives(program.as_text())
+
+
+def assert_same_losses(sizes, config=CONFIG):
+  losses, before, after, _ = trained(sizes, config)
+  np.testing.assert_allclose(losses, losses_on_one_device(config), rtol=0, atol=1e-5)
+  assert tree.flatten(before) == tree.flatten(after)  # the next step compiles nothing
+
+
+def gathered(ops):
+  """The shapes of what is gathered, their axes sorted, those of size one left out."""
+  return {
+    tuple(sorted(n for n in shape if n > 1))
+    for op in ops
+    if op.kind == "all-gather"
+    for shape in op.shapes
+  }
+
+
+def the_losses_over_data_are_those_of_one_device():
+  assert_same_losses((8, 1, 1))
+
+
+def the_losses_over_fsdp_are_those_of_one_device():
+  assert_same_losses((1, 8, 1))
+
+
+def the_losses_over_two_devices_on_tensor_are_those_of_one_device():
+  assert_same_losses((4, 1, 2))
+
+
+def the_losses_over_four_devices_on_tensor_are_those_of_one_device():
+  assert_same_losses((2, 1, 4))
+
+
+def the_losses_over_all_three_axes_are_those_of_one_device():
+  assert_same_losses((2, 2, 2))
+
+
+def data_parallel_training_moves_the_gradient_of_the_adapters_and_nothing_else():
+  weights, mask = adapted(CONFIG)
+  trainable, _ = lora_jax.partition(weights, mask)
+  adapters = sum(x.nbytes for x in jax.tree.leaves(trainable))
+  *_, ops = trained((8, 1, 1))
+  assert moved(ops).keys() == {"all-reduce"}
+  scalars = moved(ops)["all-reduce"] - adapters  # the loss, and how many tokens it is a mean of
+  assert 0 < scalars <= 16
+
+
+def over_tensor_no_kernel_is_gathered():
+  *_, ops = trained((2, 1, 4))
+  assert not gathered(ops) & KERNELS
+  smallest = min(4 * a * b for a, b in KERNELS)
+  assert all(op.bytes < smallest for op in ops if op.kind == "all-gather")
+
+
+def over_fsdp_kernels_are_gathered_for_use_over_that_axis_alone():
+  *_, ops = trained((1, 8, 1))
+  assert {(64, 96), (32, 64), (64, 160)} <= gathered(ops)  # else the test above could not fail
+  *_, ops = trained((2, 2, 2))
+  assert {(48, 64), (16, 64), (64, 80)} <= gathered(ops)
+  assert not gathered(ops) & KERNELS
+
+
+def base_adapters_and_moments_lie_where_the_rules_say():
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  state, frozen, _ = start(CONFIG, mesh)
+  leaves = tree.flatten(frozen) | tree.flatten(state)
+  for path, shape in {
+    "blocks/attn/query/kernel/w": (2, 32, 48),
+    "blocks/attn/out/kernel/w": (2, 48, 32),
+    "embed/embedding": (56, 64),
+    "trainable/blocks/attn/query/kernel/a": (2, 32, 4),
+    "trainable/blocks/attn/query/kernel/b": (2, 4, 48),
+    "opt_state/1/0/mu/blocks/attn/query/kernel/a": (2, 32, 4),
+    "opt_state/1/0/nu/blocks/mlp/down/kernel/a": (2, 80, 4),
+    "opt_state/1/0/count": (),
+  }.items():
+    assert leaves[path].addressable_shards[0].data.shape == shape, path
+
+
+def the_losses_of_layers_apart_and_a_head_of_its_own_are_those_of_one_device():
+  assert_same_losses((2, 2, 2), UNTIED)
+  *_, ops = trained((2, 2, 2), UNTIED)
+  assert not gathered(ops) & KERNELS
+
+
+def pieces_are_read_once_and_each_device_gets_its_own_part():
+  values = np.arange(3 * 8 * 10, dtype=np.float32).reshape(3, 8, 10)
+  reads = []
+
+  def reader(i):
+    reads.append(i)
+    return values[i]
+
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  place = jax.sharding.NamedSharding(mesh, jax.P(None, "tensor", "fsdp"))
+  pieces = [functools.partial(reader, i) for i in range(3)]
+  array = shards.assemble((3, 8, 10), np.dtype(np.float32), pieces, place)
+  assert reads == [0, 1, 2]
+  assert array.sharding == place
+  assert {x.data.shape for x in array.addressable_shards} == {(3, 4, 5)}
+  np.testing.assert_array_equal(array, values)
+  layers = jax.sharding.NamedSharding(mesh, jax.P("data"))
+  stacked = shards.assemble((2, 8, 10), np.dtype(np.float32), pieces[:2], layers)
+  assert {x.data.shape for x in stacked.addressable_shards} == {(1, 8, 10)}
+  np.testing.assert_array_equal(stacked, values[:2])
+  sixth = SingleDeviceSharding(jax.devices()[5])
+  half = shards.assemble((8, 10), np.dtype(jnp.bfloat16), [lambda: values[1]], sixth)
+  assert half.devices() == {jax.devices()[5]}
+  np.testing.assert_array_equal(half, values[1].astype(jnp.bfloat16))
+
+
+if __name__ == "__main__":
+  assert jax.device_count() == 8, jax.devices()
+  for name in sys.argv[1:]:
+    try:
+      vars()[name]()
+    except Exception:
+      traceback.print_exc()
+    else:
+      print(name, flush=True)
