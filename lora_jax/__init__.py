@@ -16,9 +16,14 @@ from lora_jax.adapters import AdaLoRA as AdaLoRA
 from lora_jax.adapters import Full as Full
 from lora_jax.adapters import Full as Full
 from lora_jax.adapters import LoRA as LoRA
+from lora_jax.adapters import OLoRA as OLoRA
+from lora_jax.adapters import PiSSA as PiSSA
 from lora_jax.adapters import TokenRows as TokenRows
+from lora_jax.adapters import eva as eva
+from lora_jax.adapters import loftq as loftq
 from lora_jax.axes import Axes as Axes
 from lora_jax.axes import trace_axes as trace_axes
+from lora_jax.calibration import second_moments as second_moments
 from lora_jax.remat import products_saveable as products_saveable
 from lora_jax.summary import Summary as Summary
 from lora_jax.summary import summary as summary
@@ -52,6 +57,7 @@ from lora_jax.compose import to_lora as to_lora
 from lora_jax.weights import Adapted as Adapted
 from lora_jax.weights import LowRank as LowRank
 from lora_jax.weights import NotFactored as NotFactored
+from lora_jax.weights import Recentred as Recentred
 from lora_jax.weights import Weight as Weight
 from lora_jax.weights import is_weight as is_weight
 from lora_jax.weights import materialize as materialize

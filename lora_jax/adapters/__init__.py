@@ -4,4 +4,6 @@ from lora_jax.adapters.adalora import AdaLoRA as AdaLoRA
 from lora_jax.adapters.base import Method as Method
 from lora_jax.adapters.full import Full as Full
 from lora_jax.adapters.lora import LoRA as LoRA
+from lora_jax.adapters.olora import OLoRA as OLoRA
+from lora_jax.adapters.pissa import PiSSA as PiSSA
 from lora_jax.adapters.token_rows import TokenRows as TokenRows

@@ -9,4 +9,5 @@ from lora_jax.weights.base import materialize as materialize
 from lora_jax.weights.dense import Full as Full
 from lora_jax.weights.gated import Gated as Gated
 from lora_jax.weights.low_rank import LowRank as LowRank
+from lora_jax.weights.recentred import Recentred as Recentred
 from lora_jax.weights.token_rows import TokenRows as TokenRows

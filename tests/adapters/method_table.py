@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from programs import IDS, normal
 
-from lora_jax import AdaLoRA, Full, LoRA, TokenRows
+from lora_jax import AdaLoRA, Full, LoRA, OLoRA, PiSSA, TokenRows
 from lora_jax.adapters import Method
 
 
@@ -97,6 +97,10 @@ def _lora(w, parts, weight):
   return w + weight.scale * parts["a"] @ parts["b"]
 
 
+def _recentred(w, parts, weight):
+  return w + weight.scale * (parts["a"] @ parts["b"] - parts["a0"] @ parts["b0"])
+
+
 METHODS = {
   "LoRA": Row(LoRA(rank=2, alpha=3.0), _lora),
   "rsLoRA": Row(LoRA(rank=2, alpha=3.0, rslora=True), _lora),
@@ -105,6 +109,9 @@ METHODS = {
     AdaLoRA(rank=2, alpha=3.0, deviation=0.3),
     lambda w, parts, weight: w + weight.scale * parts["a"] @ jnp.diag(parts["e"]) @ parts["b"],
   ),
+  "PiSSA": Row(PiSSA(rank=2, alpha=3.0), _recentred, exact_start=False),
+  "PiSSA, randomised": Row(PiSSA(rank=2, alpha=3.0, iterations=2), _recentred, exact_start=False),
+  "OLoRA": Row(OLoRA(rank=2, alpha=3.0), _recentred, exact_start=False),
   "Full": Row(Full(), lambda w, parts, weight: w + parts["dw"], dense=True),
   "TokenRows": Row(
     TokenRows(ids=(9, 3)),
