@@ -3,13 +3,16 @@
     array = assemble((30, 576, 1536), jnp.bfloat16, [read_layer_0, read_layer_1, ...], sharding)
 
 What is in the host's memory: one piece, and the shards of this array that this process's devices
-hold, until they are there.
+hold, until they are there. Where the devices are the host itself, the shards are not copied.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+
+_ALIGNMENT = 64  # bytes
 
 
 def assemble(
@@ -30,7 +33,7 @@ def assemble(
     for device, index in where.addressable_devices_indices_map(shape).items()
   }
   # Devices that hold the same part share one buffer.
-  shards = {_key(b): (b, np.empty([x.stop - x.start for x in b], dtype)) for b in bounds.values()}
+  shards = {_key(part): (part, _empty(part, dtype)) for part in bounds.values()}
   for i, read in enumerate(pieces):
     piece = read()
     for part, buffer in shards.values():
@@ -38,11 +41,21 @@ def assemble(
         buffer[...] = piece[part]
       elif part[0].start <= i < part[0].stop:
         buffer[i - part[0].start] = piece[part[1:]]
+    del piece  # or it would stay while the next one is read
   if sharding is None:
     ((_, buffer),) = shards.values()
     return jax.numpy.asarray(buffer)
   arrays = [jax.device_put(shards[_key(part)][1], device) for device, part in bounds.items()]
   return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _empty(part: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+  """Room for a part, at an address from which the CPU backend takes it over without a copy."""
+  shape = [x.stop - x.start for x in part]
+  size = math.prod(shape) * dtype.itemsize
+  room = np.empty(size + _ALIGNMENT, np.uint8)
+  start = -room.ctypes.data % _ALIGNMENT
+  return room[start : start + size].view(dtype).reshape(shape)
 
 
 def _key(part: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
