@@ -11,16 +11,11 @@ always measured, since the ratios are to them.
 """
 
 import contextlib
-import datetime
 import importlib.util
 import os
-import platform
-import re
 import statistics
-import sys
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -29,6 +24,7 @@ from absl import app, flags
 from tqdm import tqdm
 
 from benchmarks import rows, torch_peer
+from benchmarks.circumstances import describe_circumstances
 from benchmarks.models import MODELS, Case
 from benchmarks.rows import ADAPTED, BARE, JaxRow
 from benchmarks.torch_peer import TorchRow
@@ -223,10 +219,8 @@ def format_comparisons(seconds: Mapping[str, Sequence[float]]) -> str:
 def describe_run(names: Sequence[str], left_out: Sequence[str]) -> str:
   """Device, versions, date and command, and how the columns are to be read."""
   packages = ["jax", "flax", "optax", *dict.fromkeys(m for n in names for m in NEEDS.get(n, ()))]
-  versions = ", ".join(f"{package} {metadata.version(package)}" for package in packages)
   lines = [
-    f"- {describe_device()}; Python {platform.python_version()}, {versions}",
-    f"- {datetime.date.today()}, `python -m benchmarks.step {' '.join(sys.argv[1:])}`",
+    *describe_circumstances("benchmarks.step", packages),
     f"- {_ROUNDS.value} rounds, steps in a turn: {_STEPS.value}. Ratios: medians over the rounds, "
     "with quartiles. Temporary memory: what the compiled step needs beyond its arguments and "
     "results; for PyTorch how its process's resident memory (on a GPU its allocator's) grows in a "
@@ -235,16 +229,6 @@ def describe_run(names: Sequence[str], left_out: Sequence[str]) -> str:
   if left_out:
     lines.append(f"- Left out: {'; '.join(left_out)}")
   return "\n".join(lines)
-
-
-def describe_device() -> str:
-  """The accelerator, or the CPU and its cores."""
-  device = jax.devices()[0]
-  if device.platform != "cpu":
-    return device.device_kind
-  info = Path("/proc/cpuinfo")
-  found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-  return f"{found[1] if found else platform.machine()}, {os.cpu_count()} cores"
 
 
 if __name__ == "__main__":
