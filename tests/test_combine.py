@@ -42,12 +42,12 @@ class Net(torch.nn.Module):
   def __init__(self):
     super().__init__()
     self.first = torch.nn.Linear(11, 13)
-    self.second = torch.nn.Linear(13, 11)
+    self.second = torch.nn.Linear(11, 13)
     self.conv = torch.nn.Conv2d(5, 7, 3)
     self.embed = torch.nn.Embedding(17, 6)
 
   def forward(self, x):
-    return self.second(self.first(x))
+    return self.first(x) + self.second(x)
 
 
 def peft_adapters(*configs: peft.LoraConfig) -> peft.PeftModel:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import LowRank, tree
+from lora_jax.weights import Gated
 
 RANK = 2
 
@@ -41,6 +42,15 @@ def low_rank(w, roles: str, seed: int = 0) -> LowRank:
   return LowRank(w, a, b, scale=0.5, roles=roles.lstrip("s"))
 
 
+def gated(w, roles: str) -> Gated:
+  """Twice the rank, the first half of it open and the rest shut."""
+  a, b = factors(w.shape, roles, rank=2 * RANK)
+  gate = jnp.broadcast_to(
+    jnp.repeat(jnp.array([0.5, 0.0]), RANK), (*a.shape[: roles.count("s")], 2 * RANK)
+  )
+  return Gated(w, a, b, scale=0.5, gate=gate, roles=roles.lstrip("s"))
+
+
 WEIGHTS = {
   "float32": Kind(low_rank),
   "nested": Kind(lambda w, roles: low_rank(low_rank(w, roles, seed=1), roles)),
@@ -48,6 +58,7 @@ WEIGHTS = {
   "bfloat16-model": Kind(
     lambda w, roles: low_rank(w.astype(jnp.bfloat16), roles), "bfloat16", "bfloat16"
   ),
+  "gated": Kind(gated),
 }
 
 
