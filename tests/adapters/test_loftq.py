@@ -98,8 +98,8 @@ def test_the_error_is_below_that_of_quantisation_and_falls_with_the_iterations()
 
 
 def test_the_scale_is_divided_out_of_the_factors():
-  base, adapter = start()
-  other_base, other = start(spec=LoRA(rank=8, alpha=2.0, rslora=True))
+  base, adapter = start(iterations=2)
+  other_base, other = start(spec=LoRA(rank=8, alpha=2.0, rslora=True), iterations=2)
   assert other.scale == pytest.approx(2 / 8**0.5)
   assert_close(other.attach(other_base, "w").materialize(), adapter.attach(base, "w").materialize())
   np.testing.assert_allclose(
@@ -112,21 +112,21 @@ def test_the_scale_is_divided_out_of_the_factors():
 )
 def test_a_kernel_of_several_axes_is_one_matrix(roles, shape):
   w = normal(*shape)
-  base, adapter = start(w, LoRA(rank=4, alpha=1.0), roles=roles)
+  base, adapter = start(w, LoRA(rank=4, alpha=1.0), roles=roles, iterations=2)
   cut = roles.index("o")
   inputs = int(np.prod(shape[:cut]))
-  flat, flat_adapter = start(w.reshape(inputs, -1), LoRA(rank=4, alpha=1.0))
+  flat, flat_adapter = start(w.reshape(inputs, -1), LoRA(rank=4, alpha=1.0), iterations=2)
   assert_close(base.reshape(flat.shape), flat)
   assert error(w, base, adapter) == pytest.approx(error(w.reshape(inputs, -1), flat, flat_adapter))
 
 
 @pytest.mark.parametrize(("roles", "axis"), [("sio", 0), ("iso", 1)])
 def test_every_layer_of_a_stack_has_a_start_of_its_own(roles, axis):
-  layers = [normal(32, 64), normal(32, 64) * 3 + 0.1]
-  base, adapter = start(jnp.stack(layers, axis), LoRA(rank=4, alpha=1.0), roles=roles)
+  spec, layers = LoRA(rank=4, alpha=1.0), [normal(32, 64), normal(32, 64) * 3 + 0.1]
+  base, adapter = start(jnp.stack(layers, axis), spec, roles=roles, iterations=2)
   weight = adapter.attach(base, "w").materialize()
   for n, layer in enumerate(layers):
-    one = error(layer, *start(layer, LoRA(rank=4, alpha=1.0)))
+    one = error(layer, *start(layer, spec, iterations=2))
     left = float(jnp.linalg.norm(layer - jnp.take(weight, n, axis)))
     assert left == pytest.approx(one, rel=1e-2)
 
