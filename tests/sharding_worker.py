@@ -12,6 +12,7 @@ import traceback
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from collectives import collectives, moved
 from jax.sharding import SingleDeviceSharding
 
@@ -19,7 +20,7 @@ import lora_jax
 from lora_jax import sharding, tree
 from lora_jax.io import shards
 from lora_jax.models import llama
-from lora_jax.train import optimizer, step
+from lora_jax.train import optimizer, parallel, step
 
 # No two kernels have the same axes, whole or cut in 2, 4 or 8.
 CONFIG = llama.LlamaConfig(
@@ -63,7 +64,7 @@ def make_optimizer():
 def start(config, mesh=None):
   """(state, frozen, train_step) on one device, or laid out on a mesh."""
   weights, mask = adapted(config)
-  tx = make_optimizer()
+  tx, places = make_optimizer(), None
   if mesh is None:
     trainable, frozen = lora_jax.partition(weights, mask)
     state = step.init_state(trainable, tx)
@@ -72,10 +73,11 @@ def start(config, mesh=None):
     trainable, frozen = lora_jax.partition(jax.device_put(weights, layout.shardings), mask)
     state = step.init_state(trainable, tx)
     places, _ = lora_jax.partition(layout.shardings, mask)
-    state = jax.device_put(state, sharding.follow(state, trainable, places, mesh))
+    places = sharding.follow(state, trainable, places, mesh)
+    state = jax.device_put(state, places)
     config = dataclasses.replace(config, constrain=sharding.keep_rows(mesh))
   objective = step.completion_objective(lora_jax.adapt(llama.Llama(config).apply, strict=True))
-  return state, frozen, step.make_train_step(objective, tx)
+  return state, frozen, step.make_train_step(objective, tx, shardings=places)
 
 
 @functools.cache
@@ -108,6 +110,24 @@ def assert_same_losses(sizes, config=CONFIG):
   losses, before, after, _ = trained(sizes, config)
   np.testing.assert_allclose(losses, losses_on_one_device(config), rtol=0, atol=1e-5)
   assert tree.flatten(before) == tree.flatten(after)  # the next step compiles nothing
+
+
+def the_losses_of_pmap_are_those_of_one_device():
+  weights, mask = adapted(CONFIG)
+  trainable, frozen = lora_jax.partition(weights, mask)
+  tx = make_optimizer()
+  objective = step.completion_objective(lora_jax.adapt(llama.Llama(CONFIG).apply, strict=True))
+  train_step = parallel.make_pmap_train_step(objective, tx)
+  state, frozen = parallel.replicate((step.init_state(trainable, tx), frozen))
+  losses = []
+  for number in range(STEPS):
+    state, metrics = train_step(state, frozen, parallel.split(batch(number)))
+    losses.append(float(parallel.first(metrics)["loss"]))
+    assert parallel.first(metrics)["loss_tokens"] == batch(number)["weights"].sum()
+  np.testing.assert_allclose(losses, losses_on_one_device(CONFIG), rtol=0, atol=1e-5)
+  assert parallel.first(state).step == STEPS
+  with pytest.raises(ValueError, match="12 rows cannot be shared out over 8 devices"):
+    parallel.split({"tokens": np.zeros((12, 3))})
 
 
 def gathered(ops):

@@ -106,11 +106,35 @@ def make_train_step(
   *,
   parts: int = 1,
   dropout_key: jax.Array | None = None,
+  shardings: State | None = None,
 ) -> Callable:
   """Makes the jitted step `(state, frozen, batch) -> (state, metrics)`.
 
   The state is donated: its buffers are gone after the call. A step whose loss or gradient is not
   finite returns the state it was given, counter included, and says so in its metrics.
+
+  Args:
+    objective, tx, parts, dropout_key: as in `make_update`.
+    shardings: a State with a sharding in the place of every array, which the new state gets; None
+      leaves it to the compiler.
+
+  Returns:
+    The step. Its metrics are scalars: `loss` (the objective before the update), `grad_norm` (the
+    global norm before any clip), `loss_tokens` (how many the loss is a mean of), `finite` (bool).
+  """
+  update = make_update(objective, tx, parts=parts, dropout_key=dropout_key)
+  return jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def make_update(
+  objective: Objective,
+  tx: optax.GradientTransformation,
+  *,
+  parts: int = 1,
+  dropout_key: jax.Array | None = None,
+  axis_name: str | None = None,
+) -> Callable:
+  """Makes the step itself, for whatever compiles it; see `make_train_step`.
 
   Args:
     objective: `(weights, batch) -> (mean loss, tokens)`, as `completion_objective` makes it.
@@ -119,10 +143,8 @@ def make_train_step(
       see `lora_jax.train.accumulation`.
     dropout_key: what adapters drop inputs by, together with the number of the step and of the part,
       so that a run which is resumed drops the same ones; None drops nothing.
-
-  Returns:
-    The step. Its metrics are scalars: `loss` (the objective before the update), `grad_norm` (the
-    global norm before any clip), `loss_tokens` (how many the loss is a mean of), `finite` (bool).
+    axis_name: of the devices of a `pmap` or `shard_map` over which the rows of a batch are shared
+      out; None where the step sees the whole batch, as under `jit`.
   """
 
   def step(state: State, frozen: PyTree, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
@@ -130,10 +152,13 @@ def make_train_step(
       weights = join(trainable, frozen)
       if dropout_key is not None:
         key = jax.random.fold_in(dropout_key, state.step)
+        key = key if axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
         weights = with_dropout(weights, jax.random.fold_in(key, part))
       return objective(weights, batch)
 
     (loss, tokens), grads = accumulated(loss_of, parts)(state.trainable, batch)
+    if axis_name is not None:
+      loss, tokens, grads = _mean_over_devices(axis_name, loss, tokens, grads)
     grad_norm = optax.tree.norm(grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
     updated = State(state.step + 1, optax.apply_updates(state.trainable, updates), opt_state)
@@ -142,4 +167,14 @@ def make_train_step(
     metrics = {"loss": loss, "grad_norm": grad_norm, "loss_tokens": tokens, "finite": finite}
     return state, metrics
 
-  return jax.jit(step, donate_argnums=0)
+  return step
+
+
+def _mean_over_devices(axis_name: str, loss: jax.Array, tokens: jax.Array, grads: PyTree):
+  """The loss, tokens and gradient of all devices' rows: each device counts by its tokens."""
+  total = jax.lax.psum(tokens, axis_name)
+  share = tokens / jnp.where(total > 0, total, 1)
+  loss, grads = jax.lax.psum(
+    jax.tree.map(lambda x: (share * x).astype(x.dtype), (loss, grads)), axis_name
+  )
+  return loss, total, grads

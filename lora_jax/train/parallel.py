@@ -1,0 +1,80 @@
+"""Data-parallel training in the form of `jax.pmap`: one program, every device its own rows.
+
+    train_step = make_pmap_train_step(objective, tx)
+    state, frozen = replicate((state, frozen))
+    state, metrics = train_step(state, frozen, split(batch))
+    metrics, state = first(metrics), first(state)
+
+For those who think in it, or come from code in it. `jax.pmap` is in maintenance mode since JAX 0.8,
+and JAX recommends `jax.jit` with shardings (`lora_jax.sharding`) for new code, which also cuts the
+base; the step here keeps a whole copy of it on every device. Both give the same losses.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from lora_jax.train.step import Batch, Objective, make_update
+
+PyTree = Any
+
+_AXIS = "devices"
+
+
+def make_pmap_train_step(
+  objective: Objective,
+  tx: optax.GradientTransformation,
+  *,
+  parts: int = 1,
+  dropout_key: jax.Array | None = None,
+) -> Callable:
+  """Makes the step `(state, frozen, batch) -> (state, metrics)` over all local devices.
+
+  Every array has a leading axis of devices: as `replicate` gives it to the state and the frozen
+  weights, and `split` to the batch. The gradient that is applied is that of the whole batch, each
+  device's counted by its tokens. The state is donated.
+
+  Args and metrics: those of `lora_jax.train.step.make_train_step`.
+  """
+  update = make_update(objective, tx, parts=parts, dropout_key=dropout_key, axis_name=_AXIS)
+  return jax.pmap(update, axis_name=_AXIS, donate_argnums=0)
+
+
+def replicate(params: PyTree) -> PyTree:
+  """The tree with a copy of every array on every local device, along a new leading axis."""
+  devices = jax.local_devices()
+  sharding = NamedSharding(Mesh(np.array(devices), (_AXIS,)), jax.P(_AXIS))
+
+  def copies(x: jax.Array) -> jax.Array:
+    each = [jax.device_put(x[None], device) for device in devices]
+    return jax.make_array_from_single_device_arrays((len(devices), *x.shape), sharding, each)
+
+  return jax.tree.map(copies, params)
+
+
+def split(batch: Batch) -> Batch:
+  """The batch with its rows cut into a leading axis of local devices.
+
+  Raises:
+    ValueError: when the rows are no multiple of the devices.
+  """
+  devices = jax.local_device_count()
+
+  def blocks(x: np.ndarray) -> np.ndarray:
+    if x.shape[0] % devices:
+      raise ValueError(
+        f"a batch of {x.shape[0]} rows cannot be shared out over {devices} devices; "
+        f"use a multiple of {devices}"
+      )
+    return x.reshape(devices, -1, *x.shape[1:])
+
+  return jax.tree.map(blocks, batch)
+
+
+def first(params: PyTree) -> PyTree:
+  """The tree as the first device has it, without the leading axis."""
+  return jax.tree.map(lambda x: x.addressable_shards[0].data[0], params)
