@@ -8,6 +8,9 @@ A checkpoint is `{path: array}` of the `State` (step, trainable part, optimiser 
 record: the position of the data, the fingerprint of the config, and each array's shape, type and
 CRC-32. So it is readable without a class of this library, and a bit that flipped on disk, which
 the array format itself lets pass, is found.
+
+Of several processes all call every method, on a folder that all of them see; each writes and reads
+its own shards. What is saved on one mesh can be restored on another.
 """
 
 import logging
@@ -18,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from lora_jax.train.step import State
 from lora_jax.tree import flatten, replace
@@ -168,10 +172,13 @@ class Checkpoints:
       ) from error
 
   def _set_aside(self, steps: Any) -> None:
-    for step in steps:
-      self.path(step).rename(_free_name(self.folder / f"damaged-{step}"))
-    if steps:
-      self._manager.reload()
+    if not steps:
+      return
+    if jax.process_index() == 0:
+      for step in steps:
+        self.path(step).rename(_free_name(self.folder / f"damaged-{step}"))
+    multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+    self._manager.reload()
 
 
 def _free_name(path: pathlib.Path) -> pathlib.Path:
@@ -191,6 +198,8 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _crc32(leaf: Any) -> int:
+  if not getattr(leaf, "is_fully_addressable", True):
+    leaf = multihost_utils.process_allgather(leaf, tiled=True)
   return zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8).reshape(-1))
 
 

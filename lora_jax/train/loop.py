@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 
 from lora_jax.train.checkpoint import Checkpoints
 from lora_jax.train.step import Batch, State
@@ -69,7 +70,7 @@ def fit(
   """Trains from `state.step` to `steps`, and saves the end.
 
   Ctrl-C or SIGTERM finishes the step, saves and raises `Interrupted`; a second one is not held
-  back.
+  back. Of several processes, SIGTERM at any one of them does this in all, at one step.
 
   Args:
     state: where to begin; it is donated.
@@ -136,7 +137,7 @@ def fit(
         with meter.paused(metrics):
           scores = evaluate(join(state.trainable, frozen))
           done.validation = {f"validation/{name}": score for name, score in scores.items()}
-      stopping = bool(received)
+      stopping = bool(received) or multihost_utils.reached_preemption_sync_point(step)
       if step % checkpoint_every == 0 or step == steps or stopping:
         # A checkpoint holds nothing that has not been seen to be finite.
         read(late)
@@ -145,7 +146,7 @@ def fit(
           checkpoints.save(state, batches.get_state())
       if stopping:
         raise Interrupted(
-          f"stopped by {received[0]} at step {step} of {steps}; "
+          f"stopped by {received[0] if received else 'SIGTERM'} at step {step} of {steps}; "
           f"saved in {checkpoints.latest()}; the same command goes on from there"
         )
   checkpoints.wait()
@@ -211,8 +212,9 @@ def _describe_divergence(step: int, metrics: dict[str, float], checkpoints: Chec
 def _signals() -> Iterator[list[str]]:
   """Collects the names of SIGINT and SIGTERM instead of dying of them, each once."""
   received = []
-  if threading.current_thread() is not threading.main_thread():
-    # Only the main thread may set handlers; elsewhere the signals keep their meaning.
+  if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
+    # Only the main thread may set handlers; elsewhere the signals keep their meaning. Of several
+    # processes, JAX itself hears SIGTERM, and lets them agree on the step to stop at.
     yield received
     return
 
