@@ -1,0 +1,171 @@
+r"""What it costs that every row of a batch has an adapter of its own.
+
+    python -m benchmarks.batched_adapters --model=smollm2 --scan_layers
+    python -m benchmarks.batched_adapters --model=small --adapters=8,64 --length=1
+
+A forward pass of the base, of one adapter for all rows, and of as many adapters as --adapters says,
+dealt out to the rows, by `lora_jax.gate` and by `lora_jax.select`. The rows of the table take turns
+as in `benchmarks.step`, and every ratio is taken within a round.
+"""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from tqdm import tqdm
+
+import lora_jax
+from benchmarks.circumstances import describe_circumstances
+from benchmarks.models import MODELS, Case
+from benchmarks.rows import Adapters, make_adapters
+
+PyTree = Any
+Run = Callable[[], jax.Array]
+
+BASE, ONE = "base alone", "one adapter"
+PICKERS = {"gate": lora_jax.gate, "select": lora_jax.select}
+
+_MODEL = flags.DEFINE_enum("model", None, list(MODELS), "What runs; see benchmarks.models.")
+_ADAPTERS = flags.DEFINE_list("adapters", ["8"], "How many adapters; each number has its rows.")
+_RANK = flags.DEFINE_integer("rank", 8, "Of every adapter.", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch", 32, "Rows of a batch.", lower_bound=1)
+_LENGTH = flags.DEFINE_integer("length", 32, "Tokens of a row.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 15, "Times that each row takes its turn.", lower_bound=2)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of base and arithmetic.")
+_SCAN = flags.DEFINE_bool("scan_layers", False, "One scanned block instead of one for each layer.")
+_OUTPUT = flags.DEFINE_string("output", None, "A markdown file that the table is appended to.")
+
+flags.register_validator(
+  "adapters",
+  lambda counts: counts and all(count.isdecimal() and int(count) for count in counts),
+  "--adapters takes positive whole numbers, as in --adapters=8,64",
+)
+flags.register_validator(
+  "output",
+  lambda path: path is None or Path(path).absolute().parent.is_dir(),
+  "--output names a file in a folder that exists",
+)
+
+
+def main(argv: Sequence[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+  case = MODELS[_MODEL.value].make(
+    jnp.dtype(_DTYPE.value), _BATCH.value, _LENGTH.value, _SCAN.value
+  )
+  table, temporary = make_rows(case, [int(count) for count in _ADAPTERS.value], _RANK.value)
+  check_rows(table)
+  seconds = run_in_turns(table, _ROUNDS.value)
+  size = sum(leaf.size for leaf in jax.tree.leaves(case.params))
+  title = (
+    f"{_MODEL.value} ({size / 1e6:,.1f}M), {_BATCH.value} × {_LENGTH.value}, {_DTYPE.value}, "
+    f"rank {_RANK.value}"
+  )
+  report = "\n".join([
+    f"## A forward pass with an adapter for each row: {title}",
+    "",
+    *describe_circumstances("benchmarks.batched_adapters", ["jax", "flax"]),
+    f"- {_ROUNDS.value} rounds. Ratios: medians over the rounds, with quartiles. Temporary memory: "
+    "what the compiled program needs beyond its arguments and results.",
+    "",
+    format_table(seconds, temporary),
+  ])  # fmt: skip
+  print(report)
+  if _OUTPUT.value:
+    with open(_OUTPUT.value, "a", encoding="utf-8") as file:
+      file.write(f"\n{report}\n")
+
+
+def make_rows(
+  case: Case, counts: Sequence[int], rank: int
+) -> tuple[dict[str, Run], dict[str, int]]:
+  """`{row: what is timed}` and `{row: temporary bytes}`, compiled."""
+  fresh = make_adapters(case, rank)
+  adapters = [trained(fresh, seed) for seed in range(max(counts))]
+  table, temporary = {}, {}
+
+  def add(label: str, f: Callable, *args: PyTree) -> None:
+    compiled = jax.jit(f).lower(case.params, *args, case.inputs).compile()
+    temporary[label] = compiled.memory_analysis().temp_size_in_bytes
+    table[label] = functools.partial(compiled, case.params, *args, case.inputs)
+
+  apply = lora_jax.adapt(case.module.apply, strict=True)
+
+  def base(params, inputs):
+    return case.module.apply({"params": params}, inputs)
+
+  def one(params, adapters, inputs):
+    return apply({"params": lora_jax.attach(params, adapters)}, inputs)
+
+  def each(params, stacked, slots, inputs, *, pick):
+    def row(slot, x):
+      weights = lora_jax.attach(params, pick(stacked, slot))
+      return apply({"params": weights}, x[None])[0]
+
+    return jax.vmap(row)(slots, inputs)
+
+  add(BASE, base)
+  add(ONE, one, adapters[0])
+  for count in counts:
+    stacked = lora_jax.stack(adapters[:count])
+    slots = jnp.arange(len(case.inputs)) % count
+    for name, pick in PICKERS.items():
+      add(f"{count} adapters, {name}", functools.partial(each, pick=pick), stacked, slots)
+  return table, temporary
+
+
+def trained(adapters: Adapters, seed: int) -> Adapters:
+  """Fresh adapters that were moved somewhere, so that no factor is zero and no two are alike."""
+  leaves, treedef = jax.tree.flatten(adapters)
+  keys = jax.random.split(jax.random.key(seed), len(leaves))
+  noise = [0.01 * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)]
+  return jax.tree.unflatten(treedef, [x + y for x, y in zip(leaves, noise, strict=True)])
+
+
+def check_rows(table: Mapping[str, Run]) -> None:
+  """Asserts that the first row, whose adapter is the same everywhere, has the same result.
+
+  Raises:
+    RuntimeError: when it has not, and the times mean nothing.
+  """
+  expected = table[ONE]()[0].astype(jnp.float32)
+  for label, run in table.items():
+    found = run()[0].astype(jnp.float32)
+    error = float(jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected))
+    if label != BASE and error > 0.05:
+      raise RuntimeError(f"{label}: the result is {error:.1%} from that of {ONE}")
+
+
+def run_in_turns(table: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
+  """`{row: seconds of each round}`, in an order that is reversed every other round."""
+  seconds = {label: [] for label in table}
+  for i in tqdm(range(rounds), desc="rounds"):
+    for label in table if i % 2 == 0 else reversed(table):
+      started = time.perf_counter()
+      jax.block_until_ready(table[label]())
+      seconds[label].append(time.perf_counter() - started)
+  return seconds
+
+
+def format_table(seconds: Mapping[str, Sequence[float]], temporary: Mapping[str, int]) -> str:
+  """The table in markdown."""
+  lines = ["| row | ms | / one adapter | temporary, MB |", "| --- | ---: | ---: | ---: |"]
+  for label, own in seconds.items():
+    ratios = [x / y for x, y in zip(own, seconds[ONE], strict=True)]
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    lines.append(
+      f"| {label} | {1e3 * statistics.median(own):,.1f} | {median:.2f} ({low:.2f}–{high:.2f}) "
+      f"| {temporary[label] / 1e6:,.1f} |"
+    )
+  return "\n".join(lines)
+
+
+if __name__ == "__main__":
+  flags.mark_flag_as_required("model")
+  app.run(main)
