@@ -96,15 +96,24 @@ def file_names(paths: Iterable[str], table: Table) -> dict[str, str]:
 
   Raises ValueError for a path that the table does not lead to.
   """
-  names = {}
-  for path in paths:
-    wanted = re.sub(r"^blocks/", "block_{i}/", path)
-    for name, template in table.items():
-      if template is not None and (layer := _layer(template, wanted)) is not None:
-        names[path] = name.replace("{i}", layer)
-        break
-    else:
+  found = {path: names_of(path, table) for path in paths}
+  for path, names in found.items():
+    if not names:
       raise ValueError(f"{path}: no tensor name in the table leads to this path")
+  return {path: names[0] for path, names in found.items()}
+
+
+def names_of(path: str, table: Table) -> list[str]:
+  """Returns the tensor names that lead to a path, of which a tied parameter has several.
+
+  A name keeps its `{i}` where the path is `blocks/...`, or where the table's path has none: then
+  the layers are stacked in one leaf.
+  """
+  wanted = re.sub(r"^blocks/", "block_{i}/", path)
+  names = []
+  for name, template in table.items():
+    if template is not None and (layer := _layer(template, wanted)) is not None:
+      names.append(name.replace("{i}", layer or "{i}"))
   return names
 
 

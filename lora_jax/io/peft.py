@@ -18,10 +18,39 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lora_jax.io import names, safetensors
+from lora_jax.io import names, peft_config, safetensors
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+SHARED = ("base_model.vera_A", "base_model.vera_B")
+"""The names of tensors that belong to no module of the model."""
 _PREFIX = "base_model.model."
+_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterFile:
+  """An adapter's folder, its tensors still unread.
+
+  Attributes:
+    path: of the tensors' file, for messages.
+    config: the fields that `peft_config` reads, with PEFT's defaults where they are absent.
+    shapes: `{name: shape}` of the tensors; a module's name is that in the model without adapters.
+  """
+
+  path: Path
+  config: dict[str, Any]
+  shapes: dict[str, tuple[int, ...]]
+
+  def load(self, name: str) -> np.ndarray:
+    """Returns a tensor as float32; raises ValueError where it holds what is not finite."""
+    tensor = safetensors.read_tensor(self.path, _key(name))
+    with np.errstate(over="ignore"):  # a float64 may be too large, and is not finite then
+      tensor = tensor.astype(np.float32)
+    if not np.isfinite(tensor).all():
+      raise ValueError(f"{self.path}: {name}: holds values that are not finite; it is damaged")
+    return tensor
+
+
 _LAYER = "{i}"
 
 
@@ -281,3 +310,76 @@ def _stack_factors(path: str, layers: Mapping[int | None, Factors]) -> Factors:
     _stack(path, {i: factors.b for i, factors in layers.items()}),
     scales.pop(),
   )
+
+
+def read(folder: str | Path) -> AdapterFile:
+  """Reads an adapter's config and the header of its tensors.
+
+  Raises:
+    FileNotFoundError: when a file is missing.
+    ValueError: when a file is damaged, the config asks for what is not supported, or a tensor has a
+      name or a dtype that no adapter's has.
+  """
+  folder = Path(folder)
+  path = folder / CONFIG
+  if not path.is_file():
+    raise FileNotFoundError(f"{path}: no such file; an adapter's folder holds {CONFIG}")
+  try:
+    config = peft_config.parse(path.read_bytes())
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from None
+  path = folder / TENSORS
+  if not path.is_file():
+    raise FileNotFoundError(
+      f"{path}: no such file; pickled weights (adapter_model.bin) are not read: load the adapter "
+      "in peft and write it again with `save_pretrained`"
+    )
+  kinds = safetensors.tensor_kinds(path)
+  strange = [
+    f"{name[:120]} ({dtype})"
+    for name, (_, dtype) in kinds.items()
+    if dtype not in _DTYPES or not (name.startswith(_PREFIX) or name in SHARED)
+  ]
+  if strange:
+    raise ValueError(
+      f"{path}: {len(strange)} tensors are not named {_PREFIX}… or of no dtype of "
+      f"{', '.join(_DTYPES)}: {', '.join(strange[:8])}"
+    )
+  shapes = {name.removeprefix(_PREFIX): shape for name, (shape, _) in kinds.items()}
+  return AdapterFile(path, config, shapes)
+
+
+def write(folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
+  """Writes an adapter that `peft` loads; the folder appears whole or not at all.
+
+  Args:
+    folder: replaced if it is an adapter's folder already.
+    config: the fields of adapter_config.json.
+    tensors: `{name: array}`, by names as in `AdapterFile.shapes`.
+
+  Raises:
+    FileExistsError: when the folder holds something else.
+  """
+  folder = Path(folder)
+  if folder.exists():
+    others = {path.name for path in folder.iterdir()} - {CONFIG, TENSORS, "README.md"}
+    if others:
+      raise FileExistsError(
+        f"{folder}: holds {', '.join(sorted(others)[:4])}, which is no adapter's; name another "
+        "folder"
+      )
+  partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+  partial.mkdir(parents=True)
+  try:
+    (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    named = {_key(name): tensor for name, tensor in tensors.items()}
+    safetensors.save_file(named, partial / TENSORS, metadata={"format": "pt"})
+    if folder.exists():
+      shutil.rmtree(folder)
+    partial.replace(folder)
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _key(name: str) -> str:
+  return name if name in SHARED else _PREFIX + name

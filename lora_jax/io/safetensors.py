@@ -60,6 +60,14 @@ def read_tensor(path: str | Path, name: str) -> np.ndarray:
     return file.get_tensor(name)
 
 
+def tensor_kinds(path: str | Path) -> dict[str, tuple[tuple[int, ...], str]]:
+  """Returns the shape and the dtype ("F32") of each tensor in a file, of which nothing else is
+  read; raises as `load_file` does."""
+  with _open(Path(path)) as file:
+    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, no dict
+    return {name: (tuple(x.get_shape()), x.get_dtype()) for name, x in slices.items()}
+
+
 def open_folder(folder: str | Path) -> dict[str, Callable[[], np.ndarray]]:
   """Returns, for each tensor of a model's folder, a function that reads it.
 

@@ -1,0 +1,222 @@
+"""Adapters read from PEFT's tensors: the parts of each layer, and those of all layers of a leaf."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.adapters import OLoRA, PiSSA
+from lora_jax.exchange import lokr
+from lora_jax.exchange.formats import ADALORA_EPSILON, FORMATS, RECENTRED, Format
+from lora_jax.exchange.modules import Module, module_of
+from lora_jax.io import peft, peft_patterns
+from lora_jax.weights import Adapted, DoRA, LoKr, LowRank, Recentred, materialize
+
+# What `init_lora_weights` says where training starts on the base as it is, and where it starts on
+# a residual that PEFT computes again whenever it loads the adapter.
+_ON_THE_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
+_ON_A_RESIDUAL = {"pissa": PiSSA, "olora": OLoRA}
+
+Layer = int | None
+Kinds = Mapping[str, str]
+"""The names of one layer's tensors, by what they are of it: {"lora_A.weight": name}."""
+Parts = dict[str, np.ndarray]
+
+
+def format_of(config: Mapping[str, Any]) -> Format | None:
+  """How the adapters of a file are written; None for a kind that adapts no layers.
+
+  Raises:
+    ValueError: when they belong to a base that cannot be had from the file.
+  """
+  start, dora = config.get("init_lora_weights", True), config.get("use_dora", False)
+  if start in _ON_A_RESIDUAL and not dora:
+    return RECENTRED
+  if start not in _ON_THE_BASE:
+    raise ValueError(
+      f"init_lora_weights is {start!r}: the factors belong to a base that was changed before the "
+      "training, and how is not in the file; write the adapter again in peft with "
+      "`save_pretrained(..., path_initial_model_for_weight_conversion=...)`, or load the changed "
+      "base and set init_lora_weights to true in adapter_config.json"
+    )
+  return FORMATS.get("DORA" if dora else config["peft_type"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+  """Reads the adapters of a file; `Reader.of` makes it."""
+
+  file: peft.AdapterFile
+  format: Format
+  ranks: peft_patterns.Patterns
+  alphas: peft_patterns.Patterns
+  shared: Parts
+
+  @classmethod
+  def of(cls, file: peft.AdapterFile, format: Format) -> "Reader":
+    """The reader of a file; raises ValueError when what all layers share is not there."""
+    config = file.config
+    missing = [part.suffix for part in format.shared if part.suffix not in file.shapes]
+    if missing:
+      raise ValueError(
+        f"{' and '.join(missing)} are not in the file, and PyTorch's random numbers are not made "
+        "here; write the adapter again in peft with save_projection=True"
+      )
+    masks = config["peft_type"] == "ADALORA"  # where others have patterns
+    patterns = [{} if masks else config.get(f"{x}_pattern", {}) for x in ("rank", "alpha")]
+    shared = {part.field: file.load(part.suffix) for part in format.shared}
+    return cls(file, format, *map(peft_patterns.compiled, patterns), shared)
+
+  def adapter(self, module: Module, leaf: Any, tensors: Mapping[Layer, Kinds]) -> Adapted:
+    """The adapter of a leaf, of all its layers at once.
+
+    Raises:
+      ValueError: when its tensors are not of its kind or do not fit the leaf.
+    """
+    if reason := self.format.unfit(module):
+      raise ValueError(f"{module.name}: {reason}")
+    names, layers, scales = module.by_layer(), {}, {}
+    for layer, kinds in tensors.items():
+      owner = module_of(names[layer])
+      rank = self._rank(owner)
+      if rank > module.inputs + module.outputs and not self.format.shared:
+        raise ValueError(f"{owner}: rank {rank} is out of proportion to a kernel {module.shape}")
+      layers[layer] = self._parts(module, owner, kinds, rank)
+      scales[layer] = self._scale(owner, rank)
+      if self.format.kind is Recentred:
+        layers[layer] |= self._start(module, leaf, layer, rank, scales[layer])
+    scale = max(scales.values(), key=list(scales.values()).count)
+    parts = layers.get(None)
+    if parts is None:
+      parts = self._stacked(module, leaf, layers, {n: c / scale for n, c in scales.items()})
+    arrays = {field: jnp.asarray(part) for field, part in parts.items()}
+    settings: dict[str, Any] = {"scale": scale} if self.format.alpha else {}
+    if self.format.kind is LowRank:
+      settings["dropout"] = self.file.config["lora_dropout"]
+    if self.format.kind is LoKr:
+      settings["order"] = lokr.order(module)
+    return self.format.kind(w=None, roles=module.roles.lstrip("s"), **arrays, **settings)
+
+  # ---- what the config says of a module
+
+  def _rank(self, owner: str) -> int:
+    config = self.file.config
+    if config["peft_type"] == "ADALORA":
+      mask = config["rank_pattern"].get(f"{owner}.lora_E")
+      return config["init_r"] if mask is None else sum(mask)
+    return peft_patterns.first_match(self.ranks, owner, config["r"])
+
+  def _scale(self, owner: str, rank: int) -> float:
+    config = self.file.config
+    if self.format.alpha is None:
+      return 1.0
+    alpha = peft_patterns.first_match(self.alphas, owner, config[self.format.alpha])
+    if config["peft_type"] == "ADALORA":  # the ranks that are left do not change it
+      return alpha / (config["init_r"] + ADALORA_EPSILON)
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+  # ---- one layer
+
+  def _parts(self, module: Module, owner: str, kinds: Kinds, rank: int) -> Parts:
+    if self.format.kind is LoKr:
+      return lokr.parts(module, kinds, self.file.shapes, rank, self._load)
+    parts = self.format.parts_of(module)
+    expected = {part.suffix for part in parts}
+    tucker = {"hada_t1", "hada_t2"} & kinds.keys()
+    if kinds.keys() - tucker != expected or len(tucker) not in (0, len(self.format.others)):
+      raise ValueError(
+        f"{owner}: has {', '.join(sorted(kinds))}; an adapter of its kind has "
+        f"{', '.join(sorted(expected))}"
+      )
+    if tucker:
+      return self._tucker(module, kinds, rank)
+    found = {}
+    for part in parts:
+      shape = module.tensor_shape(part.letters, rank, self.format.window)
+      tensor = self._load(kinds[part.suffix], shape)
+      if rank == 0:  # AdaLoRA has left nothing of it
+        tensor = np.zeros(module.tensor_shape(part.letters, 1), np.float32)
+      layout = self.format.layout(part.field)
+      found[part.field] = module.to_part(tensor, part.letters, layout, max(1, rank))
+    for part in self.format.shared:
+      tensor = self.shared[part.field]
+      shape = module.tensor_shape(part.letters, rank)
+      within = tuple(map(slice, shape))
+      if tensor.ndim != 2 or tensor[within].shape != shape:
+        raise ValueError(f"{part.suffix}: shape {tensor.shape} is too small for {owner}, {shape}")
+      layout = self.format.layout(part.field)
+      found[part.field] = module.to_part(tensor[within], part.letters, layout, rank)
+    return found
+
+  def _tucker(self, module: Module, kinds: Kinds, rank: int) -> Parts:
+    """The parts of a LoHa of a convolution whose factors are tensors of three modes each.
+
+    The inner rank and the channels go into one factor, of all inputs: (window, channels, rank).
+    """
+    window, channels = module.window(), module.inputs // math.prod(module.window())
+    core = (rank, rank, *window, *[1] * (2 - len(window)))
+    found = {}
+    for n in "12":
+      b = self._load(kinds[f"hada_w{n}_a"], (rank, module.outputs))
+      side = self._load(kinds[f"hada_w{n}_b"], (rank, channels))
+      a = np.einsum("ij...,jn->in...", self._load(kinds[f"hada_t{n}"], core), side)
+      found[f"a{n}"] = module.to_part(a, "ri", self.format.layout(f"a{n}"), rank)
+      found[f"b{n}"] = module.to_part(b, "ro", self.format.layout(f"b{n}"), rank)
+    return found
+
+  def _start(self, module: Module, leaf, layer: Layer, rank: int, scale: float) -> Parts:
+    """Where the factors of a layer started, computed from the base as PEFT does."""
+    method = _ON_A_RESIDUAL[self.file.config["init_lora_weights"]]
+    w = module.layer(materialize(leaf), layer)
+    start = method(rank=rank, alpha=scale * rank).init(
+      jax.random.key(0), module.path, w, module.layer_roles
+    )
+    return {"a0": np.asarray(start.a), "b0": np.asarray(start.b)}
+
+  def _load(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    return load(self.file, name, shape)
+
+  # ---- all layers
+
+  def _stacked(
+    self, module: Module, leaf, layers: Mapping[Layer, Parts], ratios: Mapping[Layer, float]
+  ) -> Parts:
+    """The parts of all layers: of the largest rank, of one scale, and nothing where there is none.
+
+    What fills up is zero, of which the gradient is zero too, so that it stays so in training.
+    """
+    fields = {frozenset(parts) for parts in layers.values()}
+    if len(fields) > 1:
+      raise ValueError(
+        f"{module.path}: its layers have other parts than each other, "
+        f"{' and '.join(', '.join(sorted(x)) for x in fields)}; load the model with "
+        "scan_layers=False"
+      )
+    stacked = {}
+    for field in next(iter(layers.values())):
+      sizes = np.max([parts[field].shape for parts in layers.values()], axis=0)
+      stacked[field] = np.zeros((module.layers, *sizes), np.float32)
+      for layer, parts in layers.items():
+        within = (layer, *map(slice, parts[field].shape))
+        factor = ratios[layer] if field in self.format.scaled else 1
+        stacked[field][within] = parts[field] * np.float32(factor)
+    absent = set(range(module.layers)) - set(layers)
+    for field in self.shared:
+      stacked[field][:] = next(iter(layers.values()))[field]
+    if absent and self.format.kind is DoRA:  # an output of the base's own length stays as it is
+      weights = module.weights(np.asarray(materialize(leaf), np.float32))
+      for layer in absent:
+        lengths = np.linalg.norm(module.rows_of_outputs(weights[layer]), axis=1)
+        stacked["magnitude"][layer] = module.to_part(lengths, "o", "o")
+    return stacked
+
+
+def load(file: peft.AdapterFile, name: str, shape: tuple[int, ...]) -> np.ndarray:
+  """A tensor of a file; raises ValueError when it has another shape, before it is read."""
+  if file.shapes[name] != shape:
+    raise ValueError(f"{name}: shape {file.shapes[name]}, where the model and the rank say {shape}")
+  return file.load(name)

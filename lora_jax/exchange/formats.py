@@ -1,0 +1,131 @@
+"""The tensors of each kind of adapter in PEFT's files.
+
+    model.layers.0.self_attn.q_proj.lora_A.weight      (rank, in)        a    [in, rank]
+    model.layers.0.self_attn.q_proj.lora_B.weight      (out, rank)       b    [rank, out]
+
+Letters as in `lora_jax.exchange.modules`.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+from lora_jax.exchange.modules import Module
+from lora_jax.weights import AdaLoRA, Adapted, DoRA, LoHa, LoKr, LowRank, Recentred, VeRA
+
+
+class Part(NamedTuple):
+  """A part of an adapter: the end of its tensor's name, its field here, its axes there."""
+
+  suffix: str
+  field: str
+  letters: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Format:
+  """How a kind of adapter is written.
+
+  Attributes:
+    peft_type: what the config calls it.
+    kind: the Weight that it is here.
+    parts: those of a linear layer.
+    others: the ends of further names, by which a kind is written in more than one way.
+    shared: parts that all layers have in common, as large as the largest layer needs.
+    alpha: the config's field of the scale's numerator; None for a kind without a scale.
+    scaled: the fields that a factor of the scale goes into where layers of a stack differ in it.
+    window: whether a convolution's parts have axes for its window there.
+    layers: what PEFT has it for beside linear layers: conv, embedding, conv1d (transformers').
+    biases: whether the config says which biases are stored.
+  """
+
+  peft_type: str
+  kind: type[Adapted]
+  parts: tuple[Part, ...] = ()
+  others: tuple[str, ...] = ()
+  shared: tuple[Part, ...] = ()
+  alpha: str | None = None
+  scaled: tuple[str, ...] = ()
+  window: bool = False
+  layers: tuple[str, ...] = ()
+  biases: bool = False
+
+  def parts_of(self, module: Module) -> tuple[Part, ...]:
+    """The parts as a module has them; LoRA's factors are named otherwise in an embedding."""
+    names = _IN_AN_EMBEDDING if module.is_embedding else {}
+    return tuple(part._replace(suffix=names.get(part.suffix, part.suffix)) for part in self.parts)
+
+  @property
+  def suffixes(self) -> list[str]:
+    """The ends of all names of tensors."""
+    own = [part.suffix for part in self.parts]
+    return [*own, *self.others, *(_IN_AN_EMBEDDING[x] for x in own if x in _IN_AN_EMBEDDING)]
+
+  def layout(self, field: str) -> str:
+    """The axes of a part of one layer here."""
+    return self.kind.LAYOUTS[field].replace("s", "")
+
+  def unfit(self, module: Module) -> str | None:
+    """Why PEFT cannot adapt a module so, or None."""
+    traits = {
+      "an embedding": ("embedding", module.is_embedding),
+      "a convolution": ("conv", module.is_conv),
+      "transformers' Conv1D": ("conv1d", module.fan_in_fan_out),
+    }
+    lacking = [words for words, (x, is_so) in traits.items() if is_so and x not in self.layers]
+    return f"PEFT has no {self.peft_type} of {' and '.join(lacking)}" if lacking else None
+
+
+_FACTORS = (Part("lora_A.weight", "a", "ri"), Part("lora_B.weight", "b", "or"))
+_IN_AN_EMBEDDING = {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B"}
+_LORA = Format(
+  peft_type="LORA", kind=LowRank, parts=_FACTORS, alpha="lora_alpha", scaled=("b",), window=True,
+  layers=("conv", "embedding", "conv1d"), biases=True,
+)  # fmt: skip
+
+FORMATS = {
+  "LORA": _LORA,
+  "DORA": dataclasses.replace(
+    _LORA, kind=DoRA, parts=(*_FACTORS, Part("lora_magnitude_vector", "magnitude", "o"))
+  ),
+  "ADALORA": Format(
+    peft_type="ADALORA", kind=AdaLoRA, alpha="lora_alpha", scaled=("e",), layers=("conv", "conv1d"),
+    biases=True,
+    parts=(Part("lora_A", "a", "ri"), Part("lora_E", "e", "r1"), Part("lora_B", "b", "or")),
+  ),
+  "VERA": Format(
+    peft_type="VERA", kind=VeRA, layers=("conv1d",), biases=True,
+    parts=(Part("vera_lambda_d", "lambda_d", "r"), Part("vera_lambda_b", "lambda_b", "o")),
+    shared=(Part("base_model.vera_A", "a", "ri"), Part("base_model.vera_B", "b", "or")),
+  ),
+  "LOHA": Format(
+    peft_type="LOHA", kind=LoHa, alpha="alpha", scaled=("b1",), layers=("conv",),
+    parts=(
+      Part("hada_w1_a", "b1", "or"), Part("hada_w1_b", "a1", "ri"),
+      Part("hada_w2_a", "b2", "or"), Part("hada_w2_b", "a2", "ri"),
+    ),
+    others=("hada_t1", "hada_t2"),
+  ),
+  "LOKR": Format(
+    peft_type="LOKR", kind=LoKr, alpha="alpha", scaled=("w1", "w1_b"), layers=("conv",),
+    others=(
+      "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
+    ),
+  ),
+}  # fmt: skip
+"""What is read and written, by the config's `peft_type`, and DoRA by its name."""
+
+RECENTRED = dataclasses.replace(_LORA, kind=Recentred, scaled=("b", "b0"), layers=("conv1d",))
+"""PiSSA and OLoRA as PEFT saves them when it is not told where they started: read only."""
+
+WHOLE = "ln_tuning_layers."
+"""Before the name of a parameter that LN_TUNING stores whole, of whatever module it is."""
+
+ROWS = "trainable_tokens_delta"
+ROWS_BESIDE = f"token_adapter.{ROWS}"
+"""The rows of an embedding, in an adapter of theirs and beside another one."""
+
+IN_THE_HEAD = {"lora_embedding_A": "lora_B.weight", "lora_embedding_B": "lora_A.weight"}
+"""What the factors of an embedding are in the head that is tied to it, transposed."""
+
+ADALORA_EPSILON = 1e-5
+"""What PEFT adds to AdaLoRA's first rank before it divides alpha by it."""

@@ -1,0 +1,239 @@
+"""Which tensor of a PyTorch model is which leaf of the tree, and how the one lies in the other.
+
+A linear layer's weight is (out, in) there, a convolution's (out, channels, *window), an embedding's
+(tokens, width), whatever the leaf's axes are. So the axes of a part are said in letters, once as
+the tree has them and once as the file does: `b` of a LowRank is "ro" here and "or" there. In the
+file the axes of a letter are joined to one (the heads of a projection), and the channels of a
+convolution come before its window.
+"""
+
+import dataclasses
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+from lora_jax import tree
+from lora_jax.axes import Axes
+from lora_jax.io import names
+from lora_jax.weights import is_weight
+
+LAYER = "{i}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Module:
+  """A leaf, and the tensor that it is in the PyTorch model: one a layer where layers are stacked.
+
+  Attributes:
+    path: of the leaf.
+    name: of the tensor, with `{i}` in the place of a stacked layer's number.
+    shape, roles: of the leaf; no roles where it is not contracted (norms, biases).
+    uses: the primitives that contract it, as in `lora_jax.Axes`.
+    tied: the name of a second tensor that is the same leaf, a head that is tied to the embedding.
+    fan_in_fan_out: whether the tensor is (in, out), as in transformers' Conv1D.
+  """
+
+  path: str
+  name: str
+  shape: tuple[int, ...]
+  roles: str
+  uses: tuple[str, ...]
+  tied: str | None
+  fan_in_fan_out: bool
+
+  @property
+  def is_conv(self) -> bool:
+    return "conv_general_dilated" in self.uses
+
+  @property
+  def is_embedding(self) -> bool:
+    return "gather" in self.uses
+
+  @property
+  def is_head_too(self) -> bool:
+    return self.is_embedding and len(self.uses) > 1
+
+  @property
+  def layers(self) -> int | None:
+    """How many layers are stacked in the leaf; None where it is one layer's."""
+    return self.shape[self._stack] if LAYER in self.name else None
+
+  @property
+  def inputs(self) -> int:
+    return math.prod(self._sizes("i"))
+
+  @property
+  def outputs(self) -> int:
+    return math.prod(self._sizes("o"))
+
+  @property
+  def stacks_oddly(self) -> bool:
+    """Whether the leaf is a stack of what are no layers, of experts for example."""
+    return bool(self.roles) and self.roles.count("s") != (LAYER in self.name)
+
+  def by_layer(self) -> dict[int | None, str]:
+    """The tensor's name in each layer; {None: name} where nothing is stacked."""
+    if self.layers is None:
+      return {None: self.name}
+    return {n: self.name.replace(LAYER, str(n)) for n in range(self.layers)}
+
+  # ---- a part of an adapter, in one layer
+
+  def tensor_shape(self, letters: str, rank: int, window: bool = False) -> tuple[int, ...]:
+    """The shape in the file of a part with these axes.
+
+    window: whether a convolution's part has axes for the window there, and not one for all inputs.
+    """
+    sizes = {"i": (self.inputs,), "o": (self.outputs,), "r": (rank,), "1": (1,)}
+    if not (window and self.is_conv):
+      return sum((sizes[letter] for letter in letters), ())
+    channels, *rest = (self._sizes("i")[n] for n in self.channels_first())
+    shape = sum(((channels,) if letter == "i" else sizes[letter] for letter in letters), ())
+    rest = rest if "i" in letters else [1] * len(rest)
+    return (1,) * (2 - len(shape)) + shape + tuple(rest)
+
+  def to_tensor(self, part: np.ndarray, layout: str, letters: str) -> np.ndarray:
+    """A part with axes `layout` in the order of the file."""
+    groups = self._groups(layout)
+    order = [n for letter in letters for n in groups.get(letter, ())]
+    sizes = [math.prod(part.shape[n] for n in groups.get(letter, ())) for letter in letters]
+    return part.transpose(order).reshape(sizes)
+
+  def to_part(self, tensor: np.ndarray, letters: str, layout: str, rank: int = 1) -> np.ndarray:
+    """The inverse of `to_tensor`; the tensor may have its window apart."""
+    groups = self._groups(layout)
+    order = [n for letter in letters for n in groups.get(letter, ())]
+    own = [n for x in layout for n in ([rank] if x == "r" else self._sizes(x))]
+    return tensor.reshape([own[n] for n in order]).transpose(np.argsort(order))
+
+  def rank_axis(self, layout: str) -> int | None:
+    """The axis of the rank in a part with axes `layout`."""
+    groups = self._groups(layout)
+    return groups["r"][0] if "r" in groups else None
+
+  # ---- the leaf
+
+  @property
+  def weight_letters(self) -> str:
+    """The axes of the weight in the file."""
+    return "io" if self.fan_in_fan_out or self.is_embedding else "oi"
+
+  def weights(self, leaf: np.ndarray) -> dict[int | None, np.ndarray]:
+    """The tensors of a leaf, by layer."""
+    if self.layers is None:
+      return {None: self._weight(leaf)}
+    return dict(enumerate(map(self._weight, np.moveaxis(leaf, self._stack, 0))))
+
+  def layer(self, leaf: Any, layer: int | None) -> Any:
+    """One layer of a leaf; the leaf itself where nothing is stacked."""
+    return leaf if layer is None else leaf.take(layer, axis=self._stack)
+
+  @property
+  def layer_roles(self) -> str:
+    return self.roles.replace("s", "")
+
+  def leaf(self, weights: Mapping[int | None, np.ndarray]) -> np.ndarray:
+    """The inverse of `weights`."""
+    if self.layers is None:
+      return self._of_weight(weights[None])
+    return np.stack([self._of_weight(weights[n]) for n in range(self.layers)], self._stack)
+
+  def weight_shape(self) -> tuple[int, ...]:
+    """The shape of one layer's tensor."""
+    if not self.roles:
+      shape = self.shape[LAYER in self.name :]
+      return (math.prod(shape),) if self.name.endswith(".bias") else shape
+    return self.tensor_shape(self.weight_letters, 1, window=True)
+
+  def rows_of_outputs(self, weight: np.ndarray) -> np.ndarray:
+    """A tensor of `weights` as a matrix with a row for each output."""
+    if self.weight_letters == "io":
+      return weight.reshape(self.inputs, self.outputs).T
+    return weight.reshape(self.outputs, self.inputs)
+
+  def _weight(self, layer: np.ndarray) -> np.ndarray:
+    if not self.roles:
+      return layer.reshape(self.weight_shape())
+    inputs_first = layer.transpose([n for x in "io" for n in self._layer_axes(x)])
+    return self.to_tensor(inputs_first, "io", self.weight_letters).reshape(self.weight_shape())
+
+  def _of_weight(self, weight: np.ndarray) -> np.ndarray:
+    if not self.roles:
+      return weight.reshape(self.shape[LAYER in self.name :])
+    order = [n for x in "io" for n in self._layer_axes(x)]
+    return self.to_part(weight, self.weight_letters, "io").transpose(np.argsort(order))
+
+  # ---- axes
+
+  @property
+  def _stack(self) -> int:
+    return self.roles.index("s") if self.roles else 0
+
+  def _sizes(self, role: str) -> list[int]:
+    return [size for size, x in zip(self.shape, self.roles, strict=True) if x == role]
+
+  def _layer_axes(self, role: str) -> list[int]:
+    """The axes of a role in a leaf of one layer."""
+    return [n for n, x in enumerate(self.layer_roles) if x == role]
+
+  def window(self) -> tuple[int, ...]:
+    """The sizes of a convolution's window."""
+    sizes = self._sizes("i")
+    return tuple(sizes[n] for n in self.channels_first()[1:]) if self.is_conv else ()
+
+  def channels_first(self) -> list[int]:
+    """A convolution's inputs in the order of the file: its channels are next to its outputs."""
+    window = range(len(self._sizes("i")) - 1)
+    return [len(window), *window] if self.roles.endswith("o") else [0, *(n + 1 for n in window)]
+
+  def _groups(self, layout: str) -> dict[str, list[int]]:
+    """The axes of each letter of a layout, in the order that they have in the file."""
+    groups, start = {}, 0
+    for letter in layout:
+      count = 1 if letter == "r" else len(self._sizes(letter))
+      inner = self.channels_first() if letter == "i" and self.is_conv else range(count)
+      groups[letter] = [start + n for n in inner]
+      start += count
+    return groups
+
+
+def modules(
+  params: Any, axes: Mapping[str, Axes], table: names.Table, fan_in_fan_out: Collection[str]
+) -> dict[str, Module]:
+  """Returns `{path: module}` of the leaves to which the table leads.
+
+  Args:
+    params, axes, table, fan_in_fan_out: as in `lora_jax.exchange.load`.
+
+  Raises:
+    ValueError: when the axes are of other parameters, or `fan_in_fan_out` is not of the table.
+  """
+  unknown = sorted(set(fan_in_fan_out) - set(table))
+  if unknown:
+    raise ValueError(f"fan_in_fan_out: {', '.join(unknown)}: no such name in the table")
+  transposed = {name: table[name] for name in fan_in_fan_out}
+  leaves = tree.flatten(params, is_leaf=is_weight)
+  # What has a name and no leaf is computed from another one: a head tied to the embedding.
+  absent = [x for x, path in table.items() if path and LAYER not in x and path not in leaves]
+  found = {}
+  for path, leaf in leaves.items():
+    if path not in axes:
+      raise ValueError(f"{path}: has no axes; trace them with these parameters")
+    name, *others = names.names_of(path, table) or [None]
+    if name is not None:
+      module = Module(
+        path=path, name=name, shape=tuple(leaf.shape), roles=axes[path].roles,
+        uses=axes[path].uses, tied=None,
+        fan_in_fan_out=bool(names.names_of(path, transposed)),
+      )  # fmt: skip
+      if module.is_head_too:
+        module = dataclasses.replace(module, tied=(*others, *absent, None)[0])
+      found[path] = module
+  return found
+
+
+def module_of(name: str) -> str:
+  """The name of the module that a parameter belongs to."""
+  return name.rpartition(".")[0]

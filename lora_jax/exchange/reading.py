@@ -1,0 +1,201 @@
+"""From a folder in PEFT's layout to `{path: adapter}`.
+
+Every tensor is first given its place by its name; then it is seen what is missing; then the shapes
+are held against the leaf's, and only then is a tensor read.
+"""
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.exchange.factored import Layer, Reader, format_of, load
+from lora_jax.exchange.formats import IN_THE_HEAD, ROWS, ROWS_BESIDE, WHOLE, Format
+from lora_jax.exchange.modules import Module, module_of
+from lora_jax.io import peft
+from lora_jax.weights import Adapted, Full, TokenRows, materialize
+
+_ITSELF, _BASE = "", "base_layer."
+_LISTED = 8
+
+Tensors = dict[Layer, dict[str, str]]
+"""The names of a leaf's tensors in a file, by layer and by what they are of it: "lora_A.weight", or
+`_ITSELF`, or the `_BASE` that is stored with an adapted embedding."""
+
+
+def adapters(
+  file: peft.AdapterFile, modules: Mapping[str, Module], leaves: Mapping[str, Any]
+) -> dict[str, Adapted]:
+  """The adapters in a file, in the order of the tree; errors as in `lora_jax.exchange.load`."""
+  format = format_of(file.config)
+  places, heads = _places(file.shapes, modules, format)
+  _check_complete(file.config, modules, places)
+  reader = Reader.of(file, format) if format else None
+  found = {}
+  for path in modules:
+    if path not in places and path not in heads:
+      continue
+    module, tensors = modules[path], places.get(path, {})
+    if module.stacks_oddly:
+      raise ValueError(f"{path}: its axes are {module.roles!r}, and PEFT knows no stack but layers")
+    if module.is_head_too:
+      _check_head(file, module, tensors.get(None, {}), heads.get(path, {}))
+    _check_base(file, module, leaves[path], tensors)
+    kinds = set().union(*tensors.values())
+    if kinds == {_ITSELF}:
+      found[path] = _full(file, module, leaves[path], tensors)
+    elif kinds <= {ROWS, ROWS_BESIDE}:
+      found[path] = _rows(file, module, leaves[path], tensors[None])
+    elif reader is None:
+      raise ValueError(f"{module.name}: {file.config['peft_type']} adapts no layers")
+    else:
+      found[path] = reader.adapter(module, leaves[path], tensors)
+  return found
+
+
+# ---- what is there
+
+
+def _places(
+  shapes: Mapping[str, tuple[int, ...]], modules: Mapping[str, Module], format: Format | None
+) -> tuple[dict[str, Tensors], dict[str, dict[str, str]]]:
+  """The tensors of each leaf by its path, and those of the head that is tied to it.
+
+  Raises:
+    ValueError: when a tensor belongs to nothing.
+  """
+  owners: dict[str, tuple[str, Layer]] = {}
+  heads: dict[str, str] = {}
+  for path, module in modules.items():
+    owners |= {name: (path, layer) for layer, name in module.by_layer().items()}
+    heads |= {module.tied: path} if module.tied else {}
+  suffixes = [ROWS_BESIDE, ROWS, *(format.suffixes if format else ())]
+  places: dict[str, Tensors] = defaultdict(lambda: defaultdict(dict))
+  of_heads: dict[str, dict[str, str]] = defaultdict(dict)
+  unknown = []
+  for name in shapes:
+    if format and name in {part.suffix for part in format.shared}:
+      continue
+    kind = next((suffix for suffix in suffixes if name.endswith(f".{suffix}")), None)
+    if kind:
+      owner = name.removesuffix(kind) + "weight"
+    else:  # a parameter of the model; that of an adapted layer lies within it
+      owner = name.replace(f".{_BASE}", ".").replace(f".{WHOLE}", ".")
+      kind = _BASE if name.endswith(f".{_BASE}weight") else _ITSELF
+    if owner in owners:
+      path, layer = owners[owner]
+      tensors = places[path][layer]
+    elif owner in heads:
+      tensors = of_heads[heads[owner]]
+    else:
+      unknown.append(name)
+      continue
+    if kind in tensors:
+      raise ValueError(f"{name} and {tensors[kind]} are the same parameter")
+    tensors[kind] = name
+  if unknown:
+    raise ValueError(f"{len(unknown)} tensors fit nothing in the model: {_listed(unknown)}")
+  return {path: dict(tensors) for path, tensors in places.items()}, dict(of_heads)
+
+
+def _check_complete(
+  config: Mapping[str, Any], modules: Mapping[str, Module], places: Mapping[str, Tensors]
+) -> None:
+  """Raises ValueError when the config names modules of which the file holds nothing."""
+  saved = config["modules_to_save"] or []
+  targets, excluded = config["target_modules"], config["exclude_modules"] or []
+  countable = isinstance(targets, list) and isinstance(excluded, list)
+  if countable:
+    countable = config["layers_to_transform"] is None
+    targets, excluded = frozenset(targets), frozenset(excluded)
+  missing, unmet = [], set(saved)
+  for path, module in modules.items():
+    for layer, name in module.by_layer().items():
+      owner, _, parameter = name.rpartition(".")
+      kinds = places.get(path, {}).get(layer, {})
+      hits = {ending for ending in saved if owner.endswith(ending)}  # dots or not, as peft does
+      unmet -= hits
+      if hits and not kinds:
+        missing.append(f"{name} of modules_to_save")
+      elif countable and parameter == "weight" and not kinds and _ends(owner, targets):
+        missing += [] if _ends(owner, excluded) else [f"{name} of target_modules"]
+  missing += [f"{name} of modules_to_save" for name in sorted(unmet)]
+  if missing:
+    raise ValueError(
+      f"{len(missing)} parameters that the config names are not there: {_listed(missing)}"
+    )
+
+
+def _ends(module: str, endings: Collection[str]) -> bool:
+  """Whether one of the endings ends a module's name from a dot on, as PEFT reads lists of them."""
+  parts = module.split(".")
+  return any(".".join(parts[n:]) in endings for n in range(len(parts)))
+
+
+def _check_head(file, module: Module, own: Mapping[str, str], head: Mapping[str, str]) -> None:
+  """Raises ValueError unless what is done to an embedding is done to the head that is tied to it.
+
+  Here they are one leaf; in PEFT each has an adapter of its own, tied on demand.
+  """
+  expected = {IN_THE_HEAD.get(kind, kind): kind for kind in own}
+  for kind in expected.keys() | head.keys():
+    if kind in expected and kind in head:
+      tensor, other = file.load(own[expected[kind]]), file.load(head[kind])
+      same = np.array_equal(other, tensor.T if expected[kind] in IN_THE_HEAD else tensor)
+    else:  # PEFT ties rows beside another adapter by itself
+      same = kind in expected and kind in (ROWS_BESIDE, _BASE)
+    if not same:
+      raise ValueError(
+        f"{module.name} is the head too ({module.tied or 'not named by the table'}), and the "
+        "adapter treats the two differently; train it with ensure_weight_tying=True, or load the "
+        "model with a head of its own"
+      )
+
+
+# ---- what it is
+
+
+def _full(file, module: Module, leaf, tensors: Tensors) -> Full:
+  """The change of a leaf that is stored whole; none in the layers that are not."""
+  base = module.weights(np.asarray(materialize(leaf), np.float32))
+  change = {layer: np.zeros_like(weight) for layer, weight in base.items()}
+  for layer, kinds in tensors.items():
+    change[layer] = load(file, kinds[_ITSELF], module.weight_shape()) - base[layer]
+  return Full(w=None, dw=jnp.asarray(module.leaf(change)))
+
+
+def _rows(file, module: Module, leaf, kinds: Mapping[str, str]) -> TokenRows:
+  """The change of the rows of an embedding, which are stored as they stand."""
+  ((kind, name),) = kinds.items()
+  owner = module_of(module.name)
+  ids = file.config["token_indices" if kind == ROWS else "trainable_token_indices"] or []
+  if isinstance(ids, dict):
+    ids = next((rows for ending, rows in ids.items() if owner.endswith(ending)), [])
+  tokens, rest = module.weight_letters
+  weight = module.weights(np.asarray(materialize(leaf), np.float32))[None]
+  if len(set(ids)) != len(ids) or not all(0 <= n < len(weight) for n in ids):
+    raise ValueError(f"{name}: the rows {ids[:8]} are not each once and of the {len(weight)} there")
+  rows = load(file, name, (len(ids), weight.shape[1]))
+  change = module.to_part(rows - weight[ids], f"r{rest}", f"r{rest}", len(ids))
+  roles = module.roles.translate({ord(tokens): "i", ord(rest): "o"})
+  return TokenRows(w=None, dw=jnp.asarray(change), ids=tuple(ids), roles=roles)
+
+
+def _check_base(file, module: Module, leaf, tensors: Tensors) -> None:
+  """Raises ValueError when the base that is stored with an adapter is not the one that is here."""
+  for layer, name in [(n, kinds.pop(_BASE)) for n, kinds in tensors.items() if _BASE in kinds]:
+    base = materialize(leaf)
+    weight = module.weights(np.asarray(base, np.float32))[layer]
+    stored = load(file, name, module.weight_shape())
+    if not np.array_equal(stored.astype(base.dtype).astype(np.float32), weight):
+      raise ValueError(
+        f"{name} is not the {module.path} that is here: the adapter is for a base with another "
+        "one; load that base"
+      )
+
+
+def _listed(items: list[str]) -> str:
+  shown = ", ".join(item[:120] for item in items[:_LISTED])
+  return shown if len(items) <= _LISTED else f"{shown} and {len(items) - _LISTED} more"
