@@ -1,1 +1,1 @@
-"""Experiment configs: `--config=configs/quickstart.py:smoke --config.lora.rank=4`."""
+"""Experiment configs: `--config=configs/quickstart.py:smoke --config.adapter.rank=4`."""

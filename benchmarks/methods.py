@@ -1,0 +1,260 @@
+r"""What the adapter methods reach and what they cost: a sweep of methods and seeds on one task.
+
+    python -m benchmarks.methods --results=runs/methods.jsonl --output=benchmarks/results.md
+    python -m benchmarks.methods --results=runs/methods.jsonl --methods=lora,dora --seeds=0
+
+Each run is one of configs/methods.py. The model is loaded once, and every run appends one line to
+the results, so a sweep that was interrupted goes on where it stopped; a line of another config is
+passed over. The table is made of all lines that belong to the methods and seeds asked for.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from absl import app, flags
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+import lora_jax
+from benchmarks.circumstances import describe_circumstances
+from configs import adapters as presets
+from configs import methods as config_file
+from experiments import methods, parts
+from lora_jax import exchange
+from lora_jax.data import batches
+from lora_jax.data.examples import Example, choice_ids
+from lora_jax.models import llama
+from lora_jax.train import evaluation, step, workdir
+
+PyTree = Any
+BASE = "base"
+
+# SmolLM2 has no biases.
+_METHODS = flags.DEFINE_list(
+  "methods", [name for name in presets.METHODS if name != "bias"], "Of configs/adapters.py."
+)
+_SEEDS = flags.DEFINE_list(
+  "seeds", ["0", "1", "2"], "Whole numbers; a run of each for each method."
+)
+_RESULTS = flags.DEFINE_string("results", None, "A JSONL file that each run appends a line to.")
+_OUTPUT = flags.DEFINE_string("output", None, "A markdown file that the table is appended to.")
+_SMOKE = flags.DEFINE_bool("smoke", False, "A few steps on little data, to see that it runs.")
+
+flags.register_validator(
+  "methods",
+  lambda names: names and set(names) <= presets.METHODS.keys(),
+  f"--methods takes some of {', '.join(presets.METHODS)}",
+)
+flags.register_validator(
+  "seeds", lambda seeds: all(seed.isdecimal() for seed in seeds), "--seeds takes whole numbers"
+)
+
+
+def main(argv: Sequence[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+  suffix = ",smoke" if _SMOKE.value else ""
+
+  def get_config(method: str, seed: int) -> ConfigDict:
+    return config_file.get_config(f"method={method},seed={seed}{suffix}")
+
+  seeds = [int(seed) for seed in _SEEDS.value]
+  lines = sweep(get_config, _METHODS.value, seeds, Path(_RESULTS.value))
+  report = f"## The adapter methods on one task\n\n{describe_run(seeds)}\n\n{format_table(lines)}"
+  print(report)
+  if _OUTPUT.value:
+    with open(_OUTPUT.value, "a", encoding="utf-8") as file:
+      file.write(f"\n{report}\n")
+
+
+class Task(NamedTuple):
+  """What all runs share: the model and the data."""
+
+  model: llama.Llama
+  params: PyTree
+  axes: Mapping[str, lora_jax.Axes]
+  examples: list[Example]
+  held_out: list[Example]
+  choices: list[int]
+  pad_id: int
+
+
+def load_task(config: ConfigDict) -> Task:
+  """The model and the data of a config."""
+  records = parts.load_records(config.data)
+  pretrained = parts.load_model(config.model)
+  model = llama.Llama(pretrained.config)
+  train, held_out = (
+    parts.encode(config.data, parts.pick(records, split, field), pretrained.tokenizer)
+    for split, field in (("train", "data.train"), (config.evaluation.split, "evaluation.split"))
+  )
+  return Task(
+    model=model,
+    params=pretrained.params,
+    axes=parts.trace_axes(model, pretrained.params),
+    examples=train,
+    held_out=held_out[: config.evaluation.examples or None],
+    choices=choice_ids(pretrained.tokenizer, config.data.choices),
+    pad_id=pretrained.tokenizer.pad_id,
+  )
+
+
+def sweep(
+  get_config: Callable[[str, int], ConfigDict],
+  names: Iterable[str],
+  seeds: Sequence[int],
+  results: Path,
+) -> list[dict[str, Any]]:
+  """Makes the runs whose lines are not in the results yet; returns all lines, the base's first.
+
+  Args:
+    get_config: from a method and a seed to the run's config; all have one model and one task.
+    names: of the methods.
+    seeds: of the runs of each.
+    results: the file of lines; created with its folder when it is not there.
+  """
+  results.parent.mkdir(parents=True, exist_ok=True)
+  known = (
+    [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+  )
+  # Seed by seed, so that an interrupted sweep has a row for every method as early as possible.
+  runs = [(BASE, seeds[0]), *((name, seed) for seed in seeds for name in names)]
+  task, lines = None, []
+  for name, seed in tqdm(runs, desc="runs"):
+    config = get_config("lora" if name == BASE else name, seed)
+    key = {"method": name, "seed": seed, "config": workdir.fingerprint(config.to_dict())}
+    line = next((old for old in known if key.items() <= old.items()), None)
+    if line is None:
+      task = task or load_task(config)
+      line = key | (measure_base(config, task) if name == BASE else measure(config, task))
+      with open(results, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    lines.append(line)
+  return lines
+
+
+def measure_base(config: ConfigDict, task: Task) -> dict[str, Any]:
+  """The accuracy and the loss of the model as it is."""
+  scores = _evaluate(config, task, task.params)
+  return {"accuracy": scores["accuracy"], "loss": scores["loss"]}
+
+
+def measure(config: ConfigDict, task: Task) -> dict[str, Any]:
+  """One run: what it reaches and what it costs."""
+  started = time.perf_counter()
+  tx, _ = methods.make_optimizer(config)
+  specs = lora_jax.match(task.params, methods.rules_of(config.adapter), task.axes)
+  dataset = batches.train_batches(
+    task.examples, config.train.batch_size, seed=config.seed, **_shapes(config, task)
+  )
+  adapters = methods.start(
+    config.adapter, jax.random.key(config.seed), task.params, specs, task.axes, task.model.apply,
+    dataset,
+  )  # fmt: skip
+  weights = lora_jax.attach(task.params, adapters)
+  trainable, frozen = lora_jax.partition(weights, lora_jax.trainable_mask(weights))
+  state = step.init_state(trainable, tx)
+  train_step = methods.make_train_step(config, lora_jax.adapt(task.model.apply), tx, adapters)
+  # All batches have one shape, so it is compiled once, here, and can say what memory it needs.
+  train_step = train_step.lower(state, frozen, dataset[0]).compile()
+  memory = train_step.memory_analysis()
+  seconds = []
+  for number in range(config.train.steps):
+    batch = dataset[number]
+    begin = time.perf_counter()
+    state, metrics = train_step(state, frozen, batch)
+    if not metrics["finite"]:
+      raise FloatingPointError(f"{config.adapter.method}: step {number + 1} is not finite")
+    seconds.append(time.perf_counter() - begin)
+  weights = lora_jax.join(state.trainable, frozen)
+  scores = _evaluate(config, task, weights)
+  result = {
+    "accuracy": scores["accuracy"],
+    "loss": scores["loss"],
+    "trainable": sum(leaf.size for leaf in jax.tree.leaves(trainable)),
+    "step_seconds": statistics.median(seconds),
+    "peak_bytes": memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes
+    + memory.temp_size_in_bytes,
+    "adapter_bytes": _bytes_on_disk(lora_jax.detach(weights, adapters), task),
+    "seconds": time.perf_counter() - started,
+  }
+  jax.clear_caches()
+  return result
+
+
+def _shapes(config: ConfigDict, task: Task) -> dict[str, Any]:
+  return {"buckets": config.data.buckets, "pad_id": task.pad_id}
+
+
+def _evaluate(config: ConfigDict, task: Task, weights: PyTree) -> dict[str, float]:
+  eval_step = evaluation.make_eval_step(lora_jax.adapt(task.model.apply), task.choices)
+  data = batches.eval_batches(task.held_out, config.evaluation.batch_size, **_shapes(config, task))
+  return evaluation.evaluate(eval_step, weights, data)
+
+
+def _bytes_on_disk(adapters: Mapping[str, lora_jax.Adapted], task: Task) -> int:
+  """The size of the adapter's file of tensors in PEFT's layout."""
+  with tempfile.TemporaryDirectory() as folder:
+    path = Path(folder) / "adapter"
+    exchange.save(path, adapters, task.params, task.axes, base_model="")
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
+def format_table(lines: Sequence[Mapping[str, Any]]) -> str:
+  """The table in markdown: a row for each method, over its seeds."""
+  table = [
+    "| method | accuracy, % | loss | trains | step, ms | peak memory, MB | adapter on disk, MB |",
+    "| --- " + "| ---: " * 6 + "|",
+  ]
+  for name in dict.fromkeys(line["method"] for line in lines):
+    runs = [line for line in lines if line["method"] == name]
+
+    def over(field: str, scale: float, digits: int, runs=runs) -> str:
+      return _mean_and_deviation([scale * run[field] for run in runs], digits)
+
+    def median(field: str, scale: float, runs=runs) -> str:
+      return f"{scale * statistics.median(run[field] for run in runs):,.1f}"
+
+    cells = [name, over("accuracy", 100, 1), over("loss", 1, 3)]
+    if name == BASE:
+      cells += ["–"] * 4
+    else:
+      cells += [
+        f"{runs[0]['trainable']:,}",
+        median("step_seconds", 1e3),
+        median("peak_bytes", 1e-6),
+        median("adapter_bytes", 1e-6),
+      ]
+    table.append(f"| {' | '.join(cells)} |")
+  return "\n".join(table)
+
+
+def _mean_and_deviation(values: Sequence[float], digits: int) -> str:
+  mean = f"{statistics.mean(values):.{digits}f}"
+  return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def describe_run(seeds: Sequence[int]) -> str:
+  """Device, versions, date and command, and how the columns are to be read."""
+  return "\n".join(
+    [
+      *describe_circumstances("benchmarks.methods", ("jax", "flax", "optax")),
+      f"- Accuracy and loss on held-out sentences: mean ± standard deviation over the seeds "
+      f"{', '.join(map(str, seeds))}. Step: the median. Peak memory: what the compiled step needs "
+      "for its arguments, results and between them. Each method at the learning rate that "
+      "configs/adapters.py gives it.",
+    ]
+  )  # fmt: skip
+
+
+if __name__ == "__main__":
+  flags.mark_flag_as_required("results")
+  app.run(main)

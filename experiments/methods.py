@@ -1,0 +1,189 @@
+"""From a config to its adapters and how they train: specs, starting values, optimiser, objective.
+
+config.adapter.method = "dora"                         # one of SPECS
+config.adapter.rank, config.adapter.alpha = 8, 16.0    # its settings, the fields of its spec
+config.adapter.targets = ("attention", ("mlp", {"rank": 16}), ("norm", {"method": "full"}))
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+import lora_jax
+from lora_jax import calibration
+from lora_jax.adapters import Method, eva
+from lora_jax.train import adalora, optimizer, step
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EVA(lora_jax.LoRA):
+  """LoRA that starts in the directions of its inputs; see `lora_jax.adapters.eva`."""
+
+
+SPECS: dict[str, type[Method]] = {
+  "lora": lora_jax.LoRA,
+  "dora": lora_jax.DoRA,
+  "pissa": lora_jax.PiSSA,
+  "olora": lora_jax.OLoRA,
+  "eva": EVA,
+  "adalora": lora_jax.AdaLoRA,
+  "full": lora_jax.Full,
+  "token_rows": lora_jax.TokenRows,
+}
+
+# The settings that are no fields of the spec, but of how all adapters of a run start or train.
+_OF_THE_RUN = {
+  "eva": ("rho", "batches"),
+  "adalora": (
+    "target_rank", "first_steps", "last_steps", "every", "beta1", "beta2", "orthogonality",
+  ),
+}  # fmt: skip
+
+
+def rules_of(adapter: ConfigDict) -> list[tuple[str, Method | None]]:
+  """The (pattern, spec) pairs of a config's adapter section, as `lora_jax.match` takes them.
+
+  A target is a pattern; or a pattern with the settings in which it differs, which are all of its
+  settings where they name another method; or a pattern with None, to leave leaves out. What
+  `also_train` matches trains in full, whatever the targets say of it.
+
+  Raises:
+    ValueError: for an unknown method, and a setting that a method does not have or lacks.
+  """
+  own = {name: x for name, x in adapter.items() if name not in ("targets", "also_train")}
+  of_the_run = _OF_THE_RUN.get(own["method"], ())
+  missing = [name for name in of_the_run if name not in own]
+  if missing:
+    raise ValueError(f"adapter: {own['method']} lacks the settings {', '.join(missing)}")
+  settings = {name: x for name, x in own.items() if name not in of_the_run}
+  rules: list[tuple[str, Method | None]] = []
+  for pattern in adapter.also_train:
+    rules.append((pattern, lora_jax.Full()))
+  for target in adapter.targets:
+    pattern, changes = (target, {}) if isinstance(target, str) else target
+    if changes is None:
+      rules.append((pattern, None))
+      continue
+    changes = dict(changes)
+    where = f"adapter.targets {pattern!r}" if changes else "adapter"
+    other = changes.get("method", own["method"])
+    if other != own["method"] and other in _OF_THE_RUN:
+      raise ValueError(f"{where}: {other} is for a whole run; make it config.adapter.method")
+    rules.append((pattern, spec_of(where, changes if "method" in changes else settings | changes)))
+  return rules
+
+
+def spec_of(where: str, settings: Mapping[str, Any]) -> Method:
+  """The spec of a method's name and settings; `where` is for errors.
+
+  Raises:
+    ValueError: for an unknown method, and a setting that it does not have or lacks.
+  """
+  method, given = settings["method"], {x: settings[x] for x in settings if x != "method"}
+  if method not in SPECS:
+    raise ValueError(f"{where}: the method {method!r} is unknown; use one of {', '.join(SPECS)}")
+  # An initializer is a function, which no config holds.
+  fields = [field for field in dataclasses.fields(SPECS[method]) if field.name != "initializer"]
+  names = [field.name for field in fields]
+  unknown = [name for name in given if name not in names]
+  missing = [x.name for x in fields if x.default is dataclasses.MISSING and x.name not in given]
+  if unknown or missing:
+    problem = f"has no setting {', '.join(unknown)}" if unknown else f"lacks {', '.join(missing)}"
+    of_the_run = _OF_THE_RUN.get(method, ())
+    raise ValueError(
+      f"{where}: the method {method} {problem}; its settings are "
+      f"{', '.join([*names, *of_the_run]) or 'none'}"
+    )
+  return SPECS[method](**given)
+
+
+def start(
+  adapter: ConfigDict,
+  key: jax.Array,
+  params: PyTree,
+  specs: Mapping[str, Method],
+  axes: Mapping[str, lora_jax.Axes],
+  apply: Callable,
+  dataset: Sequence[step.Batch],
+) -> dict[str, lora_jax.Adapted]:
+  """The adapters at their start.
+
+  Args:
+    adapter: the config's section.
+    key, params, specs, axes: as `lora_jax.init` takes them.
+    apply: `apply({"params": params}, tokens)`, the model.
+    dataset: the training batches by step, for a method that starts from the first of them.
+  """
+  from_inputs = {path: spec for path, spec in specs.items() if isinstance(spec, EVA)}
+  others = {path: spec for path, spec in specs.items() if path not in from_inputs}
+  adapters = lora_jax.init(key, params, others, axes)
+  if from_inputs:
+    moments = calibration.second_moments(
+      lambda params, batch: apply({"params": params}, batch["tokens"]),
+      params, from_inputs, (dataset[n] for n in range(adapter.batches)), axes=axes,
+      mask=_real_tokens,
+    )  # fmt: skip
+    adapters |= eva.start(params, from_inputs, moments, rho=adapter.rho, axes=axes)
+  return adapters
+
+
+def _real_tokens(batch: step.Batch) -> jax.Array:
+  """True [rows, tokens] up to the last position of a row whose next token is learnt."""
+  last_B = jnp.where(batch["weights"] > 0, batch["at"], -1).max(axis=1)
+  return jnp.arange(batch["tokens"].shape[1]) <= last_B[:, None]
+
+
+def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
+  """The optimiser of a whole config, and its learning rate."""
+  steps, section = config.train.steps, config.optimizer
+  learning_rate = optimizer.schedule(
+    peak=section.peak,
+    warmup_steps=section.warmup_steps,
+    total_steps=steps,
+    kind=section.schedule,
+  )
+  tx = optimizer.adamw(
+    learning_rate,
+    b1=section.b1,
+    b2=section.b2,
+    eps=section.eps,
+    weight_decay=section.weight_decay,
+    clip_norm=section.clip_norm,
+  )
+  if section.rates:
+    tx = optax.chain(tx, optimizer.scale_rates(section.rates))
+  adapter = config.adapter
+  if adapter.method == "adalora":
+    tx = adalora.allocate_ranks(
+      tx,
+      target_rank=adapter.target_rank,
+      total_steps=steps,
+      first_steps=round(adapter.first_steps * steps),
+      last_steps=round(adapter.last_steps * steps),
+      every=adapter.every,
+      beta1=adapter.beta1,
+      beta2=adapter.beta2,
+    )
+  return tx, learning_rate
+
+
+def make_train_step(
+  config: ConfigDict,
+  apply: Callable,
+  tx: optax.GradientTransformation,
+  adapters: Mapping[str, lora_jax.Adapted],
+) -> Callable:
+  """The training step of a whole config; `apply` as `completion_objective` takes it."""
+  objective = step.completion_objective(apply)
+  if config.adapter.method == "adalora":
+    objective = adalora.with_orthogonality(objective, config.adapter.orthogonality)
+  drops = any(adapter.drops for adapter in adapters.values())
+  dropout_key = jax.random.key(config.seed) if drops else None
+  return step.make_train_step(objective, tx, dropout_key=dropout_key)

@@ -1,0 +1,90 @@
+"""`benchmarks.methods` on a tiny Llama: the sweep resumes, the table is that of its lines."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import methods
+from configs import methods as config_file
+from lora_jax.io import export
+from lora_jax.models import llama
+
+
+@pytest.fixture(scope="module")
+def get_config(tmp_path_factory, smollm2):
+  """From a method and a seed to a config of a tiny Llama on 120 records."""
+  folder = tmp_path_factory.mktemp("tiny")
+  shape = llama.LlamaConfig(
+    vocab_size=smollm2.config.vocab_size, width=16, mlp_width=24, num_layers=2, num_heads=2,
+    num_kv_heads=1, head_dim=8, max_length=64, tie_embeddings=True,
+  )  # fmt: skip
+  params = llama.Llama(shape).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+  export.save(folder / "model", params, shape, smollm2.tokenizer)
+  rows = [
+    {"text": f"{word} film number {n}", "label": label}
+    for n in range(60)
+    for word, label in (("fine", "positive"), ("dull", "negative"))
+  ]
+  (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+  def get_config(method, seed):
+    config = config_file.get_config(f"method={method},seed={seed},smoke")
+    config.model.source = str(folder / "model")
+    data = config.data
+    data.source, data.format, data.columns, data.sign_of = (
+      str(folder / "data.jsonl"), "jsonl", (), ""
+    )  # fmt: skip
+    data.train, data.validation, data.test = 0.6, 0.2, 0.2
+    return config
+
+  return get_config
+
+
+def test_a_sweep_makes_the_runs_that_are_not_there_yet(get_config, tmp_path, monkeypatch):
+  results = tmp_path / "folder" / "methods.jsonl"
+  first = methods.sweep(get_config, ["lora"], [0], results)
+  assert [(line["method"], line["seed"]) for line in first] == [("base", 0), ("lora", 0)]
+  lora = first[1]
+  assert lora["trainable"] == 2 * 8 * sum(
+    d + k for d, k in [(16, 16), (16, 8), (16, 8), (16, 16), (16, 24), (16, 24), (24, 16)]
+  )
+  assert 4 * lora["trainable"] < lora["adapter_bytes"] < 4 * lora["trainable"] + 8192
+  assert lora["peak_bytes"] > 4 * 16 * 49152
+  assert 0 < lora["step_seconds"] < lora["seconds"]
+
+  measured = []
+  monkeypatch.setattr(methods, "measure", lambda config, task: measured.append(config.seed) or lora)
+  again = methods.sweep(get_config, ["lora"], [0, 1], results)
+  assert measured == [1]
+  assert again[:2] == first
+  assert len(results.read_text().splitlines()) == 3
+
+  def other(method, seed):
+    config = get_config(method, seed)
+    config.adapter.alpha = 3.0
+    return config
+
+  methods.sweep(other, ["lora"], [0], results)
+  assert measured == [1, 0]  # a line of another config does not count
+
+
+def test_the_table_has_a_row_for_each_method_over_its_seeds():
+  def line(method, seed, accuracy, **costs):
+    return {"method": method, "seed": seed, "accuracy": accuracy, "loss": 0.5} | costs
+
+  costs = {"trainable": 1234567, "peak_bytes": 2e9, "adapter_bytes": 9.8e6}
+  table = methods.format_table(
+    [
+      line("base", 0, 0.8),
+      line("lora", 0, 0.84, step_seconds=1.0, **costs),
+      line("lora", 1, 0.88, step_seconds=1.5, **costs),
+      line("dora", 0, 0.9, step_seconds=1.1, **costs),
+    ]
+  )
+  assert table.splitlines()[2:] == [
+    "| base | 80.0 | 0.500 | – | – | – | – |",
+    "| lora | 86.0 ± 2.8 | 0.500 ± 0.000 | 1,234,567 | 1,250.0 | 2,000.0 | 9.8 |",
+    "| dora | 90.0 | 0.500 | 1,234,567 | 1,100.0 | 2,000.0 | 9.8 |",
+  ]
