@@ -95,6 +95,14 @@ class Weight:
     """This weight with a PartitionSpec in the place of every array, derived from its own."""
     raise NotFactored(f"{type(self).__name__} does not say how its parts are sharded")
 
+  def local_specs(self, spec: jax.sharding.PartitionSpec) -> "Weight":
+    """`partition_specs` for `shard_map`, where each device computes with its own pieces alone.
+
+    Raises:
+      NotFactored: when the pieces of the parts do not make a piece of the array.
+    """
+    return self.partition_specs(spec)
+
   def __jax_array__(self):
     raise TypeError(
       f"{self.path or type(self).__name__}: a Weight met a JAX function that does not know it. "
