@@ -145,7 +145,7 @@ class Adapted(Weight):
 
   def trainable(self):
     mask = jax.tree.map(lambda _: False, self)
-    trained = {name: name not in self.frozen for name in self.TRAINED}
+    trained = {name: name not in self.frozen for name in self.TRAINED if name in self.parts}
     return dataclasses.replace(mask, **trained)
 
   def partition_specs(self, spec):
