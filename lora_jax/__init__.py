@@ -13,12 +13,15 @@ from lora_jax.adapt import RULES as RULES
 from lora_jax.adapt import MaterializationError as MaterializationError
 from lora_jax.adapt import adapt as adapt
 from lora_jax.adapters import AdaLoRA as AdaLoRA
+from lora_jax.adapters import DoRA as DoRA
 from lora_jax.adapters import Full as Full
-from lora_jax.adapters import Full as Full
+from lora_jax.adapters import LoHa as LoHa
+from lora_jax.adapters import LoKr as LoKr
 from lora_jax.adapters import LoRA as LoRA
 from lora_jax.adapters import OLoRA as OLoRA
 from lora_jax.adapters import PiSSA as PiSSA
 from lora_jax.adapters import TokenRows as TokenRows
+from lora_jax.adapters import VeRA as VeRA
 from lora_jax.adapters import eva as eva
 from lora_jax.adapters import loftq as loftq
 from lora_jax.axes import Axes as Axes

@@ -7,7 +7,12 @@ from lora_jax.weights.base import Weight as Weight
 from lora_jax.weights.base import is_weight as is_weight
 from lora_jax.weights.base import materialize as materialize
 from lora_jax.weights.dense import Full as Full
+from lora_jax.weights.dora import DoRA as DoRA
+from lora_jax.weights.dora import input_norms as input_norms
 from lora_jax.weights.gated import Gated as Gated
+from lora_jax.weights.loha import LoHa as LoHa
+from lora_jax.weights.lokr import LoKr as LoKr
 from lora_jax.weights.low_rank import LowRank as LowRank
 from lora_jax.weights.recentred import Recentred as Recentred
 from lora_jax.weights.token_rows import TokenRows as TokenRows
+from lora_jax.weights.vera import VeRA as VeRA

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from programs import IDS, normal
 
-from lora_jax import AdaLoRA, Full, LoRA, OLoRA, PiSSA, TokenRows
+from lora_jax import AdaLoRA, DoRA, Full, LoHa, LoKr, LoRA, OLoRA, PiSSA, TokenRows, VeRA
 from lora_jax.adapters import Method
 
 
@@ -97,6 +97,29 @@ def _lora(w, parts, weight):
   return w + weight.scale * parts["a"] @ parts["b"]
 
 
+def _dora(w, parts, weight):
+  directions = _lora(w, parts, weight)
+  norm = jnp.linalg.norm(directions, axis=0)
+  if weight.constant_norm:
+    norm = lax.stop_gradient(norm)
+  return parts["magnitude"] * directions / norm
+
+
+def _loha(w, parts, weight):
+  return w + weight.scale * (parts["a1"] @ parts["b1"]) * (parts["a2"] @ parts["b2"])
+
+
+def _lokr(w, parts, weight):
+  w1 = parts["w1"] if "w1" in parts else parts["w1_a"] @ parts["w1_b"]
+  w2 = parts["w2"] if "w2" in parts else parts["w2_a"] @ parts["w2_b"]
+  return w + weight.scale * jnp.kron(w1, w2)
+
+
+def _vera(w, parts, weight):
+  d, b = (jnp.diag(parts[name]) for name in ("lambda_d", "lambda_b"))
+  return w + parts["a"] @ d @ parts["b"] @ b
+
+
 def _recentred(w, parts, weight):
   return w + weight.scale * (parts["a"] @ parts["b"] - parts["a0"] @ parts["b0"])
 
@@ -105,13 +128,19 @@ METHODS = {
   "LoRA": Row(LoRA(rank=2, alpha=3.0), _lora),
   "rsLoRA": Row(LoRA(rank=2, alpha=3.0, rslora=True), _lora),
   "LoRA-FA": Row(LoRA(rank=2, alpha=3.0, train_a=False), _lora),
+  "DoRA": Row(DoRA(rank=2, alpha=3.0), _dora),
+  "DoRA, the norm not constant": Row(DoRA(rank=2, alpha=3.0, constant_norm=False), _dora),
+  "LoHa": Row(LoHa(rank=2, alpha=3.0), _loha),
+  "LoKr": Row(LoKr(rank=2, alpha=3.0), _lokr),
+  "LoKr, both decomposed": Row(LoKr(rank=1, alpha=3.0, decompose_both=True), _lokr),
+  "VeRA": Row(VeRA(rank=2), _vera),
+  "PiSSA": Row(PiSSA(rank=2, alpha=3.0), _recentred, exact_start=False),
+  "PiSSA, randomised": Row(PiSSA(rank=2, alpha=3.0, iterations=2), _recentred, exact_start=False),
+  "OLoRA": Row(OLoRA(rank=2, alpha=3.0), _recentred, exact_start=False),
   "AdaLoRA": Row(
     AdaLoRA(rank=2, alpha=3.0, deviation=0.3),
     lambda w, parts, weight: w + weight.scale * parts["a"] @ jnp.diag(parts["e"]) @ parts["b"],
   ),
-  "PiSSA": Row(PiSSA(rank=2, alpha=3.0), _recentred, exact_start=False),
-  "PiSSA, randomised": Row(PiSSA(rank=2, alpha=3.0, iterations=2), _recentred, exact_start=False),
-  "OLoRA": Row(OLoRA(rank=2, alpha=3.0), _recentred, exact_start=False),
   "Full": Row(Full(), lambda w, parts, weight: w + parts["dw"], dense=True),
   "TokenRows": Row(
     TokenRows(ids=(9, 3)),

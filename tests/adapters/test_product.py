@@ -25,9 +25,9 @@ every_pair = pytest.mark.parametrize(("row", "kernel"), PAIRS)
 every_method = pytest.mark.parametrize("row", METHODS.values(), ids=METHODS)
 
 
-def fresh(row: Row, kernel: Kernel):
+def fresh(row: Row, kernel: Kernel, dtype: str = "float32"):
   """Params and their adapters at the start."""
-  params = {"w": normal(*kernel.shape)}
+  params = {"w": normal(*kernel.shape).astype(dtype)}
   axes = {"w": Axes(kernel.roles, ("dot_general",))}
   return params, init(KEY, params, {"w": row.spec}, axes)
 
@@ -58,7 +58,8 @@ def effective(row: Row, kernel: Kernel, w, adapter):
     layout = adapter.LAYOUTS[name]
     if layout.startswith("sr") and len(layout) > 2:
       sizes["r"] = (part.shape[len(stack)],)
-    parts[name] = part.reshape(count, *(n for x in layout for n in sizes[x]))
+    own = part.shape[len(stack) :] if layout == "s" else [n for x in layout for n in sizes[x]]
+    parts[name] = part.reshape(count, *own)
   matrices = w.reshape(count, inputs, -1)
   of_one = [
     row.formula(matrices[n], {name: part[n] for name, part in parts.items()}, adapter)
@@ -80,9 +81,9 @@ def test_a_fresh_adapter_is_the_identity(row, kernel):
 
 @every_pair
 def test_the_effective_weight_is_the_formula_s_in_float64(row, kernel):
-  params, adapters = fresh(row, kernel)
   with jax.enable_x64(True):
-    params, adapters = float64((params, trained(adapters)))
+    params, adapters = fresh(row, kernel, "float64")
+    adapters = float64(trained(adapters))
     actual = attach(params, adapters)["w"].materialize()
     expected = effective(row, kernel, params["w"], adapters["w"])
     assert actual.dtype == jnp.float64
@@ -92,9 +93,9 @@ def test_the_effective_weight_is_the_formula_s_in_float64(row, kernel):
 
 @every_pair
 def test_values_and_gradients_are_the_formula_s_in_float64(row, kernel):
-  params, adapters = fresh(row, kernel)
   with jax.enable_x64(True):
-    params, adapters = float64((params, trained(adapters)))
+    params, adapters = fresh(row, kernel, "float64")
+    adapters = float64(trained(adapters))
     x = float64(kernel.x)
     train, rest = partition(adapters, {"w": adapters["w"].trainable()})
 

@@ -1,0 +1,111 @@
+"""LoKr: a change of the base that is a Kronecker product.
+
+    before    {"query": {"kernel": W}}
+    after     {"query": {"kernel": LoKr(w=W, w1=C, w2_a=A, w2_b=B, scale=alpha / rank)}}
+
+    W + scale * kron(C, A B)
+
+The inputs of the kernel, flattened, are split in two, i1 × i2, and its outputs into o1 × o2; C is
+[i1, o1] and A B [i2, o2]. C starts at zero, so the adapted model starts as the base. From the rank
+max(i2, o2) / 2 on A B is one full matrix, and with `decompose_both` C is a product too below
+max(i1, o1) / 2, where it is the half of it at the outputs that starts at zero. All of this is as in
+PEFT (Yeh et al. 2023, LyCORIS, arXiv 2309.14859, section 3.2).
+
+Defined for every kernel that is multiplied by, convolved or gathered, with any number of axes.
+Products are direct: neither the Kronecker product nor a low-rank form of it is made. Convolutions,
+look-ups, slices and products over part of the inputs go by the low-rank form, whose rank is
+min(i1, o1) times that of A B; where that is not below the kernel's own the kernel is materialised.
+So it is by `shard_map` when it splits the inputs or the outputs.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import weights
+from lora_jax.adapters.base import Method, sizes
+from lora_jax.adapters.lora import check_rank
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoKr(Method):
+  """The spec of a Kronecker product.
+
+  Attributes:
+    rank: the inner dimension of A B, at least 1.
+    alpha: the numerator of the scale, alpha / rank.
+    decompose_both: make C a product of two thin matrices too, where the rank is small enough.
+    factor: the size of i1 and of o1, or their largest if it is no divisor of the inputs or outputs;
+      None for the divisor nearest to the square root. PEFT's `decompose_factor`.
+    channels: split the last input axis alone, and leave the others whole to A: for a convolution,
+      its channels, and its window. So PEFT does it.
+  """
+
+  rank: int
+  alpha: float
+  decompose_both: bool = False
+  factor: int | None = None
+  channels: bool = False
+
+  def __post_init__(self):
+    check_rank(self)
+    if self.factor is not None and self.factor < 1:
+      raise ValueError(f"LoKr: factor {self.factor} is below 1; use a positive number, or None")
+
+  @property
+  def scale(self) -> float:
+    return self.alpha / self.rank
+
+  def init(self, key, path, w, roles):
+    """As in `Method`."""
+    stack, inputs, outputs = sizes(w.shape, roles)
+    window = math.prod(inputs[:-1]) if self.channels else 1
+    i1, i2 = factorization(math.prod(inputs) // window, self.factor)
+    o1, o2 = factorization(math.prod(outputs), self.factor)
+    rank = self.rank
+    keys = jax.random.split(key)
+
+    def zeros(*shape):
+      return jnp.zeros((*stack, *shape), jnp.float32)
+
+    def uniform(key, *shape):
+      bound = 1 / math.sqrt(shape[0])
+      return jax.random.uniform(key, (*stack, *shape), jnp.float32, -bound, bound)
+
+    if self.decompose_both and rank < max(i1, o1) / 2:
+      outer = {"w1_a": uniform(keys[0], i1, rank), "w1_b": zeros(rank, o1)}
+    else:
+      outer = {"w1": zeros(i1, o1)}
+    if rank < max(i2, o2) / 2:
+      key_a, key_b = jax.random.split(keys[1])
+      inner = {"w2_a": uniform(key_a, i2 * window, rank), "w2_b": uniform(key_b, rank, o2)}
+    else:
+      inner = {"w2": uniform(keys[1], i2 * window, o2)}
+    return weights.LoKr(
+      w=None, **outer, **inner, scale=self.scale, roles=roles.lstrip("s"),
+      order=_channels_first(roles) if self.channels else (),
+    )  # fmt: skip
+
+
+def factorization(size: int, factor: int | None = None) -> tuple[int, int]:
+  """A size as a product of two.
+
+  The first is `factor` if that divides it, or else the largest divisor which is not above `factor`
+  nor above the square root.
+
+  >>> factorization(128), factorization(128, 4), factorization(128, 6), factorization(127)
+  ((8, 16), (4, 32), (4, 32), (1, 127))
+  """
+  if factor and size % factor == 0:
+    return factor, size // factor
+  limit = min(factor or size, math.isqrt(size))
+  first = next(n for n in range(limit, 0, -1) if size % n == 0)
+  return first, size // first
+
+
+def _channels_first(roles: str) -> tuple[int, ...]:
+  """The axes, counted from the end, with the last input before the others."""
+  inputs, outputs = ([n - len(roles) for n, x in enumerate(roles) if x == role] for role in "io")
+  return (*inputs[-1:], *inputs[:-1], *outputs)

@@ -1,0 +1,182 @@
+"""DoRA: a low-rank sum whose every output has a direction and a learnt length.
+
+    magnitude * (w + scale * a @ b) / |w + scale * a @ b|        norms over the inputs
+
+The norm of what is never formed comes from what is small: with C = aᵀ w, once a step, and G = aᵀ a,
+
+    |w + s a b|² = |w|² + 2 s <C, b> + s² <b, G b>               for every output
+
+in which |w| is a constant of the base. C costs r·d·k multiplications, as much as r rows of a batch,
+and no backward pass: by section 4.3 of the source the norm is a constant there. What is left is a
+number for each output, c = magnitude / norm, and the weight is `c * w + scale * a @ (c * b)`, a
+low-rank sum over scaled outputs. That is `weight.applied()`: where nothing trains, put it in the
+weight's place, and the norm is computed once and for all.
+
+Source: Liu et al. 2024, DoRA, arXiv 2402.09353.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.weights import base
+from lora_jax.weights.adapted import Adapted
+from lora_jax.weights.base import NotFactored
+from lora_jax.weights.factors import RANK, Labels, factor_labels, labels, part_labels
+from lora_jax.weights.low_rank import LowRank
+from lora_jax.weights.scaled import ScaledOutputs, spread, times
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DoRA(Adapted):
+  """`magnitude * (w + scale * a @ b) / |w + scale * a @ b|`, an array of w's shape and dtype.
+
+  An output of which nothing is left, w + scale * a @ b = 0, is zero.
+
+  Attributes:
+    w: the base, an array or another Weight; None in an adapter.
+    a: [*stack, *inputs, rank].
+    b: [*stack, rank, *outputs].
+    magnitude: [*stack, *outputs], the length of every output; of either sign.
+    norm: [*stack, *outputs], the norm of w; None until `attach` computes it.
+    scale: the factor of the product.
+    constant_norm: leave the norm out of the derivative, as section 4.3 of the source does.
+    roles, frozen, path: as in `Adapted`.
+  """
+
+  LAYOUTS: ClassVar = {"a": "sir", "b": "sro", "magnitude": "so", "norm": "so"}
+  TRAINED: ClassVar = ("a", "b", "magnitude")
+
+  a: jax.Array
+  b: jax.Array
+  magnitude: jax.Array
+  norm: jax.Array | None = None
+  scale: float = dataclasses.field(default=1.0, metadata={"static": True})
+  constant_norm: bool = dataclasses.field(default=True, metadata={"static": True})
+
+  def attach(self, w, path):
+    weight = super().attach(w, path)
+    norm = input_norms(w, self.roles) if self.norm is None else self.norm
+    return dataclasses.replace(weight, norm=norm)
+
+  def applied(self) -> LowRank:
+    c = self.factor()
+    w = ScaledOutputs(self.w, c, roles=self.roles, path=self.path)
+    b = self.b * jnp.expand_dims(c, self._rank_axis)
+    return LowRank(w, self.a, b, self.scale, roles=self.roles, path=self.path)
+
+  def materialize(self):
+    return self._full().astype(self.dtype)
+
+  def delta(self):
+    full = self._full()
+    return full - base.materialize(self.w).astype(full.dtype)
+
+  def _full(self) -> jax.Array:
+    applied = self.applied()
+    delta = applied.delta()
+    w = base.materialize(self.w).astype(delta.dtype)
+    return times(w, labels(self.ndim), applied.w.c, _output_labels(self.all_roles)) + delta
+
+  # ---- lengths
+
+  def factor(self) -> jax.Array:
+    """`magnitude / |w + scale * a @ b|`, [*stack, *outputs], in at least float32.
+
+    Exactly one where b is zero and the magnitude is the norm of w, and where nothing is left.
+    """
+    norm = self.norm_of_sum()
+    if self.constant_norm:
+      norm = lax.stop_gradient(norm)
+    left = norm > 0
+    return jnp.where(left, self.magnitude.astype(norm.dtype) / jnp.where(left, norm, 1), 1)
+
+  def norm_of_sum(self) -> jax.Array:
+    """`|w + scale * a @ b|`, [*stack, *outputs], in at least float32.
+
+    The square is a sum of terms of either sign, as precise as the products in it: what is left of
+    the terms below that is noise, and counts as that much.
+    """
+    dtype = jnp.promote_types(self.dtype, jnp.float32)
+    a, b, norm = (x.astype(dtype) for x in (self.a, self.b, self.norm))
+    if self.constant_norm:  # not even traced for the derivative
+      a, b = lax.stop_gradient((a, b))
+    # In units of w's norm, so that nothing over- or underflows, and one stays exactly one.
+    unit = jnp.where(norm > 0, norm, 1)
+    b = self.scale * b / jnp.expand_dims(unit, self._rank_axis)
+    c = self._a_w(a, dtype) / jnp.expand_dims(unit, self._rank_axis)
+    a_labels, b_labels = factor_labels(labels(self.ndim), self.all_roles)
+    a2_labels, b2_labels = a_labels.replace(RANK, "R"), b_labels.replace(RANK, "R")
+    stack = a_labels[: self._rank_axis]
+    gram = jnp.einsum(f"{a_labels},{a2_labels}->{stack}{RANK}R", a, a, precision="highest")
+    gram_b = jnp.einsum(f"{stack}{RANK}R,{b2_labels}->{b_labels}", gram, b, precision="highest")
+    change = jnp.sum(b * gram_b, self._rank_axis)
+    terms = (norm > 0) + change
+    resolution = 8 * jnp.finfo(self.dtype).eps
+    squared = jnp.maximum(terms + 2 * jnp.sum(b * c, self._rank_axis), resolution * terms)
+    left = squared > 0
+    return jnp.where(left, unit * jnp.sqrt(jnp.where(left, squared, 1)), 0)
+
+  def _a_w(self, a: jax.Array, dtype) -> jax.Array:
+    """`aᵀ w`, [*stack, rank, *outputs], summed in `dtype`."""
+    stack, inputs = ([n for n, x in enumerate(self.all_roles) if x == role] for role in "si")
+    a_stack = list(range(len(stack)))
+    a_inputs = list(range(len(stack), len(stack + inputs)))
+    return base.dot_general(
+      a.astype(self.dtype), self.w, ((a_inputs, inputs), (a_stack, stack)), precision="highest",
+      preferred_element_type=dtype,
+    )  # fmt: skip
+
+  @property
+  def _rank_axis(self) -> int:
+    """The axis of b which is the rank."""
+    return self.all_roles.count("s")
+
+  # ---- what is not as in other kinds
+
+  def unmerge(self, merged, path):
+    """The base of which `merged` is the merge with this adapter, to rounding.
+
+    The norm of w + scale * a @ b is not in the merge. It is a root of |norm_of_sum * direction -
+    scale * a @ b| = norm, and the larger one as long as no output has turned by more than a right
+    angle. An output of magnitude zero is lost: nan.
+    """
+    delta = LowRank(None, self.a, self.b, self.scale, roles=self.roles).attach(merged, path).delta()
+    names, out = labels(merged.ndim), _output_labels(self.roles.rjust(merged.ndim, "s"))
+
+    def inner(x, y):
+      return jnp.einsum(f"{names},{names}->{out}", x, y, precision="highest")
+
+    full, magnitude, norm = (x.astype(delta.dtype) for x in (merged, self.magnitude, self.norm))
+    along = inner(full, delta) / magnitude
+    norm_of_sum = along + jnp.sqrt(jnp.maximum(along**2 + norm**2 - inner(delta, delta), 0))
+    w = times(full, names, norm_of_sum / magnitude, out) - delta
+    return jnp.where(spread(norm, out, names) > 0, w, 0).astype(merged.dtype)
+
+  def rescaled(self, c):
+    raise ValueError(
+      f"{self.path or 'DoRA'}: a DoRA is no sum of its base and a change that could be multiplied, "
+      "since its outputs have lengths of their own; convert it to a LoRA first"
+    )
+
+  def local_specs(self, spec):
+    if any(role == "i" and name for role, name in zip(self.all_roles, spec, strict=False)):
+      raise NotFactored("its norms are over all inputs, of which each device has some")
+    return super().local_specs(spec)
+
+
+def input_norms(w: Any, roles: str) -> jax.Array:
+  """The norms over the inputs of an array or Weight, [*stack, *outputs], in at least float32."""
+  w = base.materialize(w)
+  w = w.astype(jnp.promote_types(w.dtype, jnp.float32))
+  names, out = labels(w.ndim), _output_labels(roles.rjust(w.ndim, "s"))
+  return jnp.sqrt(jnp.einsum(f"{names},{names}->{out}", w, w, precision="highest"))
+
+
+def _output_labels(roles: str) -> Labels:
+  """The labels of what has a number for each output, given `labels(len(roles))` of the matrix."""
+  return part_labels(labels(len(roles)), roles, "so")
