@@ -4,6 +4,7 @@
     layout = lay_out(weights, mesh, LLAMA_RULES)
     print(layout)                                  # where every array lies, and what could not
     weights = jax.device_put(weights, layout.shardings)
+    state = jax.device_put(state, layout.follow(state))
 
 The mesh has three axes. The rows of a batch are shared out over `data` and `fsdp`. The base is cut
 over `fsdp`, to be gathered layer by layer as it is used, and over `tensor`, where each device
@@ -126,6 +127,28 @@ class Layout:
       lines.append(f"rules that decided nothing: {', '.join(self.unused)}")
     return "\n".join(lines)
 
+  def follow(self, state: PyTree) -> PyTree:
+    """The shardings of what an optimiser keeps: a moment lies where its parameter lies.
+
+    An array whose path ends with the whole path of an array of this layout, and that has its shape,
+    gets its sharding; everything else (counters, factored moments) is whole on every device. No
+    optimiser has to be known for this: `1/0/mu/blocks/attn/query/kernel/a` is a moment of `a`.
+
+    Args:
+      state: any pytree of arrays, such as a whole `lora_jax.train.step.State`.
+    """
+    owners = {placement.path: placement for placement in self.placements}
+
+    def sharding_of(path: str, leaf: Any) -> NamedSharding:
+      names = path.split("/")
+      for start in range(len(names)):
+        owner = owners.get("/".join(names[start:]))
+        if owner is not None and owner.shape == tuple(leaf.shape):
+          return NamedSharding(self.mesh, owner.spec)
+      return NamedSharding(self.mesh, jax.P())
+
+    return tree.map_with_path(sharding_of, state)
+
   def _bytes_per_device(self, placement: Placement) -> int:
     local = NamedSharding(self.mesh, placement.spec).shard_shape(placement.shape)
     return math.prod(local) * placement.dtype.itemsize
@@ -168,33 +191,6 @@ def lay_out(params: PyTree, mesh: Mesh, rules: Rules) -> Layout:
   shardings = tree.map_with_path(shardings_of, params, is_leaf=is_weight)
   unused = tuple(pattern for pattern, _ in rules if pattern not in used and pattern != ".*")
   return Layout(mesh, shardings, tuple(placements), unused)
-
-
-def follow(state: PyTree, params: PyTree, shardings: PyTree, mesh: Mesh) -> PyTree:
-  """The shardings of what an optimiser keeps: a moment lies where its parameter lies.
-
-  An array whose path ends with a parameter's whole path, and that has its shape, is laid out as the
-  parameter; everything else (counters, factored moments) is on every device. No optimiser has to be
-  known for this: `chain/0/mu/blocks/attn/query/kernel/a` ends as the parameter's path does.
-
-  Args:
-    state: any pytree of arrays, such as a whole `lora_jax.train.step.State`.
-    params: the parameters, with None for what does not train.
-    shardings: their NamedShardings, in the same structure.
-    mesh: the devices.
-  """
-  owners = tree.flatten(params)
-  places = tree.flatten(shardings)
-
-  def sharding_of(path: str, leaf: Any) -> NamedSharding:
-    names = path.split("/")
-    for start in range(len(names) + 1):
-      end = "/".join(names[start:])
-      if end in owners and owners[end].shape == leaf.shape:
-        return places[end]
-    return NamedSharding(mesh, jax.P())
-
-  return tree.map_with_path(sharding_of, state)
 
 
 # ---- the rows of a batch, and what every process needs whole

@@ -188,7 +188,6 @@ def test_what_an_optimiser_keeps_lies_where_its_parameter_lies():
   layout = sharding.lay_out(params, mesh(), rules)
   mask = lora_jax.trainable_mask(params, also=["norm/kernel"])
   trainable, _ = lora_jax.partition(params, mask)
-  places, _ = lora_jax.partition(layout.shardings, mask)
   labels = jax.tree.map(lambda x: "row" if x.ndim == 2 else "vector", trainable)
   tx = optax.chain(
     optax.clip_by_global_norm(1.0),
@@ -196,10 +195,7 @@ def test_what_an_optimiser_keeps_lies_where_its_parameter_lies():
     optax.scale_by_factored_rms(min_dim_size_to_factor=1),
   )
   state = jax.eval_shape(tx.init, trainable)
-  specs = {
-    path: s.spec
-    for path, s in tree.flatten(sharding.follow(state, trainable, places, mesh())).items()
-  }
+  specs = {path: s.spec for path, s in tree.flatten(layout.follow(state)).items()}
   for name in ("mu", "nu"):
     (a,) = [specs[path] for path in specs if path.endswith(f"{name}/mlp/up/kernel/a")]
     (b,) = [specs[path] for path in specs if path.endswith(f"{name}/mlp/up/kernel/b")]
