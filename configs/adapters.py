@@ -43,7 +43,13 @@ METHODS = {
   "lora_plus": Method(_LORA, peak=5e-4, rates=((".*/b", 16.0),)),
   "lora_fa": Method(_LORA | {"train_a": False}),
   "dora": Method(
-    {"method": "dora", "rank": 8, "alpha": 16.0, "rslora": False, "constant_norm": True}
+    {
+      "method": "dora",
+      "rank": 8,
+      "alpha": 16.0,  # scale = alpha / rank
+      "rslora": False,
+      "constant_norm": True,  # in the backward pass
+    }
   ),
   "pissa": Method(
     {
@@ -62,6 +68,28 @@ METHODS = {
       "method": "eva",
       "rho": 2.0,  # times the rank that a kernel may get at most
       "batches": 8,  # of the training data, that it starts from
+      "iterations": 8,  # of a randomised decomposition; None: exact
+    }
+  ),
+  "vera": Method(
+    {
+      "method": "vera",
+      "rank": 256,
+      "seed": 0,  # of the matrices that all layers share
+      "d_initial": 0.1,
+      "fan_in": config_dict.placeholder(int),  # that A is drawn for; None: the rank
+    },
+    peak=1e-2,
+  ),
+  "loha": Method({"method": "loha", "rank": 4, "alpha": 8.0}),
+  "lokr": Method(
+    {
+      "method": "lokr",
+      "rank": 8,
+      "alpha": 16.0,  # scale = alpha / rank
+      "decompose_both": False,
+      "factor": config_dict.placeholder(int),  # inputs and outputs of C; None: near the root
+      "channels": False,  # split the channels of a convolution alone
     }
   ),
   "adalora": Method(

@@ -33,6 +33,9 @@ SPECS: dict[str, type[Method]] = {
   "pissa": lora_jax.PiSSA,
   "olora": lora_jax.OLoRA,
   "eva": EVA,
+  "vera": lora_jax.VeRA,
+  "loha": lora_jax.LoHa,
+  "lokr": lora_jax.LoKr,
   "adalora": lora_jax.AdaLoRA,
   "full": lora_jax.Full,
   "token_rows": lora_jax.TokenRows,
@@ -40,7 +43,7 @@ SPECS: dict[str, type[Method]] = {
 
 # The settings that are no fields of the spec, but of how all adapters of a run start or train.
 _OF_THE_RUN = {
-  "eva": ("rho", "batches"),
+  "eva": ("rho", "batches", "iterations"),
   "adalora": (
     "target_rank", "first_steps", "last_steps", "every", "beta1", "beta2", "orthogonality",
   ),
@@ -130,7 +133,9 @@ def start(
       params, from_inputs, (dataset[n] for n in range(adapter.batches)), axes=axes,
       mask=_real_tokens,
     )  # fmt: skip
-    adapters |= eva.start(params, from_inputs, moments, rho=adapter.rho, axes=axes)
+    adapters |= eva.start(
+      params, from_inputs, moments, rho=adapter.rho, iterations=adapter.iterations, axes=axes
+    )
   return adapters
 
 
@@ -179,6 +184,7 @@ def make_train_step(
   apply: Callable,
   tx: optax.GradientTransformation,
   adapters: Mapping[str, lora_jax.Adapted],
+  shardings: step.State | None = None,
 ) -> Callable:
   """The training step of a whole config; `apply` as `completion_objective` takes it."""
   objective = step.completion_objective(apply)
@@ -186,4 +192,4 @@ def make_train_step(
     objective = adalora.with_orthogonality(objective, config.adapter.orthogonality)
   drops = any(adapter.drops for adapter in adapters.values())
   dropout_key = jax.random.key(config.seed) if drops else None
-  return step.make_train_step(objective, tx, dropout_key=dropout_key)
+  return step.make_train_step(objective, tx, dropout_key=dropout_key, shardings=shardings)
