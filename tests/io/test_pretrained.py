@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from tiny_llama import ROPE, TOKENS, write_tiny
 
-from lora_jax.io import pretrained
+from lora_jax.io import gguf, pretrained
 from lora_jax.models import llama
 
 
@@ -138,3 +138,28 @@ def test_weights_that_are_not_finite_are_refused_by_name(tiny):
     ValueError, match=r"model.norm.weight -> norm/scale: holds values that are no"
   ):
     pretrained.load(tiny)
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_a_model_is_inspected_without_its_tensors(tmp_path, smollm2, scan_layers):
+  write_tiny(tmp_path, smollm2.tokenizer)
+  options = {"dtype": jnp.bfloat16, "scan_layers": scan_layers}
+  loaded = pretrained.load(tmp_path, **options)
+  (tmp_path / "model.safetensors").unlink()
+  inspected = pretrained.inspect(tmp_path, **options)
+  assert inspected.config == loaded.config
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), inspected.params) == jax.tree.map(
+    lambda x: (x.shape, x.dtype), loaded.params
+  )
+  assert {type(leaf) for leaf in jax.tree.leaves(inspected.params)} == {jax.ShapeDtypeStruct}
+  assert inspected.tokenizer.encode("Hello world") == [19556, 905]
+
+
+def test_a_gguf_file_is_inspected_by_its_header(smollm2, monkeypatch):
+  def load(tensor):
+    raise AssertionError(f"{tensor.name} is read")
+
+  monkeypatch.setattr(gguf.GGUFTensor, "load", load)
+  inspected = pretrained.inspect(pretrained.DEFAULT)
+  assert inspected.config == smollm2.config
+  assert jax.tree.map(jnp.shape, inspected.params) == jax.tree.map(jnp.shape, smollm2.params)
