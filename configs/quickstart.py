@@ -41,6 +41,11 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   model.scan_layers = True  # one compiled layer instead of 30: compiles four times as fast
   model.remat = "none"  # what the forward pass keeps: none, everything, dots, nothing
 
+  config.mesh = mesh = ml_collections.ConfigDict()  # devices on each axis; -1: what is left
+  mesh.data = -1  # share out the rows of a batch
+  mesh.fsdp = 1  # share out the rows and the base, which is gathered layer by layer
+  mesh.tensor = 1  # share out the columns and rows of every kernel
+
   config.adapter = adapter = ml_collections.ConfigDict(method.settings)  # see configs/adapters.py
   adapter.targets = method.targets  # presets or patterns for whole paths, perhaps (pattern, {…})
   adapter.also_train = ()  # patterns of leaves trained in full beside the adapters
@@ -86,7 +91,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
 
   if args["smoke"]:
     data.buckets = (80,)
-    train.steps, train.batch_size, train.checkpoint_every = 4, 4, 2
+    train.steps, train.batch_size, train.checkpoint_every = 4, 8, 2
     optimizer.warmup_steps = 1
     evaluation.examples, evaluation.batch_size = 16, 8
   return config

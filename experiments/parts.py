@@ -6,10 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import lora_jax
-from lora_jax import tree
+from lora_jax import sharding, tree, weights
 from lora_jax.data import detokenise, examples, labels, records, splits, templates
 from lora_jax.io import assets, peft, pretrained
 from lora_jax.models import llama
@@ -23,6 +24,9 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
   "dots": lora_jax.products_saveable,
   "nothing": jax.checkpoint_policies.nothing_saveable,
 }
+
+# Adapters that are stored as what they make of the base, and not beside it.
+_SAVED_WITH_BASE = (weights.Full, weights.TokenRows)
 
 
 def open_run(path: str) -> tuple[workdir.Workdir, ConfigDict]:
@@ -97,8 +101,8 @@ def encode(data: ConfigDict, rows: list[records.Record], tokenizer) -> list[exam
   )
 
 
-def load_model(model: ConfigDict) -> pretrained.Pretrained:
-  """The base that a model config names."""
+def load_model(model: ConfigDict, mesh: Mesh | None = None) -> pretrained.Pretrained:
+  """The base that a model config names; with a mesh, each part of it where it belongs there."""
   if model.remat not in REMAT_POLICIES:
     raise ValueError(f"model.remat {model.remat!r} is unknown; use {', '.join(REMAT_POLICIES)}")
   return pretrained.load(
@@ -106,7 +110,38 @@ def load_model(model: ConfigDict) -> pretrained.Pretrained:
     dtype=jnp.dtype(model.dtype),
     scan_layers=model.scan_layers,
     remat_policy=REMAT_POLICIES[model.remat],
+    constrain=sharding.keep_rows(mesh) if mesh else None,
+    shardings=(lambda shapes: lay_out(shapes, mesh).shardings) if mesh else None,
   )
+
+
+def lay_out(params: PyTree, mesh: Mesh) -> sharding.Layout:
+  """Where a Llama, with or without adapters, lies on a mesh."""
+  return sharding.lay_out(params, mesh, sharding.LLAMA_RULES)
+
+
+def process_rows(config: ConfigDict, mesh: Mesh) -> dict[str, int]:
+  """Which rows of every batch this process reads, as the datasets take it.
+
+  Raises:
+    ValueError: when a batch of the config cannot be shared out over the mesh.
+  """
+  rows = {
+    "train.batch_size": config.train.batch_size,
+    "evaluation.batch_size": config.evaluation.batch_size,
+  }
+  for field, count in rows.items():
+    shard_index, shard_count = sharding.process_rows(mesh, count, field)
+  return {"shard_index": shard_index, "shard_count": shard_count}
+
+
+def gather(adapters: Mapping[str, lora_jax.Adapted], params: PyTree, mesh: Mesh) -> tuple:
+  """The adapters, and the base with those of its leaves that are saved with them, as numpy arrays
+  that are whole on every process."""
+  leaves = tree.flatten(params)
+  saved = {path: leaves[path] for path, x in adapters.items() if isinstance(x, _SAVED_WITH_BASE)}
+  adapters, saved = sharding.gather((dict(adapters), saved), mesh)
+  return adapters, tree.replace(params, saved)
 
 
 def trace_axes(model: llama.Llama, params: PyTree) -> dict[str, lora_jax.Axes]:

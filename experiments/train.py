@@ -6,6 +6,12 @@ r"""Trains an adapter: config, data, model, adapters, optimiser, restore, evalua
 
 The same command run again goes on where it stopped. The workdir then holds config.json,
 metrics.jsonl, checkpoints/, adapter/ (as `peft` loads it), eval.json, loss.png and tensorboard/.
+
+config.mesh says how the run is laid out on the devices. On a cluster the same command, with
+--distributed, is started once on each host (`experiments.processes`); two processes of one machine:
+
+    python -m experiments.launch --processes=2 -- \
+        experiments.train --config=configs/quickstart.py --workdir=runs/two
 """
 
 import functools
@@ -18,8 +24,8 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 import lora_jax
-from experiments import methods, parts
-from lora_jax import exchange
+from experiments import methods, parts, processes
+from lora_jax import exchange, sharding
 from lora_jax.data import batches
 from lora_jax.data.examples import choice_ids
 from lora_jax.models import llama
@@ -34,7 +40,8 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
   logging.set_verbosity(logging.WARNING)  # Orbax tells each file that it writes
-  with workdir.open_workdir(_WORKDIR.value, _CONFIG.value.to_dict()) as run:
+  processes.join()
+  with processes.open_workdir(_WORKDIR.value, _CONFIG.value.to_dict()) as run:
     try:
       train(_CONFIG.value, run)
     except loop.Interrupted as stopped:  # asked for, and saved: no error
@@ -45,12 +52,14 @@ def train(config, run):
   """Runs one config in its workdir."""
   # The adapter's settings and the data are checked before the model is loaded, and the targets
   # before anything is computed.
+  mesh = sharding.make_mesh(**config.mesh)
+  own_rows = parts.process_rows(config, mesh)
   rules = methods.rules_of(config.adapter)
   tx, learning_rate = methods.make_optimizer(config)
   records = parts.load_records(config.data)
   train_records = parts.pick(records, "train", "data.train")
   held_out_records = parts.pick(records, config.evaluation.split, "evaluation.split")
-  pretrained = parts.load_model(config.model)
+  pretrained = parts.load_model(config.model, mesh)
   encode = functools.partial(parts.encode, config.data, tokenizer=pretrained.tokenizer)
   train_examples = encode(train_records)
   held_out = encode(held_out_records)[: config.evaluation.examples or None]
@@ -63,30 +72,41 @@ def train(config, run):
   print(lora_jax.summary(pretrained.params, specs, axes))
 
   shapes = {"buckets": config.data.buckets, "pad_id": pretrained.tokenizer.pad_id}
-  dataset = batches.train_batches(
-    train_examples, config.train.batch_size, seed=config.seed, **shapes
+  train_batches = functools.partial(
+    batches.train_batches, train_examples, config.train.batch_size, seed=config.seed, **shapes
   )
+  eval_batches = functools.partial(
+    batches.eval_batches, batch_size=config.evaluation.batch_size, **shapes, **own_rows
+  )
+  put_rows = functools.partial(sharding.put_rows, mesh=mesh)
   train_data = iter(
-    dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
+    train_batches(**own_rows)
+    .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
+    .map(put_rows)
   )
-  eval_data = batches.eval_batches(held_out, config.evaluation.batch_size, **shapes)
+  eval_data = eval_batches(held_out).map(put_rows)
   validation_data = None
   if config.train.evaluate_every:
     validation_records = parts.pick(records, "validation", "train.evaluate_every")
-    validation_data = batches.eval_batches(
-      encode(validation_records), config.evaluation.batch_size, **shapes
-    )
+    validation_data = eval_batches(encode(validation_records)).map(put_rows)
 
   adapters = methods.start(
     config.adapter, jax.random.key(config.seed), pretrained.params, specs, axes, model.apply,
-    dataset,
+    train_batches(),
   )  # fmt: skip
   weights = lora_jax.attach(pretrained.params, adapters)
+  layout = parts.lay_out(weights, mesh)
+  if mesh.size > 1:
+    print(layout)
+  weights = jax.device_put(weights, layout.shardings)
   trainable, frozen = lora_jax.partition(weights, lora_jax.trainable_mask(weights))
   state = step.init_state(trainable, tx)
+  state_shardings = layout.follow(state)
+  state = jax.device_put(state, state_shardings)
   apply = lora_jax.adapt(model.apply)
-  train_step = methods.make_train_step(config, apply, tx, adapters)
+  train_step = methods.make_train_step(config, apply, tx, adapters, state_shardings)
   eval_step = evaluation.make_eval_step(apply, choices)
+  with_bar = functools.partial(tqdm, disable=not processes.is_first())
 
   with Checkpoints(
     run.checkpoints, keep=config.train.keep, fingerprint=workdir.fingerprint(config.to_dict())
@@ -97,16 +117,19 @@ def train(config, run):
       train_data.set_state(restored.data_state)
       print(f"restored: step {int(state.step)} of {config.train.steps}")
 
-    if run.evaluation.exists():
+    if processes.agree(run.evaluation.exists()):
       before = json.loads(run.evaluation.read_text())["before"]
     else:
-      before = evaluation.evaluate(eval_step, weights, tqdm(eval_data, desc="evaluate"))
-      workdir.write_json(run.evaluation, {"split": config.evaluation.split, "before": before})
+      before = evaluation.evaluate(eval_step, weights, with_bar(eval_data, desc="evaluate"))
+      if processes.is_first():
+        workdir.write_json(run.evaluation, {"split": config.evaluation.split, "before": before})
     print(f"before: {parts.describe(before)}")
 
     with (
-      metrics.MetricsWriter(run.metrics, run.tensorboard, step=int(state.step)) as writer,
-      progress.Progress(start=int(state.step), total=config.train.steps) as bar,
+      processes.metrics_writer(run, step=int(state.step)) as writer,
+      progress.Progress(
+        start=int(state.step), total=config.train.steps, disable=not processes.is_first()
+      ) as bar,
     ):
       state = loop.fit(
         state,
@@ -125,18 +148,15 @@ def train(config, run):
       )
 
   weights = lora_jax.join(state.trainable, frozen)
-  exchange.save(
-    run.adapter,
-    lora_jax.detach(weights, adapters),
-    pretrained.params,
-    axes,
-    base_model=config.model.source,
-  )
-  plot.plot_loss(metrics.read_metrics(run.metrics), run.plot)
-  after = evaluation.evaluate(eval_step, weights, tqdm(eval_data, desc="evaluate"))
-  workdir.write_json(
-    run.evaluation, {"split": config.evaluation.split, "before": before, "after": after}
-  )
+  trained, base = parts.gather(lora_jax.detach(weights, adapters), pretrained.params, mesh)
+  if processes.is_first():
+    exchange.save(run.adapter, trained, base, axes, base_model=config.model.source)
+    plot.plot_loss(metrics.read_metrics(run.metrics), run.plot)
+  after = evaluation.evaluate(eval_step, weights, with_bar(eval_data, desc="evaluate"))
+  if processes.is_first():
+    workdir.write_json(
+      run.evaluation, {"split": config.evaluation.split, "before": before, "after": after}
+    )
   print(f"after:  {parts.describe(after)}")
   print(f"everything is in {run.path}: adapter/, eval.json, loss.png, metrics.jsonl, checkpoints/")
 

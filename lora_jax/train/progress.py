@@ -20,13 +20,19 @@ class Progress:
   Args:
     start: the steps done before, in an earlier process.
     total: the steps of the whole run.
+    disable: show nothing, as in all but one of several processes.
   """
 
-  def __init__(self, *, start: int, total: int):
+  def __init__(self, *, start: int, total: int, disable: bool = False):
     # In a log file every refresh is one more piece of text, so there it is rarely refreshed.
     seconds = 0.2 if sys.stderr.isatty() else 10.0
     self._bar = tqdm(
-      initial=start, total=total, desc="train", bar_format=_FORMAT, mininterval=seconds
+      initial=start,
+      total=total,
+      desc="train",
+      bar_format=_FORMAT,
+      mininterval=seconds,
+      disable=disable,
     )
 
   def __enter__(self) -> "Progress":

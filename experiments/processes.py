@@ -1,0 +1,84 @@
+"""One run in several processes: the flags by which each finds the others.
+
+    --distributed                                                     # on a cluster
+    --coordinator=host:port --num_processes=2 --process_id=0          # by hand
+
+On TPU pods, under SLURM, Open MPI and Kubernetes JAX reads the rest from the environment. Without
+these flags a run is of one process. `experiments.launch` starts several on one machine.
+"""
+
+import contextlib
+import os
+import pathlib
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from jax.experimental import multihost_utils
+
+from lora_jax.train import metrics, workdir
+
+_DISTRIBUTED = flags.DEFINE_boolean(
+  "distributed", False, "Join the other processes of this job, as the cluster's environment says."
+)
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator", None, "host:port of process 0, without a cluster."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.", 1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "By hand: which one this is, from 0.", 0)
+
+
+def join() -> None:
+  """Joins the other processes, if the flags say that there are any; before any use of JAX.
+
+  Only the first process prints from then on.
+
+  Raises:
+    ValueError: when the flags for starting by hand are not given together.
+  """
+  by_hand = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  if any(value is not None for value in by_hand):
+    if None in by_hand:
+      raise ValueError("--coordinator, --num_processes and --process_id are given together")
+    jax.distributed.initialize(*by_hand)
+  elif _DISTRIBUTED.value:
+    jax.distributed.initialize()
+  if not is_first():
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115, open as long as the process
+
+
+def is_first() -> bool:
+  """Whether this is the process that prints, and writes what is written once."""
+  return jax.process_index() == 0
+
+
+def agree(answer: bool) -> bool:
+  """The first process's answer, in all; all processes must call it."""
+  return bool(multihost_utils.broadcast_one_to_all(np.array(answer)))
+
+
+def open_workdir(
+  path: str, config: Mapping[str, Any]
+) -> contextlib.AbstractContextManager[workdir.Workdir]:
+  """As `workdir.open_workdir` in the first process, which holds it; its paths in the others.
+
+  The folder must be one that all processes see.
+  """
+  if is_first():
+    return workdir.open_workdir(path, config)
+  return contextlib.nullcontext(workdir.Workdir(pathlib.Path(path).absolute()))
+
+
+def metrics_writer(run: workdir.Workdir, step: int) -> contextlib.AbstractContextManager:
+  """The run's MetricsWriter in the first process; in the others, one that writes nothing."""
+  if is_first():
+    return metrics.MetricsWriter(run.metrics, run.tensorboard, step=step)
+  return contextlib.nullcontext(_Silent())
+
+
+class _Silent:
+  def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    del step, metrics
