@@ -17,9 +17,13 @@ import pytest
 import torch
 import transformers
 
-from experiments import train
+import lora_jax
+from experiments import parts, train
+from lora_jax import exchange
+from lora_jax.data import batches
 from lora_jax.io import export, safetensors
 from lora_jax.models import llama
+from lora_jax.train import evaluation
 from lora_jax.train import workdir as workdir_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -204,6 +208,38 @@ def test_bad_input_is_refused_with_its_name_before_training(
       train.train(config, workdir)
     assert not workdir.metrics.exists()
     assert not workdir.evaluation.exists()
+
+
+def test_the_adapter_of_a_run_of_another_method_is_read_back_from_its_file(config_file, tmp_path):
+  config = runpy.run_path(str(config_file))["get_config"]("method=adalora,rank=12")
+  config.adapter.also_train = ("norm/scale",)
+  config.optimizer.rates = ((".*/b", 2.0), ("norm/.*", 0.5))
+  with workdir_lib.open_workdir(tmp_path / "run", config.to_dict()) as run:
+    train.train(config, run)
+  scores = json.loads(run.evaluation.read_text())
+  assert scores["after"]["loss"] < scores["before"]["loss"]
+
+  pretrained = parts.load_model(config.model)
+  model = llama.Llama(pretrained.config)
+  axes = parts.trace_axes(model, pretrained.params)
+  adapters = exchange.load(run.adapter, pretrained.params, axes)
+  assert len(adapters) == 7 + 1
+  ranks = {path: int((x.e != 0).sum()) for path, x in adapters.items() if path != "norm/scale"}
+  assert sum(ranks.values()) == 8 * 7 * 2
+  assert np.any(adapters["norm/scale"].dw)
+  trained = lora_jax.attach(pretrained.params, adapters)
+
+  # The same number as the run's own, from the file alone.
+  held_out = parts.pick(parts.load_records(config.data), "test", "test")
+  data = batches.eval_batches(
+    parts.encode(config.data, held_out, pretrained.tokenizer)[:16],
+    config.evaluation.batch_size,
+    buckets=config.data.buckets,
+    pad_id=pretrained.tokenizer.pad_id,
+  )
+  eval_step = evaluation.make_eval_step(lora_jax.adapt(model.apply), ())
+  loss = evaluation.evaluate(eval_step, trained, data)["loss"]
+  assert loss == pytest.approx(scores["after"]["loss"], rel=1e-4)
 
 
 def test_a_diverging_run_stops_at_the_step_and_keeps_its_checkpoint(config_file, tmp_path):

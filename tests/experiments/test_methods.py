@@ -155,7 +155,19 @@ def run_of(name, tiny):
   return step.init_state(trainable, tx), frozen, train_step, adapters
 
 
-@pytest.mark.parametrize("name", [name for name in presets.METHODS if name != "bias"])
+# Those that start, train or choose their leaves in a way of their own; the rest, which differ in
+# their Weight alone, are slow here and quick in the tests of the adapters.
+EVERYDAY = ("lora", "eva", "adalora", "norm")
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=() if name in EVERYDAY else pytest.mark.slow)
+    for name in presets.METHODS
+    if name != "bias"
+  ],
+)
 def test_every_method_starts_as_the_base_and_learns(name, tiny):
   _, params, _ = tiny
   state, frozen, train_step, adapters = run_of(name, tiny)
