@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import lora_jax
 from experiments import parts
+from lora_jax import exchange
 from lora_jax.data import batches
 from lora_jax.data.examples import choice_ids
 from lora_jax.data.references import by_prompt
@@ -49,9 +50,8 @@ def main(argv):
 
   pretrained = parts.load_model(config.model)
   model = llama.Llama(pretrained.config)
-  params, adapters = parts.load_adapter(
-    run.adapter, pretrained.params, parts.trace_axes(model, pretrained.params)
-  )
+  axes = parts.trace_axes(model, pretrained.params)
+  adapters = exchange.load(run.adapter, pretrained.params, axes)
   held_out = parts.encode(config.data, split, pretrained.tokenizer)
   data = batches.eval_batches(
     held_out[: _EXAMPLES.value or None],
@@ -64,7 +64,7 @@ def main(argv):
   )
 
   candidates = {"base": pretrained.params} if _BASE.value else {}
-  candidates["adapter"] = lora_jax.attach(params, adapters)
+  candidates["adapter"] = lora_jax.attach(pretrained.params, adapters)
   results = {"split": _SPLIT.value}
   for name, weights in candidates.items():
     results[name] = evaluation.evaluate(eval_step, weights, tqdm(data, desc=name))

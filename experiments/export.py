@@ -13,6 +13,7 @@ from absl import app, flags, logging
 
 import lora_jax
 from experiments import parts
+from lora_jax import exchange
 from lora_jax.io import export
 from lora_jax.models import llama
 
@@ -30,8 +31,8 @@ def main(argv):
   run, config = parts.open_run(_WORKDIR.value)
   pretrained = parts.load_model(config.model)
   axes = parts.trace_axes(llama.Llama(pretrained.config), pretrained.params)
-  params, adapters = parts.load_adapter(run.adapter, pretrained.params, axes)
-  merged = lora_jax.merge(params, adapters)
+  adapters = exchange.load(run.adapter, pretrained.params, axes)
+  merged = lora_jax.merge(pretrained.params, adapters)
   merged = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(_DTYPE.value)), merged)
   export.save(_OUTPUT.value, merged, pretrained.config, pretrained.tokenizer)
   print(f"merged {len(adapters)} adapted kernels into {_OUTPUT.value}")

@@ -17,6 +17,7 @@ from absl import app, flags, logging
 
 import lora_jax
 from experiments import parts
+from lora_jax import exchange
 from lora_jax.io import pretrained as pretrained_lib
 from lora_jax.models import decode, llama
 
@@ -51,7 +52,8 @@ def main(argv):
     pretrained = parts.load_model(config.model)
     model = llama.Llama(pretrained.config)
     axes = parts.trace_axes(model, pretrained.params)
-    weights = lora_jax.attach(*parts.load_adapter(run.adapter, pretrained.params, axes))
+    adapters = exchange.load(run.adapter, pretrained.params, axes)
+    weights = lora_jax.attach(pretrained.params, adapters)
 
   tokenizer = pretrained.tokenizer
   prompts, lengths = decode.pad_prompts(

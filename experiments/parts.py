@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 import lora_jax
 from lora_jax import sharding, tree, weights
 from lora_jax.data import detokenise, examples, labels, records, splits, templates
-from lora_jax.io import assets, peft, pretrained
+from lora_jax.io import assets, pretrained
 from lora_jax.models import llama
 from lora_jax.train import workdir
 
@@ -148,29 +148,6 @@ def trace_axes(model: llama.Llama, params: PyTree) -> dict[str, lora_jax.Axes]:
   """The roles of the axes of every parameter, by tracing one short call."""
   tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
   return lora_jax.trace_axes(lambda p, t: model.apply({"params": p}, t), params, tokens)
-
-
-def load_adapter(
-  folder, params: PyTree, axes: Mapping[str, lora_jax.Axes]
-) -> tuple[PyTree, dict[str, lora_jax.LowRank]]:
-  """The base with the leaves that an adapter's folder holds in full, and its `{path: adapter}`.
-
-  Raises what `lora_jax.io.peft.load` does.
-  """
-  leaves = tree.flatten(params)
-  loaded = peft.load(folder, leaves)
-  adapters = {
-    path: lora_jax.LowRank(
-      w=None,
-      a=jnp.asarray(factors.a),
-      b=jnp.asarray(factors.b),
-      scale=factors.scale,
-      roles=axes[path].roles.lstrip("s"),
-    )
-    for path, factors in loaded.factors.items()
-  }
-  full = {path: jnp.asarray(leaf, leaves[path].dtype) for path, leaf in loaded.full.items()}
-  return tree.replace(params, full), adapters
 
 
 def describe(metrics: Mapping[str, float]) -> str:
