@@ -1,6 +1,7 @@
 """Adapters of one structure: switched, stacked, and a row of a batch each its own."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,9 @@ from lora_jax.models import decode, llama
 PARAMS = {"up": normal(11, 13), "down": normal(13, 11)}
 X = normal(5, 11)
 ROWS = normal(5, 2, 11)  # five rows of two inputs each
+
+# The numbers are what is looked at here, and most of the time is the compiler's.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 pickers = pytest.mark.parametrize("pick", [select, gate], ids=["select", "gate"])
 
@@ -151,7 +155,6 @@ def test_the_gate_keeps_the_factors_out_of_the_batch():
   assert full_size_values(by_row(select), arguments, batched) > 0
 
 
-@pickers
 @pytest.mark.parametrize(
   "name",
   [
@@ -166,7 +169,7 @@ def test_the_gate_keeps_the_factors_out_of_the_batch():
     "cond",
   ],
 )
-def test_every_kind_of_kernel_takes_an_adapter_a_row(name, pick):
+def test_every_kind_of_kernel_takes_an_adapter_a_row(name):
   f, params, roles, x = PROGRAMS[name][:4]
   leaves = lora_jax.tree.flatten(params)
   adapters = [
@@ -174,7 +177,7 @@ def test_every_kind_of_kernel_takes_an_adapter_a_row(name, pick):
   ]
   rows = jnp.stack([x, x, x])
   slots = jnp.array([1, 0, 1])
-  found = jax.jit(by_row(pick, f))(params, stack(adapters, slots=3), slots, rows)
+  found = quick_jit(by_row(gate, f))(params, stack(adapters, slots=3), slots, rows)
   expected = [f(lora_jax.merge(params, adapters[slot]), x) for slot in slots]
   assert_close(found, jax.tree.map(lambda *xs: jnp.stack(xs), *expected))
 
@@ -193,12 +196,12 @@ def test_the_factors_in_the_stack_have_gradients_of_their_own_rows(pick):
   def total(stacked):
     return jnp.sum(by_row(pick)(PARAMS, stacked, slots, ROWS) ** 2)
 
-  def total_alone(adapters, slot):
-    return jnp.sum(oracle(adapters, ROWS[slots == slot]) ** 2)
+  def total_alone(adapters, rows):
+    return jnp.sum(oracle(adapters, rows) ** 2)
 
-  gradient = jax.grad(total)(stacked)
+  gradient = quick_jit(jax.grad(total))(stacked)
   for slot, one in enumerate(align(dict(enumerate(ADAPTERS))).values()):
-    expected = jax.grad(total_alone)(one, slot)
+    expected = quick_jit(jax.grad(total_alone))(one, ROWS[slots == slot])
     assert_close(jax.tree.map(lambda x, n=slot: x[n], gradient), expected)
 
 
@@ -284,9 +287,9 @@ def test_a_llama_answers_each_row_with_its_own_adapter(language_model, pick):
     return module.apply({"params": p}, tokens[None])[0]
 
   stacked = stack(adapters, slots=3)
-  found = jax.jit(by_row(pick, apply))(params, stacked, jnp.array(slots), tokens)
+  found = quick_jit(by_row(pick, apply))(params, stacked, jnp.array(slots), tokens)
   merged = [lora_jax.merge(params, each) for each in (*adapters, {})]
-  alone = jax.jit(apply)
+  alone = quick_jit(apply)
   expected = [alone(merged[slot], row) for slot, row in zip(slots, tokens, strict=True)]
   assert_close(found, jnp.stack(expected))
 
@@ -307,10 +310,10 @@ def test_texts_are_decoded_together_each_with_its_own_adapter(language_model):
   def row(stacked, slot, prompt, length):
     return text(attach(params, gate(stacked, slot)), prompt, length)
 
-  together = jax.jit(jax.vmap(row, (None, 0, 0, 0)))
+  together = quick_jit(jax.vmap(row, (None, 0, 0, 0)))
   found = together(stack(adapters), jnp.array(slots), prompts, lengths)
   merged = [lora_jax.merge(params, each) for each in adapters]
-  alone = jax.jit(text)
+  alone = quick_jit(text)
   expected = [
     alone(merged[slot], prompt, length)
     for slot, prompt, length in zip(slots, prompts, lengths, strict=True)

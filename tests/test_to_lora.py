@@ -63,8 +63,7 @@ def nearest(delta: np.ndarray, roles: str, rank: int) -> tuple[np.ndarray, float
 
 
 @shapes
-@pytest.mark.parametrize("rank", [1, 3])
-def test_a_larger_lora_is_cut_to_the_nearest_of_a_rank(shape, roles, rank):
+def test_a_larger_lora_is_cut_to_the_nearest_of_a_rank(shape, roles, rank=3):
   adapters = {"w": low_rank(shape, roles, rank=5)}
   params = {"w": jnp.zeros(shape)}
   expected, error = nearest(change(adapters, params)["w"], roles, rank)
@@ -94,8 +93,9 @@ def test_a_pissa_adapter_becomes_a_lora_of_twice_its_rank_on_the_original_base()
   np.testing.assert_allclose(errors["w"], error, rtol=1e-4)
 
 
-@shapes
-def test_a_dora_adapter_is_converted_by_its_change_of_the_base(shape, roles):
+@pytest.mark.parametrize("name", ["layers", "heads back", "experts on a middle axis"])
+def test_a_dora_adapter_is_converted_by_its_change_of_the_base(name):
+  shape, roles = SHAPES[name]
   params = {"w": normal(*shape)}
   axes = {"w": lora_jax.Axes(roles, ("dot_general",))}
   adapters = moved(lora_jax.init(KEY, params, {"w": lora_jax.DoRA(rank=2, alpha=3.0)}, axes))
