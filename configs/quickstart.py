@@ -66,10 +66,13 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   data.test_source = ""  # a file that is the test split; then data.test is 0
   data.max_length = 80  # tokens; a longer prompt loses its beginning
   data.buckets = (24, 32, 40, 48, 64, 80)  # lengths that batches are padded to; each compiles once
+  data.packed_length = 0  # tokens of a row that several examples share; 0: a row each
 
   config.train = train = ml_collections.ConfigDict()
   train.steps = 160
-  train.batch_size = 16  # sentences a step
+  train.batch_size = 16  # sentences a step; rows, where several share one
+  train.accumulate = 1  # parts of a batch, one after another, whose gradients are summed
+  train.loss_chunk = 0  # positions of a row whose logits are held at a time; 0 for all
   train.log_every = 1  # steps
   train.checkpoint_every = 50  # steps
   train.keep = 2  # checkpoints

@@ -18,6 +18,7 @@ import lora_jax
 from lora_jax import calibration
 from lora_jax.adapters import Method, eva
 from lora_jax.train import adalora, optimizer, step
+from lora_jax.train.chunked_loss import chunked_completion_objective
 
 PyTree = Any
 
@@ -121,7 +122,7 @@ def start(
   Args:
     adapter: the config's section.
     key, params, specs, axes: as `lora_jax.init` takes them.
-    apply: `apply({"params": params}, tokens)`, the model.
+    apply: `apply({"params": params}, tokens, segments_BT=...)`, the model.
     dataset: the training batches by step, for a method that starts from the first of them.
   """
   from_inputs = {path: spec for path, spec in specs.items() if isinstance(spec, EVA)}
@@ -129,7 +130,9 @@ def start(
   adapters = lora_jax.init(key, params, others, axes)
   if from_inputs:
     moments = calibration.second_moments(
-      lambda params, batch: apply({"params": params}, batch["tokens"]),
+      lambda params, batch: apply(
+        {"params": params}, batch["tokens"], segments_BT=batch.get("segments")
+      ),
       params, from_inputs, (dataset[n] for n in range(adapter.batches)), axes=axes,
       mask=_real_tokens,
     )  # fmt: skip
@@ -188,8 +191,12 @@ def make_train_step(
 ) -> Callable:
   """The training step of a whole config; `apply` as `completion_objective` takes it."""
   objective = step.completion_objective(apply)
+  if config.train.loss_chunk:
+    objective = chunked_completion_objective(apply, config.train.loss_chunk)
   if config.adapter.method == "adalora":
     objective = adalora.with_orthogonality(objective, config.adapter.orthogonality)
   drops = any(adapter.drops for adapter in adapters.values())
   dropout_key = jax.random.key(config.seed) if drops else None
-  return step.make_train_step(objective, tx, dropout_key=dropout_key, shardings=shardings)
+  return step.make_train_step(
+    objective, tx, parts=config.train.accumulate, dropout_key=dropout_key, shardings=shardings
+  )

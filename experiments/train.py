@@ -26,7 +26,7 @@ from tqdm import tqdm
 import lora_jax
 from experiments import methods, parts, processes
 from lora_jax import exchange, sharding
-from lora_jax.data import batches
+from lora_jax.data import batches, packing
 from lora_jax.data.examples import choice_ids
 from lora_jax.models import llama
 from lora_jax.train import evaluation, loop, metrics, plot, progress, step, workdir
@@ -75,14 +75,20 @@ def train(config, run):
   train_batches = functools.partial(
     batches.train_batches, train_examples, config.train.batch_size, seed=config.seed, **shapes
   )
+  if config.data.packed_length:
+    train_batches = functools.partial(
+      packing.packed_batches, train_examples, config.train.batch_size, seed=config.seed,
+      length=config.data.packed_length, pad_id=pretrained.tokenizer.pad_id,
+    )  # fmt: skip
   eval_batches = functools.partial(
     batches.eval_batches, batch_size=config.evaluation.batch_size, **shapes, **own_rows
   )
   put_rows = functools.partial(sharding.put_rows, mesh=mesh)
+  # Made, and put on the devices, by another thread some steps ahead.
   train_data = iter(
     train_batches(**own_rows)
-    .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
     .map(put_rows)
+    .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
   )
   eval_data = eval_batches(held_out).map(put_rows)
   validation_data = None
