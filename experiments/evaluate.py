@@ -3,13 +3,15 @@ r"""Evaluates a run: the base against the base with the run's adapter, on a spli
     python -m experiments.evaluate --workdir=runs/quickstart --split=validation
     python -m experiments.evaluate --workdir=runs/e2e --nobase --beams=1 --beams=4
 
-Prints a line for each loss, and for each BLEU, and a JSON object with all of them. BLEU is that of
-the texts that are generated for the split's prompts, against all completions that its records have
-for them; the texts come into the workdir, `generated/test_adapter_beams4.jsonl` for example.
+Prints a line for each loss and each BLEU, and a JSON object with all of them, which is also kept in
+the workdir, as eval_test.json. BLEU is that of the texts that are generated for the split's
+prompts, against all completions that its records have for them; the texts are kept too, in
+generated/test_adapter_beams4.jsonl for example.
 """
 
 import functools
 import json
+import time
 
 from absl import app, flags, logging
 from tqdm import tqdm
@@ -21,7 +23,7 @@ from lora_jax.data import batches
 from lora_jax.data.examples import choice_ids
 from lora_jax.data.references import by_prompt
 from lora_jax.models import decode, llama
-from lora_jax.train import evaluation, generation
+from lora_jax.train import evaluation, generation, workdir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.", required=True)
 _SPLIT = flags.DEFINE_string("split", "test", "The split: train, validation or test.")
@@ -66,10 +68,13 @@ def main(argv):
   candidates = {"base": pretrained.params} if _BASE.value else {}
   candidates["adapter"] = lora_jax.attach(pretrained.params, adapters)
   results = {"split": _SPLIT.value}
+  if _BEAMS.value:
+    results |= {"length_penalty": _LENGTH_PENALTY.value, "max_tokens": _MAX_TOKENS.value}
   for name, weights in candidates.items():
     results[name] = evaluation.evaluate(eval_step, weights, tqdm(data, desc=name))
     print(f"{name:8} {parts.describe(results[name])}")
     for beams in _BEAMS.value:
+      started = time.perf_counter()
       texts = write_texts(
         config,
         pretrained,
@@ -84,11 +89,12 @@ def main(argv):
       score = generation.bleu(
         [text["text"] for text in texts], [text["references"] for text in texts]
       )
-      results[name][f"beams {beams}"] = score
+      results[name][f"beams {beams}"] = score | {"seconds": time.perf_counter() - started}
       print(f"{name:8} BLEU {score['bleu']:.2f} of {score['texts']} texts, beams {beams}")
       file = run.path / "generated" / f"{_SPLIT.value}_{name}_beams{beams}.jsonl"
       file.parent.mkdir(exist_ok=True)
       file.write_text("".join(json.dumps(text, ensure_ascii=False) + "\n" for text in texts))
+  workdir.write_json(run.path / f"eval_{_SPLIT.value}.json", results)
   print(json.dumps(results))
 
 
