@@ -136,7 +136,12 @@ def gate(stacked: Mapping[str, LowRank], slot: int | jax.Array) -> dict[str, Gat
   Args:
     stacked: what `stack` made.
     slot: as in `select`, but one only.
+
+  Raises:
+    ValueError: when there are several slots.
   """
+  if jnp.ndim(slot):
+    raise ValueError("gate opens one slot; map over several, jax.vmap(lambda slot, x: ...)")
   slots = _slots(stacked)
   chosen = jax.nn.one_hot(slot, slots)
 
