@@ -124,8 +124,13 @@ def process_rows(config: ConfigDict, mesh: Mesh) -> dict[str, int]:
   """Which rows of every batch this process reads, as the datasets take it.
 
   Raises:
-    ValueError: when a batch of the config cannot be shared out over the mesh.
+    ValueError: when a batch of the config cannot be shared out over the mesh, or cut into parts.
   """
+  if config.train.accumulate < 1 or config.train.batch_size % config.train.accumulate:
+    raise ValueError(
+      f"train.batch_size {config.train.batch_size} has no {config.train.accumulate} equal parts; "
+      "train.accumulate must be 1 or more, and divide it"
+    )
   rows = {
     "train.batch_size": config.train.batch_size,
     "evaluation.batch_size": config.evaluation.batch_size,

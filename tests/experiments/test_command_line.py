@@ -196,6 +196,9 @@ def test_an_unknown_field_is_refused_by_name(config_file, tmp_path):
     ("model.remat", "some", "model.remat 'some' is unknown"),
     ("evaluation.split", "dev", "evaluation.split 'dev'.*train, validation, test"),
     ("optimizer.warmup_steps", 50, "warm-up"),
+    ("train.accumulate", 3, "train.batch_size 8 has no 3 equal parts"),
+    ("train.loss_chunk", -1, "chunk is -1; it must be at least 1 position"),
+    ("data.packed_length", 2, "more than a row of 2; make rows of at least"),
   ],
 )
 def test_bad_input_is_refused_with_its_name_before_training(
