@@ -15,7 +15,7 @@ import optax
 from ml_collections import ConfigDict
 
 import lora_jax
-from lora_jax import calibration
+from lora_jax import calibration, sharding
 from lora_jax.adapters import Method, eva
 from lora_jax.train import adalora, optimizer, step
 from lora_jax.train.chunked_loss import chunked_completion_objective
@@ -136,6 +136,7 @@ def start(
       params, from_inputs, (dataset[n] for n in range(adapter.batches)), axes=axes,
       mask=_real_tokens,
     )  # fmt: skip
+    moments = sharding.gather(moments)  # eigenvectors are sought on the host
     adapters |= eva.start(
       params, from_inputs, moments, rho=adapter.rho, iterations=adapter.iterations, axes=axes
     )

@@ -101,18 +101,29 @@ def encode(data: ConfigDict, rows: list[records.Record], tokenizer) -> list[exam
   )
 
 
+def inspect_model(model: ConfigDict) -> pretrained.Pretrained:
+  """The base that a model config names, shapes in the place of its arrays."""
+  return pretrained.inspect(model.source, **_model_options(model))
+
+
 def load_model(model: ConfigDict, mesh: Mesh | None = None) -> pretrained.Pretrained:
   """The base that a model config names; with a mesh, each part of it where it belongs there."""
-  if model.remat not in REMAT_POLICIES:
-    raise ValueError(f"model.remat {model.remat!r} is unknown; use {', '.join(REMAT_POLICIES)}")
   return pretrained.load(
     model.source,
-    dtype=jnp.dtype(model.dtype),
-    scan_layers=model.scan_layers,
-    remat_policy=REMAT_POLICIES[model.remat],
+    **_model_options(model),
     constrain=sharding.keep_rows(mesh) if mesh else None,
     shardings=(lambda shapes: lay_out(shapes, mesh).shardings) if mesh else None,
   )
+
+
+def _model_options(model: ConfigDict) -> dict[str, Any]:
+  if model.remat not in REMAT_POLICIES:
+    raise ValueError(f"model.remat {model.remat!r} is unknown; use {', '.join(REMAT_POLICIES)}")
+  return {
+    "dtype": jnp.dtype(model.dtype),
+    "scan_layers": model.scan_layers,
+    "remat_policy": REMAT_POLICIES[model.remat],
+  }
 
 
 def lay_out(params: PyTree, mesh: Mesh) -> sharding.Layout:
@@ -140,12 +151,12 @@ def process_rows(config: ConfigDict, mesh: Mesh) -> dict[str, int]:
   return {"shard_index": shard_index, "shard_count": shard_count}
 
 
-def gather(adapters: Mapping[str, lora_jax.Adapted], params: PyTree, mesh: Mesh) -> tuple:
+def gather(adapters: Mapping[str, lora_jax.Adapted], params: PyTree) -> tuple:
   """The adapters, and the base with those of its leaves that are saved with them, as numpy arrays
   that are whole on every process."""
   leaves = tree.flatten(params)
   saved = {path: leaves[path] for path, x in adapters.items() if isinstance(x, _SAVED_WITH_BASE)}
-  adapters, saved = sharding.gather((dict(adapters), saved), mesh)
+  adapters, saved = sharding.gather((dict(adapters), saved))
   return adapters, tree.replace(params, saved)
 
 

@@ -154,7 +154,7 @@ def train(config, run):
       )
 
   weights = lora_jax.join(state.trainable, frozen)
-  trained, base = parts.gather(lora_jax.detach(weights, adapters), pretrained.params, mesh)
+  trained, base = parts.gather(lora_jax.detach(weights, adapters), pretrained.params)
   if processes.is_first():
     exchange.save(run.adapter, trained, base, axes, base_model=config.model.source)
     plot.plot_loss(metrics.read_metrics(run.metrics), run.plot)

@@ -22,6 +22,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from lora_jax import tables, tree
@@ -241,10 +243,15 @@ def keep_rows(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
   return lambda x: jax.lax.with_sharding_constraint(x, sharding)
 
 
-def gather(params: PyTree, mesh: Mesh) -> PyTree:
+def gather(params: PyTree) -> PyTree:
   """The tree as numpy arrays, whole, on every process; all processes must call it."""
-  whole = NamedSharding(mesh, jax.P())
-  return jax.device_get(jax.jit(lambda x: x, out_shardings=whole)(params))
+
+  def whole(x: jax.Array) -> np.ndarray:
+    if x.is_fully_addressable:
+      return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
+
+  return jax.tree.map(whole, params)
 
 
 def _rule(path: str, leaf: Any, rules: Rules, mesh: Mesh) -> tuple[str, jax.P]:

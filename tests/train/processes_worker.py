@@ -51,7 +51,7 @@ def each_process_reads_its_own_rows_and_together_they_are_the_batch(_):
     rows = batch.reshape(count, -1, 3)[index]
     placed = sharding.put_rows({"tokens": rows}, mesh)["tokens"]
     assert placed.shape == (8, 3)
-    np.testing.assert_array_equal(sharding.gather(placed, mesh), batch)
+    np.testing.assert_array_equal(sharding.gather(placed), batch)
 
 
 def a_mesh_that_leaves_devices_of_some_process_unused_is_refused(_):
@@ -74,7 +74,7 @@ def what_one_mesh_saved_another_restores_bit_for_bit(folder):
   assert int(restored.state.step) == 3
   for path, leaf in tree.flatten(restored.state).items():
     assert leaf.sharding == tree.flatten(like)[path].sharding, path
-  whole = sharding.gather(restored.state.trainable, make_mesh((4, 1, 1)))
+  whole = sharding.gather(restored.state.trainable)
   for name, value in values.items():
     assert whole[name].tobytes() == value.tobytes(), name
 
@@ -96,7 +96,7 @@ def a_bit_that_flipped_is_found_by_all_processes_and_the_one_before_is_restored(
     restored = checkpoints.restore(state)
   assert restored.data_state == {"position": 1}
   assert (folder / "damaged-4").is_dir()
-  whole = sharding.gather(restored.state.trainable, mesh)
+  whole = sharding.gather(restored.state.trainable)
   assert whole["rows"].tobytes() == values["rows"].tobytes()
 
 
