@@ -1,0 +1,122 @@
+"""What a training step will need, before an array of it exists.
+
+    plan = make_plan(Run(train_step, state, frozen, batch))      # jax.ShapeDtypeStructs all
+    print(plan)
+    plan.total <= 16e9
+
+What a step is given (the base, what trains, the optimiser, the batch) is counted exactly. What it
+makes on the way (activations kept for the backward pass, gradients, and room to work in) is
+estimated from the traced step by `lora_jax.cost`. Nothing is compiled.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from lora_jax import cost, tables
+from lora_jax.train.step import Batch, State
+
+PyTree = Any
+
+
+class Run(NamedTuple):
+  """A training step and what it is called with; every array may be a `jax.ShapeDtypeStruct`.
+
+  Attributes:
+    train_step: as `lora_jax.train.step.make_train_step` makes it.
+    state, frozen, batch: its arguments. An array that has a sharding counts for the part of it that
+      one device holds.
+  """
+
+  train_step: Callable
+  state: State
+  frozen: PyTree
+  batch: Batch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+  """What a step needs; `str` of it is a table.
+
+  Attributes:
+    frozen, trainable: how many numbers the base has, and how many train beside it.
+    flops: floating-point operations of a step's products, of all devices.
+    base, adapters, optimizer, batch: bytes on a device of what the step is given.
+    activations: bytes on a device of what it makes: activations, gradients, room to work in.
+  """
+
+  frozen: int
+  trainable: int
+  flops: int
+  base: int
+  adapters: int
+  optimizer: int
+  batch: int
+  activations: int
+
+  @property
+  def arguments(self) -> int:
+    """Bytes on a device of what the step is given."""
+    return self.base + self.adapters + self.optimizer + self.batch
+
+  @property
+  def total(self) -> int:
+    """Bytes on a device."""
+    return self.arguments + self.activations
+
+  def __str__(self) -> str:
+    rows = [
+      ("base", self.base),
+      ("what trains", self.adapters),
+      ("optimiser", self.optimizer),
+      ("batch", self.batch),
+      ("activations and gradients", self.activations),
+      ("together", self.total),
+    ]
+    table = tables.rendered(
+      ("memory of a device", f"{'MB':>12}"),
+      [(name, f"{size / 1e6:>12,.1f}") for name, size in rows],
+    )
+    return f"{table}\n{self.flops / 1e12:,.3f} TFLOP a step"
+
+
+def make_plan(run: Run, share: Run | None = None) -> Plan:
+  """Plans a training step.
+
+  Args:
+    run: the whole step.
+    share: the step as one of several devices computes it, with the shapes that its arrays have
+      there; None for a single device.
+  """
+  whole = _traced(run)
+  alone = whole if share is None else _traced(share)
+  return Plan(
+    frozen=_count(run.frozen),
+    trainable=_count(run.state.trainable),
+    flops=cost.flops(whole),
+    base=_bytes_of_a_device(run.frozen),
+    adapters=_bytes_of_a_device(run.state.trainable),
+    optimizer=_bytes_of_a_device(run.state.opt_state) + _bytes_of_a_device(run.state.step),
+    batch=_bytes_of_a_device(run.batch),
+    activations=cost.peak_memory(alone, results_in_place=True),
+  )
+
+
+def _traced(run: Run):
+  return jax.make_jaxpr(run.train_step)(run.state, run.frozen, run.batch)
+
+
+def _count(tree: PyTree) -> int:
+  return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _bytes_of_a_device(tree: PyTree) -> int:
+  def size(x) -> int:
+    sharding = getattr(x, "sharding", None)
+    shape = x.shape if sharding is None else sharding.shard_shape(x.shape)
+    return math.prod(shape) * x.dtype.itemsize
+
+  return sum(map(size, jax.tree.leaves(tree)))
