@@ -91,7 +91,7 @@ def test_values_and_gradients_under_jit_are_the_oracle_s_and_a_second_call_compi
   assert not events
 
 
-@kinds(*WEIGHTS)
+@kinds("float32", "nested", "bfloat16-base", "bfloat16-model", "gated")
 @all_programs
 def test_strict_mode_forms_no_full_size_value_or_says_why_it_would(program, kind):
   params, x = arguments(program, kind)

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import lora_jax
 from lora_jax import LowRank, tree
-from lora_jax.weights import Gated
+from lora_jax.weights import DoRA, Gated, LoKr, input_norms
 
 RANK = 2
 
@@ -51,6 +52,21 @@ def gated(w, roles: str) -> Gated:
   return Gated(w, a, b, scale=0.5, gate=gate, roles=roles.lstrip("s"))
 
 
+def dora(w, roles: str) -> DoRA:
+  """With lengths that are not those of the base."""
+  a, b = factors(w.shape, roles)
+  norm = input_norms(w, roles)
+  magnitude = norm * jnp.linspace(0.5, 2.0, norm.size).reshape(norm.shape)
+  return DoRA(w, a, b, magnitude, norm, scale=0.5, roles=roles.lstrip("s"))
+
+
+def lokr(w, roles: str) -> LoKr:
+  """With factors of rank one, so that its low-rank form has a small rank too."""
+  adapter = lora_jax.LoKr(rank=1, alpha=0.5).init(jax.random.key(0), "", w, roles)
+  trained = jax.tree.map(lambda x: x + jnp.sin(jnp.arange(x.size)).reshape(x.shape), adapter)
+  return trained.attach(w, "")
+
+
 WEIGHTS = {
   "float32": Kind(low_rank),
   "nested": Kind(lambda w, roles: low_rank(low_rank(w, roles, seed=1), roles)),
@@ -59,6 +75,8 @@ WEIGHTS = {
     lambda w, roles: low_rank(w.astype(jnp.bfloat16), roles), "bfloat16", "bfloat16"
   ),
   "gated": Kind(gated),
+  "dora": Kind(dora),
+  "lokr": Kind(lokr),
 }
 
 

@@ -100,7 +100,7 @@ class ScaledOutputs(Structured):
     rest, batches = iter(names.replace(names[axis], "")), iter(string.ascii_uppercase)
     out_labels = "".join(next(rest if n in d.offset_dims else batches) for n in range(rows.ndim))
     batch_labels = "".join(x for x in out_labels if x.isupper())
-    ids, c, c_labels = indices[..., 0], self.c, self._labels
+    ids, c, c_labels = indices[..., 0].astype(jnp.int32), self.c, self._labels
     if self.all_roles[axis] == "o":
       c = jnp.take(c, ids, axis=c_labels.index(names[axis]), mode="clip")
       c_labels = c_labels.replace(names[axis], batch_labels)
