@@ -42,7 +42,7 @@ class Twins:
 
   def logits(self, adapters) -> np.ndarray:
     """The output here; of the base with {}."""
-    merged = jax.jit(lora_jax.merge)(self.params, adapters)
+    merged = lora_jax.merge(self.params, adapters)
     return np.asarray(jax.jit(self.apply)(merged, jnp.asarray(self.inputs)))
 
   def load(self, folder):
@@ -60,13 +60,13 @@ def torch_logits(model: torch.nn.Module, inputs: np.ndarray) -> np.ndarray:
 
 
 def in_peft(twins: Twins, folder) -> np.ndarray:
-  """The logits in `peft` with the adapter of a folder; no key of it is missing or unexpected."""
-  config = peft.PeftConfig.from_pretrained(folder)
-  model = peft.get_peft_model(twins.torch(), config)
+  """The logits in `peft` with the adapter of a folder, whose keys are those that `peft` saves."""
+  model = peft.get_peft_model(twins.torch(), peft.PeftConfig.from_pretrained(folder))
   tensors = peft.utils.load_peft_weights(str(folder), device="cpu")
+  saved = peft.get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+  assert tensors.keys() == saved, tensors.keys() ^ saved
   keys = peft.set_peft_model_state_dict(model, tensors)
-  assert not keys.unexpected_keys
-  assert not [key for key in keys.missing_keys if "default" in key]
+  assert not keys.unexpected_keys, keys.unexpected_keys
   return torch_logits(model.eval(), twins.inputs)
 
 
@@ -92,10 +92,11 @@ def shaken(params, adapters):
   """The adapters with what trains moved by random amounts."""
   weights = lora_jax.attach(params, adapters)
   trained, rest = lora_jax.partition(weights, lora_jax.trainable_mask(weights))
-  leaves, structure = jax.tree.flatten(trained)
-  keys = jax.random.split(jax.random.key(5), len(leaves))
-  moved = [x + 0.3 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
-  return lora_jax.detach(lora_jax.join(structure.unflatten(moved), rest), adapters)
+  rng = np.random.default_rng(5)  # numpy's, which compiles nothing
+  moved = jax.tree.map(
+    lambda x: jnp.asarray(x + 0.3 * rng.normal(size=x.shape).astype(np.float32)), trained
+  )
+  return lora_jax.detach(lora_jax.join(moved, rest), adapters)
 
 
 def llama_twins(tie: bool = False, scan: bool = False) -> Twins:

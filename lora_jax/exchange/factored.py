@@ -14,7 +14,7 @@ from lora_jax.exchange import lokr
 from lora_jax.exchange.formats import ADALORA_EPSILON, FORMATS, RECENTRED, Format
 from lora_jax.exchange.modules import Module, module_of
 from lora_jax.io import peft, peft_patterns
-from lora_jax.weights import Adapted, DoRA, LoKr, LowRank, Recentred, materialize
+from lora_jax.weights import Adapted, DoRA, LoKr, LowRank, Recentred
 
 # What `init_lora_weights` says where training starts on the base as it is, and where it starts on
 # a residual that PEFT computes again whenever it loads the adapter.
@@ -171,7 +171,7 @@ class Reader:
   def _start(self, module: Module, leaf, layer: Layer, rank: int, scale: float) -> Parts:
     """Where the factors of a layer started, computed from the base as PEFT does."""
     method = _ON_A_RESIDUAL[self.file.config["init_lora_weights"]]
-    w = module.layer(materialize(leaf), layer)
+    w = module.layer(jnp.asarray(module.values(leaf)), layer)
     start = method(rank=rank, alpha=scale * rank).init(
       jax.random.key(0), module.path, w, module.layer_roles
     )
@@ -208,7 +208,7 @@ class Reader:
     for field in self.shared:
       stacked[field][:] = next(iter(layers.values()))[field]
     if absent and self.format.kind is DoRA:  # an output of the base's own length stays as it is
-      weights = module.weights(np.asarray(materialize(leaf), np.float32))
+      weights = module.weights(module.values(leaf))
       for layer in absent:
         lengths = np.linalg.norm(module.rows_of_outputs(weights[layer]), axis=1)
         stacked["magnitude"][layer] = module.to_part(lengths, "o", "o")

@@ -12,12 +12,13 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from lora_jax import tree
 from lora_jax.axes import Axes
 from lora_jax.io import names
-from lora_jax.weights import is_weight
+from lora_jax.weights import is_weight, materialize
 
 LAYER = "{i}"
 
@@ -119,6 +120,16 @@ class Module:
   def weight_letters(self) -> str:
     """The axes of the weight in the file."""
     return "io" if self.fan_in_fan_out or self.is_embedding else "oi"
+
+  def values(self, leaf: Any) -> np.ndarray:
+    """The leaf in float32, dense.
+
+    Raises:
+      ValueError: when only its shape is there.
+    """
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+      raise ValueError(f"{self.path}: its values are needed, and here is its shape alone")
+    return np.asarray(materialize(leaf), np.float32)
 
   def weights(self, leaf: np.ndarray) -> dict[int | None, np.ndarray]:
     """The tensors of a leaf, by layer."""

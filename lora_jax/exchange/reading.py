@@ -15,7 +15,7 @@ from lora_jax.exchange.factored import Layer, Reader, format_of, load
 from lora_jax.exchange.formats import IN_THE_HEAD, ROWS, ROWS_BESIDE, WHOLE, Format
 from lora_jax.exchange.modules import Module, module_of
 from lora_jax.io import peft
-from lora_jax.weights import Adapted, Full, TokenRows, materialize
+from lora_jax.weights import Adapted, Full, TokenRows
 
 _ITSELF, _BASE = "", "base_layer."
 _LISTED = 8
@@ -159,7 +159,7 @@ def _check_head(file, module: Module, own: Mapping[str, str], head: Mapping[str,
 
 def _full(file, module: Module, leaf, tensors: Tensors) -> Full:
   """The change of a leaf that is stored whole; none in the layers that are not."""
-  base = module.weights(np.asarray(materialize(leaf), np.float32))
+  base = module.weights(module.values(leaf))
   change = {layer: np.zeros_like(weight) for layer, weight in base.items()}
   for layer, kinds in tensors.items():
     change[layer] = load(file, kinds[_ITSELF], module.weight_shape()) - base[layer]
@@ -174,7 +174,7 @@ def _rows(file, module: Module, leaf, kinds: Mapping[str, str]) -> TokenRows:
   if isinstance(ids, dict):
     ids = next((rows for ending, rows in ids.items() if owner.endswith(ending)), [])
   tokens, rest = module.weight_letters
-  weight = module.weights(np.asarray(materialize(leaf), np.float32))[None]
+  weight = module.weights(module.values(leaf))[None]
   if len(set(ids)) != len(ids) or not all(0 <= n < len(weight) for n in ids):
     raise ValueError(f"{name}: the rows {ids[:8]} are not each once and of the {len(weight)} there")
   rows = load(file, name, (len(ids), weight.shape[1]))
@@ -186,10 +186,9 @@ def _rows(file, module: Module, leaf, kinds: Mapping[str, str]) -> TokenRows:
 def _check_base(file, module: Module, leaf, tensors: Tensors) -> None:
   """Raises ValueError when the base that is stored with an adapter is not the one that is here."""
   for layer, name in [(n, kinds.pop(_BASE)) for n, kinds in tensors.items() if _BASE in kinds]:
-    base = materialize(leaf)
-    weight = module.weights(np.asarray(base, np.float32))[layer]
+    weight = module.weights(module.values(leaf))[layer]
     stored = load(file, name, module.weight_shape())
-    if not np.array_equal(stored.astype(base.dtype).astype(np.float32), weight):
+    if not np.array_equal(stored.astype(leaf.dtype).astype(np.float32), weight):
       raise ValueError(
         f"{name} is not the {module.path} that is here: the adapter is for a base with another "
         "one; load that base"

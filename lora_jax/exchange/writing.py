@@ -8,43 +8,26 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax.exchange import lokr
+from lora_jax.exchange import beside, lokr
 from lora_jax.exchange.formats import (
   ADALORA_EPSILON,
   FORMATS,
-  IN_THE_HEAD,
-  ROWS,
-  ROWS_BESIDE,
-  WHOLE,
   Format,
 )
 from lora_jax.exchange.modules import Module, module_of
-from lora_jax.weights import Adapted, DoRA, Full, LoKr, NotFactored, TokenRows, materialize
+from lora_jax.weights import Adapted, DoRA, Full, LoKr, NotFactored, TokenRows
 
 Adapters = Mapping[str, Adapted]
 Modules = Mapping[str, Module]
 Leaves = Mapping[str, Any]
 
-# The kinds of which PEFT can tie the adapter of the head to that of the embedding.
-_TYING = ("LORA", "ADALORA")
 
-
-class Folder(NamedTuple):
-  """What is written: the fields of the config, and the tensors by their names in the model."""
-
-  config: dict[str, Any]
-  tensors: dict[str, np.ndarray]
-
-  def __or__(self, other: "Folder") -> "Folder":
-    return Folder(self.config | other.config, self.tensors | other.tensors)
-
-
-def folder(adapters: Adapters, modules: Modules, leaves: Leaves) -> Folder:
+def folder(adapters: Adapters, modules: Modules, leaves: Leaves) -> beside.Folder:
   """The adapters as PEFT has them; errors as in `lora_jax.exchange.save`."""
   _check(adapters, modules, leaves)
   full = {path: x for path, x in adapters.items() if isinstance(x, Full)}
@@ -53,19 +36,19 @@ def folder(adapters: Adapters, modules: Modules, leaves: Leaves) -> Folder:
   if factored:
     format, factored = _one_format(factored)
     written = _factored(format, factored, modules)
-    written |= _full(format, full, set(factored), modules, leaves)
-    written |= _rows_beside(format, rows, modules, leaves)
+    written |= beside.full(format, full, set(factored), modules, leaves)
+    written |= beside.rows_beside(format, rows, modules, leaves)
   elif not rows:
-    written = _full_alone(full, modules, leaves)
+    written = beside.full_alone(full, modules, leaves)
   elif not full:
-    written = _rows_alone(rows, modules, leaves)
+    written = beside.rows_alone(rows, modules, leaves)
   else:
     raise ValueError(
       f"{next(iter(rows))} and {next(iter(full))}: PEFT trains rows of tokens and other leaves in "
       "full beside adapters only; save them to folders of their own"
     )
   tied = [modules[path] for path in adapters if modules[path].is_head_too]
-  return written | _heads(written, tied)
+  return written | beside.heads(written, tied)
 
 
 def _check(adapters: Adapters, modules: Modules, leaves: Leaves) -> None:
@@ -115,7 +98,7 @@ class _Layer(NamedTuple):
     return self.parts[part.field].shape[self.module.rank_axis(format.layout(part.field))]
 
 
-def _factored(format: Format, adapters: Adapters, modules: Modules) -> Folder:
+def _factored(format: Format, adapters: Adapters, modules: Modules) -> beside.Folder:
   tensors, layers = {}, {}
   for path, adapter in adapters.items():
     module = modules[path]
@@ -133,7 +116,7 @@ def _factored(format: Format, adapters: Adapters, modules: Modules) -> Folder:
   for owner, layer in layers.items():
     tensors |= {f"{owner}.{x}": tensor for x, tensor in _tensors(format, layer).items()}
   tensors |= _shared(format, layers)
-  config = {"peft_type": format.peft_type, "target_modules": _targets(layers, modules)}
+  config = {"peft_type": format.peft_type, "target_modules": beside.targets(layers, modules)}
   if format.peft_type == "LORA":
     config |= {
       "init_lora_weights": True,
@@ -141,7 +124,7 @@ def _factored(format: Format, adapters: Adapters, modules: Modules) -> Folder:
       "fan_in_fan_out": all(modules[path].fan_in_fan_out for path in adapters),
       "use_dora": format.kind is DoRA,
     }
-  return Folder(config | _numbers(format, layers, tensors), tensors)
+  return beside.Folder(config | _numbers(format, layers, tensors), tensors)
 
 
 def _tensors(format: Format, layer: "_Layer") -> dict[str, np.ndarray]:
@@ -175,21 +158,6 @@ def _shared(format: Format, layers: Mapping[str, "_Layer"]) -> dict[str, np.ndar
         )
     found[part.suffix] = largest
   return found
-
-
-def _targets(adapted: Collection[str], modules: Modules) -> list[str] | str:
-  """The modules by their whole names; a regular expression where one ends another's name."""
-  adapted = set(adapted)
-  others = {module_of(name) for x in modules.values() for name in x.by_layer().values()} - adapted
-  if any(_endings(other) & adapted for other in others):
-    return "|".join(map(re.escape, sorted(adapted)))
-  return sorted(adapted)
-
-
-def _endings(module: str) -> set[str]:
-  """What ends a module's name from a dot on."""
-  parts = module.split(".")
-  return {".".join(parts[n:]) for n in range(1, len(parts))}
 
 
 def _numbers(
@@ -251,7 +219,7 @@ def _numerator(scale: float, denominator: float) -> int | float:
 def _with_exceptions(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
   """The commonest value, and a pattern for every module with another one."""
   ((common, _),) = collections.Counter(values.values()).most_common(1)
-  ends = collections.Counter(ending for module in values for ending in _endings(module))
+  ends = collections.Counter(ending for module in values for ending in beside.endings(module))
   return common, {
     f"^{re.escape(module)}" if ends[module] else module: value
     for module, value in values.items()
@@ -268,142 +236,3 @@ def _dropout(adapters: Adapters) -> float:
       "training, so give all adapters the same, `dataclasses.replace(adapter, dropout=0.0)`"
     )
   return next(iter(shares))
-
-
-# ---- what is trained beside adapters
-
-
-def _full(
-  format: Format, full: Adapters, adapted: Collection[str], modules: Modules, leaves: Leaves
-) -> Folder:
-  """Leaves trained in full: a bias is stored by itself, of any other leaf the whole module."""
-  saved, biases = {}, {}  # {module: {name: (path, layer)}}
-  for owner, parameters in _parameters(modules).items():
-    changed = {name for name, (path, _) in parameters.items() if path in full}
-    is_adapted = any(path in adapted for path, _ in parameters.values())
-    if changed == {f"{owner}.bias"} and len(parameters) > 1 and format.biases:
-      within = f"{owner}.base_layer.bias" if is_adapted else f"{owner}.bias"
-      biases[owner] = {within: parameters[f"{owner}.bias"]}
-    elif changed and is_adapted:
-      raise ValueError(
-        f"{', '.join(sorted(changed))}: PEFT has no {format.peft_type} of a module of which "
-        "another parameter is trained in full; merge them into the model"
-      )
-    elif changed:
-      saved[owner] = parameters
-  for module in modules.values():
-    for owner in map(module_of, module.by_layer().values()):
-      ending = next((x for x in saved if owner not in saved and owner.endswith(x)), None)
-      if ending:
-        raise ValueError(
-          f"{ending} is trained in full, and PEFT would take {owner} for it, whose name ends so too"
-        )
-  config = {"modules_to_save": sorted(saved) or None}
-  if format.biases:
-    config["bias"] = "all" if biases else "none"
-  return Folder(config, _whole({**saved, **biases}.values(), full, modules, leaves))
-
-
-def _full_alone(full: Adapters, modules: Modules, leaves: Leaves) -> Folder:
-  """Leaves trained in full and nothing else: what PEFT calls LN_TUNING tunes any module."""
-  saved = {
-    owner: parameters
-    for owner, parameters in _parameters(modules).items()
-    if any(path in full for path, _ in parameters.values())
-  }
-  tensors = _whole(saved.values(), full, modules, leaves)
-  within = {f"{module_of(x)}.{WHOLE}{x.rpartition('.')[2]}": tensors[x] for x in tensors}
-  return Folder({"peft_type": "LN_TUNING", "target_modules": _targets(set(saved), modules)}, within)
-
-
-def _parameters(modules: Modules) -> dict[str, dict[str, tuple[str, int | None]]]:
-  """`{module: {name of a parameter: (path, layer)}}`."""
-  found = collections.defaultdict(dict)
-  for path, module in modules.items():
-    for layer, name in module.by_layer().items():
-      found[module_of(name)][name] = path, layer
-  return found
-
-
-def _whole(parameters, full: Adapters, modules: Modules, leaves: Leaves) -> dict[str, np.ndarray]:
-  """Parameters as they stand, changed or not, in float32."""
-  tensors, values = {}, {}
-  for name, (path, layer) in (item for each in parameters for item in each.items()):
-    if path not in values:
-      value = np.asarray(materialize(leaves[path]), np.float32)
-      if path in full:
-        value = value + np.asarray(full[path].dw, np.float32)
-      values[path] = modules[path].weights(value)
-    tensors[name] = values[path][layer]
-  return tensors
-
-
-def _rows_beside(format: Format, rows: Adapters, modules: Modules, leaves: Leaves) -> Folder:
-  """Rows of embeddings beside adapters."""
-  if rows and format.peft_type != "LORA":
-    raise ValueError(
-      f"{next(iter(rows))}: PEFT trains rows of tokens beside LORA or alone, not beside "
-      f"{format.peft_type}; save them to a folder of their own"
-    )
-  ids = {module_of(modules[path].name): list(x.ids) for path, x in rows.items()}
-  tensors = _row_tensors(rows, modules, leaves, ROWS_BESIDE)
-  return Folder({"trainable_token_indices": ids} if ids else {}, tensors)
-
-
-def _rows_alone(rows: Adapters, modules: Modules, leaves: Leaves) -> Folder:
-  """Rows of embeddings, which is a kind of adapter too."""
-  ids = {x.ids: path for path, x in rows.items()}
-  if len(ids) > 1:
-    raise ValueError(
-      f"{' and '.join(ids.values())}: PEFT trains the same rows of all embeddings; save them to "
-      "folders of their own"
-    )
-  config = {
-    "peft_type": "TRAINABLE_TOKENS",
-    "target_modules": _targets({module_of(modules[path].name) for path in rows}, modules),
-    "token_indices": list(next(iter(ids))),
-  }
-  return Folder(config, _row_tensors(rows, modules, leaves, ROWS))
-
-
-def _row_tensors(rows: Adapters, modules: Modules, leaves: Leaves, suffix: str):
-  """The rows as they stand."""
-  tensors = {}
-  for path, adapter in rows.items():
-    module = modules[path]
-    rest = module.weight_letters[1]
-    weight = module.weights(np.asarray(materialize(leaves[path]), np.float32))[None]
-    change = module.to_tensor(np.asarray(adapter.dw, np.float32), f"r{rest}", f"r{rest}")
-    tensors[f"{module_of(module.name)}.{suffix}"] = weight[list(adapter.ids)] + change
-  return tensors
-
-
-def _heads(written: Folder, tied: Collection[Module]) -> Folder:
-  """What is done to an embedding, for the head that is tied to it."""
-  config, tensors = {}, {}
-  kind = written.config["peft_type"]
-  for module in tied:
-    if module.tied is None:
-      raise ValueError(
-        f"{module.path}: is the head too, and the table has no name for that; give the head a row, "
-        f'"lm_head.weight": "{module.path}"'
-      )
-    owner, head = module_of(module.name), module_of(module.tied)
-    for name in [name for name in written.tensors if name.startswith(f"{owner}.")]:
-      suffix = name.removeprefix(f"{owner}.")
-      if suffix == ROWS_BESIDE:  # which PEFT ties by itself
-        continue
-      if suffix in IN_THE_HEAD:
-        tensors[f"{head}.{IN_THE_HEAD[suffix]}"] = written.tensors[name].T
-      elif suffix in (ROWS, f"{WHOLE}weight") or (suffix == "weight" and kind in _TYING):
-        tensors[f"{head}.{suffix}"] = written.tensors[name]
-      else:
-        raise ValueError(
-          f"{module.path}: is the head too, and PEFT cannot tie the two in its {kind}; load the "
-          "model with a head of its own, or merge the adapter into it"
-        )
-      if kind in _TYING:
-        config["ensure_weight_tying"] = True
-      if suffix.startswith(WHOLE):  # two modules of their own, with the same values
-        config["target_modules"] = [*written.config["target_modules"], head]
-  return Folder(config, tensors)

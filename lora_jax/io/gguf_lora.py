@@ -1,0 +1,74 @@
+"""A low-rank adapter as a GGUF file, in the layout that llama.cpp loads with `--lora`.
+
+    write("adapter.gguf", {"blk.0.attn_q.weight": (a, b)}, alpha=16.0, architecture="llama")
+
+The adapted weight is `w + alpha / rank * b @ a` in the layout of the base's GGUF file, where w is
+(out, in). The rank is each pair's own, alpha is that of the file.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType
+
+EMBEDDING = "token_embd.weight"
+"""The weight whose rows llama.cpp looks up; of its adapter it wants a as (in, rank)."""
+
+_KINDS = {
+  "float32": GGMLQuantizationType.F32,
+  "float16": GGMLQuantizationType.F16,
+  "bfloat16": GGMLQuantizationType.BF16,
+}
+
+
+def write(
+  path: str | Path,
+  factors: Mapping[str, tuple[np.ndarray, np.ndarray]],
+  *,
+  alpha: float,
+  architecture: str,
+  dtype: str = "float32",
+) -> None:
+  """Writes an adapter to a file which appears whole or not at all.
+
+  Args:
+    path: of the file; replaced if it is there.
+    factors: `{name: (a, b)}` by the names of the base's tensors, a (rank, in) and b (out, rank).
+    alpha: the numerator of the scale, not zero: llama.cpp takes zero for no scale.
+    architecture: of the base, as in its `general.architecture`.
+    dtype: of the tensors: float32, float16 or bfloat16.
+
+  Raises:
+    ValueError: when there are no factors, alpha is zero, or two factors have no common rank.
+  """
+  path = Path(path)
+  if not factors or not alpha:
+    raise ValueError(f"{path}: there must be factors, and an alpha that is not zero ({alpha})")
+  for name, (a, b) in factors.items():
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+      raise ValueError(f"{name}: {a.shape} and {b.shape} are not (rank, in) and (out, rank)")
+  partial = path.with_name(f".{path.name}.{os.getpid()}")
+  writer = gguf.GGUFWriter(partial, architecture)
+  writer.add_type(gguf.GGUFType.ADAPTER)
+  writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+  writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+  for name, (a, b) in factors.items():
+    _add(writer, f"{name}.lora_a", a.T if name == EMBEDDING else a, dtype)
+    _add(writer, f"{name}.lora_b", b, dtype)
+  try:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    partial.replace(path)
+  finally:
+    partial.unlink(missing_ok=True)
+
+
+def _add(writer: gguf.GGUFWriter, name: str, tensor: np.ndarray, dtype: str) -> None:
+  kind = _KINDS[dtype]
+  data = gguf.quants.quantize(np.ascontiguousarray(tensor, np.float32), kind)
+  writer.add_tensor(name, data, raw_dtype=kind)
