@@ -2,17 +2,21 @@ r"""What the adapter methods reach and what they cost: a sweep of methods and se
 
     python -m benchmarks.methods --results=runs/methods.jsonl --output=benchmarks/results.md
     python -m benchmarks.methods --results=runs/methods.jsonl --methods=lora,dora --seeds=0
+    python -m benchmarks.methods --results=runs/rates.jsonl --tune=0.25,0.5,1,2,4 --seeds=0
 
 Each run is one of configs/methods.py. The model is loaded once, and every run appends one line to
 the results, so a sweep that was interrupted goes on where it stopped; a line of another config is
 passed over. The table is made of all lines that belong to the methods and seeds asked for.
+
+With --tune the runs are at multiples of each method's learning rate and are evaluated on the
+validation split: the best one of each belongs into configs/adapters.py, before the test is seen.
 """
 
 import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +46,9 @@ _METHODS = flags.DEFINE_list(
 _SEEDS = flags.DEFINE_list(
   "seeds", ["0", "1", "2"], "Whole numbers; a run of each for each method."
 )
+_TUNE = flags.DEFINE_list(
+  "tune", [], "Multiples of the methods' learning rates, to choose one by the validation split."
+)
 _RESULTS = flags.DEFINE_string("results", None, "A JSONL file that each run appends a line to.")
 _OUTPUT = flags.DEFINE_string("output", None, "A markdown file that the table is appended to.")
 _SMOKE = flags.DEFINE_bool("smoke", False, "A few steps on little data, to see that it runs.")
@@ -59,14 +66,24 @@ flags.register_validator(
 def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-  suffix = ",smoke" if _SMOKE.value else ""
-
-  def get_config(method: str, seed: int) -> ConfigDict:
-    return config_file.get_config(f"method={method},seed={seed}{suffix}")
-
-  seeds = [int(seed) for seed in _SEEDS.value]
-  lines = sweep(get_config, _METHODS.value, seeds, Path(_RESULTS.value))
-  report = f"## The adapter methods on one task\n\n{describe_run(seeds)}\n\n{format_table(lines)}"
+  smoke = ",smoke" if _SMOKE.value else ""
+  # Seed by seed, so that an interrupted sweep has a row for every method as early as possible.
+  named = [
+    (name, f"method={name},seed={s}{smoke}") for s in _SEEDS.value for name in _METHODS.value
+  ]
+  if _TUNE.value:
+    runs = [
+      (name, config_file.get_config(f"{text},split=validation,peak={float(factor) * peak}"))
+      for name, text in named
+      for peak in [presets.METHODS[name].peak]
+      for factor in _TUNE.value
+    ]
+  else:
+    base = (BASE, config_file.get_config(f"seed={_SEEDS.value[0]}{smoke}"))
+    runs = [base, *((name, config_file.get_config(text)) for name, text in named)]
+  lines = sweep(runs, Path(_RESULTS.value))
+  table = format_rates(lines) if _TUNE.value else format_table(lines)
+  report = f"## The adapter methods on one task\n\n{describe_run()}\n\n{table}"
   print(report)
   if _OUTPUT.value:
     with open(_OUTPUT.value, "a", encoding="utf-8") as file:
@@ -105,30 +122,21 @@ def load_task(config: ConfigDict) -> Task:
   )
 
 
-def sweep(
-  get_config: Callable[[str, int], ConfigDict],
-  names: Iterable[str],
-  seeds: Sequence[int],
-  results: Path,
-) -> list[dict[str, Any]]:
-  """Makes the runs whose lines are not in the results yet; returns all lines, the base's first.
+def sweep(runs: Sequence[tuple[str, ConfigDict]], results: Path) -> list[dict[str, Any]]:
+  """Makes the runs whose lines are not in the results yet; returns the lines of all.
 
   Args:
-    get_config: from a method and a seed to the run's config; all have one model and one task.
-    names: of the methods.
-    seeds: of the runs of each.
+    runs: the method's name, or `BASE`, and the config of each; all have one model and one task.
     results: the file of lines; created with its folder when it is not there.
   """
   results.parent.mkdir(parents=True, exist_ok=True)
   known = (
     [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
   )
-  # Seed by seed, so that an interrupted sweep has a row for every method as early as possible.
-  runs = [(BASE, seeds[0]), *((name, seed) for seed in seeds for name in names)]
   task, lines = None, []
-  for name, seed in tqdm(runs, desc="runs"):
-    config = get_config("lora" if name == BASE else name, seed)
-    key = {"method": name, "seed": seed, "config": workdir.fingerprint(config.to_dict())}
+  for name, config in tqdm(runs, desc="runs"):
+    key = {"method": name, "seed": config.seed, "peak": config.optimizer.peak}
+    key["config"] = workdir.fingerprint(config.to_dict())
     line = next((old for old in known if key.items() <= old.items()), None)
     if line is None:
       task = task or load_task(config)
@@ -146,7 +154,7 @@ def measure_base(config: ConfigDict, task: Task) -> dict[str, Any]:
 
 
 def measure(config: ConfigDict, task: Task) -> dict[str, Any]:
-  """One run: what it reaches and what it costs."""
+  """One run: what it reaches and what it costs, or the step at which it diverged."""
   started = time.perf_counter()
   tx, _ = methods.make_optimizer(config)
   specs = lora_jax.match(task.params, methods.rules_of(config.adapter), task.axes)
@@ -170,7 +178,7 @@ def measure(config: ConfigDict, task: Task) -> dict[str, Any]:
     begin = time.perf_counter()
     state, metrics = train_step(state, frozen, batch)
     if not metrics["finite"]:
-      raise FloatingPointError(f"{config.adapter.method}: step {number + 1} is not finite")
+      return {"diverged": number + 1}
     seconds.append(time.perf_counter() - begin)
   weights = lora_jax.join(state.trainable, frozen)
   scores = _evaluate(config, task, weights)
@@ -211,11 +219,18 @@ def _bytes_on_disk(adapters: Mapping[str, lora_jax.Adapted], task: Task) -> int:
 def format_table(lines: Sequence[Mapping[str, Any]]) -> str:
   """The table in markdown: a row for each method, over its seeds."""
   table = [
-    "| method | accuracy, % | loss | trains | step, ms | peak memory, MB | adapter on disk, MB |",
-    "| --- " + "| ---: " * 6 + "|",
+    "| method | accuracy, % | loss | learning rate | trains | step, ms | peak memory, MB "
+    "| adapter on disk, MB |",
+    "| --- " + "| ---: " * 7 + "|",
   ]
   for name in dict.fromkeys(line["method"] for line in lines):
-    runs = [line for line in lines if line["method"] == name]
+    runs = [line for line in lines if line["method"] == name and "diverged" not in line]
+    diverged = [line for line in lines if line["method"] == name and "diverged" in line]
+    if diverged:
+      where = ", ".join(f"seed {x['seed']} at step {x['diverged']}" for x in diverged)
+      table.append(f"| {name}, diverged: {where} {'| – ' * 7}|")
+    if not runs:
+      continue
 
     def over(field: str, scale: float, digits: int, runs=runs) -> str:
       return _mean_and_deviation([scale * run[field] for run in runs], digits)
@@ -225,9 +240,10 @@ def format_table(lines: Sequence[Mapping[str, Any]]) -> str:
 
     cells = [name, over("accuracy", 100, 1), over("loss", 1, 3)]
     if name == BASE:
-      cells += ["–"] * 4
+      cells += ["–"] * 5
     else:
       cells += [
+        f"{runs[0]['peak']:g}",
         f"{runs[0]['trainable']:,}",
         median("step_seconds", 1e3),
         median("peak_bytes", 1e-6),
@@ -237,20 +253,35 @@ def format_table(lines: Sequence[Mapping[str, Any]]) -> str:
   return "\n".join(table)
 
 
+def format_rates(lines: Sequence[Mapping[str, Any]]) -> str:
+  """The table of learning rates: the mean loss, and the accuracy, of each method at each."""
+  table = ["| method | learning rate: loss (accuracy, %) |", "| --- | --- |"]
+  for name in dict.fromkeys(line["method"] for line in lines):
+    cells = []
+    for peak in sorted({line["peak"] for line in lines if line["method"] == name}):
+      runs = [line for line in lines if (line["method"], line["peak"]) == (name, peak)]
+      if any("diverged" in run for run in runs):
+        cells.append(f"{peak:g}: diverged")
+        continue
+      loss, accuracy = (statistics.mean(run[x] for run in runs) for x in ("loss", "accuracy"))
+      cells.append(f"{peak:g}: {loss:.3f} ({100 * accuracy:.1f})")
+    table.append(f"| {name} | {', '.join(cells)} |")
+  return "\n".join(table)
+
+
 def _mean_and_deviation(values: Sequence[float], digits: int) -> str:
   mean = f"{statistics.mean(values):.{digits}f}"
   return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def describe_run(seeds: Sequence[int]) -> str:
+def describe_run() -> str:
   """Device, versions, date and command, and how the columns are to be read."""
   return "\n".join(
     [
       *describe_circumstances("benchmarks.methods", ("jax", "flax", "optax")),
       f"- Accuracy and loss on held-out sentences: mean ± standard deviation over the seeds "
-      f"{', '.join(map(str, seeds))}. Step: the median. Peak memory: what the compiled step needs "
-      "for its arguments, results and between them. Each method at the learning rate that "
-      "configs/adapters.py gives it.",
+      f"{', '.join(_SEEDS.value)}. Step: the median. Peak memory: what the compiled step needs "
+      "for its arguments, results and between them.",
     ]
   )  # fmt: skip
 

@@ -40,7 +40,7 @@ _FULL = {"method": "full"}
 METHODS = {
   "lora": Method(_LORA),
   "rslora": Method(_LORA | {"rslora": True}, peak=1e-3),
-  "lora_plus": Method(_LORA, peak=5e-4, rates=((".*/b", 16.0),)),
+  "lora_plus": Method(_LORA, peak=2.5e-4, rates=((".*/b", 16.0),)),
   "lora_fa": Method(_LORA | {"train_a": False}),
   "dora": Method(
     {

@@ -11,6 +11,8 @@ configs/adapters.py gives it. Shorter than the quickstart, so the accuracies are
 
     :method=dora    one of configs/adapters.py
     :seed=1         of the adapters' start and of the order of the data
+    :peak=1e-3      another learning rate
+    :split=validation   what it is evaluated on, for choosing one
     :smoke          a few steps on little data: everything runs, nothing is learnt
 """
 
@@ -20,10 +22,12 @@ from configs import arguments, quickstart
 
 
 def get_config(text: str = "") -> ml_collections.ConfigDict:
-  args = arguments.parse(text, method="lora", seed=0, smoke=False)
+  args = arguments.parse(text, method="lora", seed=0, peak=0.0, split="test", smoke=False)
   smoke = ",smoke" if args["smoke"] else ""
   config = quickstart.get_config(f"method={args['method']}{smoke}")
   config.seed = args["seed"]
+  config.optimizer.peak = args["peak"] or config.optimizer.peak
+  config.evaluation.split = args["split"]
   config.data.max_length = 41  # one more than the inputs, whose last token is the answer
   config.data.buckets = (40,)  # one shape, so that all steps of a run can be compared
   if not args["smoke"]:

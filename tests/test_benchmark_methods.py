@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import methods
+from configs import adapters as presets
 from configs import methods as config_file
 from lora_jax.io import export
 from lora_jax.models import llama
@@ -18,7 +19,7 @@ def get_config(tmp_path_factory, smollm2):
   folder = tmp_path_factory.mktemp("tiny")
   shape = llama.LlamaConfig(
     vocab_size=smollm2.config.vocab_size, width=16, mlp_width=24, num_layers=2, num_heads=2,
-    num_kv_heads=1, head_dim=8, max_length=64, tie_embeddings=True,
+    num_kv_heads=2, head_dim=8, max_length=64, tie_embeddings=True,
   )  # fmt: skip
   params = llama.Llama(shape).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
   export.save(folder / "model", params, shape, smollm2.tokenizer)
@@ -44,11 +45,12 @@ def get_config(tmp_path_factory, smollm2):
 
 def test_a_sweep_makes_the_runs_that_are_not_there_yet(get_config, tmp_path, monkeypatch):
   results = tmp_path / "folder" / "methods.jsonl"
-  first = methods.sweep(get_config, ["lora"], [0], results)
+  runs = [("base", get_config("lora", 0)), ("lora", get_config("lora", 0))]
+  first = methods.sweep(runs, results)
   assert [(line["method"], line["seed"]) for line in first] == [("base", 0), ("lora", 0)]
   lora = first[1]
   assert lora["trainable"] == 2 * 8 * sum(
-    d + k for d, k in [(16, 16), (16, 8), (16, 8), (16, 16), (16, 24), (16, 24), (24, 16)]
+    d + k for d, k in [*[(16, 16)] * 4, (16, 24), (16, 24), (24, 16)]
   )
   assert 4 * lora["trainable"] < lora["adapter_bytes"] < 4 * lora["trainable"] + 8192
   assert lora["peak_bytes"] > 4 * 16 * 49152
@@ -56,23 +58,30 @@ def test_a_sweep_makes_the_runs_that_are_not_there_yet(get_config, tmp_path, mon
 
   measured = []
   monkeypatch.setattr(methods, "measure", lambda config, task: measured.append(config.seed) or lora)
-  again = methods.sweep(get_config, ["lora"], [0, 1], results)
+  again = methods.sweep([*runs, ("lora", get_config("lora", 1))], results)
   assert measured == [1]
   assert again[:2] == first
   assert len(results.read_text().splitlines()) == 3
 
-  def other(method, seed):
-    config = get_config(method, seed)
-    config.adapter.alpha = 3.0
-    return config
-
-  methods.sweep(other, ["lora"], [0], results)
+  other = get_config("lora", 0)
+  other.adapter.alpha = 3.0
+  methods.sweep([("lora", other)], results)
   assert measured == [1, 0]  # a line of another config does not count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in presets.METHODS if name != "bias"])
+def test_every_method_is_measured_from_its_start_to_its_file(get_config, tmp_path, name):
+  (line,) = methods.sweep([(name, get_config(name, 0))], tmp_path / "methods.jsonl")
+  assert line["adapter_bytes"] > 0
+  assert line["trainable"] > 0
+  assert f"| {name} |" in methods.format_table([line])
 
 
 def test_the_table_has_a_row_for_each_method_over_its_seeds():
   def line(method, seed, accuracy, **costs):
-    return {"method": method, "seed": seed, "accuracy": accuracy, "loss": 0.5} | costs
+    run = {"method": method, "seed": seed, "peak": 2e-3}
+    return run | {"accuracy": accuracy, "loss": 0.5} | costs
 
   costs = {"trainable": 1234567, "peak_bytes": 2e9, "adapter_bytes": 9.8e6}
   table = methods.format_table(
@@ -84,7 +93,26 @@ def test_the_table_has_a_row_for_each_method_over_its_seeds():
     ]
   )
   assert table.splitlines()[2:] == [
-    "| base | 80.0 | 0.500 | – | – | – | – |",
-    "| lora | 86.0 ± 2.8 | 0.500 ± 0.000 | 1,234,567 | 1,250.0 | 2,000.0 | 9.8 |",
-    "| dora | 90.0 | 0.500 | 1,234,567 | 1,100.0 | 2,000.0 | 9.8 |",
+    "| base | 80.0 | 0.500 | – | – | – | – | – |",
+    "| lora | 86.0 ± 2.8 | 0.500 ± 0.000 | 0.002 | 1,234,567 | 1,250.0 | 2,000.0 | 9.8 |",
+    "| dora | 90.0 | 0.500 | 0.002 | 1,234,567 | 1,100.0 | 2,000.0 | 9.8 |",
+  ]
+
+
+def test_a_run_that_diverges_is_said_to_and_does_not_stop_the_sweep(get_config, tmp_path):
+  config = get_config("lora", 0)
+  config.optimizer.peak = 1e30
+  (line,) = methods.sweep([("lora", config)], tmp_path / "methods.jsonl")
+  assert line["diverged"] <= config.train.steps
+  assert f"lora, diverged: seed 0 at step {line['diverged']}" in methods.format_table([line])
+  assert methods.format_rates([line]).splitlines()[-1] == "| lora | 1e+30: diverged |"
+
+
+def test_the_table_of_rates_has_the_mean_of_each():
+  lines = [
+    {"method": "lora", "seed": seed, "peak": peak, "accuracy": 0.8, "loss": loss}
+    for seed, peak, loss in [(0, 2e-3, 0.4), (1, 2e-3, 0.5), (0, 1e-3, 0.3)]
+  ]
+  assert methods.format_rates(lines).splitlines()[2:] == [
+    "| lora | 0.001: 0.300 (80.0), 0.002: 0.450 (80.0) |"
   ]
