@@ -7,11 +7,13 @@ logits   = apply({"params": lora_jax.attach(params, adapters)}, tokens)
 merged   = lora_jax.merge(params, adapters)
 """
 
-# What is adapted, and how
 # The transform
 from lora_jax.adapt import RULES as RULES
 from lora_jax.adapt import MaterializationError as MaterializationError
 from lora_jax.adapt import adapt as adapt
+
+# isort: split
+# What is adapted, and how
 from lora_jax.adapters import AdaLoRA as AdaLoRA
 from lora_jax.adapters import DoRA as DoRA
 from lora_jax.adapters import Full as Full
@@ -32,6 +34,7 @@ from lora_jax.summary import Summary as Summary
 from lora_jax.summary import summary as summary
 from lora_jax.targets import match as match
 
+# isort: split
 # Trees of adapters and Weights
 from lora_jax.transform import attach as attach
 from lora_jax.transform import detach as detach

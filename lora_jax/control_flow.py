@@ -74,8 +74,7 @@ def shard_map(
     return tuple(_arrays(outs, "the mapped function returns the weight itself"))
 
   specs = tuple(
-    x.local_specs(spec) if is_weight(x) else spec
-    for x, spec in zip(args, in_specs, strict=True)
+    x.local_specs(spec) if is_weight(x) else spec for x, spec in zip(args, in_specs, strict=True)
   )
   return jax.shard_map(
     body, mesh=mesh, in_specs=specs, out_specs=tuple(out_specs), check_vma=check_vma,
