@@ -2,8 +2,9 @@ import json
 import re
 
 import pytest
+from main_programs import imported
 
-from benchmarks import e2e
+e2e = imported("benchmarks.e2e")
 
 LORA = {"method": "lora", "rank": 8}
 

@@ -5,12 +5,14 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
+from main_programs import imported
 
-from benchmarks import methods
 from configs import adapters as presets
 from configs import methods as config_file
 from lora_jax.io import export
 from lora_jax.models import llama
+
+methods = imported("benchmarks.methods")
 
 
 @pytest.fixture(scope="module")

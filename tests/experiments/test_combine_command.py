@@ -8,15 +8,17 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from main_programs import imported
 from tolerances import assert_close
 from weight_table import factors
 
 import lora_jax
-from experiments import combine as program
 from experiments import parts
 from lora_jax import LowRank, combiners, exchange
 from lora_jax.io import export
 from lora_jax.models import llama
+
+program = imported("experiments.combine")
 
 ROOT = pathlib.Path(__file__).parents[2]
 
