@@ -64,7 +64,7 @@ def run(home, program, *arguments):
   return done.stdout
 
 
-@pytest.mark.parametrize("arguments", ["smoke", "smoke,full"])
+@pytest.mark.parametrize("arguments", ["smoke,full", pytest.param("smoke", marks=pytest.mark.slow)])
 def test_a_run_is_scored_by_the_texts_that_it_keeps(home, arguments):
   workdir = home / arguments
   run(
@@ -77,7 +77,8 @@ def test_a_run_is_scored_by_the_texts_that_it_keeps(home, arguments):
     home, "evaluate", f"--workdir={workdir}", "--nobase", "--max_tokens=6", "--beams=1", "--beams=2"
   )
   result = json.loads(printed.splitlines()[-1])
-  assert result.keys() == {"split", "adapter"}
+  assert result == json.loads((workdir / "eval_test.json").read_text())
+  assert result.keys() == {"split", "length_penalty", "max_tokens", "adapter"}
   # What is read back is what was trained.
   losses = json.loads((workdir / "eval.json").read_text())
   assert result["adapter"]["loss"] == pytest.approx(losses["after"]["loss"], rel=1e-6)
