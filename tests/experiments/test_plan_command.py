@@ -1,0 +1,217 @@
+"""`python -m experiments.plan`, on a model of which there is a configuration and no tensor."""
+
+import json
+import os
+import pathlib
+import re
+import runpy
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import plan as command
+from lora_jax import tree
+from lora_jax.io import configs
+from lora_jax.models import llama
+from lora_jax.train import plan
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+CONFIG = """
+import ml_collections
+from configs import quickstart
+
+def get_config(text=""):
+  config = quickstart.get_config(text)
+  config.model.source = {model!r}
+  data = config.data
+  data.source, data.format, data.columns, data.sign_of = {data!r}, "jsonl", (), ""
+  data.buckets = (16, 64)
+  data.max_length = 65
+  config.train.batch_size = 32
+  return config
+"""
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory, smollm2):
+  """A config of a small Llama that fits SmolLM2's tokenizer, and 120 records."""
+  folder = tmp_path_factory.mktemp("planned")
+  model = llama.LlamaConfig(
+    vocab_size=smollm2.config.vocab_size, width=128, mlp_width=384, num_layers=4, num_heads=8,
+    num_kv_heads=4, head_dim=16, max_length=64, tie_embeddings=True,
+  )  # fmt: skip
+  (folder / "model").mkdir()
+  (folder / "model" / "config.json").write_text(json.dumps(configs.to_hugging_face(model)))
+  smollm2.tokenizer.save(folder / "model")
+  rows = [{"text": f"film number {n}" + " and on" * (n % 23), "label": "fine"} for n in range(120)]
+  (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  path = folder / "config.py"
+  path.write_text(CONFIG.format(model=str(folder / "model"), data=str(folder / "data.jsonl")))
+  return path
+
+
+@pytest.fixture
+def config(config_file):
+  return runpy.run_path(str(config_file))["get_config"]()
+
+
+def run(*arguments, fails=False, **environment):
+  done = subprocess.run(
+    [sys.executable, "-m", "experiments.plan", *map(str, arguments)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=600,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
+  )
+  assert (done.returncode != 0) == fails, done.stdout + done.stderr
+  return done.stdout + done.stderr
+
+
+def planned(config, mesh):
+  case = command.read(config)
+  share = command.share_of_a_device(config, case, mesh)
+  return plan.make_plan(command.whole_run(config, case, mesh), share)
+
+
+def mesh_of(data, fsdp, tensor):
+  return command.abstract_mesh({"data": data, "fsdp": fsdp, "tensor": tensor}, None)
+
+
+def test_it_prints_what_trains_what_it_costs_and_whether_it_fits(config_file):
+  printed = run(f"--config={config_file}", "--device_memory=1GB")
+  assert re.search(r"data: \d+ examples in \d+ batches, \d+% padding; 160 steps are", printed)
+  assert re.search(r"largest batch: 32 rows of 64 tokens, 1 of them", printed)
+  assert "parameters train (" in printed
+  assert re.search(r"\d\.\d+ TFLOP a step", printed)
+  assert "of the 1.0 GB of each device (data 1 x fsdp 1 x tensor 1): it fits" in printed
+  assert "activations and gradients" in printed
+
+
+def test_what_does_not_fit_comes_with_a_remedy(config_file):
+  printed = run(f"--config={config_file}", "--device_memory=10MB")
+  assert "it does not fit; config.model.remat=dots or nothing" in printed
+
+
+def test_the_arguments_are_those_that_training_has(config):
+  mesh = mesh_of(1, 1, 1)
+  case = command.read(config)
+  run = command.whole_run(config, case, mesh)
+  params = sum(leaf.size for leaf in jax.tree.leaves(case.params))
+  assert sum(leaf.size for leaf in jax.tree.leaves(run.frozen)) == params
+  assert run.batch["tokens"].shape == (32, 64) and run.batch["at"].shape == (32, 1)
+  assert planned(config, mesh).base == 4 * params
+
+
+def test_packing_accumulation_and_the_chunked_loss_are_planned(config):
+  mesh = mesh_of(1, 1, 1)
+  plain = planned(config, mesh)
+  config.train.accumulate = 4
+  parts = planned(config, mesh)
+  assert parts.flops == pytest.approx(plain.flops, rel=1e-3)
+  assert parts.activations < 0.5 * plain.activations
+  config.train.accumulate, config.data.packed_length = 1, 64
+  case = command.read(config)
+  ((shape, _),) = case.data["shapes"].items()
+  run = command.whole_run(config, case, mesh)
+  assert run.batch["segments"].shape == (32, 64)
+  assert run.batch["at"].shape == (32, shape[1]) and shape[1] > 1
+  whole = planned(config, mesh)
+  config.train.loss_chunk = 1
+  assert planned(config, mesh).flops > whole.flops  # the head's forward pass once more
+
+
+def test_a_mesh_shares_out_the_base_the_rows_and_the_heads(config):
+  alone = planned(config, mesh_of(1, 1, 1))
+  for sizes in ((4, 1, 1), (1, 4, 1), (1, 1, 4)):
+    shared = planned(config, mesh_of(*sizes))
+    assert shared.flops == alone.flops
+    assert 0.2 * alone.activations < shared.activations < 0.55 * alone.activations
+    assert (shared.base < alone.base) == (sizes[0] == 1)
+
+
+def test_heads_that_do_not_divide_stay_whole(config):
+  case = command.read(config)
+  run = command.share_of_a_device(config, case, mesh_of(1, 1, 8))  # of four key/value heads
+  shapes = {path: leaf.shape for path, leaf in tree.flatten(run.frozen).items()}
+  assert shapes["blocks/attn/key/kernel/w"] == (4, 128, 64)
+  assert shapes["blocks/mlp/up/kernel/w"] == (4, 128, 48)
+  assert planned(config, mesh_of(1, 1, 8)).activations > 0
+
+
+@pytest.mark.parametrize(
+  ("sizes", "devices", "expected"),
+  [
+    ((-1, 1, 1), 8, (8, 1, 1)),
+    ((-1, 2, 2), 8, (2, 2, 2)),
+    ((2, 2, 2), None, (2, 2, 2)),
+    ((1, -1, 1), None, (1, 1, 1)),
+  ],
+)
+def test_a_mesh_needs_no_devices(sizes, devices, expected):
+  names = ("data", "fsdp", "tensor")
+  mesh = command.abstract_mesh(dict(zip(names, sizes, strict=True)), devices)
+  assert tuple(mesh.shape.values()) == expected
+
+
+@pytest.mark.parametrize(("sizes", "devices"), [((-1, 3, 1), 8), ((2, 1, 1), 8), ((-1, 16, 1), 8)])
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes, devices):
+  names = ("data", "fsdp", "tensor")
+  with pytest.raises(ValueError, match="does not fit 8 devices; see --devices"):
+    command.abstract_mesh(dict(zip(names, sizes, strict=True)), devices)
+
+
+def test_rows_that_do_not_divide_over_the_mesh_are_refused(config):
+  config.train.accumulate = 8
+  with pytest.raises(ValueError, match=r"train\.batch_size 32 is no multiple of 8 devices on data"):
+    command.share_of_a_device(config, command.read(config), mesh_of(8, 1, 1))
+
+
+@pytest.mark.parametrize(
+  ("text", "size"), [("16GB", 16_000_000_000), ("16GiB", 2**34), ("1.5 MB", 1_500_000)]
+)
+def test_memory_is_given_in_decimal_or_binary_units(text, size):
+  assert command.parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["16", "GB", "16gb", "-1GB", "16 Gigabytes"])
+def test_another_way_to_write_memory_is_refused(text):
+  with pytest.raises(ValueError, match="a number and one of KB, MB"):
+    command.parse_memory(text)
+
+
+def test_the_devices_own_memory_is_known():
+  assert command.own_memory() > 1e8
+
+
+def test_more_devices_than_there_are_cannot_be_compiled_for(config):
+  case = command.read(config)
+  mesh = mesh_of(1, 1, 64)
+  with pytest.raises(ValueError, match=r"the mesh has 64 devices, and there are .*NUM_CPU_DEVICES"):
+    command.compile_step(config, case, mesh, None, "here")
+
+
+def share_of_the_compiled(printed):
+  (percent,) = re.findall(r"compiled: .* are (\d+)%", printed)
+  return int(percent) / 100
+
+
+def test_the_compiler_reports_what_was_planned(config_file):
+  printed = run(f"--config={config_file}", "--compile=here")
+  assert share_of_the_compiled(printed) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (2, 1, 4)])
+def test_the_compiler_reports_what_was_planned_for_a_device_of_a_mesh(config_file, sizes):
+  mesh = [
+    f"--config.mesh.{name}={n}" for name, n in zip(("data", "fsdp", "tensor"), sizes, strict=True)
+  ]
+  printed = run(
+    f"--config={config_file}", *mesh, "--compile=here", JAX_NUM_CPU_DEVICES=f"{np.prod(sizes)}"
+  )
+  assert share_of_the_compiled(printed) == pytest.approx(1, abs=0.1)
