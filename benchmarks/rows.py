@@ -45,11 +45,16 @@ class Form(NamedTuple):
   mask: PyTree
 
 
-def make_adapters(case: Case, rank: int) -> Adapters:
-  """Fresh adapters on all linear layers: every row of one rank starts from them."""
-  axes = lora_jax.trace_axes(
+def trace_axes(case: Case) -> dict[str, lora_jax.Axes]:
+  """The roles of the axes of every parameter."""
+  return lora_jax.trace_axes(
     lambda params, x: case.module.apply({"params": params}, x), case.params, case.inputs
   )
+
+
+def make_adapters(case: Case, rank: int) -> Adapters:
+  """Fresh adapters on all linear layers: every row of one rank starts from them."""
+  axes = trace_axes(case)
   spec = lora_jax.LoRA(rank=rank, alpha=ALPHA)
   specs = lora_jax.match(case.params, [("all-linear", spec)], axes)
   return lora_jax.init(jax.random.key(rank), case.params, specs, axes)

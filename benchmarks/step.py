@@ -144,7 +144,7 @@ def make_rows(case: Case, names: Sequence[str], ranks: Sequence[int], folder: Pa
       table.append(TorchRow(LABELS["torch_full"], spec))
     if "torch_peft" in names:
       for rank in ranks:
-        adapted = torch_peer.with_adapters(spec, adapters[rank], folder / f"rank_{rank}")
+        adapted = torch_peer.with_adapters(spec, case, adapters[rank], folder / f"rank_{rank}")
         table.append(TorchRow(f"{LABELS['torch_peft']}, rank {rank}", adapted))
   return table
 

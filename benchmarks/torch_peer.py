@@ -1,7 +1,7 @@
 """PyTorch's full fine-tuning and `peft` on the same weights and batch, each in its own process.
 
     spec = write_case(case, folder)
-    row = TorchRow("PyTorch + peft, rank 8", with_adapters(spec, adapters, folder / "adapter"))
+    row = TorchRow("PyTorch + peft, rank 8", with_adapters(spec, case, adapters, folder))
     row.start()
     seconds = row.run(steps=1)
 
@@ -22,8 +22,9 @@ import numpy as np
 from flax import traverse_util
 
 from benchmarks.models import Case
-from benchmarks.rows import LEARNING_RATE, WEIGHT_DECAY, Adapters
-from lora_jax.io import configs, names, peft, safetensors
+from benchmarks.rows import LEARNING_RATE, WEIGHT_DECAY, Adapters, trace_axes
+from lora_jax import exchange
+from lora_jax.io import configs, names, safetensors
 from lora_jax.models import llama
 
 _ROOT = Path(__file__).parents[1]
@@ -73,9 +74,9 @@ def write_case(case: Case, folder: Path) -> TorchSpec:
   )
 
 
-def with_adapters(spec: TorchSpec, adapters: Adapters, folder: Path) -> TorchSpec:
+def with_adapters(spec: TorchSpec, case: Case, adapters: Adapters, folder: Path) -> TorchSpec:
   """Writes adapters; returns the spec of `peft` training them."""
-  peft.save(folder, adapters, full={}, base_model=spec.base)
+  exchange.save(folder, adapters, case.params, trace_axes(case), base_model=spec.base)
   return dataclasses.replace(spec, adapter=str(folder))
 
 

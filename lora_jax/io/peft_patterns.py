@@ -8,16 +8,19 @@ fits. Some regular expressions take exponential time, and these were written by 
 file. So only names with a few simple wildcards are accepted, whose worst case is short.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 Patterns = list[tuple[re.Pattern, Any]]
 
-_MAX_LENGTH, _MAX_REPEATS, _MAX_CHOICES, _MAX_WILD = 1000, 2, 8, 100
+_MAX_LENGTH, _MAX_WAYS, _MAX_WILD = 1000, 6400, 32
+_REPEAT = 40  # a repetition costs as much as so many alternatives
 _ITEM = r"(?:\\[.\-dw]|\[[\w-]+\]|[\w.-])"  # a character, or a class of characters
 _WORD = r"(?:\\[.\-]|[\w.-])*"
 _SIMPLE = re.compile(rf"\^?(?:{_ITEM}[*+?]?|\({_WORD}(?:\|{_WORD})*\))*\$?", re.ASCII)
+_GROUP = re.compile(r"\([^)]*\)")
 
 
 def compiled(patterns: Mapping[str, Any]) -> Patterns:
@@ -26,7 +29,7 @@ def compiled(patterns: Mapping[str, Any]) -> Patterns:
   Raises:
     ValueError: for a pattern that is no regular expression, or one that may take long.
   """
-  wild = sum(_choices(pattern) > 0 for pattern in patterns)
+  wild = sum(_ways(pattern) > 1 for pattern in patterns)
   if wild > _MAX_WILD:
     raise ValueError(f"{wild} patterns have wildcards; at most {_MAX_WILD} are read")
   return [(_compile(pattern), value) for pattern, value in patterns.items()]
@@ -34,18 +37,18 @@ def compiled(patterns: Mapping[str, Any]) -> Patterns:
 
 def first_match(patterns: Patterns, module: str, default: Any) -> Any:
   """The value of the first pattern that ends the module's name, or the default."""
+  starts = [0, *(n + 1 for n, c in enumerate(module) if c == ".")]
   for pattern, value in patterns:
-    if pattern.fullmatch(module):
+    if any(pattern.fullmatch(module, start) for start in starts):
       return value
   return default
 
 
 def _compile(pattern: str) -> re.Pattern:
-  repeats = sum(map(pattern.count, "*+"))
-  short = len(pattern) <= _MAX_LENGTH and repeats <= _MAX_REPEATS
-  if short and _choices(pattern) <= _MAX_CHOICES and _SIMPLE.fullmatch(pattern):
+  short = len(pattern) <= _MAX_LENGTH and _ways(pattern) <= _MAX_WAYS
+  if short and _SIMPLE.fullmatch(pattern):
     try:
-      return re.compile(rf"(?:.*\.)?(?:{pattern})")
+      return re.compile(pattern)
     except re.error:  # a range that runs backwards
       pass
   raise ValueError(
@@ -55,6 +58,8 @@ def _compile(pattern: str) -> re.Pattern:
   )
 
 
-def _choices(pattern: str) -> int:
-  """How many times the pattern leaves a choice; what matching costs grows with the power of it."""
-  return sum(map(pattern.count, "*+?|"))
+def _ways(pattern: str) -> int:
+  """About how many ways there are to match a pattern, each of which may have to be tried."""
+  repeats, options = sum(map(pattern.count, "*+")), pattern.count("?")
+  alternatives = [group.count("|") + 1 for group in _GROUP.findall(pattern)]
+  return _REPEAT ** min(repeats, 9) * 2 ** min(options, 99) * math.prod(alternatives)
