@@ -8,7 +8,6 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 from collectives import collectives
@@ -16,7 +15,6 @@ from jax.sharding import AbstractMesh, AxisType
 
 import lora_jax
 from lora_jax import sharding, tree
-from lora_jax.io import pretrained
 from lora_jax.models import llama
 from lora_jax.weights import Weight
 
@@ -227,26 +225,6 @@ def test_the_mesh_takes_all_devices_or_says_why_not():
 def test_a_process_alone_reads_all_rows():
   alone = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
   assert sharding.process_rows(alone, 16 * jax.device_count()) == (0, 1)
-
-
-# ---- loading
-
-
-def test_a_model_is_loaded_to_its_shards_as_it_is_loaded_whole(smollm2):
-  one = sharding.make_mesh(data=1, fsdp=1, tensor=1)
-  laid_out = []
-
-  def shardings(shapes):
-    laid_out.append(sharding.lay_out(shapes, one, sharding.LLAMA_RULES))
-    return laid_out[0].shardings
-
-  loaded = pretrained.load(pretrained.DEFAULT, scan_layers=True, shardings=shardings)
-  expected = tree.flatten(llama.stack_layers(smollm2.params))
-  leaves = tree.flatten(loaded.params)
-  assert leaves.keys() == expected.keys()
-  for path, leaf in leaves.items():
-    assert leaf.sharding == tree.flatten(laid_out[0].shardings)[path]
-    np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
 
 
 def test_the_text_of_a_program_is_read():

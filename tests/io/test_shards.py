@@ -12,7 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from lora_jax.io import export, shards
+from lora_jax import sharding, tree
+from lora_jax.io import export, pretrained, shards
 from lora_jax.models import llama
 
 WORKER = pathlib.Path(__file__).with_name("loading_worker.py")
@@ -38,6 +39,23 @@ def test_without_a_sharding_the_array_may_be_used_beside_any_other():
   array = shards.assemble((2, 3), np.dtype(np.float32), [lambda: np.ones((2, 3))], None)
   assert array.dtype == np.float32
   assert not array.committed
+
+
+def test_a_model_is_loaded_to_its_shards_as_it_is_loaded_whole(smollm2):
+  one = sharding.make_mesh(data=1, fsdp=1, tensor=1)
+  laid_out = []
+
+  def shardings(shapes):
+    laid_out.append(sharding.lay_out(shapes, one, sharding.LLAMA_RULES))
+    return laid_out[0].shardings
+
+  loaded = pretrained.load(pretrained.DEFAULT, scan_layers=True, shardings=shardings)
+  expected = tree.flatten(llama.stack_layers(smollm2.params))
+  leaves = tree.flatten(loaded.params)
+  assert leaves.keys() == expected.keys()
+  for path, leaf in leaves.items():
+    assert leaf.sharding == tree.flatten(laid_out[0].shardings)[path]
+    np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
 
 
 @pytest.fixture(scope="module")
