@@ -16,15 +16,18 @@ import peft
 import pytest
 import torch
 import transformers
+from main_programs import imported
 
 import lora_jax
-from experiments import parts, train
+from experiments import parts
 from lora_jax import exchange
 from lora_jax.data import batches
 from lora_jax.io import export, safetensors
 from lora_jax.models import llama
 from lora_jax.train import evaluation
 from lora_jax.train import workdir as workdir_lib
+
+train = imported("experiments.train")
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -11,13 +11,14 @@ import sys
 import jax
 import numpy as np
 import pytest
+from main_programs import imported
 
-from experiments import plan as command
 from lora_jax import tree
 from lora_jax.io import configs
 from lora_jax.models import llama
 from lora_jax.train import plan
 
+command = imported("experiments.plan")
 ROOT = pathlib.Path(__file__).parents[2]
 
 CONFIG = """
