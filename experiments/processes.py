@@ -37,7 +37,7 @@ def join() -> None:
   Only the first process prints from then on.
 
   Raises:
-    ValueError: when the flags for starting by hand are not given together.
+    ValueError: when the flags for starting by hand are not given together, or there is no cluster.
   """
   by_hand = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   if any(value is not None for value in by_hand):
@@ -45,7 +45,13 @@ def join() -> None:
       raise ValueError("--coordinator, --num_processes and --process_id are given together")
     jax.distributed.initialize(*by_hand)
   elif _DISTRIBUTED.value:
-    jax.distributed.initialize()
+    try:
+      jax.distributed.initialize()
+    except ValueError as error:
+      raise ValueError(
+        f"--distributed: the environment is none of a cluster that JAX knows ({error}); give "
+        "--coordinator, --num_processes and --process_id instead"
+      ) from None
   if not is_first():
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115, open as long as the process
 

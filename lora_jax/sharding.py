@@ -47,7 +47,11 @@ LLAMA_RULES: Rules = (
   ("embed/embedding", jax.P("tensor", None)),
   (".*", jax.P()),
 )
-"""The Llama tree, layers stacked or not."""
+"""The Llama tree, layers stacked or not.
+
+Where the devices of `tensor` do not divide the heads of queries and of keys, the result is the
+same, but attention's activations are gathered in each layer.
+"""
 
 
 def make_mesh(*, data: int, fsdp: int, tensor: int) -> Mesh:

@@ -179,6 +179,37 @@ def test_flags_that_belong_together_are_asked_for_together(config_file, tmp_path
   assert "--coordinator, --num_processes and --process_id are given together" in errors
 
 
+def test_a_cluster_that_is_not_there_is_missed_by_name(config_file, tmp_path):
+  _, errors = train(config_file, tmp_path / "run", "--distributed", processes=1, fails=True)
+  assert "--distributed: the environment is none of a cluster that JAX knows" in errors
+
+
+@pytest.mark.slow
+def test_the_processes_of_a_slurm_job_find_each_other(tmp_path):
+  name = STATEMENTS[0]
+  line, env = command("processes_worker", tmp_path, name, "--distributed", processes=1)
+  job = {
+    # JAX makes the port of the job's number.
+    "SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    "PYTHONPATH": str(pathlib.Path(__file__).parent),
+  }  # fmt: skip
+  tasks = [
+    subprocess.Popen(
+      line,
+      cwd=ROOT,
+      env=env | job | {"SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)},
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    for n in range(2)
+  ]
+  printed = [task.communicate(timeout=300)[0] for task in tasks]
+  assert [task.returncode for task in tasks] == [0, 0]
+  assert name in printed[0].splitlines()
+  assert name not in printed[1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"data": 1, "fsdp": 2}, {"data": 1, "tensor": 2}])
 def test_a_base_that_is_cut_over_two_processes_has_the_losses_of_one(
