@@ -9,11 +9,10 @@ import subprocess
 import sys
 import time
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
+import tiny_experiment
 import torch
 import transformers
 from main_programs import imported
@@ -22,7 +21,7 @@ import lora_jax
 from experiments import parts
 from lora_jax import exchange
 from lora_jax.data import batches
-from lora_jax.io import export, safetensors
+from lora_jax.io import safetensors
 from lora_jax.models import llama
 from lora_jax.train import evaluation
 from lora_jax.train import workdir as workdir_lib
@@ -31,54 +30,10 @@ train = imported("experiments.train")
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-CONFIG = """
-import ml_collections
-from configs import quickstart
-
-def get_config(text=""):
-  config = quickstart.get_config(text)
-  config.model.source = {model!r}
-  data = config.data
-  data.source, data.format, data.columns, data.sign_of = {data!r}, "jsonl", (), ""
-  data.train, data.validation, data.test = 0.6, 0.2, 0.2
-  data.buckets = (16, 24)
-  data.max_length = 25
-  config.adapter.alpha = 8.0
-  config.train.steps, config.train.log_every, config.train.checkpoint_every = 6, 1, 2
-  config.train.batch_size = 8
-  config.optimizer.warmup_steps, config.optimizer.peak = 1, 1e-2
-  config.evaluation.batch_size = 8
-  config.evaluation.examples = 16
-  return config
-"""
-
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory, smollm2):
-  """A config of a random Llama that fits SmolLM2's tokenizer, and 120 records."""
-  folder = tmp_path_factory.mktemp("tiny")
-  config = llama.LlamaConfig(
-    vocab_size=smollm2.config.vocab_size,
-    width=32,
-    mlp_width=64,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    max_length=64,
-    tie_embeddings=True,
-  )
-  params = llama.Llama(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-  export.save(folder / "model", params, config, smollm2.tokenizer)
-  rows = [
-    {"text": f"{word} film number {n}", "label": label}
-    for n in range(60)
-    for word, label in (("fine", "positive"), ("dull", "negative"))
-  ]
-  (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-  path = folder / "config.py"
-  path.write_text(CONFIG.format(model=str(folder / "model"), data=str(folder / "data.jsonl")))
-  return path
+  return tiny_experiment.write(tmp_path_factory.mktemp("tiny"), smollm2.tokenizer)
 
 
 def run(program, *arguments, fails=False):

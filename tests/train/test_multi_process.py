@@ -9,13 +9,11 @@ import subprocess
 import sys
 import time
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_experiment
 
-from lora_jax.io import export, safetensors
-from lora_jax.models import llama
+from lora_jax.io import safetensors
 from lora_jax.train.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -25,44 +23,17 @@ STATEMENTS = [
   "what_one_mesh_saved_another_restores_bit_for_bit",
   "a_bit_that_flipped_is_found_by_all_processes_and_the_one_before_is_restored",
 ]
-CONFIG = """
-import ml_collections
-from configs import quickstart
-
-def get_config(text=""):
-  config = quickstart.get_config(text)
-  config.model.source = {model!r}
-  data = config.data
-  data.source, data.format, data.columns, data.sign_of = {data!r}, "jsonl", (), ""
-  data.train, data.validation, data.test = 0.6, 0.2, 0.2
-  data.buckets, data.max_length = (24,), 25
-  config.train.steps, config.train.log_every, config.train.checkpoint_every = 20, 1, 8
-  config.train.batch_size = config.evaluation.batch_size = config.evaluation.examples = 8
-  config.train.evaluate_every = 10
-  config.optimizer.warmup_steps, config.optimizer.peak = 1, 1e-2
-  return config
-"""
 
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory, smollm2):
-  """A config of a random Llama that fits SmolLM2's tokenizer, and 120 records."""
-  folder = tmp_path_factory.mktemp("tiny")
-  config = llama.LlamaConfig(
-    vocab_size=smollm2.config.vocab_size, width=32, mlp_width=64, num_layers=2, num_heads=4,
-    num_kv_heads=2, head_dim=8, max_length=64, tie_embeddings=True,
-  )  # fmt: skip
-  params = llama.Llama(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-  export.save(folder / "model", params, config, smollm2.tokenizer)
-  rows = [
-    {"text": f"{word} film number {n}", "label": label}
-    for n in range(60)
-    for word, label in (("fine", "positive"), ("dull", "negative"))
-  ]
-  (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-  path = folder / "config.py"
-  path.write_text(CONFIG.format(model=str(folder / "model"), data=str(folder / "data.jsonl")))
-  return path
+  return tiny_experiment.write(
+    tmp_path_factory.mktemp("tiny"),
+    smollm2.tokenizer,
+    data={"buckets": (24,)},
+    train={"steps": 20, "checkpoint_every": 8, "evaluate_every": 10},
+    evaluation={"examples": 8},
+  )
 
 
 def command(*arguments, processes):
