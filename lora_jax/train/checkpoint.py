@@ -5,17 +5,20 @@
       checkpoints.save(state, data_state=batches.get_state())
 
 A checkpoint is `{path: array}` of the `State` (step, trainable part, optimiser state) and one JSON
-record: the position of the data, the fingerprint of the config, and each array's shape, type and
-CRC-32. So it is readable without a class of this library, and a bit that flipped on disk, which
-the array format itself lets pass, is found.
+record: the position of the data, the fingerprint of the config, each array's shape, type and
+CRC-32, and the CRC-32 of the record itself. So it is readable without a class of this library, and
+a bit that flipped on disk, which neither JSON nor the array format would notice, is found.
 
 Of several processes all call every method, on a folder that all of them see; each writes and reads
 its own shards. What is saved on one mesh can be restored on another.
 """
 
+import contextlib
+import json
 import logging
 import pathlib
 import zlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -54,6 +57,7 @@ class Checkpoints:
       raise ValueError(f"keep is {keep}; at least one checkpoint must stay")
     self.folder = pathlib.Path(folder).absolute()
     self._fingerprint = fingerprint
+    self._saving = 0  # the step of the last save
     self._manager = ocp.CheckpointManager(
       self.folder,
       options=ocp.CheckpointManagerOptions(
@@ -84,20 +88,27 @@ class Checkpoints:
     Args:
       state: its arrays are copied before this returns, so the next step may donate them.
       data_state: the position of the data after the batch of this step; what JSON can hold.
+
+    Raises:
+      OSError: when the checkpoint before this one, or the beginning of this, cannot be written.
     """
-    step = int(state.step)
+    self.wait()
+    step = self._saving = int(state.step)
     arrays = flatten(state)
     record = {
       "data_state": data_state,
       "fingerprint": self._fingerprint,
       "arrays": {path: _describe(leaf) | {"crc32": _crc32(leaf)} for path, leaf in arrays.items()},
     }
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record)
-      ),
-    )
+    record["crc32"] = _crc32_of_record(record)
+    with self._writing():
+      saved = self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record)
+        ),
+      )
+    assert saved, f"{self.folder}: there is a checkpoint of step {step} or of a later one"
 
   def restore(self, like: State) -> Restored | None:
     """Restores the latest checkpoint that is whole, bit for bit.
@@ -134,20 +145,42 @@ class Checkpoints:
       )
     return None
 
+  def check(self) -> None:
+    """Raises OSError if the writing has failed by now; does not wait."""
+    with self._writing():
+      self._manager.check_for_errors()
+
   def wait(self) -> None:
-    """Waits until what was saved is on disk; an error of the writing is raised here."""
-    self._manager.wait_until_finished()
+    """Waits until what was saved is on disk; raises OSError if that cannot be."""
+    with self._writing():
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits, then lets go of the folder."""
-    self._manager.close()
+    """Waits as `wait` does, then lets go of the folder."""
+    with self._writing():
+      self._manager.close()
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    try:
+      yield
+    # A full disk is an OSError of Orbax, or a ValueError of the array format beneath it.
+    except Exception as error:
+      self._manager.reload()
+      whole = self._manager.latest_step()
+      kept = "no other one was there yet" if whole is None else f"{self.path(whole)} is whole"
+      raise OSError(
+        f"{self.folder}: the checkpoint of step {self._saving} cannot be written "
+        f"({_first_line(error)}); {kept}. If the disk is full make room; the same command then goes "
+        "on from the last whole checkpoint"
+      ) from error
 
   def _load(self, step: int, like: State) -> Restored:
     path = self.path(step)
     wanted = flatten(like)
     record = self._read(step, "record", ocp.args.JsonRestore())
-    if record.keys() != {"data_state", "fingerprint", "arrays"}:
-      raise DamagedCheckpointError(f"{path}: its record has the fields {sorted(record)}")
+    if not isinstance(record, dict) or record.get("crc32") != _crc32_of_record(record):
+      raise DamagedCheckpointError(f"{path}: its record is not what was saved (its CRC-32 differs)")
     if record["fingerprint"] != self._fingerprint:
       raise ValueError(
         f"{path}: this checkpoint was made with another config "
@@ -166,9 +199,8 @@ class Checkpoints:
       return self._manager.restore(step, args=ocp.args.Composite(**{item: how}))[item]
     # Orbax tells damage by many types, bare Exception among them.
     except Exception as error:
-      reason = str(error).partition("\n")[0][:200]
       raise DamagedCheckpointError(
-        f"{self.path(step)}: cannot be read ({type(error).__name__}: {reason})"
+        f"{self.path(step)}: cannot be read ({_first_line(error)})"
       ) from error
 
   def _set_aside(self, steps: Any) -> None:
@@ -189,6 +221,10 @@ def _free_name(path: pathlib.Path) -> pathlib.Path:
   return free
 
 
+def _first_line(error: Exception) -> str:
+  return f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+
+
 def _describe(leaf: Any) -> dict[str, Any]:
   return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
 
@@ -201,6 +237,12 @@ def _crc32(leaf: Any) -> int:
   if not getattr(leaf, "is_fully_addressable", True):
     leaf = multihost_utils.process_allgather(leaf, tiled=True)
   return zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8).reshape(-1))
+
+
+def _crc32_of_record(record: dict[str, Any]) -> int:
+  """Of all fields but its own, in a form that does not depend on their order."""
+  as_read = json.loads(json.dumps({key: x for key, x in record.items() if key != "crc32"}))
+  return zlib.crc32(json.dumps(as_read, sort_keys=True).encode())
 
 
 def _check_structure(path: pathlib.Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 import gc
 import logging
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -121,10 +122,21 @@ def truncate(path):
   path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def empty(path):
+  path.write_bytes(b"")
+
+
 def flip_a_bit(path):
   content = bytearray(path.read_bytes())
   content[len(content) // 2] ^= 0x10
   path.write_bytes(bytes(content))
+
+
+def change_the_position(path):
+  """Damage that is valid JSON: the data would go on from another batch."""
+  content = path.read_text()
+  assert content.count('"position": 2') == 1
+  path.write_text(content.replace('"position": 2', '"position": 3'))
 
 
 # Orbax leaves a coroutine behind that fails when it is collected.
@@ -149,6 +161,52 @@ def test_a_damaged_checkpoint_is_named_and_passed_over_for_the_one_before(
     checkpoints.save(states[2], {"position": 2})
   with open_checkpoints(tmp_path) as checkpoints:
     assert_same_bits(checkpoints.restore(states[2]).state, states[2])
+
+
+def test_a_record_that_is_not_the_one_that_was_saved_is_damage_though_it_can_be_read(
+  tmp_path, caplog
+):
+  states = save_steps(tmp_path, [1, 2])
+  change_the_position(tmp_path / "2" / "record" / "metadata")
+  with open_checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.restore(states[1]).data_state == {"position": 1}
+  assert "its record is not what was saved" in caplog.text
+
+
+@pytest.mark.parametrize("item", ["state", "record", "."])
+def test_a_checkpoint_that_lacks_a_whole_folder_is_passed_over(tmp_path, caplog, item):
+  states = save_steps(tmp_path, [1, 2])
+  shutil.rmtree(tmp_path / "2" / item)
+  (tmp_path / "2").mkdir(exist_ok=True)
+  with open_checkpoints(tmp_path) as checkpoints:
+    assert_same_bits(checkpoints.restore(states[1]).state, states[1])
+  assert f"{tmp_path / '2'}: " in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("harm", [truncate, empty, flip_a_bit, pathlib.Path.unlink])
+def test_whatever_file_is_harmed_what_is_restored_was_saved_or_is_named_and_passed_over(
+  tmp_path, caplog, harm
+):
+  """Orbax writes files that it can do without; harm to those costs nothing."""
+  states = save_steps(tmp_path / "whole", [1, 2])
+  files = [p for p in (tmp_path / "whole" / "2").rglob("*") if p.stat().st_size and p.is_file()]
+  passed_over = set()
+  for number, file in enumerate(files):
+    folder = tmp_path / str(number)
+    shutil.copytree(tmp_path / "whole", folder)
+    harm(folder / file.relative_to(tmp_path / "whole"))
+    caplog.clear()
+    with open_checkpoints(folder) as checkpoints:
+      restored = checkpoints.restore(states[1])
+    step = int(restored.state.step)
+    assert_same_bits(restored.state, states[step])
+    assert restored.data_state == {"position": step}
+    assert (f"{folder / '2'}: " in caplog.text) == (step == 1) == (folder / "damaged-2").exists()
+    if step == 1:
+      passed_over.add(file)
+  assert largest_file(tmp_path / "whole" / "2" / "state") in passed_over
+  assert tmp_path / "whole" / "2" / "record" / "metadata" in passed_over
 
 
 def test_a_flipped_bit_names_the_array_it_is_in(tmp_path, caplog):
