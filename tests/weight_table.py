@@ -9,7 +9,7 @@ import numpy as np
 
 import lora_jax
 from lora_jax import LowRank, tree
-from lora_jax.weights import DoRA, Gated, LoKr, input_norms
+from lora_jax.weights import DoRA, Factored, Gated, LoKr, input_norms
 
 RANK = 2
 
@@ -67,6 +67,11 @@ def lokr(w, roles: str) -> LoKr:
   return trained.attach(w, "")
 
 
+def factored(w, roles: str) -> Factored:
+  a, b = factors(w.shape, roles)
+  return Factored(a.astype(w.dtype), b.astype(w.dtype), roles=roles.lstrip("s"))
+
+
 WEIGHTS = {
   "float32": Kind(low_rank),
   "nested": Kind(lambda w, roles: low_rank(low_rank(w, roles, seed=1), roles)),
@@ -77,6 +82,8 @@ WEIGHTS = {
   "gated": Kind(gated),
   "dora": Kind(dora),
   "lokr": Kind(lokr),
+  "factored": Kind(factored),
+  "adapted-factored": Kind(lambda w, roles: low_rank(factored(w, roles), roles, seed=1)),
 }
 
 

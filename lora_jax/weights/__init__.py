@@ -9,6 +9,7 @@ from lora_jax.weights.base import materialize as materialize
 from lora_jax.weights.dense import Full as Full
 from lora_jax.weights.dora import DoRA as DoRA
 from lora_jax.weights.dora import input_norms as input_norms
+from lora_jax.weights.factored import Factored as Factored
 from lora_jax.weights.gated import Gated as Gated
 from lora_jax.weights.loha import LoHa as LoHa
 from lora_jax.weights.lokr import LoKr as LoKr

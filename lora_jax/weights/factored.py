@@ -1,0 +1,161 @@
+"""Factored: `a @ b` and nothing else, a kernel of rank r that costs r (d + k) where it is used.
+
+    before    {"query": {"kernel": W}}                d k numbers
+    after     {"query": {"kernel": Factored(a, b)}}   r (d + k) numbers, W ≈ a b
+
+The axes of the factors are those of a LowRank's, and so is how they are used: a Factored is applied
+as a LowRank whose base is nothing at all. It may itself be the base of an adapter, which heals it.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.weights.base import Weight
+from lora_jax.weights.factors import A, B, part_axes
+from lora_jax.weights.low_rank import LowRank
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Factored(Weight):
+  """`a @ b`, an array of a's dtype.
+
+  Attributes:
+    a: [*stack, *inputs, rank].
+    b: [*stack, rank, *outputs], of a's dtype.
+    roles: the role of each axis of the array, leading stack axes left out; see `weights.low_rank`.
+    path: the leaf's path, for messages.
+  """
+
+  LAYOUTS: ClassVar = {"a": A, "b": B}
+
+  a: jax.Array
+  b: jax.Array
+  roles: str = dataclasses.field(default="io", kw_only=True, metadata={"static": True})
+  path: str = dataclasses.field(default="", kw_only=True, metadata={"static": True})
+
+  def applied(self) -> "_Product":
+    return _Product(_Nothing(self.dtype), self.a, self.b, roles=self.roles, path=self.path)
+
+  def materialize(self):
+    return self.applied().materialize()
+
+  @property
+  def rank(self) -> int:
+    return self.a.shape[-1]
+
+  @property
+  def shape(self):
+    return self.applied().shape
+
+  @property
+  def dtype(self):
+    return self.a.dtype
+
+  @property
+  def is_stacked(self):
+    return self.applied().is_stacked
+
+  @property
+  def all_roles(self) -> str:
+    """The role of every axis of the array, leading stack axes included."""
+    return self.applied().all_roles
+
+  def partition_specs(self, spec):
+    """Each axis of a factor is sharded as the axis of the array that it is; the rank is not."""
+    names = (*spec, *[None] * (self.ndim - len(spec)))
+    a, b = (
+      jax.P(*(None if n is None else names[n] for n in part_axes(self.all_roles, layout)))
+      for layout in self.LAYOUTS.values()
+    )
+    return dataclasses.replace(self, a=a, b=b)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Nothing(Weight):
+  """The base of a product that has none: the number zero, whatever is done to its axes."""
+
+  of_dtype: jnp.dtype = dataclasses.field(metadata={"static": True})
+
+  @property
+  def dtype(self):
+    return self.of_dtype
+
+  def materialize(self):
+    return jnp.zeros((), self.dtype)
+
+  def dot_general(self, other, dimension_numbers, *, preferred_element_type=None, **_):
+    return self._zero(other, preferred_element_type)
+
+  def conv_general_dilated(self, x, *, preferred_element_type=None, **_):
+    return self._zero(x, preferred_element_type)
+
+  def ragged_dot_general(self, lhs, group_sizes, *, preferred_element_type=None, **_):
+    return self._zero(lhs, preferred_element_type)
+
+  def _zero(self, other, wanted):
+    return jnp.zeros((), wanted or jnp.promote_types(other.dtype, self.dtype))
+
+  def astype(self, dtype):
+    return _Nothing(dtype)
+
+  def transpose(self, permutation):
+    return self
+
+  def reshape(self, new_sizes):
+    return self
+
+  def squeeze(self, dimensions):
+    return self
+
+  def broadcast_in_dim(self, shape, broadcast_dimensions):
+    return self
+
+  def slice(self, start_indices, limit_indices, strides):
+    return self
+
+  def dynamic_slice(self, start_indices, slice_sizes):
+    return self
+
+  def gather(self, indices, *, dimension_numbers, slice_sizes, **_):
+    d = dimension_numbers
+    ndim = indices.ndim - 1 + len(d.offset_dims)
+    return jnp.zeros((1,) * ndim, self.dtype)
+
+  def scaled(self, c):
+    return self
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Product(LowRank):
+  """A LowRank on nothing, whose shape is that of its factors."""
+
+  @property
+  def shape(self):
+    roles = self.all_roles
+    sizes = {}
+    for name, layout in self.LAYOUTS.items():
+      part = getattr(self, name)
+      if part is not None:
+        sizes |= dict(zip(part_axes(roles, layout), part.shape, strict=True))
+    return tuple(sizes[n] for n in range(len(roles)))
+
+  @property
+  def ndim(self):
+    return self.a.ndim - 1 + self.roles.count("o")
+
+  def gather(self, indices, *, dimension_numbers, mode, fill_value=None, **params):
+    d = dimension_numbers
+    rows = super().gather(indices, dimension_numbers=d, mode=mode, fill_value=fill_value, **params)
+    if lax.GatherScatterMode.from_any(mode) != lax.GatherScatterMode.FILL_OR_DROP:
+      return rows
+    (axis,) = d.collapsed_slice_dims
+    found = (indices[..., 0] >= 0) & (indices[..., 0] < self.shape[axis])
+    fill = jnp.nan if fill_value is None else fill_value
+    return jnp.where(jnp.expand_dims(found, d.offset_dims), rows, fill).astype(rows.dtype)
