@@ -25,7 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.weights import base
 from lora_jax.weights.base import NotFactored
-from lora_jax.weights.factors import factor_labels, labels, part_axes, part_sizes
+from lora_jax.weights.factors import factor_labels, labels, part_axes
 from lora_jax.weights.products import dot_labels, low_rank_product
 from lora_jax.weights.structured import Structured
 
@@ -82,7 +82,7 @@ class LowRank(Structured):
     """This weight dropping inputs by a random key, if it has a share to drop."""
     if not self.drops:
       return self
-    stack = part_sizes(self.shape, self.all_roles, "s", self.rank)
+    stack = self.a.shape[: self.a.ndim - 1 - self.roles.count("i")]
     return dataclasses.replace(self, key=jax.random.split(key, stack) if stack else key)
 
   def _dropped(self, x):
