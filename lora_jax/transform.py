@@ -6,6 +6,7 @@ weights  = attach(params, adapters)        # the tree of params, with Weights at
 merged   = merge(params, adapters)         # plain arrays again
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,7 +16,7 @@ import jax
 from lora_jax import tree
 from lora_jax.adapters import Method
 from lora_jax.axes import Axes
-from lora_jax.weights import Adapted, is_weight, materialize
+from lora_jax.weights import Adapted, Pruned, Weight, is_weight, materialize
 
 PyTree = Any
 
@@ -54,9 +55,15 @@ def init(
 
 
 def attach(params: PyTree, adapters: Mapping[str, Adapted]) -> PyTree:
-  """The tree of `params` with a Weight at the path of every adapter."""
+  """The tree of `params` with a Weight at the path of every adapter.
+
+  A pruned leaf stays pruned: its adapter goes inside its mask.
+
+  Raises:
+    ValueError: when an adapter does not fit its leaf, or would drop inputs of a pruned one.
+  """
   leaves = _targets(params, adapters)
-  weights = {path: adapter.attach(leaves[path], path) for path, adapter in adapters.items()}
+  weights = {path: _attached(leaves[path], adapter, path) for path, adapter in adapters.items()}
   return tree.map_with_path(lambda path, leaf: weights.get(path, leaf), params, is_leaf=is_weight)
 
 
@@ -71,10 +78,11 @@ def detach(weights: PyTree, adapters: Iterable[str]) -> dict[str, Adapted]:
     ValueError: when a path has no leaf, or one without an adapter.
   """
   leaves = _targets(weights, adapters)
-  for path in adapters:
-    if not isinstance(leaves[path], Adapted):
+  adapted = {path: _unmasked(leaves[path]) for path in adapters}
+  for path, leaf in adapted.items():
+    if not isinstance(leaf, Adapted):
       raise ValueError(f"{path}: has no adapter; detach takes the tree that attach made")
-  return {path: leaves[path].detach() for path in adapters}
+  return {path: leaf.detach() for path, leaf in adapted.items()}
 
 
 def merge(params: PyTree, adapters: Mapping[str, Adapted]) -> PyTree:
@@ -133,6 +141,21 @@ def with_dropout(weights: PyTree, key: jax.Array) -> PyTree:
     return leaf
 
   return tree.map_with_path(dropping, weights, is_leaf=is_weight)
+
+
+def _attached(leaf: Any, adapter: Adapted, path: str) -> Weight:
+  if not isinstance(leaf, Pruned):
+    return adapter.attach(leaf, path)
+  if adapter.drops:
+    raise ValueError(
+      f"{path}: is pruned, and its adapter is used inside the mask, as a sum that has no thin "
+      "factors whose inputs could be dropped; set its dropout to 0"
+    )
+  return dataclasses.replace(leaf, w=adapter.attach(leaf.w, path))
+
+
+def _unmasked(leaf: Any) -> Any:
+  return leaf.w if isinstance(leaf, Pruned) else leaf
 
 
 def _targets(params: PyTree, adapters: Iterable[str]) -> dict[str, Any]:

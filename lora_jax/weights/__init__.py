@@ -14,6 +14,7 @@ from lora_jax.weights.gated import Gated as Gated
 from lora_jax.weights.loha import LoHa as LoHa
 from lora_jax.weights.lokr import LoKr as LoKr
 from lora_jax.weights.low_rank import LowRank as LowRank
+from lora_jax.weights.pruned import Pruned as Pruned
 from lora_jax.weights.recentred import Recentred as Recentred
 from lora_jax.weights.token_rows import TokenRows as TokenRows
 from lora_jax.weights.vera import VeRA as VeRA

@@ -1,0 +1,156 @@
+"""Pruning: numbers of kernels set to zero for good, by their size or by what they do.
+
+    paths  = factorize.select(params, ["all-linear"], axes)
+    params = prune.prune(params, paths, prune.wanda(moments), prune.share(0.5), axes=axes)
+
+A score says how much each number of a kernel matters: `magnitude`, or `wanda`, which counts how
+large its inputs are. A pattern says which of them go: `share` of each output's, or `n_of_m`, as in
+2:4. The result holds `Pruned` Weights, whose zeros survive an adapter and its merge.
+
+Whole channels and heads, which leave a smaller dense model: `compress.structured`.
+
+Sources: Sun et al. 2023, Wanda, arXiv 2306.11695, section 3; Mishra et al. 2021, arXiv 2104.08378,
+for 2:4.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import tree
+from lora_jax.adapters import Method
+from lora_jax.axes import Axes
+from lora_jax.compress.factorize import select, sizes
+from lora_jax.transform import roles_of
+from lora_jax.weights import Pruned, is_weight
+from lora_jax.weights.probe import Moments
+
+PyTree = Any
+Score = Callable[[str, jax.Array], jax.Array]  # (path, [stack, d, k]) -> [stack, d, k]
+Pattern = Callable[[str, jax.Array], jax.Array]  # (path, scores [stack, d, k]) -> bool
+
+
+# ---- what matters
+
+
+def magnitude(path: str, matrices: jax.Array) -> jax.Array:
+  """`|W|`."""
+  del path
+  return jnp.abs(matrices)
+
+
+def wanda(moments: Mapping[str, Moments]) -> Score:
+  """`|W_ij| ‖x_i‖`: the size of a number times the norm of the input that it meets.
+
+  Args:
+    moments: `{path: Moments}` of the kernels' inputs, whole matrices or diagonals.
+  """
+
+  def score(path, matrices):
+    if path not in moments:
+      raise ValueError(f"{path}: has no moments of its inputs; ask second_moments for it as well")
+    stack, d, _ = matrices.shape
+    mean = moments[path].mean
+    if mean.size == stack * d * d and d > 1:
+      mean = jnp.diagonal(mean.reshape(stack, d, d), axis1=-2, axis2=-1)
+    if mean.size != stack * d:
+      raise ValueError(f"{path}: its moments are {mean.shape}, and it has {stack} × {d} inputs")
+    if not bool(jnp.isfinite(mean).all()):
+      raise ValueError(f"{path}: its moments are not finite; an activation overflowed")
+    return jnp.abs(matrices) * jnp.sqrt(mean.reshape(stack, d, 1))
+
+  return score
+
+
+# ---- what goes
+
+
+def share(pruned: float) -> Pattern:
+  """Of the numbers that make one output, this share with the lowest scores goes.
+
+  Raises:
+    ValueError: when it is not above 0 and below 1.
+  """
+  if not 0 < pruned < 1:
+    raise ValueError(f"the share {pruned} to prune must be above 0 and below 1")
+
+  def pattern(path, scores):
+    del path
+    return _ranks(scores, axis=1) >= round(pruned * scores.shape[1])
+
+  return pattern
+
+
+def n_of_m(n: int, m: int) -> Pattern:
+  """Of each m inputs in a row, the n with the highest scores stay, for every output; 2 of 4, say.
+
+  Raises:
+    ValueError: when n is not below m, or, of a kernel, when its inputs are no multiple of m.
+  """
+  if not 0 < n < m:
+    raise ValueError(f"{n} of {m} is no pattern: the first must be above 0 and below the second")
+
+  def pattern(path, scores):
+    stack, d, k = scores.shape
+    if d % m:
+      raise ValueError(f"{path}: has {d} inputs, which are no multiple of {m}; leave it out")
+    kept = _ranks(scores.reshape(stack, d // m, m, k), axis=2) >= m - n
+    return kept.reshape(stack, d, k)
+
+  return pattern
+
+
+def _ranks(scores: jax.Array, axis: int) -> jax.Array:
+  """The place of each score along an axis, 0 for the lowest; ties go by position."""
+  return jnp.argsort(jnp.argsort(scores, axis=axis, stable=True), axis=axis, stable=True)
+
+
+# ---- the transform
+
+
+def prune(
+  params: PyTree,
+  paths: Sequence[str],
+  score: Score,
+  pattern: Pattern,
+  *,
+  axes: Mapping[str, Axes] | None = None,
+) -> PyTree:
+  """The tree with `Pruned` Weights at these paths.
+
+  Args:
+    params: a pytree of arrays; other leaves, Weights among them, stay as they are.
+    paths: the kernels, as `factorize.select` returns them.
+    score: `magnitude`, `wanda(moments)`, or your own.
+    pattern: `share(0.5)`, `n_of_m(2, 4)`, or your own.
+    axes: what `trace_axes` found. Kernels of two axes (in, out) do not need it.
+
+  Raises:
+    ValueError: when a path is no kernel that `select` would take, or as the score and the pattern
+      do.
+  """
+  leaves = tree.flatten(params, is_leaf=is_weight)
+  select(params, [re.escape(path) for path in paths], axes)
+  found = {}
+  for path in paths:
+    leaf, roles = leaves[path], roles_of(Method(), path, leaves[path], axes)
+    order = [n for role in "sio" for n, each in enumerate(roles) if each == role]
+    stack, d, k = sizes(leaf, roles)
+    moved = jnp.transpose(leaf, order)
+    scores = score(path, moved.reshape(stack, d, k).astype(jnp.float32))
+    mask = pattern(path, scores).reshape(moved.shape)
+    found[path] = Pruned.of(leaf, jnp.transpose(mask, np.argsort(order)), path)
+  return tree.map_with_path(lambda path, leaf: found.get(path, leaf), params, is_leaf=is_weight)
+
+
+def sparsity(params: PyTree) -> float:
+  """The share of the numbers of all pruned leaves that is zero for good; 0 where none is pruned."""
+  masks = [x.mask for x in jax.tree.leaves(params, is_leaf=is_weight) if isinstance(x, Pruned)]
+  total = sum(math.prod(mask.shape) for mask in masks)
+  kept = sum(int(mask.sum()) for mask in masks)
+  return 1 - kept / total if total else 0.0

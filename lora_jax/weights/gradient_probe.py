@@ -1,0 +1,78 @@
+"""GradientProbe: a kernel that leaves the second moments of the gradient of what it gives.
+
+The counterpart of `weights.probe`, on the other side of the kernel: its result y passes through a
+function whose cotangent for a slot of zeros is, by definition, the sum of g gᵀ over the rows g of
+the gradient of y. `lora_jax.compress.sensitivity` reads it.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.weights import base
+from lora_jax.weights.base import NotFactored
+from lora_jax.weights.factors import Labels, labels, part_labels, reordered
+from lora_jax.weights.products import dot_labels
+from lora_jax.weights.structured import Structured
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _tap(y, slot, before: Labels, after: Labels, stacks: int):
+  """y; the cotangent of the slot is the sum of g gᵀ, g the gradient of y with its axes as in after:
+  stacks, rows, outputs."""
+  del slot, before, after, stacks
+  return y
+
+
+def _tap_forward(y, slot, before, after, stacks):
+  del before, after, stacks
+  return y, slot
+
+
+def _tap_backward(before, after, stacks, slot, gradient):
+  g = reordered(gradient.astype(jnp.float32), before, after)
+  k = math.isqrt(slot.shape[-1])
+  g = g.reshape(*g.shape[:stacks], -1, k)
+  total = jnp.einsum("...nk,...nl->...kl", g, g, precision="highest")
+  return gradient, total.reshape(slot.shape)
+
+
+_tap.defvjp(_tap_forward, _tap_backward)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GradientProbe(Structured):
+  """The array w; the cotangent of its slot is the second moments of the gradient of its results.
+
+  Attributes:
+    w: the kernel, an array or a Weight.
+    total: a slot, zeros, for the sum of g gᵀ: [*stack, k * k] with k all outputs in their order.
+    roles, path: as in `Adapted`.
+  """
+
+  LAYOUTS: ClassVar = {"total": "sr"}
+  TRAINED: ClassVar = ()
+
+  total: jax.Array
+
+  def materialize(self):
+    return base.materialize(self.w)
+
+  def dot_general(self, other, dimension_numbers, *, weight_is_lhs, **params):
+    operands = (self.w, other) if weight_is_lhs else (other, self.w)
+    y = base.dot_general(*operands, dimension_numbers, **params)
+    _, out_labels = dot_labels(other.ndim, self.ndim, dimension_numbers, weight_is_lhs)
+    names = labels(self.ndim)
+    stack, outputs = (part_labels(names, self.all_roles, role) for role in "so")
+    rows = "".join(c for c in out_labels if c.isupper())
+    if sorted(out_labels) != sorted(stack + rows + outputs):
+      raise NotFactored("the product keeps other axes of it than its outputs")
+    return _tap(y, self.total, out_labels, stack + rows + outputs, len(stack))
+
+  def scaled(self, c):
+    raise NotFactored("it is multiplied by a number")

@@ -1,0 +1,119 @@
+"""Pruned: an array some of whose numbers are zero, and stay zero whatever is learnt beside them.
+
+    before    {"query": {"kernel": W}}
+    after     {"query": {"kernel": Pruned(w=W * mask, mask)}}
+    adapted   {"query": {"kernel": Pruned(w=LowRank(W * mask, a, b), mask)}}
+
+An adapter goes inside: what is used and merged is `mask * (W + a b)`, so healing trains what will
+be kept. Alone it is used as the array that it is. With an adapter the masked sum is formed for one
+use, a temporary of that product, which the backward pass forms again: a product of a mask and of
+thin factors has no thin form.
+"""
+
+import dataclasses
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.weights import base
+from lora_jax.weights.base import Weight, is_weight
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pruned(Weight):
+  """`mask * w`, an array of w's shape and dtype.
+
+  Attributes:
+    w: an array, which is zero where the mask is; or a Weight, which need not be.
+    mask: bool, of w's shape; False where it is zero for good.
+    path: the leaf's path, for messages.
+  """
+
+  w: Any
+  mask: jax.Array
+  path: str = dataclasses.field(default="", kw_only=True, metadata={"static": True})
+
+  @classmethod
+  def of(cls, w: jax.Array, mask: jax.Array, path: str) -> Self:
+    """An array with zeros where the mask has them."""
+    return cls(jnp.where(mask, w, 0), mask, path=path)
+
+  def applied(self) -> Any:
+    return self if is_weight(self.w) else self.w
+
+  def materialize(self):
+    return jnp.where(self.mask, base.materialize(self.w), 0)
+
+  def trainable(self):
+    w = self.w.trainable() if is_weight(self.w) else False
+    return dataclasses.replace(self, w=w, mask=False)
+
+  @property
+  def shape(self):
+    return tuple(self.mask.shape)
+
+  @property
+  def dtype(self):
+    return self.w.dtype
+
+  @property
+  def is_stacked(self):
+    return self.w.is_stacked if is_weight(self.w) else True
+
+  def partition_specs(self, spec):
+    w = self.w.partition_specs(spec) if is_weight(self.w) else spec
+    return dataclasses.replace(self, w=w, mask=spec)
+
+  # ---- what is contracted, with a Weight inside
+
+  def dot_general(self, other, dimension_numbers, *, weight_is_lhs, **params):
+    def product(w, other):
+      operands = (w, other) if weight_is_lhs else (other, w)
+      return lax.dot_general(*operands, dimension_numbers, **params)
+
+    return self._used(product, other)
+
+  def conv_general_dilated(self, x, **params):
+    return self._used(lambda w, x: lax.conv_general_dilated(x, w, **params), x)
+
+  def ragged_dot_general(self, lhs, group_sizes, **params):
+    return self._used(lambda w, lhs: lax.ragged_dot_general(lhs, w, group_sizes, **params), lhs)
+
+  def gather(self, indices, **params):
+    return self._used(lambda w, indices: lax.gather(w, indices, **params), indices)
+
+  def _used(self, use, other):
+    return jax.checkpoint(lambda self, other: use(self.materialize(), other))(self, other)
+
+  # ---- what stays pruned
+
+  def astype(self, dtype):
+    return dataclasses.replace(self, w=base.astype(self.w, dtype))
+
+  def scaled(self, c):
+    return dataclasses.replace(self, w=base.scaled(self.w, c))
+
+  def transpose(self, permutation):
+    return self._moved("transpose", permutation)
+
+  def reshape(self, new_sizes):
+    return self._moved("reshape", new_sizes)
+
+  def squeeze(self, dimensions):
+    return self._moved("squeeze", dimensions)
+
+  def broadcast_in_dim(self, shape, broadcast_dimensions):
+    return self._moved("broadcast_in_dim", shape, broadcast_dimensions)
+
+  def slice(self, start_indices, limit_indices, strides):
+    return self._moved("slice", start_indices, limit_indices, strides)
+
+  def dynamic_slice(self, start_indices, slice_sizes):
+    return self._moved("dynamic_slice", start_indices, slice_sizes)
+
+  def _moved(self, op: str, *args) -> Self:
+    mask = getattr(lax, op)(self.mask, *args)
+    return dataclasses.replace(self, w=base.call(op, self.w, *args), mask=mask)
