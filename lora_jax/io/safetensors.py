@@ -36,6 +36,8 @@ def save_file(
   """Writes tensors to a file which appears whole or not at all.
 
   metadata: strings for the header; `{"format": "pt"}` is what transformers looks for.
+
+  Raises OSError where it cannot be written, as on a full disk.
   """
   path = Path(path)
   partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -44,6 +46,8 @@ def save_file(
   try:
     _save_file(contiguous, partial, metadata=dict(metadata or {}))
     partial.replace(path)
+  except SafetensorError as error:
+    raise OSError(f"{path}: cannot be written ({error})") from None
   finally:
     partial.unlink(missing_ok=True)
 

@@ -171,8 +171,8 @@ class Checkpoints:
       kept = "no other one was there yet" if whole is None else f"{self.path(whole)} is whole"
       raise OSError(
         f"{self.folder}: the checkpoint of step {self._saving} cannot be written "
-        f"({_first_line(error)}); {kept}. If the disk is full make room; the same command then goes "
-        "on from the last whole checkpoint"
+        f"({_first_line(error)}); {kept}. If the disk is full make room; the same command "
+        "then goes on from the last whole checkpoint"
       ) from error
 
   def _load(self, step: int, like: State) -> Restored:
@@ -222,7 +222,9 @@ def _free_name(path: pathlib.Path) -> pathlib.Path:
 
 
 def _first_line(error: Exception) -> str:
-  return f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+  """What it is and, where it is long, how it ends: the reason comes last."""
+  line = f"{type(error).__name__}: {error}".partition("\n")[0]
+  return line if len(line) <= 200 else f"{line[:60]} … {line[-130:]}"
 
 
 def _describe(leaf: Any) -> dict[str, Any]:

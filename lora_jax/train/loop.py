@@ -8,6 +8,7 @@ device works on the next one. It waits only where it must, to evaluate and to sa
 
 import contextlib
 import dataclasses
+import math
 import signal
 import threading
 import time
@@ -21,6 +22,7 @@ import optax
 from jax.experimental import multihost_utils
 
 from lora_jax.train.checkpoint import Checkpoints
+from lora_jax.train.progress import compiling
 from lora_jax.train.step import Batch, State
 from lora_jax.tree import join
 
@@ -45,6 +47,8 @@ class Bar(Protocol):
   """What `lora_jax.train.progress.Progress` is to the loop."""
 
   def update(self, *, loss: float, tokens_per_second: float) -> None: ...
+
+  def say(self, what: str) -> None: ...
 
 
 class Interrupted(Exception):
@@ -73,7 +77,8 @@ def fit(
   back. Of several processes, SIGTERM at any one of them does this in all, at one step.
 
   Args:
-    state: where to begin; it is donated.
+    state: where to begin; it is donated. Also a `lora_jax.train.members.Members`: its step's metrics
+      are arrays with an entry for each member, and the log has those as `loss/0`, `loss/1`, ...
     frozen: the rest of the weights, as `lora_jax.partition` gives it.
     train_step: as `make_train_step` makes it.
     batches: at the position that belongs to `state`.
@@ -87,15 +92,16 @@ def fit(
     writer: gets the step's loss, grad_norm, loss_tokens, learning_rate, tokens_per_second (tokens
       of the batches, padding included, by the time of the steps since the last line) and
       validation metrics.
-    progress: gets the loss and the tokens a second of each step.
+    progress: gets the loss and the tokens a second of each step, and what takes time between them.
 
   Returns:
     The state after `steps` steps.
 
   Raises:
-    FloatingPointError: at a loss or gradient that is not finite; the checkpoints are left as they
-      are, and the message names the last one.
+    FloatingPointError: at a loss or gradient that is not finite, of members when none is left; the
+      checkpoints are left as they are, and the message names the last one.
     Interrupted: after a signal.
+    OSError: when a checkpoint or the log cannot be written.
     ValueError: when an interval is less than one step, or the batches end too early.
   """
   if min(log_every, checkpoint_every) < 1 or evaluate_every < 0:
@@ -107,33 +113,40 @@ def fit(
   rates = np.asarray(jax.vmap(learning_rate)(jnp.arange(steps)))
   meter = _Meter()
   late = None
+  compiled = set()
 
   def read(done: _Done) -> None:
-    values = {name: value.item() for name, value in jax.device_get(done.metrics).items()}
-    if not values["finite"]:
+    values = jax.device_get(done.metrics)
+    if not np.any(values["finite"]):
       raise FloatingPointError(_describe_divergence(done.step, values, checkpoints))
     meter.add(done.tokens)
     if done.validation or done.step % log_every == 0 or done.step == steps:
       line = {
         "loss": values["loss"],
         "grad_norm": values["grad_norm"],
-        "learning_rate": rates[done.step - 1].item(),
+        "learning_rate": rates[done.step - 1],
         "loss_tokens": values["loss_tokens"],
         "tokens_per_second": meter.rate(),
       }
-      writer.write(done.step, line | done.validation)
+      writer.write(done.step, _numbers(line) | done.validation)
       meter.restart()
-    progress.update(loss=values["loss"], tokens_per_second=meter.rate())
+    progress.update(loss=_mean(values["loss"]), tokens_per_second=meter.rate())
 
   with _signals() as received:
     for step in range(int(state.step) + 1, steps + 1):
       batch = _next(batches, step, steps)
+      checkpoints.check()
+      shape = batch["tokens"].shape
+      if shape not in compiled:
+        progress.say(compiling(shape))
+        compiled.add(shape)
       state, metrics = train_step(state, frozen, batch)
       done = _Done(step, metrics, tokens=batch["tokens"].size)
       if late:
         read(late)
       late = done
       if evaluate_every and step % evaluate_every == 0:
+        progress.say("validating")
         with meter.paused(metrics):
           scores = evaluate(join(state.trainable, frozen))
           done.validation = {f"validation/{name}": score for name, score in scores.items()}
@@ -142,6 +155,7 @@ def fit(
         # A checkpoint holds nothing that has not been seen to be finite.
         read(late)
         late = None
+        progress.say("saving")
         with meter.paused(metrics):
           checkpoints.save(state, batches.get_state())
       if stopping:
@@ -151,6 +165,22 @@ def fit(
         )
   checkpoints.wait()
   return state
+
+
+def _numbers(line: dict[str, Any]) -> dict[str, float]:
+  """A line in plain numbers: an array of members is `name/0`, `name/1`, those that have one."""
+  numbers = {}
+  for name, value in line.items():
+    each = np.asarray(value)
+    entries = {f"{name}/{n}": x for n, x in enumerate(each.ravel().tolist()) if math.isfinite(x)}
+    numbers |= entries if each.ndim else {name: each.item()}
+  return numbers
+
+
+def _mean(losses: np.ndarray) -> float:
+  """The loss, or the mean over the members that have one."""
+  known = losses[np.isfinite(losses)]
+  return known.mean().item() if known.size else math.nan
 
 
 @dataclasses.dataclass

@@ -15,6 +15,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from lora_jax.train.workdir import write_text, writing
+
 
 class MetricsWriter:
   """Writes one line and one event a logged step; a context manager.
@@ -26,15 +28,18 @@ class MetricsWriter:
 
   Raises:
     ValueError: when a line of metrics.jsonl, other than an unfinished last one, is not JSON.
+    OSError: when one of them cannot be written, here as in every method.
   """
 
   def __init__(self, path: pathlib.Path, tensorboard: pathlib.Path, *, step: int):
     _cut(path, step)
-    self._step = step
-    self._lines = open(path, "a")  # noqa: SIM115, closed by close()
-    self._events = EventFileWriter(str(tensorboard))
-    # To TensorBoard a start voids what earlier files hold from that step on.
-    self._event(step + 1, session_log=SessionLog(status=SessionLog.START))
+    self._path, self._tensorboard, self._step = path, tensorboard, step
+    with writing(path):
+      self._lines = open(path, "a")  # noqa: SIM115, closed by close()
+    with writing(tensorboard):
+      self._events = EventFileWriter(str(tensorboard))
+      # To TensorBoard a start voids what earlier files hold from that step on.
+      self._event(step + 1, session_log=SessionLog(status=SessionLog.START))
 
   def __enter__(self) -> "MetricsWriter":
     return self
@@ -51,16 +56,20 @@ class MetricsWriter:
     if step <= self._step:
       raise ValueError(f"step {step} is logged after step {self._step}; steps must increase")
     self._step = step
-    self._lines.write(json.dumps({"step": step, **metrics}) + "\n")
-    self._lines.flush()
+    with writing(self._path):
+      self._lines.write(json.dumps({"step": step, **metrics}) + "\n")
+      self._lines.flush()
     values = [Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()]
-    self._event(step, summary=Summary(value=values))
-    self._events.flush()
+    with writing(self._tensorboard):
+      self._event(step, summary=Summary(value=values))
+      self._events.flush()
 
   def close(self) -> None:
     """Closes both files."""
-    self._lines.close()
-    self._events.close()
+    with writing(self._path):
+      self._lines.close()
+    with writing(self._tensorboard):
+      self._events.close()
 
   def _event(self, step: int, **content: Any) -> None:
     self._events.add_event(Event(wall_time=time.time(), step=step, **content))
@@ -86,6 +95,4 @@ def _cut(path: pathlib.Path, step: int) -> None:
   if not path.exists():
     return
   kept = [record for record in read_metrics(path) if record["step"] <= step]
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-  temporary.replace(path)
+  write_text(path, "".join(json.dumps(record) + "\n" for record in kept))

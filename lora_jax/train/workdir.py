@@ -112,13 +112,42 @@ def read_config(path: str | pathlib.Path) -> dict[str, Any]:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes a JSON file whole or not at all: a reader never sees half of it."""
+  """Writes a JSON file as `write_text` writes text."""
+  write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Writes a text file whole or not at all: a reader never sees half of it.
+
+  Raises:
+    OSError: as `writing` does; what the file held is still there.
+  """
   temporary = path.with_name(path.name + ".tmp")
-  with open(temporary, "w") as file:
-    file.write(json.dumps(value, indent=2) + "\n")
-    file.flush()
-    os.fsync(file.fileno())
-  temporary.replace(path)
+  with writing(path):
+    try:
+      with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+      temporary.replace(path)
+    finally:
+      temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[None]:
+  """Around the writing of a run's file or folder.
+
+  Raises:
+    OSError: for any error of the system, with the path and what is to be done about it.
+  """
+  try:
+    yield
+  except OSError as error:
+    raise OSError(
+      f"{path}: cannot be written ({error.strerror or error}). If the disk is full make room; the "
+      "same command then goes on from the last checkpoint"
+    ) from error
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:
@@ -146,10 +175,11 @@ def _hold(lock: Any, workdir: Workdir) -> None:
       f"{workdir.path}: another run is at work here (process {lock.read().strip() or 'unknown'}); "
       "wait for it, stop it, or use another workdir"
     ) from error
-  lock.seek(0)
-  lock.truncate()
-  lock.write(f"{os.getpid()}\n")
-  lock.flush()
+  with writing(workdir.lock):
+    lock.seek(0)
+    lock.truncate()
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
 
 
 def _settle_config(workdir: Workdir, wanted: dict[str, Any]) -> None:

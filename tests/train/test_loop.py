@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
+from tiny_run import assert_same_run, log_lines
 
 from lora_jax.train.loop import Interrupted
 from lora_jax.train.metrics import read_metrics
@@ -25,20 +26,6 @@ def uninterrupted(tmp_path_factory):
   folder = tmp_path_factory.mktemp("uninterrupted")
   state, _ = tiny_run.run(folder)
   return state, log_lines(folder)
-
-
-def log_lines(folder):
-  lines = read_metrics(folder / "metrics.jsonl")
-  return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
-
-
-def assert_same_run(state, folder, uninterrupted):
-  wanted_state, wanted_lines = uninterrupted
-  ours, wanted = flatten(state), flatten(wanted_state)
-  assert ours.keys() == wanted.keys()
-  for path in wanted:
-    assert np.asarray(ours[path]).tobytes() == np.asarray(wanted[path]).tobytes(), path
-  assert log_lines(folder) == wanted_lines
 
 
 class BatchesThatAct(tiny_run.CountingBatches):

@@ -1,4 +1,9 @@
-from lora_jax.train.progress import Progress
+import re
+
+import numpy as np
+import pytest
+
+from lora_jax.train.progress import Progress, stage, watched
 
 
 def test_the_bar_shows_loss_speed_and_time_left_and_goes_on_from_where_it_was(capsys):
@@ -17,3 +22,41 @@ def test_a_log_file_is_not_filled_with_bars(capsys):
     for _ in range(500):
       progress.update(loss=1.0, tokens_per_second=1.0)
   assert capsys.readouterr().err.count("\r") <= 4
+
+
+def test_the_bar_says_what_is_waited_for_until_the_next_step(capsys):
+  with Progress(start=0, total=2) as progress:
+    progress.say("saving")
+    progress.update(loss=1.0, tokens_per_second=1.0)
+  saving, last = capsys.readouterr().err.strip().split("\r")[1:]
+  assert saving.endswith("saving]")
+  assert last.endswith("loss 1.000, 1 tokens/s]")
+
+
+def test_a_shape_is_said_to_be_compiled_when_it_is_first_met_and_never_again(capsys):
+  batches = [{"tokens": np.zeros(shape)} for shape in [(2, 8), (2, 16), (2, 8)]]
+  compiled = set()
+  for _ in range(2):
+    for batch, given in zip(watched(batches, "evaluate", compiled=compiled), batches, strict=True):
+      assert batch is given
+  first, second = capsys.readouterr().err.split("evaluate: 100%")[:2]
+  assert first.count("compiling for 2 × 8 tokens") == first.count("compiling for 2 × 16") == 1
+  assert "compiling" not in second
+
+
+def test_a_bar_that_is_not_to_stay_is_taken_away(capsys):
+  assert list(watched("abc", "validate", leave=False)) == ["a", "b", "c"]
+  assert capsys.readouterr().err.endswith("\r")
+
+
+def test_a_stage_tells_what_is_begun_and_how_long_it_took_even_if_it_fails(capsys):
+  with pytest.raises(ValueError), stage("start the adapters"):
+    raise ValueError
+  assert re.fullmatch(r"start the adapters \.\.\. 0\.\d s\n", capsys.readouterr().err)
+
+
+def test_what_is_disabled_says_nothing(capsys):
+  with stage("load", disable=True), Progress(start=0, total=1, disable=True) as progress:
+    progress.say("saving")
+    assert list(watched("ab", "load", disable=True)) == ["a", "b"]
+  assert capsys.readouterr().err == ""

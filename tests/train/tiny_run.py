@@ -15,12 +15,12 @@ import numpy as np
 from lora_jax.train.checkpoint import Checkpoints
 from lora_jax.train.evaluation import evaluate, make_eval_step
 from lora_jax.train.loop import fit
-from lora_jax.train.metrics import MetricsWriter
+from lora_jax.train.metrics import MetricsWriter, read_metrics
 from lora_jax.train.optimizer import adamw, schedule
 from lora_jax.train.progress import Progress
 from lora_jax.train.step import completion_objective, init_state, make_train_step
 from lora_jax.train.workdir import fingerprint, open_workdir
-from lora_jax.tree import map_with_path, partition
+from lora_jax.tree import flatten, map_with_path, partition
 
 VOCAB, WIDTH, BATCH, LENGTH = 13, 8, 4, 6
 CONFIG = {"steps": 40, "seed": 3}
@@ -122,6 +122,22 @@ def run(path, seconds=0.0, batches=None, **changes):
         **options,
       )
   return state, frozen
+
+
+def log_lines(folder):
+  """The lines of a run's log without what depends on the clock."""
+  lines = read_metrics(folder / "metrics.jsonl")
+  return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+
+
+def assert_same_run(state, folder, uninterrupted):
+  """Asserts that a run has ended in the state and with the lines of another, bit for bit."""
+  wanted_state, wanted_lines = uninterrupted
+  ours, wanted = flatten(state), flatten(wanted_state)
+  assert ours.keys() == wanted.keys()
+  for path in wanted:
+    assert np.asarray(ours[path]).tobytes() == np.asarray(wanted[path]).tobytes(), path
+  assert log_lines(folder) == wanted_lines
 
 
 if __name__ == "__main__":
