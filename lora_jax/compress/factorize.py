@@ -161,12 +161,23 @@ class Whitened:
   def _roots(self, path: str, matrix: Matrix) -> tuple[Matrix, Matrix | None]:
     if path not in self.inputs:
       raise ValueError(f"{path}: has no moments of its inputs; ask second_moments for it as well")
+    rows = check_rows(path, self.inputs[path], matrix.shape[0])
     left = _root(path, np.asarray(self.inputs[path].mean), matrix.shape[0], "inputs", self.damping)
     if self.gradients is None:
       return left, None
     total = np.asarray(self.gradients[path])
-    rows = float(np.asarray(self.inputs[path].rows).max())
     return left, _root(path, total / rows, matrix.shape[1], "gradients", self.damping)
+
+
+def check_rows(path: str, moments: Moments, inputs: int) -> int:
+  """The rows that moments are of; raises ValueError for fewer than there are inputs."""
+  rows = int(np.asarray(moments.rows).max())
+  if rows < inputs:
+    raise ValueError(
+      f"{path}: the calibration data have {rows} rows for its {inputs} inputs; give more, or "
+      "factorise it without them"
+    )
+  return rows
 
 
 def _root(path: str, moments: Matrix, size: int, what: str, damping: float) -> Matrix:

@@ -98,7 +98,7 @@ def test_what_is_trained_beside_a_pruned_kernel_keeps_its_zeros_when_merged(meth
 def test_dropout_is_refused_where_an_adapter_is_inside_a_mask():
   params = prune.prune(W, ["kernel"], prune.magnitude, prune.share(0.5))
   spec = lora_jax.LoRA(rank=2, alpha=2.0, dropout=0.5)
-  with pytest.raises(ValueError, match="kernel: is pruned, .* set its dropout to 0"):
+  with pytest.raises(ValueError, match=r"kernel: is pruned, .* set its dropout to 0"):
     lora_jax.attach(params, lora_jax.init(jax.random.key(0), params, {"kernel": spec}))
 
 

@@ -1,0 +1,205 @@
+"""Low-rank factorisation against formulas in float64, and the ranks that share a budget out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from programs import convolve, normal
+
+import lora_jax
+from lora_jax import adapt, materialize, tree
+from lora_jax.compress import factorize, sensitivity
+from lora_jax.weights import Factored
+
+OF_RANK_TWO = np.array([[1.0, 2, 3], [4, 5, 6], [7, 8, 9]])
+EXACT = {
+  "svd": factorize.svd,
+  "pivoted QR": factorize.pivoted_qr,
+  "randomised": factorize.randomized(0),
+}
+rng = np.random.default_rng(0)
+ROWS = rng.standard_normal((64, 12)) @ rng.standard_normal((12, 12))  # inputs that are correlated
+W = rng.standard_normal((12, 9))
+
+
+def moments(rows=ROWS):
+  params = {"w": jnp.asarray(W, jnp.float32)}
+  batches = [jnp.asarray(rows, jnp.float32)]
+  return lora_jax.second_moments(lambda p, x: x @ p["w"], params, ["w"], batches)
+
+
+@pytest.mark.parametrize("decompose", EXACT.values(), ids=EXACT)
+def test_truncation_at_the_exact_rank_is_exact(decompose):
+  params = {"w": jnp.asarray(OF_RANK_TWO, jnp.float32)}
+  found = factorize.factorize(params, {"w": 2}, decompose)
+  np.testing.assert_allclose(found["w"].materialize(), OF_RANK_TWO, rtol=1e-5, atol=1e-5)
+  assert (
+    np.linalg.norm(
+      factorize.factorize(params, {"w": 1}, decompose)["w"].materialize() - OF_RANK_TWO
+    )
+    > 0.9
+  )
+
+
+def test_the_svd_is_the_nearest_and_the_pivoted_qr_near():
+  nearest = np.linalg.norm(np.linalg.svd(W, compute_uv=False)[4:])
+  errors = {}
+  for name, decompose in EXACT.items():
+    a, b = decompose("w", W, 4)
+    errors[name] = np.linalg.norm(W - a @ b)
+  assert errors["svd"] == pytest.approx(nearest, rel=1e-9)
+  assert errors["randomised"] == pytest.approx(nearest, rel=1e-2)
+  assert nearest < errors["pivoted QR"] < 1.5 * nearest
+
+
+def test_whitening_loses_what_the_singular_values_say_of_the_outputs_and_less_than_the_svd():
+  whitened = factorize.Whitened(moments(), damping=1e-9)
+  a, b = whitened("w", W, 4)
+  lost = np.linalg.norm(ROWS @ (W - a @ b)) ** 2 / len(ROWS)
+  optimal = np.linalg.svd(ROWS @ W, compute_uv=False)[4:] / np.sqrt(len(ROWS))
+  assert lost == pytest.approx((optimal**2).sum(), rel=1e-4)
+  assert lost == pytest.approx((whitened.values("w", W)[4:] ** 2).sum(), rel=1e-4)
+  a, b = factorize.svd("w", W, 4)
+  assert lost < 0.9 * np.linalg.norm(ROWS @ (W - a @ b)) ** 2 / len(ROWS)
+
+
+def test_with_gradients_it_loses_least_of_the_second_order_change_of_the_loss():
+  gradients = rng.standard_normal((64, 9)) @ np.diag(np.arange(1.0, 10))
+  metric = factorize.Whitened(moments(), {"w": gradients.T @ gradients}, damping=1e-9)
+
+  def change(a, b):
+    """E[(xᵀ E g)²], over all pairs of a row and a gradient."""
+    return ((ROWS @ (W - a @ b) @ gradients.T) ** 2).mean()
+
+  found = change(*metric("w", W, 4))
+  assert found == pytest.approx((metric.values("w", W)[4:] ** 2).sum(), rel=1e-4)
+  assert found < 0.9 * change(*factorize.Whitened(moments())("w", W, 4))
+
+
+def test_the_update_is_the_least_squares_fit_to_the_new_inputs():
+  dense = {"w": jnp.asarray(W, jnp.float32)}
+  found = factorize.factorize(dense, {"w": 4})
+  new = ROWS @ rng.standard_normal((12, 12))
+  updated = factorize.update(found, dense, ["w"], moments(new), damping=1e-9)["w"]
+  a = np.asarray(found["w"].a, np.float64)
+  expected = np.linalg.lstsq(new @ a, new @ W, rcond=None)[0]
+  np.testing.assert_allclose(updated.b, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_moments_of_gradients_are_those_that_jax_gives_row_by_row():
+  params = {"up": normal(2, 5, 7), "down": normal(7, 3)}
+  x, y = normal(4, 5), normal(4, 3)
+
+  def loss(p, x, probe=0.0):
+    h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(x @ w) + h, None), jnp.zeros((4, 7)), p["up"])
+    return jnp.sum((jax.nn.relu(h) @ p["down"] + probe - y) ** 2)
+
+  axes = {
+    "up": lora_jax.Axes("sio", ("dot_general",)),
+    "down": lora_jax.Axes("io", ("dot_general",)),
+  }
+  found = sensitivity.gradient_moments(loss, params, ["up", "down"], [x, x], axes=axes)
+  g = jax.grad(loss, 2)(params, x, jnp.zeros((4, 3)))
+  np.testing.assert_allclose(found["down"], 2 * g.T @ g, rtol=1e-4, atol=1e-5)
+  assert found["up"].shape == (2, 7, 7)
+
+  def by_layer(probe):
+    h = jnp.tanh(x @ params["up"][0] + probe[0]) + jnp.tanh(x @ params["up"][1] + probe[1])
+    return jnp.sum((jax.nn.relu(h) @ params["down"] - y) ** 2)
+
+  g = jax.grad(by_layer)(jnp.zeros((2, 4, 7)))
+  np.testing.assert_allclose(found["up"], 2 * jnp.swapaxes(g, 1, 2) @ g, rtol=1e-4, atol=1e-5)
+
+
+def test_kernels_of_any_axes_are_factored_and_cost_what_their_factors_do():
+  params = {"conv": normal(3, 3, 2, 6), "layers": normal(2, 8, 4, 3), "bias": normal(6)}
+  axes = {"conv": "iiio", "layers": "sioo", "bias": ""}
+  axes = {path: lora_jax.Axes(roles, ("dot_general",)) for path, roles in axes.items()}
+  found = factorize.factorize(params, {"conv": 6, "layers": 8}, axes=axes)
+  assert (found["layers"].a.shape, found["layers"].b.shape) == ((2, 8, 8), (2, 8, 4, 3))
+  for path in ("conv", "layers"):
+    np.testing.assert_allclose(found[path].materialize(), params[path], rtol=1e-4, atol=1e-5)
+  smaller = factorize.factorize(params, {"conv": 2, "layers": 2}, axes=axes)
+  x = normal(1, 5, 5, 2)
+  np.testing.assert_allclose(
+    adapt(convolve, strict=True)({"w": smaller["conv"]}, x),
+    convolve({"w": materialize(smaller["conv"])}, x),
+    rtol=1e-4, atol=1e-5,
+  )  # fmt: skip
+  assert sum(x.size for x in jax.tree.leaves(smaller["layers"])) == 2 * 2 * (8 + 12)
+
+
+def test_a_share_of_the_energy_keeps_the_fewest_ranks_that_hold_it():
+  params = {"w": jnp.diag(jnp.array([4.0, 2.0, 1.0, 0.0]))}
+  losses = factorize.tails(params, ["w"], factorize.singular_values)
+  np.testing.assert_allclose(losses["w"], [21, 5, 1, 0, 0], atol=1e-6)
+  assert [factorize.energy_ranks(losses, e)["w"] for e in (0.1, 0.77, 20 / 21, 1.0)] == [1, 2, 2, 3]
+
+
+def test_a_budget_goes_where_ranks_are_worth_most_and_is_met():
+  losses = {
+    "steep": np.array([100.0, 1.0, 0.5, 0.2, 0.0]),
+    "flat": np.array([4.0, 3.0, 2.0, 1.0, 0.0]),
+  }
+  costs = {path: sensitivity.parameters(1, 8, 8) for path in losses}
+  assert costs["flat"].at(2) == 32 and costs["flat"].at(None) == 64
+  ranks = sensitivity.allocate(losses, costs, 80)
+  assert ranks == {"steep": 1}  # the flat one stays as it is: its factors save little and lose much
+  ranks = sensitivity.allocate(losses, costs, 64)
+  best = min(
+    (losses["steep"][i] + losses["flat"][j], i, j)
+    for i in (1, 2, 3) for j in (1, 2, 3) if 16 * (i + j) <= 64
+  )  # fmt: skip
+  assert losses["steep"][ranks["steep"]] + losses["flat"][ranks["flat"]] == best[0]
+  with pytest.raises(ValueError, match=r"the budget 31 cannot be met: with rank 1 .* cost 32"):
+    sensitivity.allocate(losses, costs, 31)
+
+
+def test_the_costs_of_operations_count_rows_and_those_of_time_are_measured():
+  assert sensitivity.flops(2, 8, 4, rows=3) == sensitivity.Cost(2 * 3 * 2 * 32, 2 * 3 * 2 * 12)
+  cost = sensitivity.milliseconds(1, 256, 256, rows=256, repeats=3)
+  assert cost.dense > 0 and cost.at(1) > 0
+
+
+@pytest.mark.parametrize(
+  ("make", "words"),
+  [
+    (lambda p: factorize.factorize(p, {"w": 10}), "w: the rank must be from 1 to 9, .* is 10"),
+    (lambda p: factorize.factorize(p, {"w": 0}), "the rank must be from 1"),
+    (lambda p: factorize.factorize(p, {"v": 1}), "'v' matches no leaf"),
+    (lambda p: factorize.factorize(p, {}), "the ranks are empty"),
+    (lambda p: factorize.factorize({"w": p["w"].at[0, 0].set(jnp.nan)}, {"w": 2}), "holds NaN"),
+    (
+      lambda p: factorize.factorize(factorize.factorize(p, {"w": 3}), {"w": 2}),
+      "w: is compressed already, a Factored",
+    ),
+    (lambda p: factorize.factorize(p, {"w": 2}, factorize.Whitened({})), "w: has no moments"),
+    (
+      lambda p: factorize.factorize(p, {"w": 2}, factorize.Whitened(moments(ROWS[:8]))),
+      "w: the calibration data have 8 rows for its 12 inputs; give more",
+    ),
+    (lambda p: factorize.energy_ranks({}, 1.5), "energy 1.5 must be above 0"),
+    (lambda p: factorize.update(p, p, ["w"], {}), "is no factorised kernel"),
+  ],
+)
+def test_what_cannot_be_factorised_is_refused_with_the_reason(make, words):
+  with pytest.raises(ValueError, match=words):
+    make({"w": jnp.asarray(W, jnp.float32)})
+
+
+def test_a_factorised_model_is_adapted_and_heals():
+  params = {"w": jnp.asarray(W, jnp.float32)}
+  found = factorize.factorize(params, {"w": 3})
+  specs = lora_jax.match(found, [("w", lora_jax.LoRA(rank=2, alpha=2.0))])
+  x = jnp.asarray(ROWS, jnp.float32)
+  adapters = lora_jax.init(jax.random.key(0), found, specs)
+  apply = adapt(lambda p, x: x @ p["w"], strict=True)
+
+  def loss(adapters):
+    return jnp.mean((apply(lora_jax.attach(found, adapters), x) - x @ params["w"]) ** 2)
+
+  before, step = loss(adapters), jax.jit(jax.grad(loss))
+  for _ in range(200):
+    adapters = jax.tree.map(lambda p, g: p - 0.002 * g, adapters, step(adapters))
+  assert loss(adapters) < 0.7 * before
+  assert isinstance(tree.flatten(found, is_leaf=lora_jax.is_weight)["w"], Factored)
