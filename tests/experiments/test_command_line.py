@@ -120,7 +120,7 @@ def test_the_exported_model_and_the_adapter_agree_in_transformers_and_peft(
   finished, config_file, tmp_path
 ):
   workdir, _ = finished
-  run("export", f"--workdir={workdir}", f"--output={tmp_path / 'merged'}")
+  run("export", f"--workdir={workdir}", "--to=merged", f"--output={tmp_path / 'merged'}")
   merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
   base = transformers.AutoModelForCausalLM.from_pretrained(config_file.parent / "model")
   adapted = peft.PeftModel.from_pretrained(base, workdir / "adapter")
