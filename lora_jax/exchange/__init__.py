@@ -25,6 +25,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 from lora_jax import tree
 from lora_jax.axes import Axes
 from lora_jax.exchange import gguf, modules, reading, writing
@@ -119,7 +122,14 @@ def check(
   table: names.Table = names.LLAMA_HF,
   fan_in_fan_out: Collection[str] = (),
 ) -> None:
-  """Raises what `save` would of these adapters, so that a training need not end with it."""
+  """Raises what `save` would of these adapters, so that a training need not end with it.
+
+  Of params shapes will do.
+  """
+  # Zeros without memory: what is refused depends on no value of the base.
+  params = jax.tree.map(
+    lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), params, is_leaf=is_weight
+  )
   _written("the adapters", adapters, params, axes, table, fan_in_fan_out)
 
 
