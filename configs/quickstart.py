@@ -91,6 +91,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   evaluation.split = "test"
   evaluation.examples = 400  # at most; 0 for all
   evaluation.batch_size = 32
+  evaluation.samples = 4  # examples whose answers are kept, before and after; 0 for none
 
   if args["smoke"]:
     data.buckets = (80,)

@@ -1,5 +1,6 @@
 """What the main programs share: from a run's config to its data, its model and its adapter."""
 
+import functools
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +15,7 @@ from lora_jax import sharding, tree, weights
 from lora_jax.data import detokenise, examples, labels, records, splits, templates
 from lora_jax.io import assets, pretrained
 from lora_jax.models import llama
-from lora_jax.train import workdir
+from lora_jax.train import progress, workdir
 
 PyTree = Any
 
@@ -113,6 +114,7 @@ def load_model(model: ConfigDict, mesh: Mesh | None = None) -> pretrained.Pretra
     **_model_options(model),
     constrain=sharding.keep_rows(mesh) if mesh else None,
     shardings=(lambda shapes: lay_out(shapes, mesh).shardings) if mesh else None,
+    watch=functools.partial(progress.watched, what="load", disable=jax.process_index() > 0),
   )
 
 

@@ -4,8 +4,9 @@ r"""Trains an adapter: config, data, model, adapters, optimiser, restore, evalua
     python -m experiments.train --config=configs/quickstart.py:method=dora --workdir=runs/dora \
         --config.adapter.rank=4
 
-The same command run again goes on where it stopped. The workdir then holds config.json,
-metrics.jsonl, checkpoints/, adapter/ (as `peft` loads it), eval.json, loss.png and tensorboard/.
+The same command run again goes on where it stopped, wherever that was; Ctrl-C and SIGTERM save.
+The workdir then holds README.md, which tells of the run, config.json, metrics.jsonl, checkpoints/,
+adapter/ (as `peft` loads it), eval.json, loss.png and tensorboard/.
 
 config.mesh says how the run is laid out on the devices. On a cluster the same command, with
 --distributed, is started once on each host (`experiments.processes`); two processes of one machine:
@@ -16,20 +17,21 @@ config.mesh says how the run is laid out on the devices. On a cluster the same c
 
 import functools
 import json
+import shlex
+import sys
 
 import grain
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
-from tqdm import tqdm
 
 import lora_jax
-from experiments import methods, parts, processes
+from experiments import methods, parts, processes, samples
 from lora_jax import exchange, sharding
 from lora_jax.data import batches, packing
 from lora_jax.data.examples import choice_ids
 from lora_jax.models import llama
-from lora_jax.train import evaluation, loop, metrics, plot, progress, step, workdir
+from lora_jax.train import evaluation, loop, progress, report, step, workdir
 from lora_jax.train.checkpoint import Checkpoints
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config.", lock_config=True)
@@ -43,7 +45,8 @@ def main(argv):
   processes.join()
   with processes.open_workdir(_WORKDIR.value, _CONFIG.value.to_dict()) as run:
     try:
-      train(_CONFIG.value, run)
+      with loop.interruptible():
+        train(_CONFIG.value, run)
     except loop.Interrupted as stopped:  # asked for, and saved: no error
       print(stopped)
 
@@ -69,7 +72,8 @@ def train(config, run):
   model = llama.Llama(pretrained.config)
   axes = parts.trace_axes(model, pretrained.params)
   specs = lora_jax.match(pretrained.params, rules, axes)
-  print(lora_jax.summary(pretrained.params, specs, axes))
+  table = lora_jax.summary(pretrained.params, specs, axes)
+  print(table)
 
   shapes = {"buckets": config.data.buckets, "pad_id": pretrained.tokenizer.pad_id}
   train_batches = functools.partial(
@@ -96,10 +100,13 @@ def train(config, run):
     validation_records = parts.pick(records, "validation", "train.evaluate_every")
     validation_data = eval_batches(encode(validation_records)).map(put_rows)
 
-  adapters = methods.start(
-    config.adapter, jax.random.key(config.seed), pretrained.params, specs, axes, model.apply,
-    train_batches(),
-  )  # fmt: skip
+  quiet = not processes.is_first()
+  with progress.stage("start the adapters", disable=quiet):
+    adapters = methods.start(
+      config.adapter, jax.random.key(config.seed), pretrained.params, specs, axes, model.apply,
+      train_batches(),
+    )  # fmt: skip
+  exchange.check(adapters, pretrained.params, axes)  # that the run can end with an adapter/
   weights = lora_jax.attach(pretrained.params, adapters)
   layout = parts.lay_out(weights, mesh)
   if mesh.size > 1:
@@ -112,7 +119,14 @@ def train(config, run):
   apply = lora_jax.adapt(model.apply)
   train_step = methods.make_train_step(config, apply, tx, adapters, state_shardings)
   eval_step = evaluation.make_eval_step(apply, choices)
-  with_bar = functools.partial(tqdm, disable=not processes.is_first())
+  watched = functools.partial(progress.watched, compiled=set(), disable=quiet)
+  chosen = samples.choose(held_out, config.evaluation.samples)
+  answer = samples.make_answer(apply, pretrained, chosen, mesh) if chosen else lambda weights: []
+
+  def write_report():
+    if processes.is_first():
+      command = shlex.join(["python", "-m", "experiments.train", *sys.argv[1:]])
+      report.write_report(run, targets=str(table), command=command)
 
   with Checkpoints(
     run.checkpoints, keep=config.train.keep, fingerprint=workdir.fingerprint(config.to_dict())
@@ -124,47 +138,59 @@ def train(config, run):
       print(f"restored: step {int(state.step)} of {config.train.steps}")
 
     if processes.agree(run.evaluation.exists()):
-      before = json.loads(run.evaluation.read_text())["before"]
+      results = json.loads(run.evaluation.read_text())
     else:
-      before = evaluation.evaluate(eval_step, weights, with_bar(eval_data, desc="evaluate"))
+      results = {
+        "split": config.evaluation.split,
+        "before": evaluation.evaluate(eval_step, weights, watched(eval_data, "evaluate")),
+        "samples": samples.describe(chosen, pretrained.tokenizer),
+      }
+      with progress.stage("answer", disable=quiet):
+        samples.add(results["samples"], "before", answer(weights))
       if processes.is_first():
-        workdir.write_json(run.evaluation, {"split": config.evaluation.split, "before": before})
-    print(f"before: {parts.describe(before)}")
+        workdir.write_json(run.evaluation, results)
+    print(f"before: {parts.describe(results['before'])}")
 
     with (
       processes.metrics_writer(run, step=int(state.step)) as writer,
-      progress.Progress(
-        start=int(state.step), total=config.train.steps, disable=not processes.is_first()
-      ) as bar,
+      progress.Progress(start=int(state.step), total=config.train.steps, disable=quiet) as bar,
     ):
-      state = loop.fit(
-        state,
-        frozen,
-        train_step,
-        train_data,
-        steps=config.train.steps,
-        learning_rate=learning_rate,
-        log_every=config.train.log_every,
-        checkpoint_every=config.train.checkpoint_every,
-        evaluate_every=config.train.evaluate_every,
-        evaluate=lambda weights: evaluation.evaluate(eval_step, weights, validation_data),
-        checkpoints=checkpoints,
-        writer=writer,
-        progress=bar,
-      )
+      write_report()
+      try:
+        state = loop.fit(
+          state,
+          frozen,
+          train_step,
+          train_data,
+          steps=config.train.steps,
+          learning_rate=learning_rate,
+          log_every=config.train.log_every,
+          checkpoint_every=config.train.checkpoint_every,
+          evaluate_every=config.train.evaluate_every,
+          evaluate=lambda weights: evaluation.evaluate(
+            eval_step, weights, watched(validation_data, "validate", leave=False)
+          ),
+          checkpoints=checkpoints,
+          writer=writer,
+          progress=bar,
+        )
+      except (loop.Interrupted, FloatingPointError):
+        write_report()
+        raise
 
   weights = lora_jax.join(state.trainable, frozen)
-  trained, base = parts.gather(lora_jax.detach(weights, adapters), pretrained.params)
+  with progress.stage("save the adapter", disable=quiet), workdir.writing(run.adapter):
+    trained, base = parts.gather(lora_jax.detach(weights, adapters), pretrained.params)
+    if processes.is_first():
+      exchange.save(run.adapter, trained, base, axes, base_model=config.model.source)
+  results["after"] = evaluation.evaluate(eval_step, weights, watched(eval_data, "evaluate"))
+  with progress.stage("answer", disable=quiet):
+    samples.add(results["samples"], "after", answer(weights))
   if processes.is_first():
-    exchange.save(run.adapter, trained, base, axes, base_model=config.model.source)
-    plot.plot_loss(metrics.read_metrics(run.metrics), run.plot)
-  after = evaluation.evaluate(eval_step, weights, with_bar(eval_data, desc="evaluate"))
-  if processes.is_first():
-    workdir.write_json(
-      run.evaluation, {"split": config.evaluation.split, "before": before, "after": after}
-    )
-  print(f"after:  {parts.describe(after)}")
-  print(f"everything is in {run.path}: adapter/, eval.json, loss.png, metrics.jsonl, checkpoints/")
+    workdir.write_json(run.evaluation, results)
+  write_report()
+  print(f"after:  {parts.describe(results['after'])}")
+  print(f"everything is in {run.path}: README.md tells of it, adapter/ is what was trained")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ that is larger than a host is loaded straight to its shards.
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ def load(
   remat_policy: Callable[..., bool] | None = None,
   constrain: Callable[[jax.Array], jax.Array] | None = None,
   shardings: Callable[[PyTree], PyTree] | None = None,
+  watch: Callable[[list], Iterable] = iter,
 ) -> Pretrained:
   """Loads a model of the Llama family.
 
@@ -67,6 +68,7 @@ def load(
   scan_layers, remat_policy, constrain: as in `llama.LlamaConfig`.
   shardings: from the tree of `jax.ShapeDtypeStruct`s to the tree of `jax.sharding.Sharding`s that
     the parameters get, each process loading its own shards; None leaves all on the default device.
+  watch: goes over the list of the parameters as they are loaded, for a bar of progress.
 
   Raises FileNotFoundError where nothing is found, and ValueError for a model that is not supported
   or a file that is damaged or does not fit its configuration; nothing is loaded in part.
@@ -75,7 +77,7 @@ def load(
   file = _read_folder(path) if path.is_dir() else _read_gguf(path)
   _check_vocabulary(path, file.config, file.tokenizer)
   try:
-    params = _params(file, jnp.dtype(dtype), scan_layers, shardings)
+    params = _params(file, jnp.dtype(dtype), scan_layers, shardings, watch)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from None
   config = dataclasses.replace(
@@ -212,7 +214,11 @@ def _read_gguf(path: Path) -> _File:
 
 
 def _params(
-  file: _File, dtype: np.dtype, scan_layers: bool, shardings: Callable[[PyTree], PyTree] | None
+  file: _File,
+  dtype: np.dtype,
+  scan_layers: bool,
+  shardings: Callable[[PyTree], PyTree] | None,
+  watch: Callable[[list], Iterable],
 ) -> PyTree:
   """Reads the tensors into the model's tree, leaf by leaf and one at a time."""
   # The model is traced below, layer by layer, which a damaged count would make endless.
@@ -231,7 +237,7 @@ def _params(
       shardings(traverse_util.unflatten_dict(leaves, sep="/")), sep="/"
     )
   params = {}
-  for path, leaf in leaves.items():
+  for path, leaf in watch(list(leaves.items())):
     pieces = [
       functools.partial(_read_tensor, file, names_of[layer], layer, expected[layer])
       for layer in llama.layer_paths(path, file.config.num_layers)

@@ -52,7 +52,7 @@ class Bar(Protocol):
 
 
 class Interrupted(Exception):
-  """A signal asked the run to stop; the checkpoint is written, and the message says where."""
+  """A signal asked the run to stop; the message says what is saved."""
 
 
 def fit(
@@ -77,8 +77,8 @@ def fit(
   back. Of several processes, SIGTERM at any one of them does this in all, at one step.
 
   Args:
-    state: where to begin; it is donated. Also a `lora_jax.train.members.Members`: its step's metrics
-      are arrays with an entry for each member, and the log has those as `loss/0`, `loss/1`, ...
+    state: where to begin; it is donated. Also a `lora_jax.train.members.Members`: its step's
+      metrics are arrays with an entry for each member, and the log has those as `loss/0`, ...
     frozen: the rest of the weights, as `lora_jax.partition` gives it.
     train_step: as `make_train_step` makes it.
     batches: at the position that belongs to `state`.
@@ -239,12 +239,41 @@ def _describe_divergence(step: int, metrics: dict[str, float], checkpoints: Chec
 
 
 @contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+  """Around a whole run: where `fit` is not at work and there is nothing to save, Ctrl-C and SIGTERM
+  end it at once.
+
+  Raises:
+    Interrupted: after a signal.
+  """
+  handled = _handles_signals()
+  # Not Interrupted itself, which what is at work may take for an error of its own.
+  previous = signal.signal(signal.SIGTERM, signal.default_int_handler) if handled else None
+  try:
+    yield
+  except KeyboardInterrupt:
+    raise Interrupted(
+      "stopped at once; the checkpoints stay, and the same command goes on from the last of them"
+    ) from None
+  finally:
+    if handled:
+      signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+
+
+def _handles_signals() -> bool:
+  """Whether signals are Python's here.
+
+  Only the main thread may set handlers; elsewhere the signals keep their meaning. Of several
+  processes, JAX itself hears SIGTERM, and lets them agree on the step to stop at.
+  """
+  return threading.current_thread() is threading.main_thread() and jax.process_count() == 1
+
+
+@contextlib.contextmanager
 def _signals() -> Iterator[list[str]]:
   """Collects the names of SIGINT and SIGTERM instead of dying of them, each once."""
   received = []
-  if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
-    # Only the main thread may set handlers; elsewhere the signals keep their meaning. Of several
-    # processes, JAX itself hears SIGTERM, and lets them agree on the step to stop at.
+  if not _handles_signals():
     yield received
     return
 

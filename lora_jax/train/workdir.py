@@ -4,11 +4,12 @@ with open_workdir("runs/quickstart", config.to_dict()) as workdir:
   ...
 
 runs/quickstart/
+  README.md            what was done and what came of it, for people
   config.json          the whole config; a run with another one is refused
   metrics.jsonl        one object a logged step
   checkpoints/         Orbax
   adapter/             PEFT's layout
-  eval.json            metrics before and after
+  eval.json            metrics before and after, and samples
   loss.png
   tensorboard/         event files
   lock                 held while a run is alive; the system lets it go when the process dies
@@ -30,6 +31,10 @@ class Workdir:
   """The paths of a run's folder."""
 
   path: pathlib.Path
+
+  @property
+  def readme(self) -> pathlib.Path:
+    return self.path / "README.md"
 
   @property
   def config(self) -> pathlib.Path:
