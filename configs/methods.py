@@ -3,11 +3,11 @@ r"""One method of configs/adapters.py on the quickstart's task, small enough for
     python -m experiments.train --config=configs/methods.py:method=dora,seed=1 --workdir=runs/dora_1
     python -m benchmarks.methods --results=runs/methods.jsonl      # all of them, and the table
 
-640 sentences of at most 40 tokens, 40 steps; every method at the learning rate that
+50 steps of 8 sentences of at most 40 tokens; every method at the learning rate that
 configs/adapters.py gives it. Shorter than the quickstart, so the accuracies are lower.
 
     device      2 CPU cores, float32
-    time        about a minute and a half a run, compilation and evaluation included
+    time        about a minute a run, compilation and evaluation included
 
     :method=dora    one of configs/adapters.py
     :seed=1         of the adapters' start and of the order of the data
@@ -31,7 +31,8 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   config.data.max_length = 41  # one more than the inputs, whose last token is the answer
   config.data.buckets = (40,)  # one shape, so that all steps of a run can be compared
   if not args["smoke"]:
-    config.train.steps = 40
-    config.train.checkpoint_every = 40
-    config.optimizer.warmup_steps = 4
+    config.train.steps = 50
+    config.train.batch_size = 8  # sentences
+    config.train.checkpoint_every = 50
+    config.optimizer.warmup_steps = 5
   return config
