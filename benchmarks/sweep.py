@@ -77,9 +77,9 @@ def main(argv: Sequence[str]) -> None:
     f"## Many adapters in one program: {title}",
     "",
     *describe_circumstances("benchmarks.sweep", ["jax", "flax", "optax"]),
-    f"- {_ROUNDS.value} rounds. / alone: a member's step in one program by one of the plain step, the "
-    "median over the rounds, with quartiles. Temporary memory: what the compiled step needs beyond "
-    "its arguments and results. Compile: all programs of the row, once.",
+    f"- {_ROUNDS.value} rounds. / alone: a member's step in one program by one of the plain step,"
+    " the median over the rounds, with quartiles. Temporary memory: what the compiled step needs"
+    " beyond its arguments and results. Compile: all programs of the row, once.",
     "",
     format_table(table, seconds),
   ])  # fmt: skip

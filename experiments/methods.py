@@ -151,13 +151,19 @@ def _real_tokens(batch: step.Batch) -> jax.Array:
 
 def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """The optimiser of a whole config, and its learning rate."""
-  steps, section = config.train.steps, config.optimizer
+  section = config.optimizer
   learning_rate = optimizer.schedule(
     peak=section.peak,
     warmup_steps=section.warmup_steps,
-    total_steps=steps,
+    total_steps=config.train.steps,
     kind=section.schedule,
   )
+  return optimizer_at(config, learning_rate), learning_rate
+
+
+def optimizer_at(config: ConfigDict, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+  """The optimiser of a whole config at a learning rate of one's own, which may be traced."""
+  steps, section = config.train.steps, config.optimizer
   tx = optimizer.adamw(
     learning_rate,
     b1=section.b1,
@@ -180,7 +186,17 @@ def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, op
       beta1=adapter.beta1,
       beta2=adapter.beta2,
     )
-  return tx, learning_rate
+  return tx
+
+
+def make_objective(config: ConfigDict, apply: Callable) -> step.Objective:
+  """What a config's training minimises; `apply` as `completion_objective` takes it."""
+  objective = step.completion_objective(apply)
+  if config.train.loss_chunk:
+    objective = chunked_completion_objective(apply, config.train.loss_chunk)
+  if config.adapter.method == "adalora":
+    objective = adalora.with_orthogonality(objective, config.adapter.orthogonality)
+  return objective
 
 
 def make_train_step(
@@ -191,11 +207,7 @@ def make_train_step(
   shardings: step.State | None = None,
 ) -> Callable:
   """The training step of a whole config; `apply` as `completion_objective` takes it."""
-  objective = step.completion_objective(apply)
-  if config.train.loss_chunk:
-    objective = chunked_completion_objective(apply, config.train.loss_chunk)
-  if config.adapter.method == "adalora":
-    objective = adalora.with_orthogonality(objective, config.adapter.orthogonality)
+  objective = make_objective(config, apply)
   drops = any(adapter.drops for adapter in adapters.values())
   dropout_key = jax.random.key(config.seed) if drops else None
   return step.make_train_step(

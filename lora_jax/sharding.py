@@ -235,9 +235,12 @@ def process_rows(mesh: Mesh, rows: int, field: str = "the batch") -> tuple[int, 
   return blocks.index(tuple(sorted(held[jax.process_index()]))), len(blocks)
 
 
-def put_rows(batch: PyTree, mesh: Mesh) -> PyTree:
-  """The batch on the mesh, its rows shared out; of each array this process gives its own block."""
-  sharding = NamedSharding(mesh, ROWS)
+def put_rows(batch: PyTree, mesh: Mesh, axis: int = 0) -> PyTree:
+  """The batch on the mesh, its rows shared out; of each array this process gives its own block.
+
+  The rows are along one axis, the first unless it is said.
+  """
+  sharding = NamedSharding(mesh, jax.P(*[None] * axis, *ROWS))
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 

@@ -117,6 +117,19 @@ def eval_batches(
   return grain.MapDataset.range(len(plan)).map(batch)
 
 
+def stacked(datasets: Sequence[grain.MapDataset]) -> grain.MapDataset:
+  """Returns the dataset whose element `step` is that of each dataset, stacked on a new first axis.
+
+  The batches of a step must have one shape: those of one bucket, or packed ones.
+  """
+
+  def batch(step: int) -> Batch:
+    each = [dataset[step] for dataset in datasets]
+    return {name: np.stack([batch[name] for batch in each]) for name in each[0]}
+
+  return grain.MapDataset.range(min(map(len, datasets))).map(batch)
+
+
 def summary(examples: Sequence[Example], batch_size: int, buckets: Sequence[int]) -> dict[str, Any]:
   """Returns what a pass over the examples comes to.
 

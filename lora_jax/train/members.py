@@ -158,7 +158,8 @@ def make_train_step(
 
   Returns:
     The step. Its batch is that of each member, stacked. Its metrics are arrays [M]: `loss`,
-    `grad_norm`, `loss_tokens` as there, and `active` (bool), whether the member was updated.
+    `grad_norm` and `loss_tokens` as there, NaN for a member that was not updated, and `finite`
+    (bool), False for one that has diverged at this step or before.
   """
 
   def one(state, diverged, adapters, settings, params, batch):
@@ -175,7 +176,11 @@ def make_train_step(
     going_on = ~diverged & (state.step < settings.steps)
     finite = metrics.pop("finite")
     state = jax.tree.map(lambda new, old: jnp.where(going_on, new, old), updated, state)
-    return state, diverged | (going_on & ~finite), metrics | {"active": going_on & finite}
+    diverged |= going_on & ~finite
+    metrics = {
+      name: jnp.where(going_on & finite, value, jnp.nan) for name, value in metrics.items()
+    }
+    return state, diverged, metrics | {"finite": ~diverged}
 
   def train_step(state: Members, frozen: Frozen, batch: step.Batch):
     states, diverged, metrics = jax.vmap(one, in_axes=(0, 0, 0, 0, None, 0))(

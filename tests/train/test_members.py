@@ -167,7 +167,9 @@ def test_a_member_that_made_its_own_steps_keeps_its_bits_while_others_go_on():
   each = DIFFERENT[1:3]
   state, frozen, _, metrics = train_together(each)
   np.testing.assert_array_equal(state.states.step, [8, 5])
-  assert [list(m["active"]) for m in metrics] == [[True, True]] * 5 + [[True, False]] * 3
+  updated = [list(np.isfinite(m["loss"])) for m in metrics]
+  assert updated == [[True, True]] * 5 + [[True, False]] * 3
+  assert all(np.all(m["finite"]) for m in metrics)
   state, frozen, _ = start_of(each)
   train_step = members.make_train_step(objective(), make_tx)
   for n, batch in enumerate(stacked_batches(each)):
@@ -196,7 +198,8 @@ def test_a_member_that_diverges_is_frozen_for_good_and_the_others_never_notice(v
       state, metrics = train_step(state, frozen, batch)
     ends[poisoned] = state
   np.testing.assert_array_equal(state.diverged, [False, True, False])
-  np.testing.assert_array_equal(metrics["active"], [True, False, True])
+  np.testing.assert_array_equal(metrics["finite"], [True, False, True])
+  np.testing.assert_array_equal(np.isnan(metrics["loss"]), [False, True, False])
   np.testing.assert_array_equal(state.states.step, [8, 3, 8])
   assert bits_of(state, 1) == before
   for member in (0, 2):
