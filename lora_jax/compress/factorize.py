@@ -137,7 +137,13 @@ class Whitened:
 
   def __call__(self, path: str, matrix: Matrix, rank: int) -> tuple[Matrix, Matrix]:
     left, right = self._roots(path, matrix)
-    a, b = _balanced(*self._svd(left, matrix, right), rank)
+    whitened = _between(left, matrix, right)
+    squares, vectors, on_the_left = _directions(whitened)
+    vectors = vectors[:, :rank]
+    # The matrix projected on its first singular vectors, on whichever side it is smaller.
+    a, b = (vectors, vectors.T @ whitened) if on_the_left else (whitened @ vectors, vectors.T)
+    scale = np.maximum(squares[:rank], squares[0] * 1e-30) ** (0.25 if on_the_left else -0.25)
+    a, b = a * scale, b / scale[:, None]
     a = scipy.linalg.solve_triangular(left, a, lower=True, trans="T")
     if right is not None:
       b = scipy.linalg.solve_triangular(right, b.T, lower=True, trans="T").T
@@ -145,28 +151,38 @@ class Whitened:
 
   def values(self, path: str, matrix: Matrix) -> np.ndarray:
     """The singular values of `Sᵀ W R`, falling: what each rank is worth."""
-    return self._svd(*self._between(path, matrix))[1]
-
-  def _between(self, path, matrix):
     left, right = self._roots(path, matrix)
-    return left, matrix, right
-
-  @staticmethod
-  def _svd(left, matrix, right):
-    matrix = left.T @ matrix
-    if right is not None:
-      matrix = matrix @ right
-    return scipy.linalg.svd(matrix, full_matrices=False)
+    squares, _, _ = _directions(_between(left, matrix, right), vectors=False)
+    return np.sqrt(squares)
 
   def _roots(self, path: str, matrix: Matrix) -> tuple[Matrix, Matrix | None]:
     if path not in self.inputs:
       raise ValueError(f"{path}: has no moments of its inputs; ask second_moments for it as well")
     rows = check_rows(path, self.inputs[path], matrix.shape[0])
-    left = _root(path, np.asarray(self.inputs[path].mean), matrix.shape[0], "inputs", self.damping)
+    left = factor_root(
+      path, np.asarray(self.inputs[path].mean), matrix.shape[0], "inputs", self.damping
+    )
     if self.gradients is None:
       return left, None
     total = np.asarray(self.gradients[path])
-    return left, _root(path, total / rows, matrix.shape[1], "gradients", self.damping)
+    return left, factor_root(path, total / rows, matrix.shape[1], "gradients", self.damping)
+
+
+def _between(left: Matrix, matrix: Matrix, right: Matrix | None) -> Matrix:
+  matrix = left.T @ matrix
+  return matrix if right is None else matrix @ right
+
+
+def _directions(matrix: Matrix, vectors: bool = True) -> tuple[np.ndarray, Matrix | None, bool]:
+  """The squares of the singular values, falling, the singular vectors on the side where there are
+  fewer axes, and whether that is the left: several times as fast as an SVD, and as good where
+  nothing below a hundred-millionth of the largest matters."""
+  on_the_left = matrix.shape[0] <= matrix.shape[1]
+  gram = matrix @ matrix.T if on_the_left else matrix.T @ matrix
+  if not vectors:
+    return np.maximum(scipy.linalg.eigvalsh(gram)[::-1], 0), None, on_the_left
+  squares, found = scipy.linalg.eigh(gram)
+  return np.maximum(squares[::-1], 0), found[:, ::-1], on_the_left
 
 
 def check_rows(path: str, moments: Moments, inputs: int) -> int:
@@ -180,7 +196,7 @@ def check_rows(path: str, moments: Moments, inputs: int) -> int:
   return rows
 
 
-def _root(path: str, moments: Matrix, size: int, what: str, damping: float) -> Matrix:
+def factor_root(path: str, moments: Matrix, size: int, what: str, damping: float) -> Matrix:
   """The lower triangular S of `S Sᵀ = moments`, damped."""
   if moments.shape != (size, size):
     raise ValueError(
@@ -328,7 +344,7 @@ def update(
     if not isinstance(leaf, Factored) or leaf.all_roles != "io":
       raise ValueError(f"{path}: is no factorised kernel of two axes, which alone can be updated")
     w = np.asarray(originals[path], np.float64)
-    root = _root(path, np.asarray(moments[path].mean), w.shape[0], "inputs", damping)
+    root = factor_root(path, np.asarray(moments[path].mean), w.shape[0], "inputs", damping)
     a = np.asarray(leaf.a, np.float64)
     b, *_ = scipy.linalg.lstsq(root.T @ a, root.T @ w)
     found[path] = dataclasses.replace(leaf, b=jnp.asarray(b, leaf.b.dtype))

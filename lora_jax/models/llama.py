@@ -18,6 +18,7 @@ grouped-query successors. Shapes are written as suffixes:
     B batch        T tokens of a call    S slots of the cache    C chosen positions
     D width        E width of the MLP    V vocabulary            H features of a head
     N query heads  K key/value heads     R rotations, H / 2      L layers
+    G features of a head's values, H unless the model was compressed
 """
 
 import dataclasses
@@ -70,6 +71,7 @@ class LlamaConfig:
 
   vocab_size, width, mlp_width, num_layers: V, D, E and L.
   num_heads, num_kv_heads, head_dim: N, K and H; each key/value head serves N / K query heads.
+  value_dim: features of a head's values, G, where they are fewer than H; None: as many.
   max_length: the longest context that the model was trained for, in tokens; not enforced.
   rope_theta: the base of the rotary frequencies, theta ** (-2 r / H).
   rope_scaling: how they are stretched for longer contexts, or None.
@@ -95,6 +97,7 @@ class LlamaConfig:
   num_kv_heads: int
   head_dim: int
   max_length: int
+  value_dim: int | None = None
   rope_theta: float = 10000.0
   rope_scaling: LinearRope | Llama3Rope | None = None
   norm_eps: float = 1e-5
@@ -117,15 +120,24 @@ class LlamaConfig:
         f"LlamaConfig: num_heads {self.num_heads} is not a multiple of "
         f"num_kv_heads {self.num_kv_heads}"
       )
+    if self.value_dim is not None and not 0 < self.value_dim <= self.head_dim:
+      raise ValueError(
+        f"LlamaConfig: value_dim {self.value_dim} must be from 1 to head_dim {self.head_dim}"
+      )
     if self.head_dim % 2:
       raise ValueError(f"LlamaConfig: head_dim {self.head_dim} is odd; rotary positions turn pairs")
+
+
+def value_features(config: LlamaConfig) -> int:
+  """G, the features of a head's values."""
+  return config.head_dim if config.value_dim is None else config.value_dim
 
 
 class KVCache(NamedTuple):
   """One layer's keys and values; slot j holds the token at position j."""
 
   key_BSKH: jax.Array
-  value_BSKH: jax.Array
+  value_BSKG: jax.Array
 
 
 Cache = dict[str, KVCache]
@@ -142,10 +154,14 @@ def init_cache(
   max_length: S, the largest position that will be used, plus one. A key past it is dropped.
   dtype: of keys and values; the model's `config.dtype` loses nothing.
   """
-  shape = (batch_size, max_length, config.num_kv_heads, config.head_dim)
+  shape = (batch_size, max_length, config.num_kv_heads)
 
   def empty(*leading: int) -> KVCache:
-    return KVCache(jnp.zeros(leading + shape, dtype), jnp.zeros(leading + shape, dtype))
+    key_shape, value_shape = (
+      (*leading, *shape, config.head_dim),
+      (*leading, *shape, value_features(config)),
+    )
+    return KVCache(jnp.zeros(key_shape, dtype), jnp.zeros(value_shape, dtype))
 
   if config.scan_layers:
     return {"blocks": empty(config.num_layers)}
@@ -200,37 +216,44 @@ class Attention(nn.Module):
   def __call__(self, x_BTD, positions_BT, turn: Rotation, same_B1TT, cache: KVCache | None):
     c = self.config
 
-    def heads(name: str, number: int) -> jax.Array:
-      projected = _dense(c, number * c.head_dim, name)(x_BTD)
-      return projected.reshape(*x_BTD.shape[:2], number, c.head_dim)
+    def heads(name: str, number: int, features: int) -> jax.Array:
+      projected = _dense(c, number * features, name)(x_BTD)
+      return projected.reshape(*x_BTD.shape[:2], number, features)
 
-    query_BTNH = rotate(heads("query", c.num_heads), turn)
-    key_BTKH = rotate(heads("key", c.num_kv_heads), turn)
-    value_BTKH = heads("value", c.num_kv_heads)
+    query_BTNH = rotate(heads("query", c.num_heads, c.head_dim), turn)
+    key_BTKH = rotate(heads("key", c.num_kv_heads, c.head_dim), turn)
+    value_BTKG = heads("value", c.num_kv_heads, value_features(c))
 
     if cache is None:
-      out_BTNH = jax.nn.dot_product_attention(
-        query_BTNH, key_BTKH, value_BTKH, mask=same_B1TT, is_causal=True
-      )
+      out_BTNG = _attend(query_BTNH, key_BTKH, value_BTKG, mask=same_B1TT, is_causal=True)
     else:
-      cache = _write(cache, positions_BT, key_BTKH, value_BTKH)
+      cache = _write(cache, positions_BT, key_BTKH, value_BTKG)
       slots_S = jnp.arange(cache.key_BSKH.shape[1])
       visible_B1TS = (slots_S <= positions_BT[..., None])[:, None]
-      out_BTNH = jax.nn.dot_product_attention(
+      out_BTNG = _attend(
         query_BTNH,
         cache.key_BSKH.astype(c.dtype),
-        cache.value_BSKH.astype(c.dtype),
+        cache.value_BSKG.astype(c.dtype),
         mask=visible_B1TS,
       )
-    out_BTD = _dense(c, c.width, "out")(out_BTNH.reshape(*x_BTD.shape[:2], -1))
+    out_BTD = _dense(c, c.width, "out")(out_BTNG.reshape(*x_BTD.shape[:2], -1))
     return out_BTD, cache
 
 
-def _write(cache: KVCache, positions_BT, key_BTKH, value_BTKH) -> KVCache:
+def _attend(query_BTNH, key_BSKH, value_BSKG, **options) -> jax.Array:
+  """Attention with values of their own size, which JAX's takes filled up with zeros."""
+  features, missing = value_BSKG.shape[-1], key_BSKH.shape[-1] - value_BSKG.shape[-1]
+  if missing:
+    value_BSKG = jnp.pad(value_BSKG, ((0, 0), (0, 0), (0, 0), (0, missing)))
+  out_BTNH = jax.nn.dot_product_attention(query_BTNH, key_BSKH, value_BSKG, **options)
+  return out_BTNH[..., :features] if missing else out_BTNH
+
+
+def _write(cache: KVCache, positions_BT, key_BTKH, value_BTKG) -> KVCache:
   rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
   return KVCache(
     cache.key_BSKH.at[rows_B1, positions_BT].set(key_BTKH.astype(cache.key_BSKH.dtype)),
-    cache.value_BSKH.at[rows_B1, positions_BT].set(value_BTKH.astype(cache.value_BSKH.dtype)),
+    cache.value_BSKG.at[rows_B1, positions_BT].set(value_BTKG.astype(cache.value_BSKG.dtype)),
   )
 
 

@@ -1,0 +1,150 @@
+"""Structured pruning of a Llama: whole MLP channels and heads, which leave a smaller dense model.
+
+    params, config = structured.prune_channels(params, config, mlp_width, moments)
+    params, config = structured.prune_heads(params, config, num_kv_heads, moments)
+
+A channel of an MLP is a column of gate and up and a row of down; a head is its columns of query,
+key and value and its rows of out, together with the heads that share its keys. What goes is what
+the next kernel would miss least, and that kernel is fitted anew to what stays:
+
+    score of a group of inputs G of W:   E‖x_G W_G‖²
+    W' = argmin E‖x W - x_K W'‖²  =  C_KK⁻¹ C_K: W,     K the inputs that stay, C = E[x xᵀ]
+
+Every layer keeps as many. The fit is that of optimal brain compression (Frantar et al. 2022, arXiv
+2208.11580, section 4) for all that goes at once.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+
+from lora_jax import tree
+from lora_jax.compress.factorize import check_rows
+from lora_jax.models import llama
+from lora_jax.weights import is_weight
+from lora_jax.weights.probe import Moments
+
+PyTree = Any
+
+
+def prune_channels(
+  params: PyTree,
+  config: llama.LlamaConfig,
+  mlp_width: int,
+  moments: Mapping[str, Moments],
+  *,
+  damping: float = 1e-3,
+) -> tuple[PyTree, llama.LlamaConfig]:
+  """A Llama with fewer MLP channels in every layer, and its configuration.
+
+  Args:
+    params: of the model, layers unstacked.
+    config: of the model.
+    mlp_width: the channels that stay.
+    moments: of the inputs of `block_{i}/mlp/down/kernel`, whole matrices.
+    damping: of the mean of their diagonal, added to it.
+
+  Raises:
+    ValueError: when the layers are stacked or a kernel is compressed already, when no channel goes
+      or stays, and when the calibration data are too short.
+  """
+  _check(config, "mlp_width", mlp_width)
+  found = {}
+  for i in range(config.num_layers):
+    block = f"block_{i}/mlp"
+    leaves = _kernels(params, block, ("gate", "up", "down"))
+    down = f"{block}/down/kernel"
+    kept, fitted = _fewer_inputs(down, leaves["down"], mlp_width, 1, moments, damping)
+    found[down] = fitted
+    for name in ("gate", "up"):
+      found[f"{block}/{name}/kernel"] = leaves[name][:, kept]
+  return _replaced(params, found), dataclasses.replace(config, mlp_width=mlp_width)
+
+
+def prune_heads(
+  params: PyTree,
+  config: llama.LlamaConfig,
+  num_kv_heads: int,
+  moments: Mapping[str, Moments],
+  *,
+  damping: float = 1e-3,
+) -> tuple[PyTree, llama.LlamaConfig]:
+  """A Llama with fewer key/value heads, and the query heads that attend to them, in every layer.
+
+  Args:
+    num_kv_heads: the key/value heads that stay.
+    moments: of the inputs of `block_{i}/attn/out/kernel`, whole matrices.
+    params, config, damping: as in `prune_channels`.
+
+  Raises:
+    ValueError: as `prune_channels`.
+  """
+  _check(config, "num_kv_heads", num_kv_heads)
+  groups, found = config.num_heads // config.num_kv_heads, {}
+  sizes = {
+    "query": groups * config.head_dim,
+    "key": config.head_dim,
+    "value": llama.value_features(config),
+  }
+  for i in range(config.num_layers):
+    block = f"block_{i}/attn"
+    leaves = _kernels(params, block, (*sizes, "out"))
+    out, size = f"{block}/out/kernel", groups * sizes["value"]
+    kept, fitted = _fewer_inputs(out, leaves["out"], num_kv_heads, size, moments, damping)
+    found[out] = fitted
+    heads = kept[::size] // size
+    for name, features in sizes.items():
+      columns = (heads[:, None] * features + np.arange(features)).ravel()
+      found[f"{block}/{name}/kernel"] = leaves[name][:, columns]
+  config = dataclasses.replace(config, num_kv_heads=num_kv_heads, num_heads=num_kv_heads * groups)
+  return _replaced(params, found), config
+
+
+def _fewer_inputs(path, leaf, count: int, size: int, moments, damping: float):
+  """The inputs of a kernel that stay, `count` groups of `size`, and the kernel fitted to them."""
+  if path not in moments:
+    raise ValueError(f"{path}: has no moments of its inputs; ask second_moments for it as well")
+  w = np.asarray(leaf, np.float64)
+  check_rows(path, moments[path], len(w))
+  c = np.asarray(moments[path].mean, np.float64)
+  if c.shape != (len(w), len(w)):
+    raise ValueError(f"{path}: its moments are {c.shape}, and its inputs {len(w)}")
+  groups = np.arange(len(w)).reshape(-1, size)
+  scores = [np.sum((c[np.ix_(group, group)] @ w[group]) * w[group]) for group in groups]
+  kept = np.sort(groups[np.argsort(scores)[len(groups) - count :]].ravel())
+  square = c[np.ix_(kept, kept)]
+  square += damping * np.trace(square) / len(kept) * np.eye(len(kept))
+  # With damping the fit is drawn to the kernel as it was, not to zero.
+  change = c[kept] @ w - c[np.ix_(kept, kept)] @ w[kept]
+  fitted = w[kept] + scipy.linalg.solve(square, change, assume_a="pos")
+  return kept, jnp.asarray(fitted, leaf.dtype)
+
+
+def _check(config: llama.LlamaConfig, field: str, count: int) -> None:
+  if config.scan_layers:
+    raise ValueError("the layers are stacked; load the model with scan_layers=False")
+  if not 0 < count < getattr(config, field):
+    raise ValueError(
+      f"{field} is {getattr(config, field)} and is to be {count}; choose a number from 1 to "
+      f"{getattr(config, field) - 1}"
+    )
+
+
+def _kernels(params: PyTree, block: str, names) -> dict[str, Any]:
+  leaves = tree.flatten(params, is_leaf=is_weight)
+  found = {name: leaves[f"{block}/{name}/kernel"] for name in names}
+  for name, leaf in found.items():
+    if is_weight(leaf):
+      raise ValueError(
+        f"{block}/{name}/kernel: is compressed already, a {type(leaf).__name__}; prune channels "
+        "and heads first"
+      )
+  return found
+
+
+def _replaced(params: PyTree, found: Mapping[str, Any]) -> PyTree:
+  return tree.map_with_path(lambda path, leaf: found.get(path, leaf), params, is_leaf=is_weight)
