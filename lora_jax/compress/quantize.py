@@ -1,0 +1,104 @@
+"""Quantisation of chosen leaves, round to nearest: params to params with `Quantized` Weights.
+
+    formats = lora_jax.match(params, [("all-linear", compress.NF4)], axes)      # {path: Format}
+    smaller = compress.quantize(params, formats, axes)
+    logits  = lora_jax.adapt(model.apply)({"params": smaller}, tokens)
+
+Blocks run along the inputs of a kernel, and along the row of a token in an embedding. To adapt the
+result is QLoRA; to quantise so that outputs change least, and not numbers, see `compress.gptq`.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import tree
+from lora_jax.axes import Axes
+from lora_jax.weights import is_weight
+from lora_jax.weights.quantized import Format, Quantized, quantized
+
+PyTree = Any
+
+
+def quantize(
+  params: PyTree, formats: Mapping[str, Format], axes: Mapping[str, Axes] | None = None
+) -> PyTree:
+  """The tree with `Quantized` Weights at these paths, made one after another.
+
+  Args:
+    params: a pytree of arrays. What holds no other reference to it has it freed leaf by leaf only
+      if it lets go of the leaves itself: `quantize_leaf` is for that.
+    formats: `{path: Format}`, what `lora_jax.match` returned.
+    axes: what `trace_axes` found. Kernels of two axes (in, out) do not need it; an embedding does.
+
+  Raises:
+    ValueError: when a leaf is no array of floats, holds a number that is not finite, or its axes
+      are not known. Nothing is quantised then.
+  """
+  leaves = tree.flatten(params, is_leaf=is_weight)
+  columns = {path: columns_of(path, leaves[path], axes) for path in formats}
+  for path in formats:
+    check_finite(path, leaves[path])
+
+  def leaf_of(path, leaf):
+    if path not in formats:
+      return leaf
+    return _quantized(leaf, formats[path], columns[path]).with_path(path)
+
+  return tree.map_with_path(leaf_of, params, is_leaf=is_weight)
+
+
+def quantize_leaf(
+  path: str, leaf: jax.Array, format: Format, axes: Mapping[str, Axes] | None = None
+) -> Quantized:
+  """One leaf of `quantize`, for a loop that lets go of each array before it takes the next."""
+  columns = columns_of(path, leaf, axes)
+  check_finite(path, leaf)
+  return _quantized(leaf, format, columns).with_path(path)
+
+
+def quantizer(
+  path: str, leaf: jax.Array, format: Format, axes: Mapping[str, Axes] | None = None
+) -> Callable[[jax.Array], Quantized]:
+  """The function that quantises arrays of this leaf's axes, as `adapters.loftq` takes it."""
+  return functools.partial(_quantized, format=format, columns=columns_of(path, leaf, axes))
+
+
+def columns_of(path: str, leaf: Any, axes: Mapping[str, Axes] | None) -> tuple[int, ...]:
+  """The axes that blocks are cut from, counted from the end: the inputs, or a token's row.
+
+  Raises:
+    ValueError: when it is not known which these are, or the leaf is no array of floats.
+  """
+  if is_weight(leaf):
+    raise ValueError(
+      f"{path}: is no array but a {type(leaf).__name__}; quantise before it is compressed or "
+      "adapted, or merge first"
+    )
+  roles, rows_looked_up = "io", False
+  if axes is not None and axes[path].roles:
+    roles, rows_looked_up = axes[path].roles, axes[path].uses[0] == "gather"
+  elif len(leaf.shape) != 2:
+    raise ValueError(
+      f"{path}: which of the axes of {tuple(leaf.shape)} are inputs? "
+      "pass axes=lora_jax.trace_axes(f, params, *example)"
+    )
+  wanted = "o" if rows_looked_up else "i"
+  return tuple(n - len(roles) for n, role in enumerate(roles) if role == wanted)
+
+
+def check_finite(path: str, leaf: jax.Array) -> None:
+  """Raises ValueError for a leaf with NaN or infinity, whose blocks would have no scale."""
+  if not bool(_finite(leaf)):
+    raise ValueError(f"{path}: holds a number that is not finite, and cannot be quantised")
+
+
+@jax.jit
+def _finite(x):
+  return jnp.isfinite(x).all()
+
+
+_quantized = jax.jit(quantized, static_argnames=("format", "columns"))

@@ -1,0 +1,225 @@
+"""Coded: an array that is held as codes, and decoded where it is used.
+
+Some axes of the array are its columns: joined into one, they are cut into blocks, and the blocks
+are what is coded. Every other axis is one of rows, and every array of the codes has it too:
+
+    array (d, k)            columns (-2,)      held as [k, codes of d]      a kernel, by inputs
+    array (L, d, k)         columns (-2,)      held as [L, k, codes of d]   layers of a scan
+    array (V, d)            columns (-1,)      held as [V, codes of d]      an embedding, by tokens
+    array (heads, dim, k)   columns (-3, -2)   held as [k, codes of heads * dim]
+
+So what is sliced, moved or looked up along the rows is done to the codes. What is multiplied by is
+decoded first, one array for one use: it is a temporary of that product, and the backward pass
+decodes it again. Of layers that are scanned, one layer's kernels are decoded at a time. Of layers
+that are unrolled it is for the compiler to say when: XLA on a CPU decodes all of them early.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from lora_jax.weights.base import NotFactored, Weight
+from lora_jax.weights.low_rank import PRODUCT
+
+
+@dataclasses.dataclass(frozen=True)
+class Coded(Weight):
+  """An array held as codes; a kind has arrays of the codes and says what they stand for.
+
+  Attributes:
+    columns: the axes of the array that are coded together, counted from its end, ascending.
+    sizes: their sizes.
+    to: the dtype of the array.
+    path: the leaf's path, for messages.
+  """
+
+  columns: tuple[int, ...] = dataclasses.field(kw_only=True, metadata={"static": True})
+  sizes: tuple[int, ...] = dataclasses.field(kw_only=True, metadata={"static": True})
+  to: str = dataclasses.field(default="float32", kw_only=True, metadata={"static": True})
+  path: str = dataclasses.field(default="", kw_only=True, metadata={"static": True})
+
+  def decode(self) -> jax.Array:
+    """The numbers [*rows, columns], perhaps with more columns at the end that fill up a block."""
+    raise NotImplementedError
+
+  def materialize(self):
+    return self.arranged(self.decode())
+
+  def arranged(self, numbers: jax.Array) -> jax.Array:
+    """The array of these numbers [*rows, columns], in the dtype that it has."""
+    numbers = numbers.astype(self.to)[..., : math.prod(self.sizes)]
+    rows = numbers.shape[:-1]
+    last = range(len(rows), self.ndim)
+    return jnp.moveaxis(numbers.reshape(*rows, *self.sizes), last, self.columns)
+
+  @property
+  def shape(self):
+    sizes = dict(zip(self._column_axes, self.sizes, strict=True))
+    rows = iter(jax.tree.leaves(self)[0].shape)
+    return tuple(sizes[n] if n in sizes else next(rows) for n in range(self.ndim))
+
+  @property
+  def ndim(self):
+    return jax.tree.leaves(self)[0].ndim - 1 + len(self.sizes)
+
+  @property
+  def dtype(self):
+    return jnp.dtype(self.to)
+
+  @property
+  def is_stacked(self):
+    return 0 not in self._column_axes
+
+  @property
+  def nbytes(self) -> int:
+    """What it takes in memory."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+  def partition_specs(self, spec):
+    """The rows are cut as the rows, the codes of a row as the first axis of the columns."""
+    names = (*spec, *[None] * (self.ndim - len(spec)))
+    cut = jax.P(*(names[n] for n in self._row_axes), names[self._column_axes[0]])
+    return jax.tree.map(lambda _: cut, self)
+
+  def local_specs(self, spec):
+    names = (*spec, *[None] * (self.ndim - len(spec)))
+    if any(names[n] is not None for n in self._column_axes):
+      raise NotFactored("the blocks of its codes may be cut where the array is")
+    return self.partition_specs(spec)
+
+  # ---- what is contracted and looked up
+
+  def dot_general(self, other, dimension_numbers, *, weight_is_lhs, **params):
+    def product(self, other):
+      w = self.materialize()
+      operands = (w, other) if weight_is_lhs else (other, w)
+      return lax.dot_general(*operands, dimension_numbers, **params)
+
+    return self.used(product, other)
+
+  def conv_general_dilated(self, x, **params):
+    return self.used(lambda self, x: lax.conv_general_dilated(x, self.materialize(), **params), x)
+
+  def ragged_dot_general(self, lhs, group_sizes, **params):
+    def product(self, lhs, group_sizes):
+      return lax.ragged_dot_general(lhs, self.materialize(), group_sizes, **params)
+
+    return self.used(product, lhs, group_sizes)
+
+  def used(self, f: Callable, *operands: jax.Array) -> jax.Array:
+    """`f(self, *operands)`, which keeps only codes and operands for the backward pass."""
+    return checkpoint_name(jax.checkpoint(f)(self, *operands), PRODUCT)
+
+  def gather(self, indices, *, dimension_numbers, slice_sizes, mode, fill_value=None, **params):
+    """Whole rows along one axis, as an embedding is looked up; no other row is decoded."""
+    d = dimension_numbers
+    axis = d.collapsed_slice_dims[0] if len(d.collapsed_slice_dims) == 1 else None
+    full = [n == axis or size == self.shape[n] for n, size in enumerate(slice_sizes)]
+    if axis is None or d.start_index_map != (axis,) or d.operand_batching_dims or not all(full):
+      raise NotFactored("only whole rows along one axis are looked up by their codes")
+    row = self._row(axis)
+    ids = indices[..., 0].astype(jnp.int32)
+    found = (ids >= 0) & (ids < self.shape[axis])
+    ids = ids.clip(0, self.shape[axis] - 1)
+
+    def looked_up(codes):
+      return jnp.moveaxis(
+        jnp.take(codes, ids, axis=row), range(row, row + ids.ndim), range(ids.ndim)
+      )
+
+    rest = self._with_rows(
+      looked_up, self._columns_after([n for n in range(self.ndim) if n != axis])
+    )
+    rows = rest.materialize()
+    if lax.GatherScatterMode.from_any(mode) == lax.GatherScatterMode.FILL_OR_DROP:
+      fill = jnp.nan if fill_value is None else fill_value
+      rows = jnp.where(jnp.expand_dims(found, range(ids.ndim, rows.ndim)), rows, fill)
+      rows = rows.astype(self.to)
+    return jnp.moveaxis(rows, range(ids.ndim, rows.ndim), d.offset_dims)
+
+  # ---- what stays coded
+
+  def astype(self, dtype):
+    """With a wider dtype the numbers that the codes stand for, which a narrower one had rounded."""
+    if not jnp.issubdtype(dtype, jnp.inexact):
+      raise NotFactored(f"a cast to {dtype} rounds the numbers, not their codes")
+    return dataclasses.replace(self, to=jnp.dtype(dtype).name)
+
+  def transpose(self, permutation):
+    order = [self._row(n) for n in permutation if n not in self._column_axes]
+    columns = self._columns_after(permutation)
+    if order == sorted(order):
+      return dataclasses.replace(self, columns=columns)
+    return self._with_rows(lambda codes: lax.transpose(codes, (*order, codes.ndim - 1)), columns)
+
+  def squeeze(self, dimensions):
+    rows = [self._row(n) for n in dimensions]
+    columns = self._columns_after([n for n in range(self.ndim) if n not in dimensions])
+    return self._with_rows(lambda codes: lax.squeeze(codes, rows), columns)
+
+  def slice(self, start_indices, limit_indices, strides):
+    bounds = list(zip(start_indices, limit_indices, strides or (1,) * self.ndim, strict=True))
+    if any(bounds[n] != (0, self.shape[n], 1) for n in self._column_axes):
+      raise NotFactored("a slice of its columns may cut the blocks of its codes")
+
+    def sliced(codes):
+      each = [*(bounds[n] for n in self._row_axes), (0, codes.shape[-1], 1)]
+      return lax.slice(codes, *zip(*each, strict=True))
+
+    return self._with_rows(sliced, self.columns)
+
+  def dynamic_slice(self, start_indices, slice_sizes):
+    if any(slice_sizes[n] != self.shape[n] for n in self._column_axes):
+      raise NotFactored("a slice of its columns may cut the blocks of its codes")
+    zero = jnp.zeros_like(jnp.asarray(start_indices[0]))
+
+    def sliced(codes):
+      starts = [*(start_indices[n] for n in self._row_axes), zero]
+      return lax.dynamic_slice(
+        codes, starts, [*(slice_sizes[n] for n in self._row_axes), codes.shape[-1]]
+      )
+
+    return self._with_rows(sliced, self.columns)
+
+  def scaled(self, c):
+    raise NotFactored("a multiple of it has other codes")
+
+  # ---- which axis is which
+
+  @property
+  def _column_axes(self) -> list[int]:
+    return [self.ndim + n for n in self.columns]
+
+  @property
+  def _row_axes(self) -> list[int]:
+    return [n for n in range(self.ndim) if n not in self._column_axes]
+
+  def _row(self, axis: int) -> int:
+    """The place of an axis among those of the rows."""
+    if axis in self._column_axes:
+      raise NotFactored("its columns are coded together")
+    return self._row_axes.index(axis)
+
+  def _columns_after(self, order: Sequence[int]) -> tuple[int, ...]:
+    """The columns when the axes of the array are these, in this order."""
+    columns = [n for n, axis in enumerate(order) if axis in self._column_axes]
+    if [order[n] for n in columns] != self._column_axes:
+      raise NotFactored("its columns are coded together, in their order")
+    return tuple(n - len(order) for n in columns)
+
+  def _with_rows(self, change: Callable[[Any], Any], columns: tuple[int, ...]) -> Self:
+    """This weight with every array of codes changed along the rows, and the columns elsewhere."""
+    return dataclasses.replace(jax.tree.map(change, self), columns=columns)
+
+
+def rows_of(w: jax.Array, columns: Sequence[int]) -> jax.Array:
+  """The numbers [*rows, columns] of an array with these axes as columns, counted from its end."""
+  last = range(w.ndim - len(columns), w.ndim)
+  moved = jnp.moveaxis(w, columns, last)
+  return moved.reshape(*moved.shape[: w.ndim - len(columns)], -1)

@@ -1,0 +1,185 @@
+"""GGUFBlocks: the quantised blocks of a GGUF file as they are, decoded where they are used.
+
+    before    {"query": {"kernel": W}}                                dequantised at loading
+    after     {"query": {"kernel": GGUFBlocks(blocks, kind="Q4_1")}}  the bytes of the file
+
+The numbers are those of `gguf.quants.dequantize`, to the bit. A block is a run of bytes: scales in
+float16 or in a few bits, then the numbers in 2 to 8 bits each. The layouts are those of
+ggml-quants.h in llama.cpp (github.com/ggml-org/llama.cpp).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import DTypeLike
+
+from lora_jax.weights.coded import Coded
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GGUFBlocks(Coded):
+  """An array in the blocks of a GGUF file.
+
+  Attributes:
+    blocks: uint8 [*rows, the bytes of a row].
+    kind: what the blocks are, one of `KINDS`.
+    columns, sizes, to, path: as in `Coded`.
+  """
+
+  blocks: jax.Array
+  kind: str = dataclasses.field(kw_only=True, metadata={"static": True})
+
+  @classmethod
+  def of(
+    cls, blocks: np.ndarray, kind: str, columns: tuple[int, ...], dtype: DTypeLike
+  ) -> "GGUFBlocks":
+    """The rows of a file, as `io.pretrained.load(keep_blocks=...)` hands them over.
+
+    Args:
+      blocks: uint8 [*rows, the bytes of a row].
+      kind: the name of the ggml type.
+      columns: the axis of the array that a row runs along, counted from its end.
+      dtype: of the array.
+
+    Raises:
+      ValueError: for a kind that is not known here.
+    """
+    if kind not in KINDS:
+      raise ValueError(f"blocks of kind {kind} cannot be kept; known are {', '.join(KINDS)}")
+    sizes = (blocks.shape[-1] // KINDS[kind].size * KINDS[kind].numbers,)
+    dtype = jnp.dtype(dtype).name
+    return cls(jnp.asarray(blocks), kind=kind, columns=columns, sizes=sizes, to=dtype)
+
+  def decode(self):
+    kind = KINDS[self.kind]
+    blocks = self.blocks.reshape(*self.blocks.shape[:-1], -1, kind.size)
+    return kind.decode(blocks).reshape(*self.blocks.shape[:-1], -1)
+
+
+# Each function below takes uint8 [..., bytes of a block] to float32 [..., numbers of a block].
+
+
+def _q4_0(x):
+  d, q = _cut(x, 2, 16)
+  return _half(d) * _minus(_bits(q, 4, run=16), 8)
+
+
+def _q4_1(x):
+  d, m, q = _cut(x, 2, 2, 16)
+  return _half(d) * _float(_bits(q, 4, run=16)) + _half(m)
+
+
+def _q5_0(x):
+  d, high, low = _cut(x, 2, 4, 16)
+  return _half(d) * _minus(_bits(low, 4, run=16) | _bits(high, 1, run=1) << 4, 16)
+
+
+def _q5_1(x):
+  d, m, high, low = _cut(x, 2, 2, 4, 16)
+  return _half(d) * _float(_bits(low, 4, run=16) | _bits(high, 1, run=1) << 4) + _half(m)
+
+
+def _q8_0(x):
+  d, q = _cut(x, 2, 32)
+  return _float(lax.bitcast_convert_type(q, jnp.int8)) * _half(d)
+
+
+def _q2_k(x):
+  scales, q, d, least = _cut(x, 16, 64, 2, 2)
+  d, least = _half(d) * _float(scales & 15), _half(least) * _float(scales >> 4)
+  return _joined(d[..., None] * _float(_split(_bits(q, 2, run=32), 16)) - least[..., None])
+
+
+def _q3_k(x):
+  high, low, low_scales, high_scales, d = _cut(x, 32, 64, 8, 4, 2)
+  scales = _bits(low_scales, 4, run=8) | _bits(high_scales, 2, run=4) << 4
+  # A bit of `high` that is set stands for nothing, one that is not for four less.
+  q = _minus(_bits(low, 2, run=32) | _bits(high, 1, run=32) << 2, 4)
+  return _joined((_half(d) * _minus(scales, 32))[..., None] * _split(q, 16))
+
+
+def _q4_k(x):
+  d, least, scales, q = _cut(x, 2, 2, 12, 128)
+  return _between(d, least, scales, _bits(q, 4, run=32))
+
+
+def _q5_k(x):
+  d, least, scales, high, low = _cut(x, 2, 2, 12, 32, 128)
+  return _between(d, least, scales, _bits(low, 4, run=32) | _bits(high, 1, run=32) << 4)
+
+
+def _q6_k(x):
+  low, high, scales, d = _cut(x, 128, 64, 16, 2)
+  d = _half(d) * _float(lax.bitcast_convert_type(scales, jnp.int8))
+  q = _minus(_bits(low, 4, run=64) | _bits(high, 2, run=32) << 4, 32)
+  return _joined(d[..., None] * _split(q, 16))
+
+
+def _between(d, least, scales, q):
+  """Eight runs of 32 numbers, each with a scale and a least of six bits."""
+  first, second, third = _cut(scales, 4, 4, 4)
+  d_scales = jnp.concatenate([first & 63, third & 15 | first >> 2 & 48], axis=-1)
+  m_scales = jnp.concatenate([second & 63, third >> 4 | second >> 2 & 48], axis=-1)
+  d, least = _half(d) * _float(d_scales), _half(least) * _float(m_scales)
+  return _joined(d[..., None] * _float(_split(q, 32)) - least[..., None])
+
+
+def _cut(x: jax.Array, *sizes: int) -> list[jax.Array]:
+  return jnp.split(x, np.cumsum(sizes)[:-1], axis=-1)
+
+
+def _half(x: jax.Array) -> jax.Array:
+  """[..., 1] of the two bytes of a float16."""
+  return _float(lax.bitcast_convert_type(x, jnp.float16))[..., None]
+
+
+def _float(x: jax.Array) -> jax.Array:
+  return x.astype(jnp.float32)
+
+
+def _minus(x: jax.Array, offset: int) -> jax.Array:
+  return _float(x.astype(jnp.int32) - offset)
+
+
+def _bits(x: jax.Array, width: int, *, run: int) -> jax.Array:
+  """The numbers of so many bits in bytes: of each run of bytes first the lowest bits of all."""
+  shifts = jnp.arange(0, 8, width, dtype=jnp.uint8)[:, None]
+  return _joined(_joined(_split(x, run)[..., None, :] >> shifts & jnp.uint8(2**width - 1)))
+
+
+def _split(x: jax.Array, size: int) -> jax.Array:
+  """The last axis as [runs, size]."""
+  return x.reshape(*x.shape[:-1], -1, size)
+
+
+def _joined(x: jax.Array) -> jax.Array:
+  """The last two axes as one."""
+  return x.reshape(*x.shape[:-2], -1)
+
+
+class Kind(NamedTuple):
+  """How many numbers and bytes a block has, and how it is decoded."""
+
+  numbers: int
+  size: int
+  decode: Callable[[jax.Array], jax.Array]
+
+
+KINDS = {
+  "Q4_0": Kind(32, 18, _q4_0),
+  "Q4_1": Kind(32, 20, _q4_1),
+  "Q5_0": Kind(32, 22, _q5_0),
+  "Q5_1": Kind(32, 24, _q5_1),
+  "Q8_0": Kind(32, 34, _q8_0),
+  "Q2_K": Kind(256, 84, _q2_k),
+  "Q3_K": Kind(256, 110, _q3_k),
+  "Q4_K": Kind(256, 144, _q4_k),
+  "Q5_K": Kind(256, 176, _q5_k),
+  "Q6_K": Kind(256, 210, _q6_k),
+}
