@@ -1,6 +1,14 @@
 """What several rooms' tests share: the real model, loaded once."""
 
+import jax
 import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_are_let_go():
+  """Thousands of small programs are compiled; kept to the end they would take gigabytes."""
+  yield
+  jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,149 @@
+r"""What packing gains: the tokens that count, a second, of training on short examples.
+
+    python -m benchmarks.packing --output=benchmarks/results.md
+
+The quickstart's sentences, its model and its adapter, in batches of a row for each example, padded
+to one length or to the nearest of the config's buckets, and packed, several examples to a row
+(`lora_jax.data.packing`). A step has about as many examples in each. The ways take turns, on the
+same batches in all rounds' order; every ratio is taken within a round.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app, flags
+from tqdm import tqdm
+
+import lora_jax
+from benchmarks.circumstances import describe_circumstances
+from configs import quickstart
+from experiments import methods, parts
+from lora_jax.data import batches, packing
+from lora_jax.models import llama
+from lora_jax.train import step
+
+_BATCH = flags.DEFINE_integer("batch", 16, "Examples of a step, about as many when packed.", 1)
+_LENGTH = flags.DEFINE_integer("length", 160, "Tokens of a packed row.", 1)
+_STEPS = flags.DEFINE_integer("steps", 4, "Of a turn, each on a batch of its own.", 1)
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Times that each way takes its turn.", 2)
+_OUTPUT = flags.DEFINE_string("output", None, "A markdown file that the table is appended to.")
+
+Batches = Sequence[step.Batch]
+
+
+def main(argv: Sequence[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+  config = quickstart.get_config()
+  records = parts.load_records(config.data)
+  pretrained = parts.load_model(config.model)
+  examples = parts.encode(config.data, records["train"], pretrained.tokenizer)
+  mean = statistics.mean(len(example.tokens) - 1 for example in examples)
+  rows = max(1, round(_BATCH.value * mean / _LENGTH.value))
+  shapes = {"seed": config.seed, "pad_id": pretrained.tokenizer.pad_id}
+  buckets = tuple(config.data.buckets)
+  ways = {
+    f"{_BATCH.value} rows of {buckets[-1]}": batches.train_batches(
+      examples, _BATCH.value, buckets=buckets[-1:], **shapes
+    ),
+    f"{_BATCH.value} rows of the batch's bucket": batches.train_batches(
+      examples, _BATCH.value, buckets=buckets, **shapes
+    ),
+    f"{rows} packed rows of {_LENGTH.value}": packing.packed_batches(
+      examples, rows, length=_LENGTH.value, **shapes
+    ),
+  }
+  ways = {name: [dataset[n] for n in range(_STEPS.value)] for name, dataset in ways.items()}
+  seconds = run_in_turns(ways, make_run(config, pretrained), _ROUNDS.value)
+  report = "\n".join([
+    "## Packing short examples: SmolLM2-135M, LoRA of rank 8, layers scanned",
+    "",
+    *describe_circumstances("benchmarks.packing", ["jax", "flax", "optax"]),
+    f"- {len(examples):,} sentences of {mean:.1f} tokens on average. {_ROUNDS.value} rounds of "
+    f"{_STEPS.value} steps. Tokens: those of the examples, without padding. Ratios: medians over "
+    "the rounds, with quartiles.",
+    "",
+    format_table(ways, seconds),
+  ])  # fmt: skip
+  print(report)
+  if _OUTPUT.value:
+    with open(_OUTPUT.value, "a", encoding="utf-8") as file:
+      file.write(f"\n{report}\n")
+
+
+def make_run(config, pretrained) -> Callable[[Batches], None]:
+  """What takes a step on each of some batches, and waits until all are done."""
+  model = llama.Llama(pretrained.config)
+  axes = parts.trace_axes(model, pretrained.params)
+  specs = lora_jax.match(pretrained.params, methods.rules_of(config.adapter), axes)
+  adapters = lora_jax.init(jax.random.key(config.seed), pretrained.params, specs, axes)
+  weights = lora_jax.attach(pretrained.params, adapters)
+  trainable, frozen = lora_jax.partition(weights, lora_jax.trainable_mask(weights))
+  tx, _ = methods.make_optimizer(config)
+  train_step = methods.make_train_step(config, lora_jax.adapt(model.apply), tx, adapters)
+  state = step.init_state(trainable, tx)
+
+  def run(data: Batches) -> None:
+    nonlocal state
+    for batch in data:
+      state, metrics = train_step(state, frozen, batch)
+    jax.block_until_ready((state, metrics))
+
+  return run
+
+
+def run_in_turns(
+  ways: Mapping[str, Batches], run: Callable[[Batches], None], rounds: int
+) -> dict[str, list[float]]:
+  """`{way: seconds of each round}`; every batch is taken once before, so all is compiled."""
+  seconds = {name: [] for name in ways}
+  for data in tqdm(ways.values(), desc="compile"):
+    run(data)
+  for i in tqdm(range(rounds), desc="rounds"):
+    for name in ways if i % 2 == 0 else reversed(ways):
+      started = time.perf_counter()
+      run(ways[name])
+      seconds[name].append(time.perf_counter() - started)
+  return seconds
+
+
+def counted(batch: step.Batch) -> np.ndarray:
+  """True [rows, tokens] where a token is an example's."""
+  if "segments" in batch:
+    return batch["segments"] > 0
+  last_B = np.where(batch["weights"] > 0, batch["at"], -1).max(axis=1)
+  return np.arange(batch["tokens"].shape[1]) <= last_B[:, None]
+
+
+def format_table(ways: Mapping[str, Batches], seconds: Mapping[str, Sequence[float]]) -> str:
+  """The table in markdown; ratios to the first way."""
+  lines = [
+    "| rows of a step | padding, % | tokens/s | / the first |",
+    "| --- " + "| ---: " * 3 + "|",
+  ]
+  rates = {}
+  for name, data in ways.items():
+    tokens = sum(counted(batch).sum() for batch in data)
+    places = sum(batch["tokens"].size for batch in data)
+    rates[name] = [tokens / own for own in seconds[name]]
+    ratios = [x / y for x, y in zip(rates[name], next(iter(rates.values())), strict=True)]
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    lines.append(
+      f"| {name} | {100 * (1 - tokens / places):.0f} | {statistics.median(rates[name]):,.0f} "
+      f"| {median:.2f} ({low:.2f}–{high:.2f}) |"
+    )
+  return "\n".join(lines)
+
+
+flags.register_validator(
+  "output",
+  lambda path: path is None or Path(path).absolute().parent.is_dir(),
+  "--output names a file in a folder that exists",
+)
+
+if __name__ == "__main__":
+  app.run(main)
