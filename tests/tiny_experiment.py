@@ -25,7 +25,7 @@ def get_config(text=""):
   config.train.batch_size = 8
   config.optimizer.warmup_steps, config.optimizer.peak = 1, 1e-2
   config.evaluation.batch_size = 8
-  config.evaluation.examples = 16
+  config.evaluation.examples, config.evaluation.samples = 16, 0
   config.update_from_flattened_dict({fields!r})
   return config
 """

@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -33,7 +34,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory, smollm2):
-  return tiny_experiment.write(tmp_path_factory.mktemp("tiny"), smollm2.tokenizer)
+  return tiny_experiment.write(
+    tmp_path_factory.mktemp("tiny"), smollm2.tokenizer, evaluation={"samples": 4}
+  )
 
 
 def run(program, *arguments, fails=False):
@@ -61,8 +64,8 @@ def finished(config_file, tmp_path_factory):
 def test_a_run_leaves_the_folder_that_the_readme_promises(finished):
   workdir, printed = finished
   assert {path.name for path in workdir.iterdir()} == {
-    "adapter", "checkpoints", "config.json", "eval.json", "lock", "loss.png", "metrics.jsonl",
-    "tensorboard",
+    "README.md", "adapter", "checkpoints", "config.json", "eval.json", "lock", "loss.png",
+    "metrics.jsonl", "tensorboard",
   }  # fmt: skip
   assert re.search(r"before: accuracy .*\n", printed)
   assert re.search(r"after:  accuracy .*\n", printed)
@@ -73,6 +76,34 @@ def test_a_run_leaves_the_folder_that_the_readme_promises(finished):
   result = json.loads((workdir / "eval.json").read_text())
   assert result["after"]["loss"] < result["before"]["loss"]
   assert (workdir / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_of_a_run_tells_what_was_done_and_what_came_of_it(finished, config_file):
+  workdir, printed = finished
+  page = (workdir / "README.md").read_text()
+  result = json.loads((workdir / "eval.json").read_text())
+  assert page.startswith("# tiny\n\nFinished: 6 steps.")
+  command = f"python -m experiments.train --config={config_file} --workdir={workdir}"
+  assert command in page
+  assert f"| loss | {result['before']['loss']:.4f} | {result['after']['loss']:.4f} |" in page
+  assert "![the losses over the steps](loss.png)" in page
+  assert "blocks/attn/query/kernel" in page and "parameters train" in page
+  assert printed.count(f"\neverything is in {workdir}: README.md tells of it") == 1
+
+  samples = result["samples"]
+  assert len(samples) == 4
+  for sample in samples:
+    assert list(sample) == ["prompt", "wanted", "before", "after"]
+    assert re.fullmatch(r"Review: (fine|dull) film number \d+\nSentiment:", sample["prompt"])
+    assert sample["wanted"] == (" positive" if "fine" in sample["prompt"] else " negative")
+    assert sample["prompt"] in page and f"after:   {sample['after']}" in page
+
+
+def test_all_that_takes_long_is_told_of(finished):
+  _, printed = finished
+  for words in ("load: ", "start the adapters ... ", "evaluate: ", "compiling for 8 × 16 tokens",
+                "answer ... ", "train: ", "saving", "save the adapter ... "):  # fmt: skip
+    assert words in printed, words
 
 
 def test_the_same_command_again_resumes_and_changes_nothing(finished, config_file):
@@ -219,12 +250,34 @@ def test_a_run_that_is_told_to_stop_saves_says_so_and_goes_on_from_there(config_
   with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 3):
       time.sleep(0.1)
+    second = run("train", *command[3:], fails=True)
     process.terminate()
     printed, _ = process.communicate(timeout=300)
+  assert f"another run is at work here (process {process.pid})" in second
   assert process.returncode == 0
   step = int(re.search(r"stopped by SIGTERM at step (\d+) of 5000; saved in", printed)[1])
   checkpoints = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
   assert str(step) in checkpoints
+  page = (tmp_path / "run" / "README.md").read_text()
+  assert f"Not finished: {step:,} of 5,000 steps were logged" in page
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_told_to_stop_before_its_first_step_ends_without_an_error(
+  config_file, tmp_path, number
+):
+  command = [
+    *(sys.executable, "-m", "experiments.train", f"--config={config_file}"),
+    f"--workdir={tmp_path / 'run'}",
+  ]
+  with subprocess.Popen(
+    command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+  ) as process:
+    next(line for line in process.stdout if line.startswith("data: "))
+    process.send_signal(number)
+    printed, _ = process.communicate(timeout=300)
+  assert process.returncode == 0, printed
+  assert "stopped at once; the checkpoints stay" in printed and "Traceback" not in printed
 
 
 def test_an_unfinished_run_is_named_by_the_programs_that_need_its_adapter(config_file, tmp_path):
