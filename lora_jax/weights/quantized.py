@@ -104,8 +104,7 @@ class Quantized(Coded):
 
   def decode(self):
     numbers = _blocks(self._leveled(jnp.float32), self.scale.shape[-1])
-    scale = self.scale.materialize() if isinstance(self.scale, Quantized) else self.scale
-    numbers = numbers * scale[..., None]
+    numbers = numbers * as_array(self.scale)[..., None]
     if self.offset is not None:
       numbers = numbers + self.offset[..., None]
     return numbers.reshape(*numbers.shape[:-2], -1)
@@ -182,7 +181,7 @@ def coded(
     like: an array with the shape and the dtype that this one shall have.
     columns: as in `quantized`.
   """
-  dense = scale.materialize() if isinstance(scale, Quantized) else scale
+  dense = as_array(scale)
   blocks = _blocks(_filled(numbers, format), dense.shape[-1])
   codes = nearest(blocks / dense[..., None], format.levels).reshape(*numbers.shape[:-1], -1)
   if format.levels in _PACKED:
@@ -191,6 +190,11 @@ def coded(
     codes, scale, levels=format.levels, columns=tuple(columns),
     sizes=tuple(like.shape[n] for n in columns), to=jnp.dtype(like.dtype).name,
   )  # fmt: skip
+
+
+def as_array(scale: Any) -> jax.Array:
+  """The scales as numbers, whether they are quantised themselves or not."""
+  return scale.materialize() if isinstance(scale, Quantized) else scale
 
 
 def nearest(x: jax.Array, levels: str) -> jax.Array:

@@ -1,6 +1,7 @@
 """Loading GGUF files: small ones made from a model of transformers, and damaged ones."""
 
 import random
+import weakref
 
 import gguf
 import jax
@@ -14,6 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lora_jax.io import configs, names, pretrained
 from lora_jax.models import llama
+from lora_jax.weights import GGUFBlocks, is_weight, materialize
 
 ROPE = {
   "rope_type": "llama3",
@@ -54,7 +56,8 @@ def in_pairs(kernel: np.ndarray, heads: int) -> np.ndarray:
   return kernel.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def write_gguf(path, model, kind=gguf.GGMLQuantizationType.F32):
+def write_gguf(path, model, kind=gguf.GGMLQuantizationType.F32, fallback=None, others=None):
+  """With matrices of a kind, of `fallback` where their rows are no blocks; `others` by name."""
   config = model.config
   writer = gguf.GGUFWriter(path, "llama")
   writer.add_vocab_size(config.vocab_size)
@@ -86,6 +89,9 @@ def write_gguf(path, model, kind=gguf.GGMLQuantizationType.F32):
     if "k_proj" in name:
       array = in_pairs(array, config.num_key_value_heads)
     used = kind if array.ndim == 2 else gguf.GGMLQuantizationType.F32
+    used = (others or {}).get(theirs[path_in_model], used)
+    if array.shape[-1] % gguf.GGML_QUANT_SIZES[used][0]:
+      used = fallback
     data = gguf.quants.quantize(np.ascontiguousarray(array), used)
     writer.add_tensor(theirs[path_in_model], data, raw_dtype=used)
   scaled = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0].numpy()
@@ -144,3 +150,56 @@ def test_a_damaged_file_loads_or_is_refused_with_a_value_error(tmp_path, model):
       assert str(path) in str(error)
       refused += 1
   assert 10 < refused < 150
+
+
+def as_gguf_blocks(data, kind, columns, dtype):
+  return GGUFBlocks.of(data, kind, columns, dtype)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_blocks_that_are_kept_stand_for_what_is_dequantised(tmp_path, model, scan_layers):
+  path = tmp_path / "tiny.gguf"
+  write_gguf(path, model, gguf.GGMLQuantizationType.Q8_0, fallback=gguf.GGMLQuantizationType.F16)
+  dense = pretrained.load(path, scan_layers=scan_layers).params
+  kept = pretrained.load(path, scan_layers=scan_layers, keep_blocks=as_gguf_blocks).params
+  weights = [x for x in jax.tree.leaves(kept, is_leaf=is_weight) if is_weight(x)]
+  # The down projections have rows of 48 numbers, which are no blocks of 32.
+  assert len(weights) == (1 + 1 + 6 if scan_layers else 1 + 1 + 6 * 2)
+  jax.tree.map(np.testing.assert_array_equal, materialize(kept), dense)
+  numbers = sum(np.prod(x.shape) for x in weights)
+  assert sum(x.nbytes for x in weights) == numbers * 34 / 32
+
+
+def test_kept_blocks_are_no_option_where_there_are_none(tmp_path, model):
+  path = tmp_path / "tiny.gguf"
+  write_gguf(path, model)
+  with pytest.raises(ValueError, match="holds no quantised blocks to keep"):
+    pretrained.load(path, keep_blocks=as_gguf_blocks)
+
+
+def test_layers_of_different_kinds_are_not_stacked_in_their_blocks(tmp_path, model):
+  path = tmp_path / "tiny.gguf"
+  kinds = gguf.GGMLQuantizationType
+  write_gguf(
+    path, model, kinds.Q8_0, fallback=kinds.F16, others={"blk.1.attn_q.weight": kinds.Q4_0}
+  )
+  with pytest.raises(
+    ValueError, match="attn/query/kernel: its layers are of different kinds, Q4_0"
+  ):
+    pretrained.load(path, scan_layers=True, keep_blocks=as_gguf_blocks)
+  kept = pretrained.load(path, keep_blocks=as_gguf_blocks).params
+  assert kept["block_1"]["attn"]["query"]["kernel"].kind == "Q4_0"
+
+
+def test_each_parameter_is_handed_over_before_the_next_is_loaded(tmp_path, model):
+  path = tmp_path / "tiny.gguf"
+  write_gguf(path, model)
+  alive = []
+
+  def each(name, array):
+    alive.append(weakref.ref(array))
+    assert sum(x() is not None for x in alive) == 1
+    return (name, array.shape)
+
+  params = pretrained.load(path, each=each).params
+  assert params["norm"]["scale"] == ("norm/scale", (32,))
