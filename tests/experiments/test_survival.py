@@ -14,21 +14,22 @@ import pytest
 import tiny_experiment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lora_jax.io import pretrained
 from lora_jax.train.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
-STEPS = 60
+STEPS = 36
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory, smollm2):
+def start(tmp_path_factory):
   """A function that starts, or starts again, the run of a workdir and returns its process."""
   folder = tmp_path_factory.mktemp("tiny")
   config = tiny_experiment.write(
     folder,
-    smollm2.tokenizer,
-    train={"steps": STEPS, "checkpoint_every": 3, "evaluate_every": 10},
-    evaluation={"samples": 1},
+    pretrained.inspect(pretrained.DEFAULT).tokenizer,
+    data={"buckets": (24,)},
+    train={"steps": STEPS, "checkpoint_every": 3, "evaluate_every": 12},
   )
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
@@ -131,12 +132,12 @@ def while_loading(watch, random):
 
 def in_a_step(watch, random):
   """Or while the data of a later one are made: that goes on all the time."""
-  watch.until_steps(random.randint(1, 6))
+  watch.until_steps(random.randint(1, 5))
   time.sleep(random.uniform(0, 0.1))
 
 
 def in_a_save(watch, random):
-  watch.until_steps(random.randint(1, 6))
+  watch.until_steps(random.randint(1, 5))
   watch.until(lambda: list((watch.workdir / "checkpoints").glob("*-tmp")))
   time.sleep(random.uniform(0, 0.05))
 
