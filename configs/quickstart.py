@@ -12,6 +12,7 @@ SmolLM2-135M-Instruct (93 MB) learns to answer " positive" or " negative" to
     :smoke          a few steps on little data: everything runs, nothing is learnt
     :method=dora    another method of configs/adapters.py, at a learning rate that suits it
     :rank=4         another rank
+    :sweep          four adapters in one program: two ranks at two learning rates, on shorter texts
 """
 
 import ml_collections
@@ -30,7 +31,7 @@ SMOLLM2 = (
 
 
 def get_config(text: str = "") -> ml_collections.ConfigDict:
-  args = arguments.parse(text, smoke=False, method="lora", rank=0)
+  args = arguments.parse(text, smoke=False, sweep=False, method="lora", rank=0)
   method = adapters.find(args["method"], args["rank"])
   config = ml_collections.ConfigDict()
   config.seed = 0  # of the adapters' start and of the order of the data
@@ -93,8 +94,17 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   evaluation.batch_size = 32
   evaluation.samples = 4  # examples whose answers are kept, before and after; 0 for none
 
+  config.sweep = sweep = ml_collections.ConfigDict()  # several adapters; see experiments/sweep.py
+  sweep.grid = ()  # (field, values) pairs, as ("optimizer.peak", (1e-3, 2e-3)): every combination
+  sweep.members = ()  # members one by one, as {"seed": 1, "adapter.rank": 4}; times the grid
+
+  if args["sweep"]:
+    sweep.grid = (("adapter.rank", (2, 8)), ("optimizer.peak", (1e-3, 4e-3)))
+    data.max_length, data.buckets = 41, (40,)  # all batches of a sweep have one shape
+    train.steps, optimizer.warmup_steps = 40, 4
+
   if args["smoke"]:
-    data.buckets = (80,)
+    data.buckets = data.buckets[-1:]
     train.steps, train.batch_size, train.checkpoint_every = 4, 8, 2
     optimizer.warmup_steps = 1
     evaluation.examples, evaluation.batch_size = 16, 8

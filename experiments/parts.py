@@ -35,9 +35,14 @@ def open_run(path: str) -> tuple[workdir.Workdir, ConfigDict]:
 
   Raises:
     FileNotFoundError: when the folder holds no run, or one that has not come to its end.
+    ValueError: when it holds a sweep.
   """
   run = workdir.Workdir(pathlib.Path(path))
   config = ConfigDict(workdir.read_config(path))
+  if (run.path / "members").exists():
+    raise ValueError(
+      f"{path}: holds a sweep, whose members are runs; use {run.path / 'members' / '0'} or another"
+    )
   if not run.adapter.exists():
     raise FileNotFoundError(
       f"{run.adapter}: not there, so the run has not come to its end; start the same "

@@ -4,6 +4,9 @@ r"""Trains an adapter: config, data, model, adapters, optimiser, restore, evalua
     python -m experiments.train --config=configs/quickstart.py:method=dora --workdir=runs/dora \
         --config.adapter.rank=4
 
+A config with several members, as configs/quickstart.py:sweep, trains them all in one program: see
+experiments/sweep.py.
+
 The same command run again goes on where it stopped, wherever that was; Ctrl-C and SIGTERM save.
 The workdir then holds README.md, which tells of the run, config.json, metrics.jsonl, checkpoints/,
 adapter/ (as `peft` loads it), eval.json, loss.png and tensorboard/.
@@ -26,7 +29,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 import lora_jax
-from experiments import methods, parts, processes, samples
+from experiments import methods, parts, processes, samples, sweep
 from lora_jax import exchange, sharding
 from lora_jax.data import batches, packing
 from lora_jax.data.examples import choice_ids
@@ -46,7 +49,8 @@ def main(argv):
   with processes.open_workdir(_WORKDIR.value, _CONFIG.value.to_dict()) as run:
     try:
       with loop.interruptible():
-        train(_CONFIG.value, run)
+        program = sweep.train if sweep.is_sweep(_CONFIG.value) else train
+        program(_CONFIG.value, run)
     except loop.Interrupted as stopped:  # asked for, and saved: no error
       print(stopped)
 

@@ -1,4 +1,4 @@
-"""Plain-text tables in which leaves that differ by a number in their path share a line."""
+"""Tables as text and markdown; leaves that differ by a number in their path share a line."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -11,6 +11,12 @@ def grouped(rows: Iterable[tuple[str, tuple]]) -> dict[tuple, int]:
     key = (re.sub(r"\d+", "*", path), *rest)
     counts[key] = counts.get(key, 0) + 1
   return counts
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+  """The table in markdown, the first column aligned left and the others right."""
+  lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def rendered(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

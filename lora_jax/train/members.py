@@ -107,14 +107,13 @@ def unstack(state: Members, frozen: Frozen, member: int, like: Adapters) -> dict
     member: its place.
     like: what was stacked in its place, or the shapes of it.
   """
-  adapters = jax.tree.map(lambda x: x[member], join(state.states.trainable, frozen.adapters))
+  adapters = _adapters_of(state, frozen, member)
   return {path: _unmasked(x, like[path]) for path, x in adapters.items()}
 
 
 def member_weights(state: Members, frozen: Frozen, member: int) -> PyTree:
   """The tree of the base with one member's adapters; of one structure for all members."""
-  adapters = jax.tree.map(lambda x: x[member], join(state.states.trainable, frozen.adapters))
-  return attach(frozen.params, adapters)
+  return attach(frozen.params, _adapters_of(state, frozen, member))
 
 
 def init(
@@ -189,6 +188,10 @@ def make_train_step(
     return Members(state.step + 1, states, diverged), metrics
 
   return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def _adapters_of(state: Members, frozen: Frozen, member: int) -> dict[str, Adapted]:
+  return jax.tree.map(lambda x: x[member], join(state.states.trainable, frozen.adapters))
 
 
 def _stacked(path: str, adapters: Sequence[Adapted]) -> Adapted:

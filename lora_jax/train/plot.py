@@ -1,12 +1,15 @@
 """The picture of a run: its loss over the steps.
 
 plot_loss(read_metrics(workdir.metrics), workdir.plot)
+plot_members(read_metrics(workdir.metrics), ["0: rank 4", "1: rank 8"], workdir.plot)
 """
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 _TRAIN = "#2563a8"
@@ -64,10 +67,45 @@ def plot_loss(metrics: Sequence[dict[str, float]], path: pathlib.Path) -> None:
       markersize=5,
       label="validation",
     )
+  _finish(axes)
+  axes.legend(frameon=False)
+  figure.savefig(path)
+
+
+def plot_members(
+  metrics: Sequence[Mapping[str, float]], labels: Sequence[str], path: pathlib.Path
+) -> None:
+  """Draws the training loss of every member of a sweep, smoothed, into a PNG file.
+
+  Args:
+    metrics: the objects of metrics.jsonl, with `step` and, of member n while it trains, `loss/n`.
+    labels: what each member is called.
+    path: the file to write.
+
+  Raises:
+    ValueError: when nothing was logged.
+  """
+  if not metrics:
+    raise ValueError(f"{path}: there is nothing to draw, no step was logged")
+  figure = Figure(figsize=(9, 4.5), dpi=150, layout="constrained")
+  axes = figure.subplots()
+  # From dark to light in the members' order, so that neighbours in a grid look alike.
+  colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(labels)))
+  for n, (label, color) in enumerate(zip(labels, colors, strict=True)):
+    name = f"loss/{n}"
+    steps = [record["step"] for record in metrics if name in record]
+    losses = [record[name] for record in metrics if name in record]
+    smoothed = smooth(losses, width=max(0.5, len(losses) / 50)) if losses else []
+    axes.plot(steps, smoothed, color=color, linewidth=1.5, label=label)
+  _finish(axes)
+  axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+  figure.savefig(path)
+
+
+def _finish(axes: Axes) -> None:
+  """The labels and lines around the curves."""
   axes.set_xlabel("step")
   axes.set_ylabel("loss (nats per token)")
   axes.set_ylim(bottom=0)
   axes.grid(alpha=0.2)
   axes.spines[["top", "right"]].set_visible(False)
-  axes.legend(frameon=False)
-  figure.savefig(path)

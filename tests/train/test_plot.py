@@ -1,10 +1,11 @@
 import struct
 
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
 
-from lora_jax.train.plot import plot_loss, smooth
+from lora_jax.train.plot import plot_loss, plot_members, smooth
 
 
 def records(steps):
@@ -54,3 +55,16 @@ def test_a_run_of_one_step_can_be_drawn(tmp_path):
 def test_a_run_that_logged_nothing_is_refused(tmp_path):
   with pytest.raises(ValueError, match="no step was logged"):
     plot_loss([], tmp_path / "loss.png")
+
+
+def test_the_plot_of_a_sweep_has_a_curve_for_each_member_as_long_as_it_trained(tmp_path):
+  path = tmp_path / "loss.png"
+  lines = [{"step": n, "loss/0": 2.0 / n} | ({"loss/1": 3.0} if n < 5 else {}) for n in range(1, 9)]
+  plot_members(lines, ["0: rank 4", "1: rank 8", "2: diverged at once"], path)
+  with Image.open(path) as image:
+    pixels = np.asarray(image.convert("RGB")).reshape(-1, 3).astype(int)
+  colors = 255 * matplotlib.colormaps["viridis"](np.linspace(0, 0.9, 3))[:2, :3]
+  counts = [np.sum(np.abs(pixels - color).max(axis=1) < 12) for color in colors]
+  assert min(counts) > 100
+  with pytest.raises(ValueError, match="no step was logged"):
+    plot_members([], ["0"], path)
