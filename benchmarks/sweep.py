@@ -124,11 +124,13 @@ def make_rows(
     return lora_jax.init(jax.random.key(n), case.params, specs, axes)
 
   starts = [start(n) for n in range(max(counts))]
-  return {
-    (form, count): make(case.params, objective, starts[:count], batch)
-    for count in counts
-    for form, make in zip(FORMS, (one_after_another, one_program), strict=True)
-  }
+  alone: dict = {}
+  table = {}
+  for count in counts:
+    of = case.params, objective, starts[:count], batch
+    table[FORMS[0], count] = one_after_another(*of, programs=alone)
+    table[FORMS[1], count] = one_program(*of)
+  return table
 
 
 def make_tx(learning_rate: optax.Schedule) -> optax.GradientTransformation:
@@ -136,23 +138,32 @@ def make_tx(learning_rate: optax.Schedule) -> optax.GradientTransformation:
 
 
 def one_after_another(
-  params: PyTree, objective: step.Objective, starts: Sequence[rows.Adapters], batch: PyTree
+  params: PyTree,
+  objective: step.Objective,
+  starts: Sequence[rows.Adapters],
+  batch: PyTree,
+  programs: dict[tuple, tuple[Any, float]],
 ) -> Row:
-  """Every member by the step that trains one, which members of a rank share."""
-  jax.clear_caches()
+  """Every member by the step that trains one, which members of a rank share.
+
+  `programs` holds the compiled steps by their shapes, with the seconds that it took; they are added
+  to it.
+  """
   tx = make_tx(optax.constant_schedule(rows.LEARNING_RATE))
   train_step = step.make_train_step(objective, tx)
-  programs, states, compiling = {}, [], 0.0
+  states, own = [], set()
   for adapters in starts:
     weights = lora_jax.attach(params, adapters)
     trainable, frozen = lora_jax.partition(weights, lora_jax.trainable_mask(weights))
     state = step.init_state(trainable, tx)
     shapes = tuple(leaf.shape for leaf in jax.tree.leaves(state))
     if shapes not in programs:
+      jax.clear_caches()
       started = time.perf_counter()
-      programs[shapes] = train_step.lower(state, frozen, batch).compile()
-      compiling += time.perf_counter() - started
-    states.append([programs[shapes], state, frozen])
+      compiled = train_step.lower(state, frozen, batch).compile()
+      programs[shapes] = compiled, time.perf_counter() - started
+    own.add(shapes)
+    states.append([programs[shapes][0], state, frozen])
 
   def run() -> np.ndarray:
     losses = []
@@ -163,8 +174,12 @@ def one_after_another(
     jax.block_until_ready([state for _, state, _ in states])
     return np.array(losses)
 
-  temporary = max(x.memory_analysis().temp_size_in_bytes for x in programs.values())
-  return Row(len(starts), compiling, temporary, run)
+  return Row(
+    len(starts),
+    sum(programs[shapes][1] for shapes in own),
+    max(programs[shapes][0].memory_analysis().temp_size_in_bytes for shapes in own),
+    run,
+  )
 
 
 def one_program(

@@ -29,7 +29,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from ml_collections import ConfigDict, config_flags
 
 import lora_jax
-from experiments import methods, parts, sweep
+from experiments import methods, parts, sweep_config
 from lora_jax import sharding
 from lora_jax.data import batches, packing
 from lora_jax.models import llama
@@ -93,10 +93,10 @@ def read(config: ConfigDict) -> Case:
 
   Raises what training with the config would, as far as it can be told, and ValueError for a sweep.
   """
-  if sweep.is_sweep(config):
+  if sweep_config.is_sweep(config):
     raise ValueError(
-      "a plan is of one run; give --config.sweep.grid='()' --config.sweep.members='()'. A sweep of n "
-      "members needs the base once, and all else n times"
+      "a plan is of one run; give --config.sweep.grid='()' --config.sweep.members='()'. A sweep of "
+      "n members needs the base once, and all else n times"
     )
   rules = methods.rules_of(config.adapter)
   records = parts.pick(parts.load_records(config.data), "train", "data.train")

@@ -16,11 +16,8 @@ stopped and goes on, and one table:
 
 import copy
 import functools
-import itertools
 import json
-import shlex
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
@@ -31,35 +28,23 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 import lora_jax
-from experiments import methods, parts, processes, samples
+from experiments import methods, parts, processes, samples, sweep_config, sweep_results
 from lora_jax import exchange, sharding, tables
 from lora_jax.data import batches, packing
 from lora_jax.data.examples import choice_ids
 from lora_jax.models import llama
-from lora_jax.train import evaluation, loop, members, metrics, plot, progress, report, workdir
+from lora_jax.train import evaluation, loop, members, metrics, progress, report, workdir
 from lora_jax.train.checkpoint import Checkpoints
 
 PyTree = Any
-Fields = dict[str, Any]
-
-FIELDS = (
-  "seed", "adapter.rank", "adapter.alpha", "adapter.rslora", "optimizer.peak",
-  "optimizer.schedule", "optimizer.warmup_steps", "train.steps",
-)  # fmt: skip
-"""What members may differ in; all else is one for the whole program."""
-
-
-def is_sweep(config: ConfigDict) -> bool:
-  """Whether a config asks for more than one run."""
-  return bool(config.sweep.grid or config.sweep.members)
 
 
 def train(config: ConfigDict, run: workdir.Workdir) -> None:
   """Runs a config's sweep in its workdir."""
   # Everything that can be wrong with a member is found before the model is loaded, or, where it is
   # a matter of the model's shapes, before anything is computed.
-  fields = list_members(config)
-  configs = member_configs(config, fields)
+  fields = sweep_config.list_members(config)
+  configs = sweep_config.member_configs(config, fields)
   mesh = sharding.make_mesh(**config.mesh)
   own_rows = parts.process_rows(config, mesh)
   check_shapes_of_batches(config)
@@ -81,7 +66,7 @@ def train(config: ConfigDict, run: workdir.Workdir) -> None:
   check_starts(pretrained.params, specs, axes)
   targets = [lora_jax.summary(pretrained.params, each, axes) for each in specs]
   print(f"{targets[0]}\n{len(configs)} members, of which this is the first:")
-  print("\n".join(f"  {n}: {label(each)}" for n, each in enumerate(fields)))
+  print("\n".join(f"  {n}: {sweep_config.label(each)}" for n, each in enumerate(fields)))
 
   shapes = {"buckets": config.data.buckets, "pad_id": pretrained.tokenizer.pad_id}
 
@@ -194,80 +179,18 @@ def train(config: ConfigDict, run: workdir.Workdir) -> None:
     trained, base = parts.gather(members.unstack(state, frozen, n, like[n]), pretrained.params)
     if processes.is_first():
       folder = workdir.Workdir(run.path / "members" / str(n))
-      folder.path.mkdir(parents=True, exist_ok=True)
-      exchange.save(folder.adapter, trained, base, axes, base_model=config.model.source)
-      write_member(folder, each, results, lines_of(metrics.read_metrics(run.metrics), n))
-      report.write_report(folder, targets=str(targets[n]), command=command_of(fields[n]))
-  if processes.is_first():
-    write_results(run, fields, common, rows)
-  print(f"after, on {config.evaluation.split}:\n{format_rows(rows, tables.rendered)}")
-  print(f"everything is in {run.path}: results.md is the table, members/ has a folder of each")
-
-
-# ---- members
-
-
-def list_members(config: ConfigDict) -> list[Fields]:
-  """The fields that each member changes: every one of `sweep.members` with every point of the grid.
-
-  Raises:
-    ValueError: for an empty or repeated field or member, and a field that members cannot differ in.
-  """
-  section = config.sweep
-  grid = [(name, tuple(values)) for name, values in section.grid]
-  names = [name for name, _ in grid]
-  for name, values in grid:
-    if not values:
-      raise ValueError(f"sweep.grid {name!r} has no values, so there is no member to train")
-    if len(set(values)) < len(values) or names.count(name) > 1:
-      raise ValueError(f"sweep.grid {name!r} is there twice, or has one value twice: {values}")
-  found = []
-  for own in section.members or ({},):
-    both = sorted(set(own) & set(names))
-    if both:
-      raise ValueError(f"sweep.members and sweep.grid both set {', '.join(both)}; choose one")
-    for point in itertools.product(*(values for _, values in grid)):
-      found.append(dict(own) | dict(zip(names, point, strict=True)))
-  for name in dict.fromkeys(name for each in found for name in each):
-    if name not in FIELDS:
-      raise ValueError(
-        f"sweep: members cannot differ in {name!r}; one program has one base, one kind of batch "
-        f"and one optimiser, and its members differ in {', '.join(FIELDS)}. Make it a run of its "
-        "own"
+      with workdir.writing(folder.path):
+        folder.path.mkdir(parents=True, exist_ok=True)
+        exchange.save(folder.adapter, trained, base, axes, base_model=config.model.source)
+      lines = sweep_results.lines_of(metrics.read_metrics(run.metrics), n, of=len(configs))
+      sweep_results.write_member(folder, each, results, lines)
+      report.write_report(
+        folder, targets=str(targets[n]), command=sweep_results.command_of(fields[n])
       )
-  repeated = [each for n, each in enumerate(found) if each in found[:n]]
-  if repeated:
-    raise ValueError(f"sweep: two members have the same fields, {repeated[0]}")
-  return found
-
-
-def member_configs(config: ConfigDict, fields: Sequence[Fields]) -> list[ConfigDict]:
-  """The config of each member, as of a run of its own.
-
-  Raises:
-    ValueError: when a field is none of the config, or of another type; or the members' method or
-      the config's other options cannot be in a sweep.
-  """
-  if config.train.evaluate_every:
-    raise ValueError(
-      f"train.evaluate_every {config.train.evaluate_every}: a sweep validates at its end alone; "
-      "set it to 0"
-    )
-  found = []
-  for n, each in enumerate(fields):
-    member = config.copy_and_resolve_references().lock()  # no field is added
-    member.sweep.grid, member.sweep.members = (), ()
-    try:
-      member.update_from_flattened_dict(each)
-    except (KeyError, TypeError) as error:
-      raise ValueError(f"sweep: member {n}, {each}: {error}") from None
-    found.append(member)
-  if config.adapter.method == "adalora" and len({each.train.steps for each in found}) > 1:
-    raise ValueError(
-      "sweep: AdaLoRA's budget of ranks follows train.steps, which is part of the program; its "
-      "members must make as many steps"
-    )
-  return found
+  if processes.is_first():
+    sweep_results.write_results(run, fields, common, rows)
+  print(f"after, on {config.evaluation.split}:\n{sweep_results.format_rows(rows, tables.rendered)}")
+  print(f"everything is in {run.path}: results.md is the table, members/ has a folder of each")
 
 
 def check_shapes_of_batches(config: ConfigDict) -> None:
@@ -332,78 +255,3 @@ def lay_out(
       jax.tree.map(lambda _: whole, frozen.settings),
     ),
   )
-
-
-# ---- what came of it
-
-
-def label(fields: Fields) -> str:
-  """`peak 0.001, rank 4` of what a member changes."""
-  return ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in fields.items())
-
-
-def lines_of(logged: Sequence[Mapping[str, float]], member: int) -> list[dict[str, float]]:
-  """One member's lines of the log, as those of a run of its own."""
-  end = f"/{member}"
-  return [
-    {"step": line["step"]}
-    | {name.removesuffix(end): x for name, x in line.items() if name.endswith(end)}
-    | {"tokens_per_second": line["tokens_per_second"]}
-    for line in logged
-    if f"loss{end}" in line
-  ]
-
-
-def write_member(
-  folder: workdir.Workdir,
-  config: ConfigDict,
-  results: Mapping[str, Any],
-  lines: Sequence[Mapping[str, float]],
-) -> None:
-  """Writes what a run has beside its adapter."""
-  workdir.write_json(folder.config, config.to_dict())
-  workdir.write_json(folder.evaluation, results)
-  workdir.write_text(folder.metrics, "".join(json.dumps(line) + "\n" for line in lines))
-
-
-def command_of(fields: Fields) -> str:
-  """What trains a member alone."""
-  own = [f"--config.{name}={value}" for name, value in fields.items()]
-  arguments = [each for each in sys.argv[1:] if not each.startswith("--workdir")]
-  alone = ["--config.sweep.grid=()", "--config.sweep.members=()", *own, "--workdir=..."]
-  return shlex.join(["python", "-m", "experiments.train", *arguments, *alone])
-
-
-def format_rows(rows: Sequence[Mapping[str, Any]], render: Callable) -> str:
-  """The table of all members, by `render(header, rows)`."""
-  names = list(dict.fromkeys(name for row in rows for name in row))
-  cells = [[_cell(row.get(name, "")) for name in names] for row in rows]
-  return render([name.rpartition(".")[2] for name in names], cells)
-
-
-def write_results(
-  run: workdir.Workdir,
-  fields: Sequence[Fields],
-  common: Mapping[str, Any],
-  rows: Sequence[Mapping[str, Any]],
-) -> None:
-  """Writes the table, for people and for programs, and draws the members' losses."""
-  page = [
-    f"# {run.path.name}: {len(rows)} adapters, trained in one program",
-    f"On {common['split']}, before: {parts.describe(common['before'])}. After:",
-    format_rows(rows, tables.markdown),
-  ]
-  finished = [row for row in rows if row["outcome"] == "finished"]
-  if finished:
-    best = min(finished, key=lambda row: row["loss"])
-    n = best["member"]
-    page.append(f"The lowest loss is that of `members/{n}` ({label(fields[n])}).")
-  page.append(f"![the losses over the steps]({run.plot.name})")
-  workdir.write_text(run.path / "results.md", "\n\n".join(page) + "\n")
-  workdir.write_json(run.path / "results.json", {"before": common["before"], "members": list(rows)})
-  labels = [f"{n}: {label(each)}" for n, each in enumerate(fields)]
-  plot.plot_members(metrics.read_metrics(run.metrics), labels, run.plot)
-
-
-def _cell(value: Any) -> str:
-  return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -29,7 +29,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 import lora_jax
-from experiments import methods, parts, processes, samples, sweep
+from experiments import methods, parts, processes, samples, sweep, sweep_config
 from lora_jax import exchange, sharding
 from lora_jax.data import batches, packing
 from lora_jax.data.examples import choice_ids
@@ -49,7 +49,7 @@ def main(argv):
   with processes.open_workdir(_WORKDIR.value, _CONFIG.value.to_dict()) as run:
     try:
       with loop.interruptible():
-        program = sweep.train if sweep.is_sweep(_CONFIG.value) else train
+        program = sweep.train if sweep_config.is_sweep(_CONFIG.value) else train
         program(_CONFIG.value, run)
     except loop.Interrupted as stopped:  # asked for, and saved: no error
       print(stopped)

@@ -1,0 +1,93 @@
+"""A config's `sweep`: which members it asks for, and the config of each.
+
+config.sweep.grid = (("adapter.rank", (2, 8)), ("seed", (0, 1)))     # four members
+config.sweep.members = ({"optimizer.peak": 1e-3}, {"optimizer.peak": 4e-3, "train.steps": 80})
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+Fields = dict[str, Any]
+"""What a member changes: `{"adapter.rank": 4}`."""
+
+FIELDS = (
+  "seed", "adapter.rank", "adapter.alpha", "adapter.rslora", "optimizer.peak",
+  "optimizer.schedule", "optimizer.warmup_steps", "train.steps",
+)  # fmt: skip
+"""What members may differ in; all else is one for the whole program."""
+
+
+def is_sweep(config: ConfigDict) -> bool:
+  """Whether a config asks for more than one run."""
+  return bool(config.sweep.grid or config.sweep.members)
+
+
+def list_members(config: ConfigDict) -> list[Fields]:
+  """The fields that each member changes: every one of `sweep.members` with every point of the grid.
+
+  Raises:
+    ValueError: for an empty or repeated field or member, and a field that members cannot differ in.
+  """
+  section = config.sweep
+  grid = [(name, tuple(values)) for name, values in section.grid]
+  names = [name for name, _ in grid]
+  for name, values in grid:
+    if not values:
+      raise ValueError(f"sweep.grid {name!r} has no values, so there is no member to train")
+    if len(set(values)) < len(values) or names.count(name) > 1:
+      raise ValueError(f"sweep.grid {name!r} is there twice, or has one value twice: {values}")
+  found = []
+  for own in section.members or ({},):
+    both = sorted(set(own) & set(names))
+    if both:
+      raise ValueError(f"sweep.members and sweep.grid both set {', '.join(both)}; choose one")
+    for point in itertools.product(*(values for _, values in grid)):
+      found.append(dict(own) | dict(zip(names, point, strict=True)))
+  for name in dict.fromkeys(name for each in found for name in each):
+    if name not in FIELDS:
+      raise ValueError(
+        f"sweep: members cannot differ in {name!r}; one program has one base, one kind of batch "
+        f"and one optimiser, and its members differ in {', '.join(FIELDS)}. Make it a run of its "
+        "own"
+      )
+  repeated = [each for n, each in enumerate(found) if each in found[:n]]
+  if repeated:
+    raise ValueError(f"sweep: two members have the same fields, {repeated[0]}")
+  return found
+
+
+def member_configs(config: ConfigDict, fields: Sequence[Fields]) -> list[ConfigDict]:
+  """The config of each member, as of a run of its own.
+
+  Raises:
+    ValueError: when a field is none of the config, or of another type; or the members' method or
+      the config's other options cannot be in a sweep.
+  """
+  if config.train.evaluate_every:
+    raise ValueError(
+      f"train.evaluate_every {config.train.evaluate_every}: a sweep validates at its end alone; "
+      "set it to 0"
+    )
+  found = []
+  for n, each in enumerate(fields):
+    member = config.copy_and_resolve_references()
+    member.sweep.grid, member.sweep.members = (), ()
+    try:
+      member.update_from_flattened_dict(each)
+    except (KeyError, TypeError) as error:
+      raise ValueError(f"sweep: member {n}, {each}: {error}") from None
+    found.append(member)
+  if config.adapter.method == "adalora" and len({each.train.steps for each in found}) > 1:
+    raise ValueError(
+      "sweep: AdaLoRA's budget of ranks follows train.steps, which is part of the program; its "
+      "members must make as many steps"
+    )
+  return found
+
+
+def label(fields: Fields) -> str:
+  """`peak 0.001, rank 4` of what a member changes."""
+  return ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in fields.items())

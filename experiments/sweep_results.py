@@ -1,0 +1,81 @@
+"""What a sweep leaves: a folder for each member, as of a run of its own; one table; one plot."""
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments import parts
+from experiments.sweep_config import Fields, label
+from lora_jax import tables
+from lora_jax.train import metrics, plot, workdir
+
+
+def lines_of(logged: Sequence[Mapping[str, float]], member: int, of: int) -> list[dict[str, float]]:
+  """One member's lines of the log, as those of a run of its own; the speed is its share of all."""
+  end = f"/{member}"
+  return [
+    {"step": line["step"]}
+    | {name.removesuffix(end): x for name, x in line.items() if name.endswith(end)}
+    | {"tokens_per_second": line["tokens_per_second"] / of}
+    for line in logged
+    if f"loss{end}" in line
+  ]
+
+
+def write_member(
+  folder: workdir.Workdir,
+  config: ConfigDict,
+  results: Mapping[str, Any],
+  lines: Sequence[Mapping[str, float]],
+) -> None:
+  """Writes what a run has beside its adapter."""
+  workdir.write_json(folder.config, config.to_dict())
+  workdir.write_json(folder.evaluation, results)
+  workdir.write_text(folder.metrics, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def command_of(fields: Fields) -> str:
+  """What trains a member alone."""
+  own = [f"--config.{name}={value}" for name, value in fields.items()]
+  arguments = [each for each in sys.argv[1:] if not each.startswith("--workdir")]
+  alone = ["--config.sweep.grid=()", "--config.sweep.members=()", *own, "--workdir=..."]
+  return shlex.join(["python", "-m", "experiments.train", *arguments, *alone])
+
+
+def format_rows(rows: Sequence[Mapping[str, Any]], render: Callable) -> str:
+  """The table of all members, by `render(header, rows)`."""
+  names = list(dict.fromkeys(name for row in rows for name in row))
+  cells = [[_cell(row.get(name, "")) for name in names] for row in rows]
+  return render([name.rpartition(".")[2] for name in names], cells)
+
+
+def write_results(
+  run: workdir.Workdir,
+  fields: Sequence[Fields],
+  common: Mapping[str, Any],
+  rows: Sequence[Mapping[str, Any]],
+) -> None:
+  """Writes the table, for people and for programs, and draws the members' losses."""
+  page = [
+    f"# {run.path.name}: {len(rows)} adapters, trained in one program",
+    f"On {common['split']}, before: {parts.describe(common['before'])}. After:",
+    format_rows(rows, tables.markdown),
+  ]
+  finished = [row for row in rows if row["outcome"] == "finished"]
+  if finished:
+    best = min(finished, key=lambda row: row["loss"])
+    n = best["member"]
+    page.append(f"The lowest loss is that of `members/{n}` ({label(fields[n])}).")
+  page.append(f"![the losses over the steps]({run.plot.name})")
+  workdir.write_text(run.path / "results.md", "\n\n".join(page) + "\n")
+  workdir.write_json(run.path / "results.json", {"before": common["before"], "members": list(rows)})
+  labels = [f"{n}: {label(each)}" for n, each in enumerate(fields)]
+  plot.plot_members(metrics.read_metrics(run.metrics), labels, run.plot)
+
+
+def _cell(value: Any) -> str:
+  return f"{value:.4g}" if isinstance(value, float) else str(value)
