@@ -23,6 +23,7 @@ import jax.extend.core as jex
 from jax.extend.core import primitives
 
 from lora_jax import compat, tables, tree
+from lora_jax.weights import is_weight
 
 PyTree = Any
 
@@ -78,9 +79,10 @@ def trace_axes(f: Callable, params: PyTree, *args, **kwargs) -> AxesReport:
 
   Args:
     f: the function that uses the parameters.
-    params: a pytree of arrays or `jax.ShapeDtypeStruct`s.
+    params: a pytree of arrays, `jax.ShapeDtypeStruct`s or Weights, of which the shape is looked at.
     *args, **kwargs: what `f` takes besides; arrays may be `jax.ShapeDtypeStruct`s.
   """
+  params = jax.tree.map(lambda x: x.aval if is_weight(x) else x, params, is_leaf=is_weight)
   leaves = tree.flatten(params)
   dynamic, static = _split_arguments((args, kwargs))
 

@@ -8,8 +8,7 @@ Blocks run along the inputs of a kernel, and along the row of a token in an embe
 result is QLoRA; to quantise so that outputs change least, and not numbers, see `compress.gptq`.
 """
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,9 +17,12 @@ import jax.numpy as jnp
 from lora_jax import tree
 from lora_jax.axes import Axes
 from lora_jax.weights import is_weight
-from lora_jax.weights.quantized import Format, Quantized, quantized
+from lora_jax.weights.quantized import FP8, INT4, INT8, NF4, Format, Quantized, quantized
 
 PyTree = Any
+
+FORMATS = {"nf4": NF4, "int4": INT4, "int8": INT8, "fp8": FP8}
+"""The formats by name, as configs have them."""
 
 
 def quantize(
@@ -60,24 +62,12 @@ def quantize_leaf(
   return _quantized(leaf, format, columns).with_path(path)
 
 
-def quantizer(
-  path: str, leaf: jax.Array, format: Format, axes: Mapping[str, Axes] | None = None
-) -> Callable[[jax.Array], Quantized]:
-  """The function that quantises arrays of this leaf's axes, as `adapters.loftq` takes it."""
-  return functools.partial(_quantized, format=format, columns=columns_of(path, leaf, axes))
-
-
 def columns_of(path: str, leaf: Any, axes: Mapping[str, Axes] | None) -> tuple[int, ...]:
   """The axes that blocks are cut from, counted from the end: the inputs, or a token's row.
 
   Raises:
-    ValueError: when it is not known which these are, or the leaf is no array of floats.
+    ValueError: when it is not known which these are.
   """
-  if is_weight(leaf):
-    raise ValueError(
-      f"{path}: is no array but a {type(leaf).__name__}; quantise before it is compressed or "
-      "adapted, or merge first"
-    )
   roles, rows_looked_up = "io", False
   if axes is not None and axes[path].roles:
     roles, rows_looked_up = axes[path].roles, axes[path].uses[0] == "gather"
@@ -90,8 +80,13 @@ def columns_of(path: str, leaf: Any, axes: Mapping[str, Axes] | None) -> tuple[i
   return tuple(n - len(roles) for n, role in enumerate(roles) if role == wanted)
 
 
-def check_finite(path: str, leaf: jax.Array) -> None:
-  """Raises ValueError for a leaf with NaN or infinity, whose blocks would have no scale."""
+def check_finite(path: str, leaf: Any) -> None:
+  """Raises ValueError for a Weight, and for a leaf with NaN or infinity, which has no scale."""
+  if is_weight(leaf):
+    raise ValueError(
+      f"{path}: is no array but a {type(leaf).__name__}; quantise before it is compressed or "
+      "adapted, or merge first"
+    )
   if not bool(_finite(leaf)):
     raise ValueError(f"{path}: holds a number that is not finite, and cannot be quantised")
 

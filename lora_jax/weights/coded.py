@@ -9,9 +9,7 @@ are what is coded. Every other axis is one of rows, and every array of the codes
     array (heads, dim, k)   columns (-3, -2)   held as [k, codes of heads * dim]
 
 So what is sliced, moved or looked up along the rows is done to the codes. What is multiplied by is
-decoded first, one array for one use: it is a temporary of that product, and the backward pass
-decodes it again. Of layers that are scanned, one layer's kernels are decoded at a time. Of layers
-that are unrolled it is for the compiler to say when: XLA on a CPU decodes all of them early.
+decoded first, for one use, as `weights.formed` says.
 """
 
 import dataclasses
@@ -22,14 +20,13 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
-from lora_jax.weights.base import NotFactored, Weight
-from lora_jax.weights.low_rank import PRODUCT
+from lora_jax.weights.base import NotFactored
+from lora_jax.weights.formed import Formed
 
 
 @dataclasses.dataclass(frozen=True)
-class Coded(Weight):
+class Coded(Formed):
   """An array held as codes; a kind has arrays of the codes and says what they stand for.
 
   Attributes:
@@ -93,28 +90,7 @@ class Coded(Weight):
       raise NotFactored("the blocks of its codes may be cut where the array is")
     return self.partition_specs(spec)
 
-  # ---- what is contracted and looked up
-
-  def dot_general(self, other, dimension_numbers, *, weight_is_lhs, **params):
-    def product(self, other):
-      w = self.materialize()
-      operands = (w, other) if weight_is_lhs else (other, w)
-      return lax.dot_general(*operands, dimension_numbers, **params)
-
-    return self.used(product, other)
-
-  def conv_general_dilated(self, x, **params):
-    return self.used(lambda self, x: lax.conv_general_dilated(x, self.materialize(), **params), x)
-
-  def ragged_dot_general(self, lhs, group_sizes, **params):
-    def product(self, lhs, group_sizes):
-      return lax.ragged_dot_general(lhs, self.materialize(), group_sizes, **params)
-
-    return self.used(product, lhs, group_sizes)
-
-  def used(self, f: Callable, *operands: jax.Array) -> jax.Array:
-    """`f(self, *operands)`, which keeps only codes and operands for the backward pass."""
-    return checkpoint_name(jax.checkpoint(f)(self, *operands), PRODUCT)
+  # ---- what is looked up
 
   def gather(self, indices, *, dimension_numbers, slice_sizes, mode, fill_value=None, **params):
     """Whole rows along one axis, as an embedding is looked up; no other row is decoded."""

@@ -1,0 +1,64 @@
+"""LoftQ with formats: a quantised base, and adapters that make up for what it lost.
+
+    base, adapters = loftq.start(params, specs, formats, axes)     # instead of lora_jax.init
+    weights = lora_jax.attach(base, adapters)
+
+The algorithm, and its source, are in `lora_jax.adapters.loftq`.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from lora_jax import tree
+from lora_jax.adapters import LoRA, loftq
+from lora_jax.axes import Axes
+from lora_jax.compress.quantize import check_finite, columns_of
+from lora_jax.weights import LowRank, Quantized, is_weight
+from lora_jax.weights.quantized import Format, quantized
+
+PyTree = Any
+
+
+def start(
+  params: PyTree,
+  specs: Mapping[str, LoRA],
+  formats: Mapping[str, Format],
+  axes: Mapping[str, Axes] | None = None,
+  *,
+  iterations: int = 5,
+) -> tuple[PyTree, dict[str, LowRank]]:
+  """Returns the tree with quantised kernels, and their adapters, `{path: adapter}`.
+
+  Args:
+    params: a pytree of arrays.
+    specs: `{path: LoRA}`, what `lora_jax.match` returned.
+    formats: `{path: Format}`, of the same paths.
+    axes: what `trace_axes` found. Kernels of two axes (in, out) do not need it.
+    iterations: how often a kernel is quantised.
+
+  Raises:
+    ValueError: as `adapters.loftq.start` and `compress.quantize` do; and when the paths differ.
+  """
+  if set(specs) != set(formats):
+    one_sided = ", ".join(sorted(set(specs) ^ set(formats)))
+    raise ValueError(f"LoftQ adapts what it quantises, and no other leaf; not so {one_sided}")
+  leaves = tree.flatten(params, is_leaf=is_weight)
+  columns = {path: columns_of(path, leaves[path], axes) for path in formats}
+  for path in formats:
+    check_finite(path, leaves[path])
+  adapters = {}
+  for path, spec in specs.items():
+    quantize = functools.partial(
+      _quantized, format=formats[path], columns=columns[path], dtype=leaves[path].dtype
+    )
+    params, own = loftq.start(params, {path: spec}, quantize, iterations=iterations, axes=axes)
+    adapters |= own
+  return params, adapters
+
+
+@functools.partial(jax.jit, static_argnames=("format", "columns", "dtype"))
+def _quantized(w, format: Format, columns: tuple[int, ...], dtype) -> Quantized:
+  return quantized(w, format, columns).astype(dtype)

@@ -1,0 +1,82 @@
+"""Rounded: a weight as it will be once it is merged and quantised, with the gradient of the weight.
+
+    before    {"kernel": LowRank(W, A, B)}                      trained, then merged and quantised
+    after     {"kernel": Rounded(LowRank(W, A, B), format)}     quantised at every step
+
+The gradient passes the rounding by as if it were not there (the straight-through estimator), so the
+factors learn what survives it. Bengio et al. 2013, arXiv 1308.3432, section 4.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.weights import base
+from lora_jax.weights.base import NotFactored
+from lora_jax.weights.formed import Formed
+from lora_jax.weights.quantized import Format, quantized
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rounded(Formed):
+  """The array of `quantized(w, format, columns)`, with the gradient of w.
+
+  Attributes:
+    w: an array or a Weight, such as an adapter on its base.
+    format, columns: as in `weights.quantized.quantized`.
+    to: the dtype of the array; "" for that of w.
+    path: the leaf's path, for messages.
+  """
+
+  w: Any
+  format: Format = dataclasses.field(kw_only=True, metadata={"static": True})
+  columns: tuple[int, ...] = dataclasses.field(kw_only=True, metadata={"static": True})
+  to: str = dataclasses.field(default="", kw_only=True, metadata={"static": True})
+  path: str = dataclasses.field(default="", kw_only=True, metadata={"static": True})
+
+  def materialize(self):
+    w = base.materialize(self.w)
+    rounded = quantized(w, self.format, self.columns).astype(self.dtype).materialize()
+    return _pass_by(w.astype(self.dtype), rounded)
+
+  def trainable(self):
+    return dataclasses.replace(self, w=self.w.trainable() if base.is_weight(self.w) else False)
+
+  @property
+  def shape(self):
+    return tuple(self.w.shape)
+
+  @property
+  def dtype(self):
+    return jnp.dtype(self.to or self.w.dtype)
+
+  @property
+  def is_stacked(self):
+    return len(self.shape) not in [-n for n in self.columns]
+
+  def partition_specs(self, spec):
+    w = self.w.partition_specs(spec) if base.is_weight(self.w) else spec
+    return dataclasses.replace(self, w=w)
+
+  def astype(self, dtype):
+    if not jnp.issubdtype(dtype, jnp.inexact):
+      raise NotFactored(f"a cast to {dtype} rounds the numbers, not their codes")
+    return dataclasses.replace(self, to=jnp.dtype(dtype).name)
+
+  def scaled(self, c):
+    raise NotFactored("a multiple of it has other codes")
+
+
+@jax.custom_jvp
+def _pass_by(w, rounded):
+  """The rounded array, with the derivative by w of w itself."""
+  del w
+  return rounded
+
+
+@_pass_by.defjvp
+def _(primals, tangents):
+  return _pass_by(*primals), tangents[0]
