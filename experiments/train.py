@@ -63,13 +63,16 @@ def train(config, run):
   own_rows = parts.process_rows(config, mesh)
   rules = methods.rules_of(config.adapter)
   tx, learning_rate = methods.make_optimizer(config)
-  records = parts.load_records(config.data)
+  quiet = not processes.is_first()
+  with progress.stage("read the data", disable=quiet):
+    records = parts.load_records(config.data)
   train_records = parts.pick(records, "train", "data.train")
   held_out_records = parts.pick(records, config.evaluation.split, "evaluation.split")
   pretrained = parts.load_model(config.model, mesh)
   encode = functools.partial(parts.encode, config.data, tokenizer=pretrained.tokenizer)
-  train_examples = encode(train_records)
-  held_out = encode(held_out_records)[: config.evaluation.examples or None]
+  with progress.stage("tokenise", disable=quiet):
+    train_examples = encode(train_records)
+    held_out = encode(held_out_records)[: config.evaluation.examples or None]
   choices = choice_ids(pretrained.tokenizer, config.data.choices)
   print(f"data: {len(train_examples):,} to train on, {len(held_out):,} held out")
 
@@ -104,7 +107,6 @@ def train(config, run):
     validation_records = parts.pick(records, "validation", "train.evaluate_every")
     validation_data = eval_batches(encode(validation_records)).map(put_rows)
 
-  quiet = not processes.is_first()
   with progress.stage("start the adapters", disable=quiet):
     adapters = methods.start(
       config.adapter, jax.random.key(config.seed), pretrained.params, specs, axes, model.apply,

@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -94,6 +95,7 @@ def open_workdir(path: str | pathlib.Path, config: Mapping[str, Any]) -> Iterato
     ) from error
   with lock:
     _hold(lock, workdir)
+    _clear(workdir)
     _settle_config(workdir, wanted)
     yield workdir
 
@@ -185,6 +187,14 @@ def _hold(lock: Any, workdir: Workdir) -> None:
     lock.truncate()
     lock.write(f"{os.getpid()}\n")
     lock.flush()
+
+
+def _clear(workdir: Workdir) -> None:
+  """Removes what a killed run had not written to its end, as `write_text` and `io.peft` name it."""
+  for path in workdir.path.glob("*.tmp"):
+    path.unlink()
+  for path in workdir.path.glob(f".{workdir.adapter.name}.*"):
+    shutil.rmtree(path)
 
 
 def _settle_config(workdir: Workdir, wanted: dict[str, Any]) -> None:

@@ -101,7 +101,7 @@ def test_the_page_of_a_run_tells_what_was_done_and_what_came_of_it(finished, con
 
 def test_all_that_takes_long_is_told_of(finished):
   _, printed = finished
-  for words in ("load: ", "start the adapters ... ", "evaluate: ", "compiling for 8 × 16 tokens",
+  for words in ("read the data ... ", "load: ", "tokenise ... ", "start the adapters ... ", "evaluate: ", "compiling for 8 × 16 tokens",
                 "answer ... ", "train: ", "saving", "save the adapter ... "):  # fmt: skip
     assert words in printed, words
 

@@ -71,6 +71,7 @@ def outcome(workdir):
   events.Reload()
   adapter = workdir / "adapter"
   return {
+    "files": sorted(path.name for path in workdir.iterdir()),
     "losses": [{k: x for k, x in line.items() if k != "tokens_per_second"} for line in lines],
     "checkpoints": steps,  # no half one is left, and none was found damaged
     "position of the data": record["data_state"],

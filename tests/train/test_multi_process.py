@@ -32,7 +32,7 @@ def config_file(tmp_path_factory, smollm2):
     smollm2.tokenizer,
     data={"buckets": (24,)},
     train={"steps": 20, "checkpoint_every": 8, "evaluate_every": 10},
-    evaluation={"examples": 8},
+    evaluation={"examples": 8, "samples": 2},
   )
 
 

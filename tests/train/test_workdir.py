@@ -72,6 +72,18 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path):
   refuse(OSError, r"file/run: cannot write here \(Not a directory\)", tmp_path / "file" / "run")
 
 
+def test_what_a_killed_run_left_half_written_is_gone_when_the_folder_is_opened_again(tmp_path):
+  with open_workdir(tmp_path, CONFIG) as workdir:
+    (tmp_path / ".adapter.4711").mkdir()
+    (tmp_path / ".adapter.4711" / "adapter_config.json").write_text("{")
+    (tmp_path / "eval.json.tmp").write_text("{")
+    workdir.adapter.mkdir()
+    workdir.evaluation.write_text("{}")
+  with open_workdir(tmp_path, CONFIG):
+    names = {path.name for path in tmp_path.iterdir()}
+  assert names == {"adapter", "config.json", "eval.json", "lock"}
+
+
 HOLDER = """
 import sys, time
 from lora_jax.train.workdir import open_workdir
