@@ -101,8 +101,9 @@ def test_the_page_of_a_run_tells_what_was_done_and_what_came_of_it(finished, con
 
 def test_all_that_takes_long_is_told_of(finished):
   _, printed = finished
-  for words in ("read the data ... ", "load: ", "tokenise ... ", "start the adapters ... ", "evaluate: ", "compiling for 8 × 16 tokens",
-                "answer ... ", "train: ", "saving", "save the adapter ... "):  # fmt: skip
+  stages = ["read the data", "tokenise", "start the adapters", "answer", "save the adapter"]
+  bars = ["load: ", "evaluate: ", "compiling for 8 × 16 tokens", "train: ", "saving"]
+  for words in [f"{stage} ... " for stage in stages] + bars:
     assert words in printed, words
 
 
