@@ -99,6 +99,18 @@ def test_the_page_of_a_run_tells_what_was_done_and_what_came_of_it(finished, con
     assert sample["prompt"] in page and f"after:   {sample['after']}" in page
 
 
+def test_a_checkpoint_of_a_run_is_as_large_as_what_trains_and_its_two_moments(finished):
+  workdir, printed = finished
+  trained, base = re.search(r"([\d,]+) of ([\d,]+) parameters train", printed).groups()
+  trained, base = int(trained.replace(",", "")), int(base.replace(",", ""))
+  latest = workdir / "checkpoints" / "6"
+  arrays = json.loads((latest / "record" / "metadata").read_text())["arrays"].values()
+  counters = [x for x in arrays if x["dtype"] == "int32" and x["shape"] == []]
+  assert sum(np.prod(x["shape"]) for x in arrays) == 3 * trained + len(counters)
+  size = sum(path.stat().st_size for path in latest.rglob("*") if path.is_file())
+  assert 0.8 * 3 * 4 * trained < size < 3 * 4 * trained + 100_000 < 0.1 * 4 * base
+
+
 def test_all_that_takes_long_is_told_of(finished):
   _, printed = finished
   stages = ["read the data", "tokenise", "start the adapters", "answer", "save the adapter"]

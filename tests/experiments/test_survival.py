@@ -163,26 +163,27 @@ def live(start, workdir, arguments, moment, random, number=signal.SIGKILL):
 def test_a_run_killed_in_a_step_in_a_save_and_at_its_end_is_the_same_to_the_last_bit(
   start, uninterrupted, tmp_path
 ):
-  workdir = tmp_path / "run"
+  whole, workdir = uninterrupted(""), tmp_path / "run"
   for moment in (in_a_save, in_a_step, after_the_last_step):
     live(start, workdir, "", moment, random.Random())
-  assert finish(start(workdir, ""), workdir) == uninterrupted("")
+  assert finish(start(workdir, ""), workdir) == whole
 
 
 MOMENTS = (while_loading, in_a_step, in_a_save, in_a_step, in_a_save, after_the_last_step)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("arguments", ["", "method=adalora,rank=12"])
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_run_killed_many_times_is_the_same_to_the_last_bit(
   start, uninterrupted, tmp_path, arguments, seed
 ):
   """6 kills and a SIGTERM in each of the 4 cases."""
-  workdir = tmp_path / "run"
+  whole, workdir = uninterrupted(arguments), tmp_path / "run"
   for moment in MOMENTS:
     live(start, workdir, arguments, moment, random.Random(seed))
     if moment is while_loading:
       live(start, workdir, arguments, in_a_step, random.Random(seed), signal.SIGTERM)
       assert "stopped by SIGTERM at step" in workdir.with_suffix(".log").read_text()
-  assert finish(start(workdir, arguments), workdir) == uninterrupted(arguments)
+  assert finish(start(workdir, arguments), workdir) == whole
