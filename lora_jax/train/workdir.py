@@ -129,7 +129,7 @@ def write_text(path: pathlib.Path, text: str) -> None:
   Raises:
     OSError: as `writing` does; what the file held is still there.
   """
-  temporary = path.with_name(path.name + ".tmp")
+  temporary = _unfinished(path)
   with writing(path):
     try:
       with open(temporary, "w", encoding="utf-8") as file:
@@ -191,10 +191,14 @@ def _hold(lock: Any, workdir: Workdir) -> None:
 
 def _clear(workdir: Workdir) -> None:
   """Removes what a killed run had not written to its end, as `write_text` and `io.peft` name it."""
-  for path in workdir.path.glob("*.tmp"):
-    path.unlink()
-  for path in workdir.path.glob(f".{workdir.adapter.name}.*"):
+  for path in (workdir.config, workdir.metrics, workdir.evaluation, workdir.readme):
+    _unfinished(path).unlink(missing_ok=True)
+  for path in workdir.path.glob(f".{workdir.adapter.name}.[0-9]*"):
     shutil.rmtree(path)
+
+
+def _unfinished(path: pathlib.Path) -> pathlib.Path:
+  return path.with_name(path.name + ".tmp")
 
 
 def _settle_config(workdir: Workdir, wanted: dict[str, Any]) -> None:

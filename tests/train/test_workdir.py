@@ -79,9 +79,10 @@ def test_what_a_killed_run_left_half_written_is_gone_when_the_folder_is_opened_a
     (tmp_path / "eval.json.tmp").write_text("{")
     workdir.adapter.mkdir()
     workdir.evaluation.write_text("{}")
+    (tmp_path / "notes.tmp").write_text("not the run's own")
   with open_workdir(tmp_path, CONFIG):
     names = {path.name for path in tmp_path.iterdir()}
-  assert names == {"adapter", "config.json", "eval.json", "lock"}
+  assert names == {"adapter", "config.json", "eval.json", "lock", "notes.tmp"}
 
 
 HOLDER = """
