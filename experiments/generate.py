@@ -1,4 +1,4 @@
-r"""Generates text with a pretrained model, or with that of a run and its adapter.
+r"""Generates text with a pretrained or a compressed model, or with that of a run and its adapter.
 
     python -m experiments.generate --source=hf://HuggingFaceTB/SmolLM2-135M-Instruct \
         --prompt="The capital of France is"
@@ -18,6 +18,7 @@ from absl import app, flags, logging
 import lora_jax
 from experiments import parts
 from lora_jax import exchange
+from lora_jax.compress import storage
 from lora_jax.io import pretrained as pretrained_lib
 from lora_jax.models import decode, llama
 
@@ -44,7 +45,10 @@ def main(argv):
     choose = decode.nucleus(_TEMPERATURE.value, _TOP_P.value)
 
   if _SOURCE.value:
-    pretrained = pretrained_lib.load(_SOURCE.value, scan_layers=True)
+    if storage.is_compressed(_SOURCE.value):
+      pretrained = storage.load(_SOURCE.value)
+    else:
+      pretrained = pretrained_lib.load(_SOURCE.value, scan_layers=True)
     weights = pretrained.params
     model = llama.Llama(pretrained.config)
   else:

@@ -4,17 +4,18 @@
     after     {"query": {"kernel": Factored(a, b)}}   r (d + k) numbers, W ≈ a b
 
 The axes of the factors are those of a LowRank's, and so is how they are used: a Factored is applied
-as a LowRank whose base is nothing at all. It may itself be the base of an adapter, which heals it.
+as a LowRank whose base is nothing at all. It may itself be the base of an adapter, which heals it,
+and its factors may be Weights, quantised ones say, which are decoded where they are used.
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.weights.base import Weight
+from lora_jax.weights.base import Weight, is_weight, materialize
 from lora_jax.weights.factors import A, B, part_axes
 from lora_jax.weights.low_rank import LowRank
 
@@ -25,7 +26,7 @@ class Factored(Weight):
   """`a @ b`, an array of a's dtype.
 
   Attributes:
-    a: [*stack, *inputs, rank].
+    a: [*stack, *inputs, rank], an array or a Weight.
     b: [*stack, rank, *outputs], of a's dtype.
     roles: the role of each axis of the array, leading stack axes left out; see `weights.low_rank`.
     path: the leaf's path, for messages.
@@ -33,13 +34,14 @@ class Factored(Weight):
 
   LAYOUTS: ClassVar = {"a": A, "b": B}
 
-  a: jax.Array
-  b: jax.Array
+  a: Any
+  b: Any
   roles: str = dataclasses.field(default="io", kw_only=True, metadata={"static": True})
   path: str = dataclasses.field(default="", kw_only=True, metadata={"static": True})
 
   def applied(self) -> "_Product":
-    return _Product(_Nothing(self.dtype), self.a, self.b, roles=self.roles, path=self.path)
+    a, b = materialize((self.a, self.b))
+    return _Product(_Nothing(self.dtype), a, b, roles=self.roles, path=self.path)
 
   def materialize(self):
     return self.applied().materialize()
@@ -50,7 +52,11 @@ class Factored(Weight):
 
   @property
   def shape(self):
-    return self.applied().shape
+    return _shape(self.a.shape, self.b.shape, self.all_roles)
+
+  @property
+  def ndim(self):
+    return len(self.a.shape) - 1 + self.roles.count("o")
 
   @property
   def dtype(self):
@@ -58,21 +64,22 @@ class Factored(Weight):
 
   @property
   def is_stacked(self):
-    return self.applied().is_stacked
+    return self.ndim > len(self.roles)
 
   @property
   def all_roles(self) -> str:
     """The role of every axis of the array, leading stack axes included."""
-    return self.applied().all_roles
+    return self.roles.rjust(self.ndim, "s")
 
   def partition_specs(self, spec):
     """Each axis of a factor is sharded as the axis of the array that it is; the rank is not."""
     names = (*spec, *[None] * (self.ndim - len(spec)))
-    a, b = (
-      jax.P(*(None if n is None else names[n] for n in part_axes(self.all_roles, layout)))
-      for layout in self.LAYOUTS.values()
-    )
-    return dataclasses.replace(self, a=a, b=b)
+    specs = {}
+    for name, layout in self.LAYOUTS.items():
+      axes = part_axes(self.all_roles, layout)
+      own, part = jax.P(*(None if n is None else names[n] for n in axes)), getattr(self, name)
+      specs[name] = part.partition_specs(own) if is_weight(part) else own
+    return dataclasses.replace(self, **specs)
 
 
 @jax.tree_util.register_dataclass
@@ -138,13 +145,7 @@ class _Product(LowRank):
 
   @property
   def shape(self):
-    roles = self.all_roles
-    sizes = {}
-    for name, layout in self.LAYOUTS.items():
-      part = getattr(self, name)
-      if part is not None:
-        sizes |= dict(zip(part_axes(roles, layout), part.shape, strict=True))
-    return tuple(sizes[n] for n in range(len(roles)))
+    return _shape(self.a.shape, self.b.shape, self.all_roles)
 
   @property
   def ndim(self):
@@ -159,3 +160,9 @@ class _Product(LowRank):
     found = (indices[..., 0] >= 0) & (indices[..., 0] < self.shape[axis])
     fill = jnp.nan if fill_value is None else fill_value
     return jnp.where(jnp.expand_dims(found, d.offset_dims), rows, fill).astype(rows.dtype)
+
+
+def _shape(a: tuple[int, ...], b: tuple[int, ...], roles: str) -> tuple[int, ...]:
+  """The shape of the product of factors of these shapes."""
+  sizes = dict(zip((*part_axes(roles, A), *part_axes(roles, B)), (*a, *b), strict=True))
+  return tuple(sizes[n] for n in range(len(roles)))

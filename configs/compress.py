@@ -1,0 +1,83 @@
+r"""A smaller SmolLM2-135M-Instruct: the steps, their settings, the text that they calibrate by.
+
+    python -m experiments.compress --config=configs/compress.py --workdir=runs/small
+
+Newspaper sentences (Hutto and Gilbert 2014) in windows of 256 tokens: 64 for calibration, 40 to
+measure by, the rest for healing (configs/heal.py).
+
+    :steps=factorize+prune+quantize   of channels, heads, value_heads, factorize, prune, quantize
+    :budget=0.8                       of the parameters, FLOPs or milliseconds of the kernels
+    :smoke                            few windows, no task: everything runs
+"""
+
+import ml_collections
+
+from configs import arguments, quickstart
+
+_EDITORIALS = (
+  "pypi://vaderSentiment==3.3.2/vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz/"
+  "hutto_ICWSM_2014/nytEditorialSnippets_GroundTruth.txt"
+)
+
+
+def get_config(text: str = "") -> ml_collections.ConfigDict:
+  args = arguments.parse(text, steps="factorize", budget=0.8, smoke=False)
+  reviews = quickstart.get_config()
+  config = ml_collections.ConfigDict()
+  config.steps = tuple(args["steps"].split("+"))  # in this order
+  config.adapter = ""  # a run's folder, whose adapter is merged first; "" for none
+
+  config.model = reviews.model
+  config.model.scan_layers = False  # layers have ranks of their own
+
+  config.text = source = ml_collections.ConfigDict()
+  source.source = _EDITORIALS
+  source.format, source.columns = "tsv", ("id", "rating", "text")
+  source.column = "text"  # whose records are joined by spaces
+  source.length = 256  # tokens of a window
+  source.calibration, source.held_out = 64, 40  # windows, from the beginning
+  source.batch_size = 4  # windows at a time
+
+  config.channels = ml_collections.ConfigDict({"mlp_width": 1152, "damping": 1e-3})
+  config.heads = ml_collections.ConfigDict({"num_kv_heads": 2, "damping": 1e-3})
+  config.value_heads = ml_collections.ConfigDict({"value_dim": 48, "damping": 1e-3})
+
+  config.factorize = factorize = ml_collections.ConfigDict()
+  factorize.targets = ("all-linear",)  # presets or patterns for whole paths
+  factorize.method = "whitened"  # or svd, randomized, qr, which do without calibration
+  factorize.gradients = True  # weigh errors by what the loss makes of them, not by their size
+  factorize.damping = 1e-3  # of the mean of the moments' diagonals
+  factorize.budget = args["budget"]  # share of what the targets cost, or 0
+  factorize.unit = "parameters"  # of the budget; or flops, milliseconds (measured here)
+  factorize.rows = 1024  # that the kernels meet at a time, for flops and milliseconds
+  factorize.energy = 0.0  # or: the share of each kernel's energy that is kept
+  factorize.updates = 1  # times that second factors are fitted to the inputs that they then have
+
+  config.prune = prune = ml_collections.ConfigDict()
+  prune.targets = ("all-linear",)
+  prune.score = "wanda"  # or magnitude; factors are pruned by magnitude always
+  prune.share = 0.5  # of the numbers of each output
+  prune.n, prune.of = 2, 0  # of each `of` inputs, n stay; 0 for the share
+
+  config.quantize = quantize = ml_collections.ConfigDict()
+  quantize.targets = ("all-linear",)
+  quantize.levels = "int8"  # nf4, int4, int8 or fp8
+  quantize.block = 0  # numbers along the inputs that share a scale; 0 for a whole column
+  quantize.double = False  # quantise the scales of blocks too
+
+  config.task = task = ml_collections.ConfigDict()  # whose accuracy is reported
+  task.data = reviews.data
+  task.split = "test"
+  task.examples = 200  # at most; 0 for no task
+  task.batch_size = 32
+
+  config.report = report = ml_collections.ConfigDict()
+  report.prompt = 128  # tokens
+  report.batches = (1, 8)  # rows
+  report.repeats = 5  # calls, of which the median counts
+
+  if args["smoke"]:
+    source.calibration, source.held_out = 8, 4
+    task.examples = 0
+    report.batches, report.repeats = (1,), 1
+  return config

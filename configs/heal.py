@@ -1,0 +1,39 @@
+r"""Heals a compressed model with LoRA, on text that it was neither calibrated nor measured by.
+
+python -m experiments.train --config=configs/heal.py:compressed=runs/small --workdir=runs/healed
+
+:compressed=runs/small   the workdir of experiments.compress
+:rank=16                 of the adapter
+:scan                    stack the layers, where they are compressed alike
+:smoke                   a few steps
+"""
+
+import pathlib
+
+import ml_collections
+
+from configs import arguments, quickstart
+
+
+def get_config(text: str = "") -> ml_collections.ConfigDict:
+  args = arguments.parse(text, compressed="runs/small", rank=16, scan=False, smoke=False)
+  config = quickstart.get_config(f"rank={args['rank']}")
+  folder = pathlib.Path(args["compressed"])
+  config.model.source = str(folder / "model")
+  config.model.scan_layers = args["scan"]
+
+  data = config.data
+  data.source, data.format, data.columns = str(folder / "rest.jsonl"), "jsonl", ()
+  data.sign_of = ""
+  data.prompt, data.completion, data.choices = "{first}", "{rest}", ()
+  data.split_by = "rest"
+  data.max_length, data.buckets = 272, (272,)  # a window, and a few more where it is cut otherwise
+
+  config.train.steps, config.train.batch_size = 200, 8
+  config.optimizer.peak = 1e-3
+  config.evaluation.examples, config.evaluation.batch_size = 16, 8
+  config.evaluation.samples = 0
+  if args["smoke"]:
+    config.train.steps, config.train.checkpoint_every = 2, 2
+    config.optimizer.warmup_steps = 1
+  return config

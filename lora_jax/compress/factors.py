@@ -1,0 +1,36 @@
+"""The factors of factorised kernels as kernels of their own, for what comes after factorisation.
+
+    opened = open_factors(params)          # .../kernel becomes {"a": ..., "b": ...}
+    params = close_factors(change(opened), params)
+
+So they are pruned and quantised by the same functions as dense kernels.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from lora_jax import tree
+from lora_jax.weights import Factored, is_weight
+
+PyTree = Any
+
+
+def open_factors(params: PyTree) -> PyTree:
+  """The tree with every Factored exchanged for the dict of its factors."""
+  return jax.tree.map(
+    lambda x: {"a": x.a, "b": x.b} if isinstance(x, Factored) else x, params, is_leaf=is_weight
+  )
+
+
+def close_factors(opened: PyTree, like: PyTree) -> PyTree:
+  """The tree with Factored kernels again, as `like` has them, whose factors may be Weights now."""
+  leaves = tree.flatten(opened, is_leaf=is_weight)
+
+  def closed(path, leaf):
+    if not isinstance(leaf, Factored):
+      return leaves[path]
+    return dataclasses.replace(leaf, a=leaves[f"{path}/a"], b=leaves[f"{path}/b"])
+
+  return tree.map_with_path(closed, like, is_leaf=is_weight)

@@ -1,0 +1,194 @@
+"""What a compression costs and gains: sizes, arithmetic, times and quality, step by step.
+
+    rows = [report.Row("dense", measures), report.Row("factorize", others), ...]
+    report.write("runs/small", rows, about="python -m experiments.compress ...")
+
+writes report.json, report.md with the table, and pareto.png: perplexity against the size in memory.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+from lora_jax import cost
+from lora_jax.models import llama
+from lora_jax.weights import Pruned, is_weight
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measures:
+  """A model as it stands after a step.
+
+  Attributes:
+    parameters: the numbers that it is made of; of what is pruned, those that are not zero.
+    memory: bytes of its arrays on the device.
+    disk: bytes of the tensors' file.
+    flops: floating-point operations of the products for one token of a prompt.
+    prefill: milliseconds for a prompt, by the rows of the batch.
+    token: milliseconds for a further token of every row, with a cache, by the rows of the batch.
+    perplexity: on the held-out windows.
+    accuracy: on the task, 0 to 1, or None where none is configured.
+  """
+
+  parameters: int
+  memory: int
+  disk: int
+  flops: int
+  prefill: dict[int, float]
+  token: dict[int, float]
+  perplexity: float
+  accuracy: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A step, "dense" for the start, in words for the table, and the model after it."""
+
+  step: str
+  measures: Measures
+
+
+# ---- measuring
+
+
+def count_parameters(params: PyTree) -> int:
+  """The numbers that a tree is made of: those that a mask leaves, and of codes each one."""
+  total = 0
+  for leaf in jax.tree.leaves(params, is_leaf=is_weight):
+    if isinstance(leaf, Pruned):
+      total += int(leaf.mask.sum())
+    elif is_weight(leaf) and hasattr(leaf, "a") and hasattr(leaf, "b"):
+      total += count_parameters([leaf.a, leaf.b])
+    else:
+      total += int(np.prod(leaf.shape))
+  return total
+
+
+def count_bytes(params: PyTree) -> int:
+  """The bytes of all arrays of a tree, masks and scales among them."""
+  return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
+def flops_per_token(apply: Callable, params: PyTree, length: int) -> int:
+  """The floating-point operations of the products for one token of a text of this length."""
+  tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+  shapes = jax.eval_shape(lambda: params)
+  return cost.flops(jax.make_jaxpr(apply)({"params": shapes}, tokens)) // length
+
+
+def latency(
+  apply: Callable,
+  params: PyTree,
+  config: llama.LlamaConfig,
+  *,
+  rows: int,
+  length: int,
+  repeats: int,
+) -> tuple[float, float]:
+  """Milliseconds for a prompt of this length, and for one token after it, of so many rows.
+
+  The medians of `repeats` calls, after one that compiles.
+  """
+  tokens = jnp.ones((rows, length), jnp.int32)
+  cache = llama.init_cache(config, rows, length + 1, config.dtype)
+
+  @jax.jit
+  def prefill(params, tokens, cache):
+    last = jnp.full((rows, 1), length - 1)
+    return apply({"params": params}, tokens, at_BC=last, cache=cache)
+
+  @jax.jit
+  def step(params, token, positions, cache):
+    return apply({"params": params}, token, positions_BT=positions, cache=cache)
+
+  _, filled = prefill(params, tokens, cache)
+  positions = jnp.full((rows, 1), length)
+  return (
+    _median(lambda: prefill(params, tokens, cache), repeats),
+    _median(lambda: step(params, tokens[:, :1], positions, filled), repeats),
+  )
+
+
+def _median(run: Callable, repeats: int) -> float:
+  jax.block_until_ready(run())
+  times = []
+  for _ in range(repeats):
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    times.append(1000 * (time.perf_counter() - start))
+  return float(np.median(times))
+
+
+# ---- writing
+
+
+def table(rows: Sequence[Row]) -> str:
+  """The rows in markdown; sizes also as a share of the first row's."""
+  first = rows[0].measures
+  batches = sorted(first.prefill)
+  header = [
+    "step", "parameters", "memory", "disk", "GFLOP a token",
+    *(f"prefill × {n}" for n in batches), *(f"token × {n}" for n in batches),
+    "perplexity", "accuracy",
+  ]  # fmt: skip
+  lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+  for row in rows:
+    m = row.measures
+    lines.append(
+      [
+        row.step,
+        f"{m.parameters / 1e6:,.1f} M ({m.parameters / first.parameters:.2f})",
+        f"{m.memory / 1e6:,.1f} MB ({m.memory / first.memory:.2f})",
+        f"{m.disk / 1e6:,.1f} MB ({m.disk / first.disk:.2f})",
+        f"{m.flops / 1e9:.3f} ({m.flops / first.flops:.2f})",
+        *(f"{m.prefill[n]:,.1f} ms" for n in batches),
+        *(f"{m.token[n]:,.1f} ms" for n in batches),
+        f"{m.perplexity:,.2f}",
+        "-" if m.accuracy is None else f"{m.accuracy:.1%}",
+      ]
+    )
+  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def write(folder: str | Path, rows: Sequence[Row], about: str) -> None:
+  """Writes report.json, report.md and pareto.png into a folder.
+
+  Args:
+    folder: there already.
+    rows: the steps, the dense model first.
+    about: where and how it was measured, in markdown.
+  """
+  folder = Path(folder)
+  steps = [{"step": row.step} | dataclasses.asdict(row.measures) for row in rows]
+  (folder / "report.json").write_text(json.dumps({"about": about, "steps": steps}, indent=2) + "\n")
+  text = f"# {folder.name}\n\n{table(rows)}\n\n![Pareto plot](pareto.png)\n\n{about}\n"
+  (folder / "report.md").write_text(text)
+  plot_pareto(rows, folder / "pareto.png")
+
+
+def plot_pareto(rows: Sequence[Row], path: Path) -> None:
+  """Draws perplexity against megabytes in memory, with a line through what nothing else beats."""
+  points = [(row.measures.memory / 1e6, row.measures.perplexity) for row in rows]
+  figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
+  axes = figure.subplots()
+  axes.scatter(*zip(*points, strict=True), color="#2563a8", zorder=3)
+  for row, point in zip(rows, points, strict=True):
+    axes.annotate(row.step, point, xytext=(5, 5), textcoords="offset points", fontsize=8)
+  best = [
+    point for point in points
+    if not any(x <= point[0] and y <= point[1] and (x, y) != point for x, y in points)
+  ]  # fmt: skip
+  axes.plot(*zip(*sorted(best), strict=True), color="#d9541e", linewidth=1.5)
+  axes.set(xlabel="MB in memory", ylabel="perplexity", yscale="log")
+  axes.grid(alpha=0.3)
+  figure.savefig(path)

@@ -1,0 +1,356 @@
+"""A compressed model's folder: what its Weights are made of, without code.
+
+    storage.save("runs/small/model", params, config, tokenizer)
+    pretrained = storage.load("runs/small/model")           # params with Weights again
+
+    compressed.json            of each leaf its kind, its settings and the names of its tensors
+    compressed.safetensors     the tensors; a mask takes a bit a number, what it hides nothing
+    config.json, tokenizer.json, ...    as in the dense model's folder
+
+Nothing is pickled. A file is taken for hostile: kinds, settings, names, dtypes and shapes are
+checked before anything is used, and a folder is loaded as a whole or not at all.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import traverse_util
+from jax.typing import DTypeLike
+
+from lora_jax.io import configs, safetensors
+from lora_jax.io.pretrained import Pretrained
+from lora_jax.io.tokenizer import Tokenizer, from_folder
+from lora_jax.models import llama
+from lora_jax.weights import Factored, Pruned, is_weight, materialize
+from lora_jax.weights.quantized import Quantized
+
+PyTree = Any
+
+STRUCTURE, TENSORS = "compressed.json", "compressed.safetensors"
+VERSION = 1
+KINDS = {kind.__name__: kind for kind in (Factored, Pruned, Quantized)}
+
+# The dtypes that an array may have, and as what numpy's safetensors hold those that they lack.
+_DTYPES = {
+  "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16,
+  "int8": np.int8, "uint8": np.uint8, "bool": np.bool_,
+  "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+}  # fmt: skip
+_AS_BYTES = ("bool", "float8_e4m3fn")
+
+
+def is_compressed(source: str | Path) -> bool:
+  """Whether a source is the folder of a compressed model."""
+  return (Path(source) / STRUCTURE).is_file()
+
+
+# ---- writing
+
+
+def save(
+  folder: str | Path,
+  params: Mapping[str, Any],
+  config: llama.LlamaConfig,
+  tokenizer: Tokenizer,
+  *,
+  steps: list[str] = (),
+) -> None:
+  """Writes a model's folder, new or empty, which appears whole or not at all.
+
+  Args:
+    folder: to write.
+    params: nested dicts of arrays and of Weights of the kinds in KINDS, layers unstacked.
+    config, tokenizer: of the model.
+    steps: what was done to it, for whoever reads the folder.
+
+  Raises:
+    FileExistsError: when the folder holds something.
+    TypeError: when a leaf is neither an array nor one of these Weights.
+  """
+  folder = Path(folder)
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise FileExistsError(f"{folder}: holds something already; name a new or an empty folder")
+  tensors: dict[str, np.ndarray] = {}
+  leaves = traverse_util.flatten_dict(dict(params), sep="/")
+  nodes = {path: _written(path, leaf, tensors) for path, leaf in leaves.items()}
+  partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+  partial.mkdir(parents=True)
+  try:
+    safetensors.save_file(tensors, partial / TENSORS)
+    structure = {
+      "version": VERSION, "steps": list(steps), "value_dim": config.value_dim, "leaves": nodes,
+    }  # fmt: skip
+    dense = dataclasses.replace(config, value_dim=None)
+    for name, fields in ((STRUCTURE, structure), ("config.json", configs.to_hugging_face(dense))):
+      (partial / name).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+    tokenizer.save(partial)
+    partial.replace(folder)
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def size(params: Mapping[str, Any]) -> int:
+  """The bytes of the tensors that `save` would write of a tree."""
+  tensors: dict[str, np.ndarray] = {}
+  for path, leaf in traverse_util.flatten_dict(dict(params), sep="/").items():
+    _written(path, leaf, tensors)
+  return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _written(name: str, leaf: Any, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
+  """The description of a leaf, whose tensors are added."""
+  if not is_weight(leaf):
+    return _array(name, leaf, tensors)
+  kind = type(leaf).__name__
+  if KINDS.get(kind) is not type(leaf):
+    raise TypeError(
+      f"{name}: a {kind} cannot be stored in a compressed model; merge adapters first, or save "
+      "them beside it"
+    )
+  parts, settings = {}, {}
+  for field in dataclasses.fields(leaf):
+    value = getattr(leaf, field.name)
+    if field.name == "path":
+      continue
+    if field.metadata.get("static"):
+      settings[field.name] = value
+    elif value is not None:
+      parts[field.name] = value
+  if kind == "Pruned" and not is_weight(leaf.w):
+    parts["w"] = np.asarray(leaf.w)[np.asarray(leaf.mask)]  # what the mask hides is zero
+  nodes = {part: _written(f"{name}#{part}", x, tensors) for part, x in parts.items()}
+  return {"kind": kind, "settings": settings, "parts": nodes}
+
+
+def _array(name: str, leaf: Any, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
+  if not isinstance(leaf, jax.Array | np.ndarray):
+    raise TypeError(f"{name}: a {type(leaf).__name__} is no array and no Weight")
+  array = np.asarray(leaf)
+  dtype = array.dtype.name
+  if dtype not in _DTYPES:
+    raise TypeError(f"{name}: arrays of {dtype} cannot be stored in a compressed model")
+  stored = array
+  if dtype in _AS_BYTES:
+    stored = np.packbits(array) if dtype == "bool" else array.view(np.uint8)
+  tensors[name] = stored
+  return {"tensor": name, "dtype": dtype, "shape": list(array.shape)}
+
+
+# ---- reading
+
+
+def load(
+  folder: str | Path,
+  *,
+  dtype: DTypeLike = jnp.float32,
+  scan_layers: bool = False,
+  remat_policy: Callable[..., bool] | None = None,
+  constrain: Callable[[jax.Array], jax.Array] | None = None,
+) -> Pretrained:
+  """Loads what `save` wrote, as `io.pretrained.load` does a dense model.
+
+  Args:
+    folder: of the model.
+    dtype: of the arithmetic and of what is stored as floats; codes stay as they are.
+    scan_layers: stack the layers, which must then be compressed alike, with the same ranks.
+    remat_policy, constrain: as in `llama.LlamaConfig`.
+
+  Raises:
+    FileNotFoundError: when a file is missing.
+    ValueError: when a file is damaged, says something unknown, or does not fit the model.
+  """
+  folder = Path(folder)
+  structure = _read_structure(folder / STRUCTURE)
+  try:
+    config = configs.from_hugging_face(_read_json(folder / "config.json"))
+    config = dataclasses.replace(
+      config, value_dim=structure["value_dim"], remat_policy=remat_policy, constrain=constrain,
+      dtype=dtype, param_dtype=dtype,
+    )  # fmt: skip
+    if not len(structure["leaves"]) >= config.num_layers:  # or the model would be traced endlessly
+      raise ValueError(f"there are {config.num_layers} layers and fewer leaves")
+    leaves = _read_leaves(folder / TENSORS, structure["leaves"], llama.param_shapes(config), dtype)
+    params = traverse_util.unflatten_dict(leaves, sep="/")
+    if scan_layers:
+      params = _stacked(params)
+      config = dataclasses.replace(config, scan_layers=True)
+  except (ValueError, TypeError) as error:
+    raise ValueError(f"{folder}: {error}") from None
+  return Pretrained(config=config, params=params, tokenizer=from_folder(folder), source=str(folder))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+  try:
+    fields = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{path.name}: not JSON ({error})") from None
+  if not isinstance(fields, dict):
+    raise ValueError(f"{path.name}: not a JSON object")
+  return fields
+
+
+def _read_structure(path: Path) -> dict[str, Any]:
+  structure = _read_json(path)
+  wanted = {"version": int, "steps": list, "value_dim": int | None, "leaves": dict}
+  if set(structure) != set(wanted) or structure["version"] != VERSION:
+    raise ValueError(f"{path}: not the structure of a compressed model of version {VERSION}")
+  for name, kind in wanted.items():
+    if not isinstance(structure[name], kind):
+      raise ValueError(f"{path}: {name} is a {type(structure[name]).__name__}")
+  return structure
+
+
+def _read_leaves(path: Path, nodes, shapes: Mapping[str, tuple[int, ...]], dtype) -> dict[str, Any]:
+  if set(nodes) != set(shapes):
+    raise ValueError(
+      "the leaves are not those of the configuration; "
+      f"missing: {sorted(set(shapes) - set(nodes))[:8]}, "
+      f"unexpected: {sorted(set(nodes) - set(shapes))[:8]}"
+    )
+  present = set(safetensors.tensor_names(path))
+  named = [name for node in nodes.values() for name in _names(node)]
+  if sorted(named) != sorted(present):
+    raise ValueError(
+      f"{TENSORS} does not hold the tensors of {STRUCTURE}, each once; "
+      f"missing: {sorted(set(named) - present)[:8]}, unexpected: {sorted(present - set(named))[:8]}"
+    )
+  leaves = {}
+  for name, node in nodes.items():
+    leaf = _read(path, name, node)
+    shape = (
+      jax.eval_shape(lambda leaf=leaf: leaf.materialize()).shape if is_weight(leaf) else leaf.shape
+    )
+    if tuple(shape) != shapes[name] or tuple(leaf.shape) != shapes[name]:
+      raise ValueError(f"{name}: shape {tuple(shape)}, the configuration says {shapes[name]}")
+    leaves[name] = _cast(leaf, jnp.dtype(dtype))
+    leaves[name] = leaves[name].with_path(name) if is_weight(leaf) else leaves[name]
+  return leaves
+
+
+def _check_shape(name: str, leaf: Any, wanted: tuple[int, ...]) -> None:
+  """That a leaf stands for an array of this shape, whatever its parts are made of."""
+  try:
+    found = jax.eval_shape(materialize, leaf).shape
+  except Exception as error:  # whatever the arithmetic of parts that do not fit each other raises
+    reason = str(error).splitlines()[0][:200]
+    raise ValueError(f"{name}: its parts do not fit each other: {reason}") from None
+  if tuple(found) != wanted or tuple(leaf.shape) != wanted:
+    raise ValueError(f"{name}: shape {tuple(found)}, the configuration says {wanted}")
+
+
+def _names(node: Any) -> list[str]:
+  """The tensors that a description names, however deep; its form is checked on the way."""
+  if not isinstance(node, dict):
+    raise ValueError(f"{STRUCTURE}: {str(node)[:40]!r} describes no leaf")
+  if set(node) == {"tensor", "dtype", "shape"}:
+    sizes = node["shape"]
+    if not isinstance(node["tensor"], str) or node["dtype"] not in _DTYPES:
+      raise ValueError(f"{STRUCTURE}: {str(node)[:80]} describes no tensor")
+    if not isinstance(sizes, list) or any(type(n) is not int or n < 0 for n in sizes):
+      raise ValueError(f"{STRUCTURE}: {node['tensor']}: {sizes!r} is no shape")
+    return [node["tensor"]]
+  if set(node) != {"kind", "settings", "parts"} or node["kind"] not in KINDS:
+    raise ValueError(f"{STRUCTURE}: {str(node)[:80]} describes no Weight of {', '.join(KINDS)}")
+  fields = {field.name: field for field in dataclasses.fields(KINDS[node["kind"]])}
+  for part in node["parts"]:
+    if part not in fields or fields[part].metadata.get("static"):
+      raise ValueError(f"{STRUCTURE}: a {node['kind']} has no part {part!r}")
+  for name in node["settings"]:
+    if name not in fields or not fields[name].metadata.get("static") or name == "path":
+      raise ValueError(f"{STRUCTURE}: a {node['kind']} has no setting {name!r}")
+  return [name for part in node["parts"].values() for name in _names(part)]
+
+
+def _read(path: Path, leaf: str, node: Mapping[str, Any]) -> Any:
+  if "tensor" in node:
+    return jnp.asarray(_read_array(path, node))
+  settings = {name: _setting(leaf, name, x) for name, x in node["settings"].items()}
+  parts = {part: _read(path, leaf, x) for part, x in node["parts"].items()}
+  if node["kind"] == "Pruned":
+    _check_parts(leaf, parts, ("w", "mask"))
+    if not is_weight(parts["w"]):
+      parts["w"] = _unhidden(leaf, np.asarray(parts["w"]), np.asarray(parts["mask"]))
+  required = [
+    field.name
+    for field in dataclasses.fields(KINDS[node["kind"]])
+    if not field.metadata.get("static") and field.default is dataclasses.MISSING
+  ]
+  _check_parts(leaf, parts, required)
+  return KINDS[node["kind"]](**parts, **settings)
+
+
+def _check_parts(leaf: str, parts: Mapping[str, Any], required) -> None:
+  missing = [name for name in required if name not in parts]
+  if missing:
+    raise ValueError(f"{leaf}: lacks {', '.join(missing)}")
+
+
+def _setting(leaf: str, name: str, value: Any) -> Any:
+  """A setting as it was: JSON has lists for tuples."""
+  if isinstance(value, list) and all(type(x) is int for x in value):
+    return tuple(value)
+  if type(value) in (str, int, float, bool) or value is None:
+    return value
+  raise ValueError(f"{leaf}: the setting {name} is {str(value)[:40]!r}")
+
+
+def _read_array(path: Path, node: Mapping[str, Any]) -> np.ndarray:
+  name, dtype, shape = node["tensor"], node["dtype"], tuple(node["shape"])
+  stored = safetensors.read_tensor(path, name)
+  size = math.prod(shape)
+  if dtype == "bool":
+    if stored.dtype != np.uint8 or stored.shape != (-(-size // 8),):
+      raise ValueError(f"{name}: holds no {size} bits")
+    return np.unpackbits(stored, count=size).astype(bool).reshape(shape)
+  if dtype in _AS_BYTES and stored.dtype == np.uint8:
+    stored = stored.view(_DTYPES[dtype])
+  if stored.dtype != _DTYPES[dtype] or stored.shape != shape:
+    raise ValueError(
+      f"{name}: is {stored.dtype} {stored.shape}, {STRUCTURE} says {dtype} {list(shape)}"
+    )
+  is_float = jnp.issubdtype(stored.dtype, jnp.floating)
+  if is_float and not np.isfinite(stored.astype(np.float32)).all():
+    raise ValueError(f"{name}: holds values that are not finite; the file is damaged")
+  return stored
+
+
+def _unhidden(leaf: str, kept: np.ndarray, mask: np.ndarray) -> jax.Array:
+  if mask.dtype != bool or kept.shape != (int(mask.sum()),):
+    raise ValueError(f"{leaf}: {kept.shape} numbers do not fit a mask of {int(mask.sum())}")
+  w = np.zeros(mask.shape, kept.dtype)
+  w[mask] = kept
+  return jnp.asarray(w)
+
+
+def _cast(leaf: Any, dtype: jnp.dtype) -> Any:
+  """The leaf in another dtype; what is coded keeps its codes and their scales."""
+  if isinstance(leaf, Quantized):
+    return leaf.astype(dtype)
+  if isinstance(leaf, Factored):
+    return dataclasses.replace(leaf, a=_cast(leaf.a, dtype), b=_cast(leaf.b, dtype))
+  if isinstance(leaf, Pruned):
+    return dataclasses.replace(leaf, w=_cast(leaf.w, dtype))
+  return leaf.astype(dtype)
+
+
+def _stacked(params: PyTree) -> PyTree:
+  """The parameters with their layers stacked."""
+  bare = jax.tree.map(lambda x: x.with_path("") if is_weight(x) else x, params, is_leaf=is_weight)
+  blocks = [bare[name] for name in bare if name.startswith("block_")]
+  kinds = [(jax.tree.structure(x), [leaf.shape for leaf in jax.tree.leaves(x)]) for x in blocks]
+  if any(kind != kinds[0] for kind in kinds):
+    raise ValueError(
+      "its layers are not compressed alike (their ranks differ, say), so they cannot be stacked; "
+      "set scan_layers to False"
+    )
+  return llama.stack_layers(bare)
