@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import app, flags, logging
 from tqdm import tqdm
 
 import lora_jax
@@ -59,6 +59,7 @@ class Measured(NamedTuple):
 def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+  logging.set_verbosity(logging.WARNING)  # Orbax tells each file that it writes
   model = MODELS[_MODEL.value]
   case = model.make(jnp.float32, model.batch, model.length, _SCAN.value)
   state, run = make_run(case)
