@@ -52,10 +52,12 @@ def trace_axes(case: Case) -> dict[str, lora_jax.Axes]:
   )
 
 
-def make_adapters(case: Case, rank: int) -> Adapters:
-  """Fresh adapters on all linear layers: every row of one rank starts from them."""
+def make_adapters(
+  case: Case, rank: int, kind: type[lora_jax.LoRA | lora_jax.DoRA] = lora_jax.LoRA
+) -> Adapters:
+  """Fresh adapters on all linear layers: every row of one rank and kind starts from them."""
   axes = trace_axes(case)
-  spec = lora_jax.LoRA(rank=rank, alpha=ALPHA)
+  spec = kind(rank=rank, alpha=ALPHA)
   specs = lora_jax.match(case.params, [("all-linear", spec)], axes)
   return lora_jax.init(jax.random.key(rank), case.params, specs, axes)
 
@@ -86,6 +88,12 @@ def ours_keeping_products(case: Case, adapters: Adapters) -> Form:
   """The same, each block computing all but its products again."""
   apply = lora_jax.adapt(case.keeping_products().apply)
   return ours(case, adapters)._replace(apply=apply)
+
+
+def dora(case: Case, adapters: Adapters) -> Form:
+  """DoRA of the adapters' rank."""
+  rank = next(iter(adapters.values())).rank
+  return ours(case, make_adapters(case, rank, lora_jax.DoRA))
 
 
 def merged(case: Case, adapters: Adapters) -> Form:
@@ -134,6 +142,7 @@ BARE = {"floor": floor, "full": full, "floor_keeping_products": floor_keeping_pr
 ADAPTED = {
   "ours": ours,
   "ours_keeping_products": ours_keeping_products,
+  "dora": dora,
   "naive": naive,
   "merged": merged,
   "qwix": qwix,

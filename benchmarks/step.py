@@ -37,6 +37,7 @@ LABELS = {
   "floor_keeping_products": "floor, products kept",
   "ours": "ours",
   "ours_keeping_products": "ours, products kept",
+  "dora": "DoRA",
   "naive": "hand-written layer",
   "merged": "W + sAB formed",
   "qwix": "qwix",

@@ -69,7 +69,8 @@ METHODS = {
       "rho": 2.0,  # times the rank that a kernel may get at most
       "batches": 8,  # of the training data, that it starts from
       "iterations": 8,  # of a randomised decomposition; None: exact
-    }
+    },
+    peak=2.5e-4,
   ),
   "vera": Method(
     {

@@ -46,6 +46,9 @@ def test_rows_that_train_the_same_reach_the_same_loss_in_jax_in_qwix_and_in_pyto
   full, ours = table["full fine-tuning"], table["ours, rank 8"]
   assert losses(full)[0] > losses(ours)[-1] > losses(full)[-1]
   assert losses(table["PyTorch, full"]) == pytest.approx(losses(full), abs=1e-3)
+  dora = table.pop("DoRA, rank 8")
+  assert losses(dora)[0] == losses(ours)[0]
+  assert int(dora["trains"].replace(",", "")) > int(ours["trains"].replace(",", ""))
   same = [name for name in table if name.endswith(", rank 8")]
   assert len(same) == 5 + (importlib.util.find_spec("qwix") is not None)
   for name in same:
