@@ -40,6 +40,8 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   model.source = SMOLLM2  # a folder, a GGUF file, hf://owner/name or pypi://package==version/path
   model.dtype = "float32"  # of the base and of the arithmetic; adapters are float32 always
   model.scan_layers = True  # one compiled layer instead of 30: compiles four times as fast
+  model.quantize = "none"  # nf4, int4, int8 or fp8; gguf: the blocks of the file as they are
+  model.quantize_targets = ("all-linear",)  # of a format; with adapters it makes QLoRA
   model.remat = "none"  # what the forward pass keeps: none, everything, dots, nothing
 
   config.mesh = mesh = ml_collections.ConfigDict()  # devices on each axis; -1: what is left

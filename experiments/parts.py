@@ -1,5 +1,6 @@
 """What the main programs share: from a run's config to its data, its model and its adapter."""
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Mapping
@@ -11,7 +12,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import lora_jax
-from lora_jax import sharding, tree, weights
+from lora_jax import compress, sharding, tree, weights
+from lora_jax.compress import storage
+from lora_jax.compress.quantize import quantize_leaf
 from lora_jax.data import detokenise, examples, labels, records, splits, templates
 from lora_jax.io import assets, pretrained
 from lora_jax.models import llama
@@ -108,19 +111,72 @@ def encode(data: ConfigDict, rows: list[records.Record], tokenizer) -> list[exam
 
 
 def inspect_model(model: ConfigDict) -> pretrained.Pretrained:
-  """The base that a model config names, shapes in the place of its arrays."""
+  """The base that a model config names, shapes in the place of its arrays.
+
+  A compressed one is loaded for it.
+  """
+  if storage.is_compressed(model.source):
+    found = _load_compressed(model)
+    return dataclasses.replace(found, params=jax.eval_shape(lambda: found.params))
+  if model.quantize != "none":
+    raise ValueError(
+      f"model.quantize {model.quantize}: a plan is of a base as it is stored in model.dtype; give "
+      "--config.model.quantize=none, and take the difference of the base's bytes"
+    )
   return pretrained.inspect(model.source, **_model_options(model))
 
 
 def load_model(model: ConfigDict, mesh: Mesh | None = None) -> pretrained.Pretrained:
   """The base that a model config names; with a mesh, each part of it where it belongs there."""
+  if storage.is_compressed(model.source):
+    return _load_compressed(model, mesh)
   return pretrained.load(
     model.source,
     **_model_options(model),
     constrain=sharding.keep_rows(mesh) if mesh else None,
-    shardings=(lambda shapes: lay_out(shapes, mesh).shardings) if mesh else None,
+    **_quantization(model, mesh),
     watch=functools.partial(progress.watched, what="load", disable=jax.process_index() > 0),
   )
+
+
+def _load_compressed(model: ConfigDict, mesh: Mesh | None = None) -> pretrained.Pretrained:
+  if model.quantize != "none":
+    raise ValueError(
+      f"model.quantize {model.quantize}: {model.source} is compressed already; quantise it by "
+      "experiments.compress, as a step"
+    )
+  found = storage.load(
+    model.source, **_model_options(model), constrain=sharding.keep_rows(mesh) if mesh else None
+  )
+  if not mesh:
+    return found
+  params = jax.device_put(found.params, lay_out(found.params, mesh).shardings)
+  return dataclasses.replace(found, params=params)
+
+
+def _quantization(model: ConfigDict, mesh: Mesh | None) -> dict[str, Any]:
+  """How the base is quantised as it is loaded, a parameter at a time, and where it then lies.
+
+  Raises:
+    ValueError: for an unknown format, and as `lora_jax.match` does of the targets.
+  """
+  if model.quantize == "gguf":
+    return {"keep_blocks": weights.GGUFBlocks.of}
+  laid_out = {"shardings": (lambda shapes: lay_out(shapes, mesh).shardings) if mesh else None}
+  if model.quantize == "none":
+    return laid_out
+  if model.quantize not in compress.FORMATS:
+    known = ", ".join(["none", *compress.FORMATS, "gguf"])
+    raise ValueError(f"model.quantize {model.quantize!r} is unknown; use {known}")
+  shapes = pretrained.inspect(model.source, **_model_options(model))
+  axes = trace_axes(llama.Llama(shapes.config), shapes.params)
+  format = compress.FORMATS[model.quantize]
+  formats = lora_jax.match(shapes.params, [(x, format) for x in model.quantize_targets], axes)
+
+  def each(path: str, array: jax.Array) -> Any:
+    return quantize_leaf(path, array, formats[path], axes) if path in formats else array
+
+  return laid_out | {"each": each}
 
 
 def _model_options(model: ConfigDict) -> dict[str, Any]:
@@ -170,7 +226,8 @@ def gather(adapters: Mapping[str, lora_jax.Adapted], params: PyTree) -> tuple:
 def trace_axes(model: llama.Llama, params: PyTree) -> dict[str, lora_jax.Axes]:
   """The roles of the axes of every parameter, by tracing one short call."""
   tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-  return lora_jax.trace_axes(lambda p, t: model.apply({"params": p}, t), params, tokens)
+  shapes = jax.eval_shape(weights.materialize, params)  # of a compressed model as of a dense one
+  return lora_jax.trace_axes(lambda p, t: model.apply({"params": p}, t), shapes, tokens)
 
 
 def describe(metrics: Mapping[str, float]) -> str:

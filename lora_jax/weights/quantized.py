@@ -121,7 +121,7 @@ class Quantized(Coded):
       w = self.arranged(self._leveled(self.to))
       operands = (w, other) if weight_is_lhs else (other, w)
       y = jax.lax.dot_general(*operands, dimension_numbers, **params)
-      return times(y, out_labels, self.scale[..., 0], rows)
+      return times(y, out_labels, as_array(self.scale)[..., 0], rows)
 
     return self.used(product, other)
 

@@ -95,6 +95,11 @@ def test_zeros_are_zeros_and_an_odd_row_is_filled_up():
 # ---- the law
 
 
+def test_a_row_of_one_block_with_quantised_scales_is_multiplied_by():
+  weight, x = made(normal(32, 48), format=NF4), normal(4, 32)
+  assert_close(adapt(lambda w, x: x @ w, strict=True)(weight, x), x @ weight.materialize())
+
+
 @pytest.mark.parametrize(
   "format",
   [

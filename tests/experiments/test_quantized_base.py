@@ -1,0 +1,69 @@
+"""QLoRA by the main programs: a base that is quantised as it is loaded, on a tiny Llama."""
+
+import json
+import runpy
+
+import jax
+import numpy as np
+import pytest
+import tiny_experiment
+from main_programs import imported
+
+import lora_jax
+from experiments import parts
+from lora_jax import exchange, tree
+from lora_jax.train import workdir as workdir_lib
+from lora_jax.weights import Quantized, is_weight
+
+train = imported("experiments.train")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, smollm2):
+  folder = tmp_path_factory.mktemp("tiny")
+  path = tiny_experiment.write(folder, smollm2.tokenizer, model={"quantize": "nf4"})
+  return runpy.run_path(str(path))["get_config"]()
+
+
+@pytest.fixture(scope="module")
+def workdir(config, tmp_path_factory):
+  path = tmp_path_factory.mktemp("runs") / "qlora"
+  with workdir_lib.open_workdir(path, config.to_dict()) as run:
+    train.train(config, run)
+  return path
+
+
+def test_the_chosen_kernels_are_quantised_and_nothing_else(config):
+  leaves = tree.flatten(parts.load_model(config.model).params, is_leaf=is_weight)
+  quantised = [path for path, leaf in leaves.items() if isinstance(leaf, Quantized)]
+  assert len(quantised) == 7 and all(path.endswith("/kernel") for path in quantised)
+  assert {leaves[path].levels for path in quantised} == {"nf4"}
+
+
+def test_an_adapter_is_trained_and_saved_beside_a_quantised_base(config, workdir):
+  result = json.loads((workdir / "eval.json").read_text())
+  assert result["after"]["loss"] < result["before"]["loss"]
+  base = parts.load_model(config.model)
+  tokens = np.arange(12, dtype=np.int32)[None]
+  axes = parts.trace_axes(train.llama.Llama(base.config), base.params)
+  adapters = exchange.load(workdir / "adapter", base.params, axes)
+  apply = lora_jax.adapt(train.llama.Llama(base.config).apply, strict=True)
+  adapted = jax.jit(apply)({"params": lora_jax.attach(base.params, adapters)}, tokens)
+  merged = lora_jax.merge(base.params, adapters)
+  assert not any(map(is_weight, jax.tree.leaves(merged, is_leaf=is_weight)))
+  np.testing.assert_allclose(adapted, jax.jit(apply)({"params": merged}, tokens), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ("settings", "words"),
+  [
+    ({"quantize": "nf5"}, "model.quantize 'nf5' is unknown; use none, nf4, int4, int8, fp8, gguf"),
+    ({"quantize": "gguf"}, "holds no quantised blocks to keep"),
+    ({"quantize_targets": ("nothing",)}, "the pattern 'nothing' matches no leaf"),
+  ],
+)
+def test_a_base_that_cannot_be_quantised_so_is_refused(config, settings, words):
+  model = config.model.copy_and_resolve_references()
+  model.update(settings)
+  with pytest.raises(ValueError, match=words):
+    parts.load_model(model)
