@@ -2,9 +2,12 @@
 
 import json
 import os
+import pathlib
 import re
 import runpy
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -140,6 +143,32 @@ def test_a_sweep_that_is_stopped_goes_on_bit_for_bit(finished, config, tmp_path,
   for n in range(DIVERGES):
     file = f"members/{n}/adapter/adapter_model.safetensors"
     assert (again.path / file).read_bytes() == (finished.path / file).read_bytes()
+
+
+@pytest.mark.slow
+def test_the_command_on_four_devices_trains_the_same_members(finished, config_file, tmp_path):
+  command = [
+    *(sys.executable, "-m", "experiments.train", f"--config={config_file}"),
+    *(f"--workdir={tmp_path / 'sweep'}", f"--config.sweep.members={MEMBERS}"),
+    *("--config.mesh.data=2", "--config.mesh.tensor=2"),
+  ]
+  done = subprocess.run(
+    command,
+    cwd=pathlib.Path(__file__).parents[2],
+    capture_output=True,
+    text=True,
+    timeout=900,
+    env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"},
+  )
+  assert done.returncode == 0, done.stderr
+  assert "mesh: data 2, fsdp 1, tensor 2" in done.stdout
+  for n in range(DIVERGES):
+    place = pathlib.Path("members", str(n))
+    found, wanted = (
+      tensors_of(workdir.Workdir(path / place)) for path in (tmp_path / "sweep", finished.path)
+    )
+    for name in wanted:
+      np.testing.assert_allclose(found[name], wanted[name], atol=2e-5, err_msg=name)
 
 
 def test_the_programs_for_one_run_say_what_to_do_with_a_sweep(finished, config):
