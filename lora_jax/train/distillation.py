@@ -1,0 +1,130 @@
+"""Distillation: a student learns from what a teacher says of every next token, not from one answer.
+
+    def student(weights, batch): return apply({"params": weights}, batch["tokens"], ...)
+    def teacher(weights, batch): return apply({"params": without_adapters(weights)}, ...)
+
+    objective = distillation_objective(student, teacher, temperature=2.0, hard=0.1)
+    train_step = make_train_step(objective, tx)
+
+The teacher may be the same base without the adapter, as above: one copy of the base serves both. A
+teacher of its own lies beside the student in what the step takes, {"student": ..., "teacher": ...},
+all of the teacher in the frozen part.
+
+Source: Hinton, Vinyals and Dean 2015, arXiv 1503.02531, section 2; the term of hidden states is
+that of Jiao et al. 2019, TinyBERT, arXiv 1909.10351, equation 8, for states of one width.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.train.step import Batch, Objective, completion_loss
+from lora_jax.weights import Adapted, Pruned, Recentred, is_weight
+
+PyTree = Any
+Reading = jax.Array | tuple[jax.Array, jax.Array]  # logits_BCV, or with hidden_BCD
+
+
+def without_adapters(weights: PyTree) -> PyTree:
+  """The base of a tree that `lora_jax.attach` made, its arrays shared with it.
+
+  Raises:
+    ValueError: for adapters that keep a residual in the base's place (PiSSA, OLoRA).
+  """
+
+  def base_of(leaf):
+    if isinstance(leaf, Pruned) and isinstance(leaf.w, Adapted):
+      return dataclasses.replace(leaf, w=base_of(leaf.w))
+    if isinstance(leaf, Recentred):
+      raise ValueError(
+        f"{leaf.path}: holds the residual that its adapter starts from and not the base; give the "
+        "teacher its own parameters"
+      )
+    return base_of(leaf.w) if isinstance(leaf, Adapted) else leaf
+
+  return jax.tree.map(base_of, weights, is_leaf=is_weight)
+
+
+def divergence(
+  student_BCV: jax.Array, teacher_BCV: jax.Array, weights_BC: jax.Array, temperature: float
+) -> jax.Array:
+  """The mean over the positions that count of T² KL(teacher || student), both softened.
+
+      T² Σ_v p_v (log p_v - log q_v),     p = softmax(teacher / T),  q = softmax(student / T)
+
+  T² keeps the size of the gradient whatever the temperature. In float32, in nats.
+
+  Args:
+    student_BCV, teacher_BCV: logits; the teacher's get no gradient.
+    weights_BC: 1 where a position counts, 0 where it is padding.
+    temperature: T, above 0.
+  """
+  q_BCV = jax.nn.log_softmax(student_BCV.astype(jnp.float32) / temperature)
+  teacher_BCV = jax.lax.stop_gradient(teacher_BCV).astype(jnp.float32)
+  p_BCV = jax.nn.log_softmax(teacher_BCV / temperature)
+  losses_BC = jnp.sum(jnp.exp(p_BCV) * (p_BCV - q_BCV), axis=-1)
+  return temperature**2 * _mean(losses_BC, weights_BC)
+
+
+def distillation_objective(
+  student: Callable[[PyTree, Batch], Reading],
+  teacher: Callable[[PyTree, Batch], Reading],
+  *,
+  temperature: float = 2.0,
+  hard: float = 0.0,
+  hidden: float = 0.0,
+) -> Objective:
+  """The objective of a student that learns from a teacher.
+
+      (1 - hard) divergence + hard cross-entropy + hidden mean |h_student - h_teacher|²
+
+  Args:
+    student, teacher: `(weights, batch) -> logits_BCV`, or `(logits_BCV, hidden_BCD)` of both where
+      hidden states are learnt from; `weights` is all that the step takes.
+    temperature: T, above 0; both distributions are softened by it.
+    hard: the share of the loss that the batch's own targets have, 0 to 1.
+    hidden: the weight of the hidden states' term, 0 for none.
+
+  Returns:
+    The objective, for the batches of `lora_jax.train.step.completion_objective`.
+
+  Raises:
+    ValueError: when a number is out of its range; in the step, when hidden states are asked for and
+      not given.
+  """
+  if not temperature > 0:
+    raise ValueError(f"distillation: the temperature {temperature} must be above 0")
+  if not 0 <= hard <= 1 or hidden < 0:
+    raise ValueError(f"distillation: hard {hard} must be from 0 to 1, hidden {hidden} at least 0")
+
+  def objective(weights: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    logits_BCV, student_BCD = _read(student(weights, batch), hidden)
+    said_BCV, teacher_BCD = _read(jax.lax.stop_gradient(teacher(weights, batch)), hidden)
+    own, tokens = completion_loss(logits_BCV, batch["targets"], batch["weights"])
+    soft = divergence(logits_BCV, said_BCV, batch["weights"], temperature)
+    loss = (1 - hard) * soft + hard * own
+    if hidden:
+      squares_BC = jnp.mean(jnp.square((student_BCD - teacher_BCD).astype(jnp.float32)), axis=-1)
+      loss += hidden * _mean(squares_BC, batch["weights"])
+    return loss, tokens
+
+  return objective
+
+
+def _read(reading: Reading, hidden: float) -> tuple[jax.Array, jax.Array | None]:
+  if isinstance(reading, tuple):
+    return reading
+  if hidden:
+    raise ValueError(
+      f"distillation: hidden is {hidden}, and a model gives its logits alone; let student and "
+      "teacher return (logits, hidden states)"
+    )
+  return reading, None
+
+
+def _mean(values_BC: jax.Array, weights_BC: jax.Array) -> jax.Array:
+  tokens = jnp.sum(weights_BC)
+  return jnp.sum(values_BC * weights_BC) / jnp.where(tokens > 0, tokens, 1)

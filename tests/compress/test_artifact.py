@@ -1,0 +1,56 @@
+"""An exported program, run by an interpreter that never sees this package."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from programs import normal
+
+import lora_jax
+from lora_jax.compress import artifact
+from lora_jax.weights import Factored, Pruned
+from lora_jax.weights.quantized import Format, quantized
+
+RUN = """
+import sys, numpy as np, jax, jax.export, safetensors.numpy
+program = jax.export.deserialize(bytearray(open(sys.argv[1] + "/program.bin", "rb").read()))
+params = safetensors.numpy.load_file(sys.argv[1] + "/params.safetensors")
+logits = program.call(params, np.array([[0, 3, 5]], np.int32))
+np.save(sys.argv[1] + "/logits.npy", np.asarray(logits))
+assert not any(name.startswith("lora_jax") for name in sys.modules)
+"""
+
+
+def apply(variables, tokens):
+  p = variables["params"]
+  hidden = jnp.tanh(p["embed"][tokens] @ p["up"]) @ p["down"]
+  return hidden @ p["embed"].T
+
+
+def test_it_computes_the_logits_without_this_package(tmp_path):
+  params = {
+    "embed": normal(7, 8),
+    "up": Factored(normal(8, 2), normal(2, 6)),
+    "down": Pruned(
+      quantized(normal(6, 8), Format(levels="int8"), (-2,)), jnp.abs(normal(6, 8)) > 0.1
+    ),
+  }
+  adapted = lora_jax.adapt(apply)
+  artifact.save(tmp_path / "model", adapted, params, rows=1, length=3)
+  subprocess.run(
+    [sys.executable, "-I", "-c", RUN, str(tmp_path / "model")], check=True, cwd=tmp_path
+  )
+  found = np.load(tmp_path / "model/logits.npy")
+  expected = adapted({"params": params}, jnp.array([[0, 3, 5]]))
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+  names = set(lora_jax.tree.flatten(params))
+  assert "up/a" in names and len(names) == len(jax.tree.leaves(params))
+
+
+def test_a_folder_that_holds_something_is_left_alone(tmp_path):
+  (tmp_path / "file").touch()
+  with pytest.raises(FileExistsError, match="holds something already"):
+    artifact.save(tmp_path, apply, {"embed": normal(7, 8)}, rows=1, length=3)
