@@ -8,6 +8,7 @@ writes report.json, report.md with the table, and pareto.png: perplexity against
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from matplotlib.figure import Figure
 
 from lora_jax import cost
 from lora_jax.models import llama
-from lora_jax.weights import Pruned, is_weight
+from lora_jax.weights import Adapted, Factored, Pruned, is_weight
 
 PyTree = Any
 
@@ -63,15 +64,20 @@ class Row:
 
 def count_parameters(params: PyTree) -> int:
   """The numbers that a tree is made of: those that a mask leaves, and of codes each one."""
-  total = 0
-  for leaf in jax.tree.leaves(params, is_leaf=is_weight):
-    if isinstance(leaf, Pruned):
-      total += int(leaf.mask.sum())
-    elif is_weight(leaf) and hasattr(leaf, "a") and hasattr(leaf, "b"):
-      total += count_parameters([leaf.a, leaf.b])
-    else:
-      total += int(np.prod(leaf.shape))
-  return total
+  return sum(map(_count, jax.tree.leaves(params, is_leaf=is_weight)))
+
+
+def _count(leaf: Any) -> int:
+  match leaf:
+    case Pruned(w=Adapted() as adapted, mask=mask):
+      return int(mask.sum()) + sum(part.size for part in adapted.parts.values())
+    case Pruned(mask=mask):
+      return int(mask.sum())
+    case Factored(a=a, b=b):
+      return _count(a) + _count(b)
+    case Adapted(w=w):
+      return _count(w) + sum(part.size for part in leaf.parts.values())
+  return math.prod(leaf.shape)
 
 
 def count_bytes(params: PyTree) -> int:

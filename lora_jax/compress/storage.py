@@ -184,9 +184,15 @@ def load(
     if scan_layers:
       params = _stacked(params)
       config = dataclasses.replace(config, scan_layers=True)
+    tokenizer = from_folder(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+      raise ValueError(
+        f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the embedding only "
+        f"{config.vocab_size} rows"
+      )
   except (ValueError, TypeError) as error:
     raise ValueError(f"{folder}: {error}") from None
-  return Pretrained(config=config, params=params, tokenizer=from_folder(folder), source=str(folder))
+  return Pretrained(config=config, params=params, tokenizer=tokenizer, source=str(folder))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -227,13 +233,9 @@ def _read_leaves(path: Path, nodes, shapes: Mapping[str, tuple[int, ...]], dtype
   leaves = {}
   for name, node in nodes.items():
     leaf = _read(path, name, node)
-    shape = (
-      jax.eval_shape(lambda leaf=leaf: leaf.materialize()).shape if is_weight(leaf) else leaf.shape
-    )
-    if tuple(shape) != shapes[name] or tuple(leaf.shape) != shapes[name]:
-      raise ValueError(f"{name}: shape {tuple(shape)}, the configuration says {shapes[name]}")
-    leaves[name] = _cast(leaf, jnp.dtype(dtype))
-    leaves[name] = leaves[name].with_path(name) if is_weight(leaf) else leaves[name]
+    _check_shape(name, leaf, shapes[name])
+    leaf = _cast(leaf, jnp.dtype(dtype))
+    leaves[name] = leaf.with_path(name) if is_weight(leaf) else leaf
   return leaves
 
 
@@ -242,8 +244,7 @@ def _check_shape(name: str, leaf: Any, wanted: tuple[int, ...]) -> None:
   try:
     found = jax.eval_shape(materialize, leaf).shape
   except Exception as error:  # whatever the arithmetic of parts that do not fit each other raises
-    reason = str(error).splitlines()[0][:200]
-    raise ValueError(f"{name}: its parts do not fit each other: {reason}") from None
+    raise ValueError(f"{name}: its parts do not fit each other: {str(error)[:200]}") from None
   if tuple(found) != wanted or tuple(leaf.shape) != wanted:
     raise ValueError(f"{name}: shape {tuple(found)}, the configuration says {wanted}")
 
