@@ -162,10 +162,10 @@ def train(config: ConfigDict, run: workdir.Workdir) -> None:
         progress=bar,
       )
 
-  rows = []
+  rows, changed = [], sweep_config.settings(configs, fields)
   diverged, made = sharding.gather((state.diverged, state.states.step))
   for n, each in enumerate(configs):
-    row = {"member": n, **fields[n], "steps": int(made[n])}
+    row = {"member": n, **changed[n], "updates": int(made[n])}
     if diverged[n]:
       rows.append(row | {"outcome": f"diverged at step {made[n] + 1}"})
       continue

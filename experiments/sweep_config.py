@@ -4,7 +4,9 @@ config.sweep.grid = (("adapter.rank", (2, 8)), ("seed", (0, 1)))     # four memb
 config.sweep.members = ({"optimizer.peak": 1e-3}, {"optimizer.peak": 4e-3, "train.steps": 80})
 """
 
+import functools
 import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,6 +88,15 @@ def member_configs(config: ConfigDict, fields: Sequence[Fields]) -> list[ConfigD
       "members must make as many steps"
     )
   return found
+
+
+def settings(configs: Sequence[ConfigDict], fields: Sequence[Fields]) -> list[Fields]:
+  """What each member has in every field that any of them changes."""
+  names = dict.fromkeys(name for each in fields for name in each)
+  return [
+    {name: functools.reduce(operator.getitem, name.split("."), config) for name in names}
+    for config in configs
+  ]
 
 
 def label(fields: Fields) -> str:

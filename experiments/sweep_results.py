@@ -1,6 +1,5 @@
 """What a sweep leaves: a folder for each member, as of a run of its own; one table; one plot."""
 
-import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -35,13 +34,15 @@ def write_member(
   """Writes what a run has beside its adapter."""
   workdir.write_json(folder.config, config.to_dict())
   workdir.write_json(folder.evaluation, results)
-  workdir.write_text(folder.metrics, "".join(json.dumps(line) + "\n" for line in lines))
+  with metrics.MetricsWriter(folder.metrics, folder.tensorboard, step=0) as writer:
+    for line in lines:
+      writer.write(line["step"], {name: x for name, x in line.items() if name != "step"})
 
 
 def command_of(fields: Fields) -> str:
   """What trains a member alone."""
   own = [f"--config.{name}={value}" for name, value in fields.items()]
-  arguments = [each for each in sys.argv[1:] if not each.startswith("--workdir")]
+  arguments = [each for each in sys.argv[1:] if not each.startswith("--workdir=")]
   alone = ["--config.sweep.grid=()", "--config.sweep.members=()", *own, "--workdir=..."]
   return shlex.join(["python", "-m", "experiments.train", *arguments, *alone])
 

@@ -77,7 +77,7 @@ def test_a_member_leaves_what_a_run_of_its_own_does(finished, config, tmp_path, 
   assert workdir.read_config(mine.path) == json.loads(json.dumps(alone_config.to_dict()))
   alone = run(train, alone_config, tmp_path / "alone")
   theirs = {path.name for path in alone.path.iterdir()}
-  left_out = {"checkpoints", "tensorboard", "lock"}
+  left_out = {"checkpoints", "lock"}
   assert {path.name for path in mine.path.iterdir()} == theirs - left_out
   for each in (mine, alone):
     assert json.loads((each.adapter / "adapter_config.json").read_text())["r"] == (2, 8)[n]
@@ -101,16 +101,19 @@ def test_the_table_has_a_row_for_each_member_and_says_which_diverged(finished):
   rows = table_of(finished)
   assert [row["member"] for row in rows] == [0, 1, 2]
   for fields, row in zip(MEMBERS, rows, strict=True):
-    assert fields.items() <= row.items() | {"train.steps": 4}.items()
-  assert [row["steps"] for row in rows[:DIVERGES]] == [6, 4]
-  step = rows[DIVERGES]["steps"] + 1
+    assert fields.items() <= row.items()
+  assert [(row["seed"], row["train.steps"]) for row in rows] == [(3, 6), (0, 4), (0, 6)]
+  assert [row["updates"] for row in rows[:DIVERGES]] == [6, 4]
+  step = rows[DIVERGES]["updates"] + 1
   assert rows[DIVERGES]["outcome"] == f"diverged at step {step}"
   assert "loss" not in rows[DIVERGES]
   scores = json.loads((finished.path / "members" / "1" / "eval.json").read_text())
   assert rows[1]["loss"] == scores["after"]["loss"]
   page = (finished.path / "results.md").read_text()
   lines = [line for line in page.splitlines() if line.startswith("| ")]
-  assert re.match(r"\| member \| rank \| alpha \| peak \| seed \| steps \| outcome \|", lines[0])
+  assert re.match(
+    r"\| member \| rank \| alpha \| peak \| seed \| steps \| updates \| outcome \|", lines[0]
+  )
   assert len(lines) == 2 + len(MEMBERS)
   best = min(rows[:DIVERGES], key=lambda row: row["loss"])["member"]
   assert f"The lowest loss is that of `members/{best}`" in page
@@ -123,7 +126,7 @@ def test_the_log_has_every_member_as_long_as_it_trains(finished):
   steps = {n: [x["step"] for x in lines if f"loss/{n}" in x] for n in range(len(MEMBERS))}
   assert steps[0] == [1, 2, 3, 4, 5, 6]
   assert steps[1] == [1, 2, 3, 4]
-  assert steps[DIVERGES] == list(range(1, table_of(finished)[DIVERGES]["steps"] + 1))
+  assert steps[DIVERGES] == list(range(1, table_of(finished)[DIVERGES]["updates"] + 1))
 
 
 @pytest.mark.slow
