@@ -31,8 +31,8 @@ def quantize(
   """The tree with `Quantized` Weights at these paths, made one after another.
 
   Args:
-    params: a pytree of arrays. What holds no other reference to it has it freed leaf by leaf only
-      if it lets go of the leaves itself: `quantize_leaf` is for that.
+    params: a pytree of arrays. It stays in memory beside what is made of it; a loop that lets go of
+      each array before it takes the next calls `quantize_leaf`.
     formats: `{path: Format}`, what `lora_jax.match` returned.
     axes: what `trace_axes` found. Kernels of two axes (in, out) do not need it; an embedding does.
 

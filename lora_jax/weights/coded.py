@@ -105,14 +105,11 @@ class Coded(Formed):
     ids = ids.clip(0, self.shape[axis] - 1)
 
     def looked_up(codes):
-      return jnp.moveaxis(
-        jnp.take(codes, ids, axis=row), range(row, row + ids.ndim), range(ids.ndim)
-      )
+      codes = jnp.take(codes, ids, axis=row)
+      return jnp.moveaxis(codes, range(row, row + ids.ndim), range(ids.ndim))
 
-    rest = self._with_rows(
-      looked_up, self._columns_after([n for n in range(self.ndim) if n != axis])
-    )
-    rows = rest.materialize()
+    columns = self._columns_after([n for n in range(self.ndim) if n != axis])
+    rows = self._with_rows(looked_up, columns).materialize()
     if lax.GatherScatterMode.from_any(mode) == lax.GatherScatterMode.FILL_OR_DROP:
       fill = jnp.nan if fill_value is None else fill_value
       rows = jnp.where(jnp.expand_dims(found, range(ids.ndim, rows.ndim)), rows, fill)
@@ -157,9 +154,8 @@ class Coded(Formed):
 
     def sliced(codes):
       starts = [*(start_indices[n] for n in self._row_axes), zero]
-      return lax.dynamic_slice(
-        codes, starts, [*(slice_sizes[n] for n in self._row_axes), codes.shape[-1]]
-      )
+      sizes = [*(slice_sizes[n] for n in self._row_axes), codes.shape[-1]]
+      return lax.dynamic_slice(codes, starts, sizes)
 
     return self._with_rows(sliced, self.columns)
 
