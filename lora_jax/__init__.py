@@ -61,8 +61,10 @@ from lora_jax.compose import to_lora as to_lora
 # isort: split
 # Weights
 from lora_jax.weights import Adapted as Adapted
+from lora_jax.weights import Factored as Factored
 from lora_jax.weights import LowRank as LowRank
 from lora_jax.weights import NotFactored as NotFactored
+from lora_jax.weights import Pruned as Pruned
 from lora_jax.weights import Recentred as Recentred
 from lora_jax.weights import Weight as Weight
 from lora_jax.weights import is_weight as is_weight
