@@ -142,7 +142,8 @@ class Whitened:
     vectors = vectors[:, :rank]
     # The matrix projected on its first singular vectors, on whichever side it is smaller.
     a, b = (vectors, vectors.T @ whitened) if on_the_left else (whitened @ vectors, vectors.T)
-    scale = np.maximum(squares[:rank], squares[0] * 1e-30) ** (0.25 if on_the_left else -0.25)
+    least = max(squares[0] * 1e-30, 1e-100)  # a kernel of zeros has factors of zeros
+    scale = np.maximum(squares[:rank], least) ** (0.25 if on_the_left else -0.25)
     a, b = a * scale, b / scale[:, None]
     a = scipy.linalg.solve_triangular(left, a, lower=True, trans="T")
     if right is not None:

@@ -63,6 +63,12 @@ def test_whitening_loses_what_the_singular_values_say_of_the_outputs_and_less_th
   assert lost < 0.9 * np.linalg.norm(ROWS @ (W - a @ b)) ** 2 / len(ROWS)
 
 
+def test_a_kernel_of_zeros_has_factors_of_zeros():
+  for matrix in (np.zeros((12, 9)), np.zeros((12, 20))):
+    a, b = factorize.Whitened(moments())("w", matrix, 2)
+    np.testing.assert_allclose(a @ b, 0, atol=1e-12)
+
+
 def test_with_gradients_it_loses_least_of_the_second_order_change_of_the_loss():
   gradients = rng.standard_normal((64, 9)) @ np.diag(np.arange(1.0, 10))
   metric = factorize.Whitened(moments(), {"w": gradients.T @ gradients}, damping=1e-9)
