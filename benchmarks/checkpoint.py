@@ -6,13 +6,15 @@ r"""What a checkpoint costs the training step: time that the loop is held, and s
 Turns of --every steps without a checkpoint and with one, as `experiments.train` saves it: the loop
 waits for the step, the arrays are copied, and the rest is written while the next steps run. A turn
 with a checkpoint ends when that is on disk, so nothing of its cost is left out. The two take turns,
-in an order that is reversed every other round, and the ratio is taken within a round.
+in an order that is reversed every other round, and the ratio is taken within a round: of the time
+by the clock, and of the time that all threads of the process spent on processors, which says the
+same of a CPU and is not disturbed by what else runs there.
 """
 
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,9 +50,11 @@ flags.register_validator(
 
 
 class Measured(NamedTuple):
-  """Of each round: seconds of the turns, of the call that saves, and until it is on disk."""
+  """Of each round: seconds of the turns by the clock and on processors, of the call that saves, and
+  until it is on disk."""
 
   turns: dict[str, list[float]]
+  processors: dict[str, list[float]]
   held: list[float]
   written: list[float]
   bytes: int
@@ -75,7 +79,7 @@ def main(argv: Sequence[str]) -> None:
     *describe_circumstances("benchmarks.checkpoint", ["jax", "orbax-checkpoint"]),
     f"- {_ROUNDS.value} rounds. Medians over the rounds, with quartiles for the ratio.",
     "",
-    format_table(measured.turns, _EVERY.value),
+    format_table(measured, _EVERY.value),
     "",
     f"- The loop is held for {1e3 * statistics.median(measured.held):,.0f} ms; the checkpoint is "
     f"on disk after {1e3 * statistics.median(measured.written):,.0f} ms.",
@@ -109,7 +113,7 @@ def measure(
   state: State, run: Callable[[State], State], folder: Path, every: int, rounds: int
 ) -> Measured:
   """The turns, the first of each compiled and unmeasured."""
-  turns = {WITHOUT: [], WITH: []}
+  turns, processors = {WITHOUT: [], WITH: []}, {WITHOUT: [], WITH: []}
   held, written = [], []
   with Checkpoints(folder, keep=1, fingerprint="") as checkpoints:
 
@@ -130,9 +134,10 @@ def measure(
     held.clear()
     for i in tqdm(range(rounds), desc="rounds"):
       for label in turns if i % 2 == 0 else reversed(turns):
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         state = turn(state, saved=label == WITH)
         turns[label].append(time.perf_counter() - started)
+        processors[label].append(time.process_time() - used)
     for _ in tqdm(range(rounds), desc="alone"):
       state = jax.block_until_ready(run(state))
       started = time.perf_counter()
@@ -141,19 +146,23 @@ def measure(
       written.append(time.perf_counter() - started)
     latest = checkpoints.latest()
     size = sum(path.stat().st_size for path in latest.rglob("*") if path.is_file())
-  return Measured(turns, held, written, size)
+  return Measured(turns, processors, held, written, size)
 
 
-def format_table(turns: Mapping[str, Sequence[float]], every: int) -> str:
+def format_table(measured: Measured, every: int) -> str:
   """The table in markdown."""
-  lines = ["| turn | ms a step | / without |", "| --- | ---: | ---: |"]
-  for label, own in turns.items():
-    ratios = [x / y for x, y in zip(own, turns[WITHOUT], strict=True)]
-    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    lines.append(
-      f"| {label} | {1e3 * statistics.median(own) / every:,.1f} "
-      f"| {median:.3f} ({low:.3f}–{high:.3f}) |"
-    )
+  lines = [
+    "| turn | ms a step | / without | processors, ms a step | / without |",
+    "| --- " + "| ---: " * 4 + "|",
+  ]
+  for label in measured.turns:
+    cells = [label]
+    for seconds in (measured.turns, measured.processors):
+      ratios = [x / y for x, y in zip(seconds[label], seconds[WITHOUT], strict=True)]
+      low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+      cells.append(f"{1e3 * statistics.median(seconds[label]) / every:,.1f}")
+      cells.append(f"{median:.3f} ({low:.3f}–{high:.3f})")
+    lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines)
 
 

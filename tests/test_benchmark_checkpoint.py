@@ -22,7 +22,8 @@ def test_steps_with_a_checkpoint_stand_beside_those_without_and_its_size_beside_
   assert output.read_text() == f"# Results\n\n{done.stdout}"
   assert "`python -m benchmarks.checkpoint --model=tiny --scan_layers" in done.stdout
   assert "| no checkpoint | " in done.stdout and "| 1.000 (1.000–1.000) |" in done.stdout
-  assert re.search(r"\| a checkpoint \| [\d,.]+ \| \d+\.\d{3} \(", done.stdout)
+  cell = r"[\d,.]+ \| \d+\.\d{3} \([\d.–]+\)"
+  assert re.search(rf"\| a checkpoint \| {cell} \| {cell} \|\n", done.stdout)
   sizes = re.search(r"It has ([\d.]+) MB; what trains.* ([\d.]+) MB; ", done.stdout)
   written, trains = map(float, sizes.groups())
   assert 0.9 * trains < written < trains + 0.1
