@@ -12,6 +12,7 @@ Source: Frantar et al. 2022, GPTQ, arXiv 2210.17323, section 3 and algorithm 1.
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,7 +67,8 @@ def quantize(
 
   Raises:
     ValueError: as `compress.quantize` does; when a path has no moments, only their diagonal, or
-      fewer rows than inputs; and when damping is not above zero. Nothing is quantised then.
+      fewer rows than inputs; when an axis of outputs stands before one of stacks; and when damping
+      is not above zero. Nothing is quantised then.
   """
   if damping <= 0:
     raise ValueError(f"GPTQ: damping {damping} is not above 0, and H may have no inverse")
@@ -74,6 +76,8 @@ def quantize(
   columns = {path: columns_of(path, leaves[path], axes) for path in formats}
   for path in formats:
     check_finite(path, leaves[path])
+    if axes is not None and "s" in axes[path].roles.replace("i", "").lstrip("s"):
+      raise ValueError(f"{path}: its axes are {axes[path].roles}; put stacks before outputs")
     _check_moments(path, leaves[path], columns[path], moments)
 
   def leaf_of(path, leaf):
@@ -89,7 +93,7 @@ def quantize(
 def _check_moments(path, leaf, columns, moments):
   if path not in moments:
     raise ValueError(f"{path}: there are no moments of its inputs; ask second_moments for it too")
-  inputs = int(np.prod([leaf.shape[n] for n in columns]))
+  inputs = math.prod(leaf.shape[n] for n in columns)
   total, rows = moments[path]
   if total.shape[-2:] != (inputs, inputs) or total.ndim != rows.ndim + 2:
     raise ValueError(
@@ -106,8 +110,7 @@ def _calibrated(w, format: Format, columns, moments: jax.Array, damping: float) 
   """The quantised kernel; each matrix of a stack by its own moments."""
   numbers = rows_of(w, columns).astype(jnp.float32)
   stack = moments.shape[:-2]
-  matrices = numbers.reshape(-1, *numbers.shape[len(stack) : -1], numbers.shape[-1])
-  matrices = matrices.reshape(len(matrices), -1, numbers.shape[-1])
+  matrices = numbers.reshape(math.prod(stack), -1, numbers.shape[-1])
   found = []
   for matrix, h in zip(matrices, moments.reshape(-1, *moments.shape[-2:]), strict=True):
     order, factor = _order_and_factor(np.asarray(h, np.float64), damping)
