@@ -58,6 +58,11 @@ class Row:
   step: str
   measures: Measures
 
+  def __str__(self) -> str:
+    m = self.measures
+    size = f"{m.parameters / 1e6:,.1f} M parameters, {m.memory / 1e6:,.1f} MB"
+    return f"{self.step}: {size}, perplexity {m.perplexity:,.2f}"
+
 
 # ---- measuring
 

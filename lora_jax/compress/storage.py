@@ -16,7 +16,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def save(
   config: llama.LlamaConfig,
   tokenizer: Tokenizer,
   *,
-  steps: list[str] = (),
+  steps: Sequence[str] = (),
 ) -> None:
   """Writes a model's folder, new or empty, which appears whole or not at all.
 

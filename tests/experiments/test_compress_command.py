@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import pathlib
 
 import jax
 import numpy as np
@@ -13,6 +12,7 @@ from main_programs import imported
 import lora_jax
 from configs import compress as compress_config
 from configs import heal
+from experiments import compression
 from lora_jax.compress import storage
 from lora_jax.io import pretrained
 from lora_jax.models import llama
@@ -34,23 +34,21 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, tokenizer, program):
-  """The workdir of a tiny model that every step has gone over."""
+def tiny(tmp_path_factory, tokenizer):
+  """A folder with a tiny model and a text, and the section `data` of a task."""
   folder = tmp_path_factory.mktemp("compress")
-  config = tiny_config(folder, tokenizer, f"steps={STEPS},smoke")
-  with workdir.open_workdir(folder / "run", config.to_dict()) as run:
-    program.compress(config, run.path)
-  return folder, config
-
-
-def tiny_config(folder: pathlib.Path, tokenizer, text: str):
-  tiny = tiny_experiment.write(folder, tokenizer)
-  spec = importlib.util.spec_from_file_location("tiny_config", tiny)
+  path = tiny_experiment.write(folder, tokenizer)
+  spec = importlib.util.spec_from_file_location("tiny_config", path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   words = np.random.default_rng(0).choice(["fine", "dull", "film", "joy", "plot", "old"], 4000)
   rows = [{"text": " ".join(words[n : n + 20])} for n in range(0, 4000, 20)]
   (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return folder, module.get_config().data
+
+
+def tiny_config(tiny, text: str):
+  folder, data = tiny
   config = compress_config.get_config(text)
   config.model.source = str(folder / "model")
   source = config.text
@@ -58,9 +56,19 @@ def tiny_config(folder: pathlib.Path, tokenizer, text: str):
   source.length, source.calibration, source.held_out = 32, 8, 4
   config.channels.mlp_width, config.value_heads.value_dim = 48, 6
   config.factorize.targets = ("mlp",)
-  config.task.data, config.task.examples = module.get_config().data, 8
+  config.task.data, config.task.examples = data, 8
   config.report.prompt = 8
   return config
+
+
+@pytest.fixture(scope="module")
+def run(tiny, program):
+  """The workdir of a tiny model that every step has gone over."""
+  folder, _ = tiny
+  config = tiny_config(tiny, f"steps={STEPS},smoke")
+  with workdir.open_workdir(folder / "run", config.to_dict()) as run:
+    program.compress(config, run.path)
+  return folder, config
 
 
 def test_every_step_is_done_recorded_and_stored(run):
@@ -92,6 +100,7 @@ def test_the_stored_model_computes_what_was_measured(run, program):
   assert program.perplexity(apply, small.params, held_out) == pytest.approx(last["perplexity"])
 
 
+@pytest.mark.slow
 def test_it_is_healed_and_the_healed_one_is_measured(run, program):
   folder, config = run
   healing = heal.get_config(f"compressed={folder / 'run'},rank=2,smoke")
@@ -118,9 +127,9 @@ def test_it_is_healed_and_the_healed_one_is_measured(run, program):
     ("melt", "'melt' is unknown; choose from channels"),
   ],
 )
-def test_steps_that_make_no_sense_are_refused_with_the_reason(program, steps, words):
+def test_steps_that_make_no_sense_are_refused_with_the_reason(steps, words):
   with pytest.raises(ValueError, match=words):
-    program.check_steps(compress_config.get_config(f"steps={steps}").steps)
+    compression.check_steps(compress_config.get_config(f"steps={steps}").steps)
 
 
 @pytest.mark.parametrize(
@@ -134,10 +143,16 @@ def test_steps_that_make_no_sense_are_refused_with_the_reason(program, steps, wo
   ],
 )
 def test_settings_that_cannot_be_met_are_refused_before_the_work(
-  tmp_path, tokenizer, program, field, value, words
+  tmp_path, tiny, program, field, value, words
 ):
-  config = tiny_config(tmp_path, tokenizer, "steps=channels+factorize,smoke")
+  config = tiny_config(tiny, "steps=channels+factorize,smoke")
   config.update_from_flattened_dict({field: value})
   with pytest.raises(ValueError, match=words):
-    program.compress(config, tmp_path)
-  assert not (tmp_path / "model.safetensors").exists() and not (tmp_path / "report.json").exists()
+    program.compress(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_budget_is_of_numbers_of_operations_or_of_measured_time():
+  assert compression.UNITS["parameters"](8, 4, rows=3).at(2) == 24
+  assert compression.UNITS["flops"](8, 4, rows=3).dense == 2 * 3 * 32
+  assert compression.UNITS["milliseconds"](8, 4, rows=3).dense > 0
