@@ -12,7 +12,22 @@ from programs import PROGRAMS, normal
 from tolerances import assert_close
 
 import lora_jax
-from lora_jax import LowRank, MaterializationError, adapt, materialize, tree
+from lora_jax import (
+  AdaLoRA,
+  DoRA,
+  Full,
+  LoHa,
+  LoKr,
+  LoRA,
+  LowRank,
+  MaterializationError,
+  PiSSA,
+  TokenRows,
+  VeRA,
+  adapt,
+  materialize,
+  tree,
+)
 from lora_jax.weights.quantized import FP8, INT4, INT8, NF4, Format, Quantized, quantized
 
 W = normal(128, 48)
@@ -279,3 +294,36 @@ def test_strict_mode_refuses_what_has_no_codes(f, words):
 def test_a_format_that_is_none_is_refused(settings, words):
   with pytest.raises(ValueError, match=words):
     Format(**settings)
+
+
+KINDS = {
+  "LoRA": LoRA(rank=2, alpha=4.0),
+  "DoRA": DoRA(rank=2, alpha=4.0),
+  "LoHa": LoHa(rank=2, alpha=4.0),
+  "LoKr": LoKr(rank=2, alpha=4.0),
+  "VeRA": VeRA(rank=4),
+  "AdaLoRA": AdaLoRA(rank=2, alpha=4.0),
+  "PiSSA": PiSSA(rank=2, alpha=2.0),
+  "TokenRows": TokenRows(ids=(1, 3)),
+  "Full": Full(),
+}
+
+
+@pytest.mark.parametrize("spec", KINDS.values(), ids=KINDS)
+def test_every_adapter_has_a_quantised_base(spec):
+  params = {"w": made(normal(16, 12), format=Format(levels="nf4", block=8))}
+  adapters = lora_jax.init(jax.random.key(0), params, {"w": spec})
+  trained = jax.tree.map(
+    lambda x: (
+      x + 0.1 * jnp.sin(jnp.arange(x.size)).reshape(x.shape)
+      if jnp.issubdtype(x.dtype, jnp.floating)
+      else x
+    ),
+    adapters,
+  )
+  dense = lora_jax.attach(materialize(params), trained)
+  weights = lora_jax.attach(params, trained)
+  f = adapt(lambda p, x: x @ p["w"])
+  assert_close(jax.jit(f)(weights, normal(3, 16)), f(dense, normal(3, 16)))
+  selected, _ = lora_jax.partition(weights, lora_jax.trainable_mask(weights))
+  assert not any(x.dtype == jnp.uint8 for x in jax.tree.leaves(selected))
