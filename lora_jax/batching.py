@@ -14,8 +14,8 @@
 
 A LoRA adapter's structure holds its scale, and its arrays the rank; here the scale becomes part of
 b and the rank is filled up with zeros, both of which are exact. What only training needs, dropout
-and which factor is frozen, is left out. (To train several adapters at once, of any ranks and scales:
-`lora_jax.train.members`, whose `stack` keeps both.)
+and which factor is frozen, is left out. (To train several adapters at once, of any ranks and
+scales: `lora_jax.train.members`, whose `stack` keeps both.)
 """
 
 import dataclasses
