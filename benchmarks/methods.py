@@ -161,11 +161,11 @@ def measure(config: ConfigDict, task: Task) -> dict[str, Any]:
   dataset = batches.train_batches(
     task.examples, config.train.batch_size, seed=config.seed, **_shapes(config, task)
   )
-  adapters = methods.start(
+  base, adapters = methods.start(
     config.adapter, jax.random.key(config.seed), task.params, specs, task.axes, task.model.apply,
     dataset,
   )  # fmt: skip
-  weights = lora_jax.attach(task.params, adapters)
+  weights = lora_jax.attach(base, adapters)
   trainable, frozen = lora_jax.partition(weights, lora_jax.trainable_mask(weights))
   state = step.init_state(trainable, tx)
   train_step = methods.make_train_step(config, lora_jax.adapt(task.model.apply), tx, adapters)
@@ -191,7 +191,7 @@ def measure(config: ConfigDict, task: Task) -> dict[str, Any]:
     + memory.output_size_in_bytes
     - memory.alias_size_in_bytes
     + memory.temp_size_in_bytes,
-    "adapter_bytes": _bytes_on_disk(lora_jax.detach(weights, adapters), task),
+    "adapter_bytes": _bytes_on_disk(lora_jax.detach(weights, adapters), base, task.axes),
     "seconds": time.perf_counter() - started,
   }
   jax.clear_caches()
@@ -208,11 +208,13 @@ def _evaluate(config: ConfigDict, task: Task, weights: PyTree) -> dict[str, floa
   return evaluation.evaluate(eval_step, weights, data)
 
 
-def _bytes_on_disk(adapters: Mapping[str, lora_jax.Adapted], task: Task) -> int:
+def _bytes_on_disk(
+  adapters: Mapping[str, lora_jax.Adapted], base: PyTree, axes: Mapping[str, lora_jax.Axes]
+) -> int:
   """The size of the adapter's file of tensors in PEFT's layout."""
   with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "adapter"
-    exchange.save(path, adapters, task.params, task.axes, base_model="")
+    exchange.save(path, adapters, base, axes, base_model="")
     return sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 

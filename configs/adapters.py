@@ -3,7 +3,7 @@
     config.adapter.update(adapters.METHODS["dora"].settings)      # then --config.adapter.rank=4
 
 A method's own settings are those of its spec in `lora_jax.adapters`, whose file says what they
-mean, and, for AdaLoRA and EVA, those of how it trains or starts.
+mean, and, for AdaLoRA, EVA and LoftQ, those of how it trains or starts.
 """
 
 from typing import Any, NamedTuple
@@ -71,6 +71,14 @@ METHODS = {
       "iterations": 8,  # of a randomised decomposition; None: exact
     },
     peak=2.5e-4,
+  ),
+  "loftq": Method(
+    _LORA
+    | {
+      "method": "loftq",
+      "format": "nf4",  # of the base that it makes: nf4, int4, int8 or fp8
+      "iterations": 5,  # times that each kernel is quantised
+    }
   ),
   "vera": Method(
     {

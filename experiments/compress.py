@@ -74,7 +74,12 @@ def compress(config: ConfigDict, folder: pathlib.Path):
   calibration_NT, held_out_NT, rest_NT = read_windows(config.text, pretrained.tokenizer)
   model = Model(pretrained.config, pretrained.params)
   if config.adapter:
-    run, _ = parts.open_run(config.adapter)
+    run, trained = parts.open_run(config.adapter)
+    if trained.adapter.method == "loftq":
+      raise ValueError(
+        f"{run.path}: LoftQ's adapter belongs to the quantised base that it made; export the run "
+        "with --to=merged, and compress that"
+      )
     adapters = exchange.load(run.adapter, model.params, model.axes)
     model = model._replace(params=lora_jax.merge(model.params, adapters))
   for step in config.steps:  # whatever a step's targets and settings lack is found before the work

@@ -17,7 +17,7 @@ from absl import app, flags, logging
 from tqdm import tqdm
 
 import lora_jax
-from experiments import parts
+from experiments import methods, parts
 from lora_jax import exchange
 from lora_jax.data import batches
 from lora_jax.data.examples import choice_ids
@@ -50,7 +50,7 @@ def main(argv):
   records = parts.load_records(config.data)
   split = parts.pick(records, _SPLIT.value, "--split")
 
-  pretrained = parts.load_model(config.model)
+  pretrained = methods.load_base(config)
   model = llama.Llama(pretrained.config)
   axes = parts.trace_axes(model, pretrained.params)
   adapters = exchange.load(run.adapter, pretrained.params, axes)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from absl import app, flags, logging
 
 import lora_jax
-from experiments import parts
+from experiments import methods, parts
 from lora_jax import exchange
 from lora_jax.io import export
 from lora_jax.models import llama
@@ -46,7 +46,12 @@ def main(argv):
   if output.exists() and (not output.is_dir() or any(output.iterdir()) or _TO.value == "gguf"):
     raise FileExistsError(f"{output}: holds something already; name what is not there yet")
   run, config = parts.open_run(_WORKDIR.value)
-  pretrained = parts.load_model(config.model)
+  if config.adapter.method == "loftq" and _TO.value != "merged":
+    raise ValueError(
+      f"{run.path}: LoftQ's adapter belongs to the quantised base that it made, which is no model "
+      "that another program has; use --to=merged"
+    )
+  pretrained = methods.load_base(config)
   params = pretrained.params
   axes = parts.trace_axes(llama.Llama(pretrained.config), params)
   adapters = exchange.load(run.adapter, params, axes)

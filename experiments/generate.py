@@ -16,7 +16,7 @@ import jax
 from absl import app, flags, logging
 
 import lora_jax
-from experiments import parts
+from experiments import methods, parts
 from lora_jax import exchange
 from lora_jax.compress import storage
 from lora_jax.io import pretrained as pretrained_lib
@@ -53,7 +53,7 @@ def main(argv):
     model = llama.Llama(pretrained.config)
   else:
     run, config = parts.open_run(_WORKDIR.value)
-    pretrained = parts.load_model(config.model)
+    pretrained = methods.load_base(config)
     model = llama.Llama(pretrained.config)
     axes = parts.trace_axes(model, pretrained.params)
     adapters = exchange.load(run.adapter, pretrained.params, axes)

@@ -15,8 +15,12 @@ import optax
 from ml_collections import ConfigDict
 
 import lora_jax
+from experiments import parts
 from lora_jax import calibration, sharding
 from lora_jax.adapters import Method, eva
+from lora_jax.compress import FORMATS, loftq
+from lora_jax.io import pretrained
+from lora_jax.models import llama
 from lora_jax.train import adalora, optimizer, step
 from lora_jax.train.chunked_loss import chunked_completion_objective
 
@@ -28,12 +32,18 @@ class EVA(lora_jax.LoRA):
   """LoRA that starts in the directions of its inputs; see `lora_jax.adapters.eva`."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoftQ(lora_jax.LoRA):
+  """LoRA that starts from what quantisation lost; see `lora_jax.compress.loftq`."""
+
+
 SPECS: dict[str, type[Method]] = {
   "lora": lora_jax.LoRA,
   "dora": lora_jax.DoRA,
   "pissa": lora_jax.PiSSA,
   "olora": lora_jax.OLoRA,
   "eva": EVA,
+  "loftq": LoftQ,
   "vera": lora_jax.VeRA,
   "loha": lora_jax.LoHa,
   "lokr": lora_jax.LoKr,
@@ -45,6 +55,7 @@ SPECS: dict[str, type[Method]] = {
 # The settings that are no fields of the spec, but of how all adapters of a run start or train.
 _OF_THE_RUN = {
   "eva": ("rho", "batches", "iterations"),
+  "loftq": ("format", "iterations"),
   "adalora": (
     "target_rank", "first_steps", "last_steps", "every", "beta1", "beta2", "orthogonality",
   ),
@@ -116,8 +127,8 @@ def start(
   axes: Mapping[str, lora_jax.Axes],
   apply: Callable,
   dataset: Sequence[step.Batch],
-) -> dict[str, lora_jax.Adapted]:
-  """The adapters at their start.
+) -> tuple[PyTree, dict[str, lora_jax.Adapted]]:
+  """The base and the adapters at their start; the base is `params`, unless the method is LoftQ.
 
   Args:
     adapter: the config's section.
@@ -126,8 +137,12 @@ def start(
     dataset: the training batches by step, for a method that starts from the first of them.
   """
   from_inputs = {path: spec for path, spec in specs.items() if isinstance(spec, EVA)}
-  others = {path: spec for path, spec in specs.items() if path not in from_inputs}
+  quantised = {path: spec for path, spec in specs.items() if isinstance(spec, LoftQ)}
+  others = {path: x for path, x in specs.items() if path not in from_inputs | quantised}
   adapters = lora_jax.init(key, params, others, axes)
+  if quantised:
+    params, own = _start_loftq(adapter, params, quantised, axes)
+    adapters |= own
   if from_inputs:
     moments = calibration.second_moments(
       lambda params, batch: apply(
@@ -140,7 +155,32 @@ def start(
     adapters |= eva.start(
       params, from_inputs, moments, rho=adapter.rho, iterations=adapter.iterations, axes=axes
     )
-  return adapters
+  return params, adapters
+
+
+def load_base(config: ConfigDict) -> pretrained.Pretrained:
+  """The base that the adapter of a run belongs to: the model's, or what LoftQ made of it."""
+  found = parts.load_model(config.model)
+  if config.adapter.method != "loftq":
+    return found
+  axes = parts.trace_axes(llama.Llama(found.config), found.params)
+  specs = lora_jax.match(found.params, rules_of(config.adapter), axes)
+  quantised = {path: spec for path, spec in specs.items() if isinstance(spec, LoftQ)}
+  base, _ = _start_loftq(config.adapter, found.params, quantised, axes)
+  return dataclasses.replace(found, params=base)
+
+
+def base_name(config: ConfigDict) -> str:
+  """The model that the adapter of a run belongs to, or "" where LoftQ made one of its own."""
+  return "" if config.adapter.method == "loftq" else config.model.source
+
+
+def _start_loftq(adapter: ConfigDict, params: PyTree, specs: Mapping[str, LoftQ], axes):
+  if adapter.format not in FORMATS:
+    known = ", ".join(FORMATS)
+    raise ValueError(f"adapter.format {adapter.format!r} is unknown; use one of {known}")
+  formats = dict.fromkeys(specs, FORMATS[adapter.format])
+  return loftq.start(params, specs, formats, axes, iterations=adapter.iterations)
 
 
 def _real_tokens(batch: step.Batch) -> jax.Array:

@@ -98,6 +98,11 @@ def read(config: ConfigDict) -> Case:
       "a plan is of one run; give --config.sweep.grid='()' --config.sweep.members='()'. A sweep of "
       "n members needs the base once, and all else n times"
     )
+  if config.adapter.method == "loftq":
+    raise ValueError(
+      "a plan is of a base as it is stored in model.dtype, and LoftQ makes another; plan LoRA, and "
+      "take the difference of the base's bytes"
+    )
   rules = methods.rules_of(config.adapter)
   records = parts.pick(parts.load_records(config.data), "train", "data.train")
   base = parts.inspect_model(config.model)

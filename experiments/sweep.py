@@ -94,7 +94,7 @@ def train(config: ConfigDict, run: workdir.Workdir) -> None:
       methods.start(
         each.adapter, jax.random.key(each.seed), pretrained.params, spec, axes, model.apply,
         train_batches(each.seed),
-      )
+      )[1]
       for each, spec in zip(configs, specs, strict=True)
     ]  # fmt: skip
   exchange.check(starts[0], pretrained.params, axes)  # that the run can end with adapters

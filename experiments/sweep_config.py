@@ -82,6 +82,11 @@ def member_configs(config: ConfigDict, fields: Sequence[Fields]) -> list[ConfigD
     except (KeyError, TypeError) as error:
       raise ValueError(f"sweep: member {n}, {each}: {error}") from None
     found.append(member)
+  if config.adapter.method == "loftq":
+    raise ValueError(
+      "sweep: LoftQ makes a base of its own for every rank; train these one by one, or LoRA on "
+      "--config.model.quantize=nf4"
+    )
   if config.adapter.method == "adalora" and len({each.train.steps for each in found}) > 1:
     raise ValueError(
       "sweep: AdaLoRA's budget of ranks follows train.steps, which is part of the program; its "

@@ -108,12 +108,12 @@ def train(config, run):
     validation_data = eval_batches(encode(validation_records)).map(put_rows)
 
   with progress.stage("start the adapters", disable=quiet):
-    adapters = methods.start(
+    base, adapters = methods.start(
       config.adapter, jax.random.key(config.seed), pretrained.params, specs, axes, model.apply,
       train_batches(),
     )  # fmt: skip
-  exchange.check(adapters, pretrained.params, axes)  # that the run can end with an adapter/
-  weights = lora_jax.attach(pretrained.params, adapters)
+  exchange.check(adapters, base, axes)  # that the run can end with an adapter/
+  weights = lora_jax.attach(base, adapters)
   layout = parts.lay_out(weights, mesh)
   if mesh.size > 1:
     print(layout)
@@ -186,9 +186,9 @@ def train(config, run):
 
   weights = lora_jax.join(state.trainable, frozen)
   with progress.stage("save the adapter", disable=quiet), workdir.writing(run.adapter):
-    trained, base = parts.gather(lora_jax.detach(weights, adapters), pretrained.params)
+    trained, saved = parts.gather(lora_jax.detach(weights, adapters), base)
     if processes.is_first():
-      exchange.save(run.adapter, trained, base, axes, base_model=config.model.source)
+      exchange.save(run.adapter, trained, saved, axes, base_model=methods.base_name(config))
   results["after"] = evaluation.evaluate(eval_step, weights, watched(eval_data, "evaluate"))
   with progress.stage("answer", disable=quiet):
     samples.add(results["samples"], "after", answer(weights))

@@ -13,7 +13,7 @@ import lora_jax
 from configs import adapters as presets
 from configs import quickstart
 from experiments import methods, parts
-from lora_jax import AdaLoRA, DoRA, Full, LoRA, TokenRows
+from lora_jax import AdaLoRA, DoRA, Full, LoRA, TokenRows, compress, tree
 from lora_jax.models import llama
 from lora_jax.train import step
 
@@ -144,11 +144,11 @@ def run_of(name, tiny):
   config.adapter.update({key: 4 for key in ("rank", "target_rank") if key in config.adapter})
   tx, _ = methods.make_optimizer(config)
   specs = lora_jax.match(params, methods.rules_of(config.adapter), axes)
-  adapters = methods.start(
+  base, adapters = methods.start(
     config.adapter, jax.random.key(0), params, specs, axes, model.apply,
     [batch_of(n) for n in range(8)],
   )  # fmt: skip
-  weights = lora_jax.attach(params, adapters)
+  weights = lora_jax.attach(base, adapters)
   trainable, frozen = lora_jax.partition(weights, lora_jax.trainable_mask(weights))
   apply = lora_jax.adapt(model.apply, strict=True)
   train_step = methods.make_train_step(config, apply, tx, adapters)
@@ -171,7 +171,8 @@ EVERYDAY = ("lora", "eva", "adalora", "norm")
 def test_every_method_starts_as_the_base_and_learns(name, tiny):
   _, params, _ = tiny
   state, frozen, train_step, adapters = run_of(name, tiny)
-  assert_close(lora_jax.merge(params, adapters), params)
+  if name != "loftq":  # whose base is another
+    assert_close(lora_jax.merge(params, adapters), params)
   losses = []
   for _ in range(4):
     state, metrics = train_step(state, frozen, batch_of(0))
@@ -186,6 +187,25 @@ def test_eva_starts_from_the_inputs_of_real_tokens_alone(tiny):
   np.testing.assert_array_equal(
     methods._real_tokens(batch), np.array([[True] * 6 + [False] * 2] * 3 + [[False] * 8])
   )
+
+
+def test_loftq_makes_a_base_whose_adapters_make_up_for_a_part_of_what_it_lost(tiny):
+  _, params, axes = tiny
+  state, frozen, _, adapters = run_of("loftq", tiny)
+  started = tree.flatten(lora_jax.materialize(lora_jax.join(state.trainable, frozen)))
+  formats = lora_jax.match(params, [("all-linear", compress.NF4)], axes)
+  rounded = tree.flatten(lora_jax.materialize(compress.quantize(params, formats, axes)))
+  dense = tree.flatten(params)
+  assert adapters.keys() == formats.keys()
+  for path in formats:
+    lost, lost_by_rounding = (jnp.linalg.norm(x[path] - dense[path]) for x in (started, rounded))
+    assert lost < 0.95 * lost_by_rounding
+
+
+def test_a_format_that_is_none_is_refused(tiny, monkeypatch):
+  monkeypatch.setitem(presets.METHODS["loftq"].settings, "format", "nf5")
+  with pytest.raises(ValueError, match=r"adapter\.format 'nf5' is unknown; use one of nf4, int4"):
+    run_of("loftq", tiny)
 
 
 def test_a_model_without_biases_says_so(tiny):

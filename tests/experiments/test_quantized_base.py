@@ -1,7 +1,10 @@
 """QLoRA by the main programs: a base that is quantised as it is loaded, on a tiny Llama."""
 
 import json
+import pathlib
 import runpy
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -52,6 +55,30 @@ def test_an_adapter_is_trained_and_saved_beside_a_quantised_base(config, workdir
   merged = lora_jax.merge(base.params, adapters)
   assert not any(map(is_weight, jax.tree.leaves(merged, is_leaf=is_weight)))
   np.testing.assert_allclose(adapted, jax.jit(apply)({"params": merged}, tokens), atol=1e-4)
+
+
+def test_a_run_of_loftq_is_evaluated_on_the_base_that_it_made(tmp_path, smollm2):
+  path = tiny_experiment.write(tmp_path, smollm2.tokenizer)
+  config = runpy.run_path(str(path))["get_config"]("method=loftq")
+  with workdir_lib.open_workdir(tmp_path / "run", config.to_dict()) as run:
+    train.train(config, run)
+  recorded = json.loads((tmp_path / "run" / "eval.json").read_text())
+  assert recorded["after"]["loss"] < recorded["before"]["loss"]
+
+  def call(program, *arguments):
+    return subprocess.run(
+      [sys.executable, "-m", f"experiments.{program}", f"--workdir={tmp_path / 'run'}", *arguments],
+      cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+
+  done = call("evaluate", "--nobase", "--examples=16")
+  assert done.returncode == 0, done.stderr
+  found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+  assert found["adapter"]["loss"] == pytest.approx(recorded["after"]["loss"], rel=1e-4)
+
+  done = call("export", "--to=peft", f"--output={tmp_path / 'adapter'}")
+  assert "LoftQ's adapter belongs to the quantised base" in done.stderr
+  assert not (tmp_path / "adapter").exists()
 
 
 @pytest.mark.parametrize(

@@ -231,6 +231,7 @@ def test_a_bad_sweep_is_refused_with_its_reason_before_anything_is_computed(
   ("method", "fields", "words"),
   [
     ("pissa", {"seed": 1}, "a base of its own"),
+    ("loftq", {"seed": 1}, "LoftQ makes a base of its own"),
     ("dora", {"adapter.rank": 2}, "only LoRA can be masked"),
     ("vera", {"adapter.alpha": 2.0}, "vera has no setting alpha"),
     ("adalora", {"train.steps": 4}, "AdaLoRA's budget of ranks follows train.steps"),
