@@ -20,6 +20,7 @@ import pathlib
 import shlex
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -129,7 +130,8 @@ def about() -> str:
   """Where and by which command it was measured."""
   device = jax.devices()[0].device_kind
   return (
-    f"`python -m experiments.compress {shlex.join(sys.argv[1:])}`, {device}, JAX {jax.__version__}"
+    f"`python -m experiments.compress {shlex.join(sys.argv[1:])}`, {device}, "
+    f"JAX {metadata.version('jax')}"
   )
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.models.llama import LinearRope, Llama3Rope, LlamaConfig
+from lora_jax.models.llama import LlamaConfig
+from lora_jax.models.rope import LinearRope, Llama3Rope
 
 _SIZES_HF = {
   "vocab_size": "vocab_size",

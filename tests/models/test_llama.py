@@ -11,7 +11,7 @@ import pytest
 from transformers import LlamaConfig as PeerConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from lora_jax.models import llama
+from lora_jax.models import llama, rope
 
 TINY = llama.LlamaConfig(
   vocab_size=61,
@@ -312,9 +312,9 @@ def test_arithmetic_and_parameters_have_the_dtypes_of_the_config():
   ("scaling", "fields"),
   [
     (None, {"rope_type": "default"}),
-    (llama.LinearRope(factor=4.0), {"rope_type": "linear", "factor": 4.0}),
+    (rope.LinearRope(factor=4.0), {"rope_type": "linear", "factor": 4.0}),
     (
-      llama.Llama3Rope(factor=32.0),
+      rope.Llama3Rope(factor=32.0),
       {
         "rope_type": "llama3",
         "factor": 32.0,
