@@ -1,5 +1,6 @@
 """The main programs as a user runs them, on a tiny Llama and a small file of records."""
 
+import functools
 import json
 import os
 import pathlib
@@ -283,8 +284,10 @@ def test_a_run_that_is_told_to_stop_before_its_first_step_ends_without_an_error(
     *(sys.executable, "-m", "experiments.train", f"--config={config_file}"),
     f"--workdir={tmp_path / 'run'}",
   ]
+  # Ctrl-C says nothing to what a shell started in the background, as these tests may have been.
+  heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
   with subprocess.Popen(
-    command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heed
   ) as process:
     next(line for line in process.stdout if line.startswith("data: "))
     process.send_signal(number)
