@@ -16,13 +16,14 @@ from ml_collections import ConfigDict
 
 import lora_jax
 from experiments import parts
-from lora_jax import calibration, sharding
+from lora_jax import calibration, sharding, tree
 from lora_jax.adapters import Method, eva
 from lora_jax.compress import FORMATS, loftq
 from lora_jax.io import pretrained
 from lora_jax.models import llama
 from lora_jax.train import adalora, optimizer, step
 from lora_jax.train.chunked_loss import chunked_completion_objective
+from lora_jax.weights import is_weight
 
 PyTree = Any
 
@@ -70,13 +71,17 @@ def rules_of(adapter: ConfigDict) -> list[tuple[str, Method | None]]:
   `also_train` matches trains in full, whatever the targets say of it.
 
   Raises:
-    ValueError: for an unknown method, and a setting that a method does not have or lacks.
+    ValueError: for an unknown method, a setting that a method does not have or lacks, and an
+      unknown format of LoftQ's.
   """
   own = {name: x for name, x in adapter.items() if name not in ("targets", "also_train")}
   of_the_run = _OF_THE_RUN.get(own["method"], ())
   missing = [name for name in of_the_run if name not in own]
   if missing:
     raise ValueError(f"adapter: {own['method']} lacks the settings {', '.join(missing)}")
+  if own["method"] == "loftq" and own["format"] not in FORMATS:
+    known = ", ".join(FORMATS)
+    raise ValueError(f"adapter.format {own['format']!r} is unknown; use one of {known}")
   settings = {name: x for name, x in own.items() if name not in of_the_run}
   rules: list[tuple[str, Method | None]] = []
   for pattern in adapter.also_train:
@@ -176,9 +181,13 @@ def base_name(config: ConfigDict) -> str:
 
 
 def _start_loftq(adapter: ConfigDict, params: PyTree, specs: Mapping[str, LoftQ], axes):
-  if adapter.format not in FORMATS:
-    known = ", ".join(FORMATS)
-    raise ValueError(f"adapter.format {adapter.format!r} is unknown; use one of {known}")
+  leaves = tree.flatten(params, is_leaf=is_weight)
+  compressed = [path for path in specs if is_weight(leaves[path])]
+  if compressed:
+    raise ValueError(
+      f"{compressed[0]}: is quantised or compressed already, and LoftQ starts from dense kernels; "
+      "use --config.model.quantize=none, or the method lora"
+    )
   formats = dict.fromkeys(specs, FORMATS[adapter.format])
   return loftq.start(params, specs, formats, axes, iterations=adapter.iterations)
 

@@ -208,6 +208,13 @@ def test_a_format_that_is_none_is_refused(tiny, monkeypatch):
     run_of("loftq", tiny)
 
 
+def test_loftq_of_a_base_that_is_quantised_already_is_refused(tiny):
+  model, params, axes = tiny
+  formats = lora_jax.match(params, [("all-linear", compress.NF4)], axes)
+  with pytest.raises(ValueError, match="attn/key/kernel: is quantised or compressed already"):
+    run_of("loftq", (model, compress.quantize(params, formats, axes), axes))
+
+
 def test_a_model_without_biases_says_so(tiny):
   with pytest.raises(ValueError, match="the preset 'bias' matches no leaf"):
     run_of("bias", tiny)
