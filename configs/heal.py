@@ -4,6 +4,7 @@ python -m experiments.train --config=configs/heal.py:compressed=runs/small --wor
 
 :compressed=runs/small   the workdir of experiments.compress
 :rank=16                 of the adapter
+:distill                 learn from the model before its compression as well
 :scan                    stack the layers, where they are compressed alike
 :smoke                   a few steps
 """
@@ -16,7 +17,9 @@ from configs import arguments, quickstart
 
 
 def get_config(text: str = "") -> ml_collections.ConfigDict:
-  args = arguments.parse(text, compressed="runs/small", rank=16, scan=False, smoke=False)
+  args = arguments.parse(
+    text, compressed="runs/small", rank=16, distill=False, scan=False, smoke=False
+  )
   config = quickstart.get_config(f"rank={args['rank']}")
   folder = pathlib.Path(args["compressed"])
   config.model.source = str(folder / "model")
@@ -33,6 +36,8 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   config.optimizer.peak = 1e-3
   config.evaluation.examples, config.evaluation.batch_size = 16, 8
   config.evaluation.samples = 0
+  if args["distill"]:
+    config.distill.teacher = quickstart.SMOLLM2
   if args["smoke"]:
     config.train.steps, config.train.checkpoint_every = 2, 2
     config.optimizer.warmup_steps = 1

@@ -90,6 +90,12 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   optimizer.weight_decay = 0.0
   optimizer.clip_norm = 1.0  # global norm of the gradient
 
+  config.distill = distill = ml_collections.ConfigDict()  # learning from another model's answers
+  distill.teacher = "none"  # base: this one without its adapter; or a model's address
+  distill.temperature = 2.0  # by which both models' distributions are softened
+  distill.hard = 0.5  # the share of the loss that the text's own tokens have
+  distill.hidden = 0.0  # the weight of the distance between the two models' last hidden states
+
   config.evaluation = evaluation = ml_collections.ConfigDict()
   evaluation.split = "test"
   evaluation.examples = 400  # at most; 0 for all

@@ -15,7 +15,7 @@ import optax
 from ml_collections import ConfigDict
 
 import lora_jax
-from experiments import parts
+from experiments import parts, teachers
 from lora_jax import calibration, sharding, tree
 from lora_jax.adapters import Method, eva
 from lora_jax.compress import FORMATS, loftq
@@ -238,10 +238,14 @@ def optimizer_at(config: ConfigDict, learning_rate: optax.Schedule) -> optax.Gra
   return tx
 
 
-def make_objective(config: ConfigDict, apply: Callable) -> step.Objective:
+def make_objective(
+  config: ConfigDict, apply: Callable, teacher: teachers.Teacher | None = None
+) -> step.Objective:
   """What a config's training minimises; `apply` as `completion_objective` takes it."""
   objective = step.completion_objective(apply)
-  if config.train.loss_chunk:
+  if teacher:
+    objective = teachers.make_objective(config.distill, apply, teacher)
+  elif config.train.loss_chunk:
     objective = chunked_completion_objective(apply, config.train.loss_chunk)
   if config.adapter.method == "adalora":
     objective = adalora.with_orthogonality(objective, config.adapter.orthogonality)
@@ -254,11 +258,15 @@ def make_train_step(
   tx: optax.GradientTransformation,
   adapters: Mapping[str, lora_jax.Adapted],
   shardings: step.State | None = None,
+  teacher: teachers.Teacher | None = None,
 ) -> Callable:
   """The training step of a whole config; `apply` as `completion_objective` takes it."""
-  objective = make_objective(config, apply)
+  objective = make_objective(config, apply, teacher)
   drops = any(adapter.drops for adapter in adapters.values())
   dropout_key = jax.random.key(config.seed) if drops else None
-  return step.make_train_step(
+  train_step = step.make_train_step(
     objective, tx, parts=config.train.accumulate, dropout_key=dropout_key, shardings=shardings
   )
+  if teacher is None or teacher.params is None:
+    return train_step
+  return lambda state, frozen, batch: train_step(state, frozen, batch, teacher.params)

@@ -29,7 +29,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from ml_collections import ConfigDict, config_flags
 
 import lora_jax
-from experiments import methods, parts, sweep_config
+from experiments import methods, parts, sweep_config, teachers
 from lora_jax import sharding
 from lora_jax.data import batches, packing
 from lora_jax.models import llama
@@ -102,6 +102,11 @@ def read(config: ConfigDict) -> Case:
     raise ValueError(
       "a plan is of a base as it is stored in model.dtype, and LoftQ makes another; plan LoRA, and "
       "take the difference of the base's bytes"
+    )
+  if teachers.is_taught(config):
+    raise ValueError(
+      "a plan is of one model; give --config.distill.teacher=none, and add the teacher's bytes and "
+      "the FLOPs of its forward pass"
     )
   rules = methods.rules_of(config.adapter)
   records = parts.pick(parts.load_records(config.data), "train", "data.train")

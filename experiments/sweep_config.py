@@ -73,6 +73,11 @@ def member_configs(config: ConfigDict, fields: Sequence[Fields]) -> list[ConfigD
       f"train.evaluate_every {config.train.evaluate_every}: a sweep validates at its end alone; "
       "set it to 0"
     )
+  if config.distill.teacher != "none":
+    raise ValueError(
+      f"distill.teacher {config.distill.teacher}: the members of a sweep learn from their texts "
+      "alone; set it to none"
+    )
   found = []
   for n, each in enumerate(fields):
     member = config.copy_and_resolve_references()

@@ -29,7 +29,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 import lora_jax
-from experiments import methods, parts, processes, samples, sweep, sweep_config
+from experiments import methods, parts, processes, samples, sweep, sweep_config, teachers
 from lora_jax import exchange, sharding
 from lora_jax.data import batches, packing
 from lora_jax.data.examples import choice_ids
@@ -62,6 +62,7 @@ def train(config, run):
   mesh = sharding.make_mesh(**config.mesh)
   own_rows = parts.process_rows(config, mesh)
   rules = methods.rules_of(config.adapter)
+  teachers.check(config)
   tx, learning_rate = methods.make_optimizer(config)
   quiet = not processes.is_first()
   with progress.stage("read the data", disable=quiet):
@@ -123,7 +124,8 @@ def train(config, run):
   state_shardings = layout.follow(state)
   state = jax.device_put(state, state_shardings)
   apply = lora_jax.adapt(model.apply)
-  train_step = methods.make_train_step(config, apply, tx, adapters, state_shardings)
+  teacher = teachers.load(config, pretrained, apply, mesh)
+  train_step = methods.make_train_step(config, apply, tx, adapters, state_shardings, teacher)
   eval_step = evaluation.make_eval_step(apply, choices)
   watched = functools.partial(progress.watched, compiled=set(), disable=quiet)
   chosen = samples.choose(held_out, config.evaluation.samples)

@@ -83,9 +83,14 @@ class Tokenizer:
     self.chat_template = chat_template
 
   @property
+  def vocabulary(self) -> dict[str, int]:
+    """The id of every token, by the token as the model's files spell it."""
+    return self._backend.get_vocab(with_added_tokens=True)
+
+  @property
   def vocab_size(self) -> int:
     """The largest token id plus one."""
-    return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+    return max(self.vocabulary.values()) + 1
 
   def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
     """Returns the ids of `text`; special tokens written out in it count as one token each.

@@ -171,8 +171,8 @@ def orthogonality(weights: PyTree) -> jax.Array:
 def with_orthogonality(objective: Objective, weight: float) -> Objective:
   """The objective with `weight` times `orthogonality` added to its loss."""
 
-  def penalised(weights: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    loss, tokens = objective(weights, batch)
+  def penalised(weights: PyTree, batch: Batch, *beside: PyTree) -> tuple[jax.Array, jax.Array]:
+    loss, tokens = objective(weights, batch, *beside)
     return loss + weight * orthogonality(weights), tokens
 
   return penalised

@@ -1,14 +1,14 @@
 """Distillation: a student learns from what a teacher says of every next token, not from one answer.
 
     def student(weights, batch): return apply({"params": weights}, batch["tokens"], ...)
-    def teacher(weights, batch): return apply({"params": without_adapters(weights)}, ...)
+    def teacher(weights, batch): return large({"params": weights}, batch["tokens"], ...)
 
     objective = distillation_objective(student, teacher, temperature=2.0, hard=0.1)
     train_step = make_train_step(objective, tx)
+    state, metrics = train_step(state, frozen, batch, teacher_params)
 
-The teacher may be the same base without the adapter, as above: one copy of the base serves both. A
-teacher of its own lies beside the student in what the step takes, {"student": ..., "teacher": ...},
-all of the teacher in the frozen part.
+The teacher may be the same base without the adapter, so that one copy of the base serves both: it
+is then `apply` on `without_adapters(weights)`, and the step takes nothing beside the batch.
 
 Source: Hinton, Vinyals and Dean 2015, arXiv 1503.02531, section 2; the term of hidden states is
 that of Jiao et al. 2019, TinyBERT, arXiv 1909.10351, equation 8, for states of one width.
@@ -82,14 +82,17 @@ def distillation_objective(
       (1 - hard) divergence + hard cross-entropy + hidden mean |h_student - h_teacher|²
 
   Args:
-    student, teacher: `(weights, batch) -> logits_BCV`, or `(logits_BCV, hidden_BCD)` of both where
-      hidden states are learnt from; `weights` is all that the step takes.
+    student: `(weights, batch) -> logits_BCV`, or `(logits_BCV, hidden_BCD)` where hidden states are
+      learnt from.
+    teacher: likewise; of the weights that the objective is given beside the batch, or where it is
+      given none, of the student's.
     temperature: T, above 0; both distributions are softened by it.
     hard: the share of the loss that the batch's own targets have, 0 to 1.
     hidden: the weight of the hidden states' term, 0 for none.
 
   Returns:
-    The objective, for the batches of `lora_jax.train.step.completion_objective`.
+    `objective(weights, batch, teacher_weights=None)`, for the batches of
+    `lora_jax.train.step.completion_objective`.
 
   Raises:
     ValueError: when a number is out of its range; in the step, when hidden states are asked for and
@@ -100,9 +103,12 @@ def distillation_objective(
   if not 0 <= hard <= 1 or hidden < 0:
     raise ValueError(f"distillation: hard {hard} must be from 0 to 1, hidden {hidden} at least 0")
 
-  def objective(weights: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array]:
+  def objective(
+    weights: PyTree, batch: Batch, teacher_weights: PyTree | None = None
+  ) -> tuple[jax.Array, jax.Array]:
     logits_BCV, student_BCD = _read(student(weights, batch), hidden)
-    said_BCV, teacher_BCD = _read(jax.lax.stop_gradient(teacher(weights, batch)), hidden)
+    taught_by = weights if teacher_weights is None else teacher_weights
+    said_BCV, teacher_BCD = _read(jax.lax.stop_gradient(teacher(taught_by, batch)), hidden)
     own, tokens = completion_loss(logits_BCV, batch["targets"], batch["weights"])
     soft = divergence(logits_BCV, said_BCV, batch["weights"], temperature)
     loss = (1 - hard) * soft + hard * own

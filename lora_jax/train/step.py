@@ -26,7 +26,7 @@ from lora_jax.tree import join
 
 PyTree = Any
 Batch = dict[str, Any]
-Objective = Callable[[PyTree, Batch], tuple[jax.Array, jax.Array]]
+Objective = Callable[..., tuple[jax.Array, jax.Array]]  # (weights, batch, *beside)
 
 
 class State(NamedTuple):
@@ -108,10 +108,11 @@ def make_train_step(
   dropout_key: jax.Array | None = None,
   shardings: State | None = None,
 ) -> Callable:
-  """Makes the jitted step `(state, frozen, batch) -> (state, metrics)`.
+  """Makes the jitted step `(state, frozen, batch, *beside) -> (state, metrics)`.
 
   The state is donated: its buffers are gone after the call. A step whose loss or gradient is not
-  finite returns the state it was given, counter included, and says so in its metrics.
+  finite returns the state it was given, counter included, and says so in its metrics. What is given
+  beside the batch, as a teacher's weights, goes to the objective as it is.
 
   Args:
     objective, tx, parts, dropout_key: as in `make_update`.
@@ -137,7 +138,8 @@ def make_update(
   """Makes the step itself, for whatever compiles it; see `make_train_step`.
 
   Args:
-    objective: `(weights, batch) -> (mean loss, tokens)`, as `completion_objective` makes it.
+    objective: `(weights, batch, *beside) -> (mean loss, tokens)`, as `completion_objective` makes
+      it for nothing beside the batch.
     tx: the optimiser.
     parts: into how many parts a batch's rows are cut, whose gradients are summed before the update;
       see `lora_jax.train.accumulation`.
@@ -147,14 +149,16 @@ def make_update(
       out; None where the step sees the whole batch, as under `jit`.
   """
 
-  def step(state: State, frozen: PyTree, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+  def step(
+    state: State, frozen: PyTree, batch: Batch, *beside: PyTree
+  ) -> tuple[State, dict[str, jax.Array]]:
     def loss_of(trainable: PyTree, batch: Batch, part: jax.Array) -> tuple[jax.Array, jax.Array]:
       weights = join(trainable, frozen)
       if dropout_key is not None:
         key = jax.random.fold_in(dropout_key, state.step)
         key = key if axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
         weights = with_dropout(weights, jax.random.fold_in(key, part))
-      return objective(weights, batch)
+      return objective(weights, batch, *beside)
 
     (loss, tokens), grads = accumulated(loss_of, parts)(state.trainable, batch)
     if axis_name is not None:
