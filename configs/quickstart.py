@@ -80,6 +80,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   train.checkpoint_every = 50  # steps
   train.keep = 2  # checkpoints
   train.evaluate_every = 0  # steps between validations; 0 for none
+  train.quantize_merge = "none"  # nf4, …: train the merge as it will be once it is quantised
 
   config.optimizer = optimizer = ml_collections.ConfigDict()
   optimizer.peak = method.peak  # learning rate; of LoRA about ten times that of full fine-tuning

@@ -66,7 +66,7 @@ def main(argv):
   )
 
   candidates = {"base": pretrained.params} if _BASE.value else {}
-  candidates["adapter"] = lora_jax.attach(pretrained.params, adapters)
+  candidates["adapter"] = methods.finish(config, pretrained.params, adapters, axes)
   results = {"split": _SPLIT.value}
   if _BEAMS.value:
     results |= {"length_penalty": _LENGTH_PENALTY.value, "max_tokens": _MAX_TOKENS.value}

@@ -57,7 +57,7 @@ def main(argv):
     model = llama.Llama(pretrained.config)
     axes = parts.trace_axes(model, pretrained.params)
     adapters = exchange.load(run.adapter, pretrained.params, axes)
-    weights = lora_jax.attach(pretrained.params, adapters)
+    weights = methods.finish(config, pretrained.params, adapters, axes)
 
   tokenizer = pretrained.tokenizer
   prompts, lengths = decode.pad_prompts(

@@ -18,12 +18,12 @@ import lora_jax
 from experiments import parts, teachers
 from lora_jax import calibration, sharding, tree
 from lora_jax.adapters import Method, eva
-from lora_jax.compress import FORMATS, loftq
+from lora_jax.compress import FORMATS, loftq, quantize, straight_through
 from lora_jax.io import pretrained
 from lora_jax.models import llama
 from lora_jax.train import adalora, optimizer, step
 from lora_jax.train.chunked_loss import chunked_completion_objective
-from lora_jax.weights import is_weight
+from lora_jax.weights import Format, is_weight
 
 PyTree = Any
 
@@ -236,6 +236,57 @@ def optimizer_at(config: ConfigDict, learning_rate: optax.Schedule) -> optax.Gra
       beta2=adapter.beta2,
     )
   return tx
+
+
+def merge_format(config: ConfigDict) -> Format | None:
+  """What a run's merge will be quantised to, if it is trained for that.
+
+  Raises:
+    ValueError: for an unknown format, and for a run that has no dense merge or is a sweep.
+  """
+  name = config.train.quantize_merge
+  if name == "none":
+    return None
+  if name not in FORMATS:
+    known = ", ".join(["none", *FORMATS])
+    raise ValueError(f"train.quantize_merge {name!r} is unknown; use {known}")
+  if config.model.quantize != "none" or config.adapter.method == "loftq":
+    raise ValueError(
+      f"train.quantize_merge {name}: the base is quantised already, and a merge with it is dense; "
+      "use --config.model.quantize=none and a method other than loftq"
+    )
+  return FORMATS[name]
+
+
+def merge_formats(config: ConfigDict, params: PyTree, axes) -> dict[str, Format]:
+  """`{path: format}` of the leaves that are quantised once the run is merged."""
+  format = merge_format(config)
+  rules = [(pattern, format) for pattern in config.model.quantize_targets] if format else []
+  return lora_jax.match(params, rules, axes) if rules else {}
+
+
+def make_apply(config: ConfigDict, model: llama.Llama, params: PyTree, axes) -> Callable:
+  """The adapted `model.apply` that a run trains: on the merge as it will be, if it is quantised."""
+  apply = lora_jax.adapt(model.apply)
+  formats = merge_formats(config, params, axes)
+  if not formats:
+    return apply
+
+  def apply_rounded(variables, *args, **options):
+    weights = straight_through(variables["params"], formats, axes)
+    return apply({"params": weights}, *args, **options)
+
+  return apply_rounded
+
+
+def finish(
+  config: ConfigDict, params: PyTree, adapters: Mapping[str, lora_jax.Adapted], axes
+) -> PyTree:
+  """What a run made: its base with its adapters, or their merge where that is to be quantised."""
+  formats = merge_formats(config, params, axes)
+  if not formats:
+    return lora_jax.attach(params, adapters)
+  return quantize(lora_jax.merge(params, adapters), formats, axes)
 
 
 def make_objective(

@@ -155,7 +155,7 @@ def whole_run(config: ConfigDict, case: Case, mesh: Mesh | AbstractMesh) -> plan
   trainable, frozen = _split(_placed(case.weights, layout.shardings))
   state = jax.eval_shape(lambda trainable: step.init_state(trainable, tx), trainable)
   places = layout.follow(state)
-  apply = lora_jax.adapt(llama.Llama(model).apply)
+  apply = methods.make_apply(config, llama.Llama(model), case.params, case.axes)
   train_step = methods.make_train_step(
     config, apply, tx, case.adapters, places if isinstance(mesh, Mesh) else None
   )
@@ -186,9 +186,8 @@ def share_of_a_device(config: ConfigDict, case: Case, mesh: Mesh | AbstractMesh)
   )
   trainable, frozen = _split(weights)
   state = jax.eval_shape(lambda trainable: step.init_state(trainable, tx), trainable)
-  train_step = methods.make_train_step(
-    config, lora_jax.adapt(llama.Llama(model).apply), tx, case.adapters
-  )
+  apply = methods.make_apply(config, llama.Llama(model), case.params, case.axes)
+  train_step = methods.make_train_step(config, apply, tx, case.adapters)
   shares = mesh.shape["data"] * mesh.shape["fsdp"]
   rows, accumulate = config.train.batch_size, config.train.accumulate
   if rows % (shares * accumulate):

@@ -78,6 +78,11 @@ def member_configs(config: ConfigDict, fields: Sequence[Fields]) -> list[ConfigD
       f"distill.teacher {config.distill.teacher}: the members of a sweep learn from their texts "
       "alone; set it to none"
     )
+  if config.train.quantize_merge != "none":
+    raise ValueError(
+      f"train.quantize_merge {config.train.quantize_merge}: the members of a sweep share a base "
+      "that no member's merge may round; train these one by one"
+    )
   found = []
   for n, each in enumerate(fields):
     member = config.copy_and_resolve_references()

@@ -68,13 +68,12 @@ def check(config: ConfigDict) -> None:
   make_objective(config.distill, lambda *_: None, Teacher(lambda *_: None, None))
 
 
-def load(config: ConfigDict, student: Pretrained, apply: Callable, mesh: Mesh) -> Teacher | None:
+def load(config: ConfigDict, student: Pretrained, mesh: Mesh) -> Teacher | None:
   """The teacher of a config, its weights laid out on the mesh as the student's are.
 
   Args:
     config: of the run.
     student: the base, as it was loaded.
-    apply: its adapted `model.apply`.
     mesh: of the run.
 
   Raises:
@@ -84,7 +83,7 @@ def load(config: ConfigDict, student: Pretrained, apply: Callable, mesh: Mesh) -
   if not is_taught(config):
     return None
   if config.distill.teacher == "base":
-    return Teacher(apply, None)
+    return Teacher(lora_jax.adapt(llama.Llama(student.config).apply), None)
   section = config.model.copy_and_resolve_references()
   section.source, section.quantize, section.remat = config.distill.teacher, "none", "none"
   section.scan_layers = not storage.is_compressed(section.source)  # whose layers may differ

@@ -63,6 +63,7 @@ def train(config, run):
   own_rows = parts.process_rows(config, mesh)
   rules = methods.rules_of(config.adapter)
   teachers.check(config)
+  methods.merge_format(config)
   tx, learning_rate = methods.make_optimizer(config)
   quiet = not processes.is_first()
   with progress.stage("read the data", disable=quiet):
@@ -123,8 +124,8 @@ def train(config, run):
   state = step.init_state(trainable, tx)
   state_shardings = layout.follow(state)
   state = jax.device_put(state, state_shardings)
-  apply = lora_jax.adapt(model.apply)
-  teacher = teachers.load(config, pretrained, apply, mesh)
+  apply = methods.make_apply(config, model, pretrained.params, axes)
+  teacher = teachers.load(config, pretrained, mesh)
   train_step = methods.make_train_step(config, apply, tx, adapters, state_shardings, teacher)
   eval_step = evaluation.make_eval_step(apply, choices)
   watched = functools.partial(progress.watched, compiled=set(), disable=quiet)

@@ -94,3 +94,52 @@ def test_a_base_that_cannot_be_quantised_so_is_refused(config, settings, words):
   model.update(settings)
   with pytest.raises(ValueError, match=words):
     parts.load_model(model)
+
+
+def test_a_run_that_was_trained_for_its_quantised_merge_loses_nothing_by_it(tmp_path, smollm2):
+  """What the run's end measures, rounding as it goes, is what the quantised merge then has."""
+  train_section = {"quantize_merge": "nf4", "steps": 12}
+  path = tiny_experiment.write(tmp_path, smollm2.tokenizer, train=train_section)
+  config = runpy.run_path(str(path))["get_config"]()
+  with workdir_lib.open_workdir(tmp_path / "run", config.to_dict()) as run:
+    train.train(config, run)
+  recorded = json.loads(run.evaluation.read_text())
+  assert recorded["after"]["loss"] < recorded["before"]["loss"]
+
+  base = parts.load_model(config.model)
+  model = train.llama.Llama(base.config)
+  axes = parts.trace_axes(model, base.params)
+  adapters = exchange.load(run.adapter, base.params, axes)
+  weights = train.methods.finish(config, base.params, adapters, axes)
+  leaves = tree.flatten(weights, is_leaf=is_weight)
+  assert [path for path, x in leaves.items() if isinstance(x, Quantized)] == list(adapters)
+  records = parts.pick(parts.load_records(config.data), "test", "")
+  examples = parts.encode(config.data, records, base.tokenizer)[:16]
+  data = train.batches.eval_batches(
+    examples, 8, buckets=config.data.buckets, pad_id=base.tokenizer.pad_id
+  )
+  plain = lora_jax.adapt(model.apply)
+  found = train.evaluation.evaluate(train.evaluation.make_eval_step(plain, ()), weights, data)
+  assert found["loss"] == pytest.approx(recorded["after"]["loss"], rel=1e-5)
+  unrounded = lora_jax.attach(base.params, adapters)
+  other = train.evaluation.evaluate(train.evaluation.make_eval_step(plain, ()), unrounded, data)
+  assert abs(other["loss"] - found["loss"]) > 1e-4 * found["loss"]
+
+
+@pytest.mark.parametrize(
+  ("text", "fields", "words"),
+  [
+    ("", {"train.quantize_merge": "int3"}, "'int3' is unknown; use none, nf4"),
+    ("", {"train.quantize_merge": "nf4", "model.quantize": "nf4"}, "quantised already"),
+    ("method=loftq", {"train.quantize_merge": "nf4"}, "quantised already"),
+  ],
+)
+def test_a_merge_that_cannot_be_quantised_is_refused_before_the_model_is_loaded(
+  tmp_path, smollm2, text, fields, words
+):
+  path = tiny_experiment.write(tmp_path, smollm2.tokenizer)
+  config = runpy.run_path(str(path))["get_config"](text)
+  config.update_from_flattened_dict(fields)
+  config.model.source = "nowhere"
+  with pytest.raises(ValueError, match=words):
+    train.train(config, run=None)

@@ -93,7 +93,7 @@ def test_a_teacher_is_an_argument_of_the_step_and_no_constant_in_it(make_config,
   mesh = train.sharding.make_mesh(**config.mesh)
   student = parts.load_model(config.model, mesh)
   apply = train.lora_jax.adapt(llama.Llama(student.config).apply)
-  teacher = teachers.load(config, student, apply, mesh)
+  teacher = teachers.load(config, student, mesh)
   objective = teachers.make_objective(config.distill, apply, teacher)
   at = np.zeros((2, 1), np.int32)
   batch = {"tokens": np.zeros((2, 8), np.int32), "at": at, "targets": at, "weights": at + 1.0}
@@ -144,4 +144,4 @@ def test_a_teacher_that_speaks_of_something_else_is_refused(
   params = llama.Llama(odd).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
   export.save(tmp_path / "odd", params, odd, smollm2.tokenizer)
   with pytest.raises(ValueError, match=words):
-    teachers.load(config, student, None, train.sharding.make_mesh(**config.mesh))
+    teachers.load(config, student, train.sharding.make_mesh(**config.mesh))
