@@ -48,15 +48,18 @@ def train(config: ConfigDict, run: workdir.Workdir) -> None:
   mesh = sharding.make_mesh(**config.mesh)
   own_rows = parts.process_rows(config, mesh)
   check_shapes_of_batches(config)
+  quiet = not processes.is_first()
   rules = [methods.rules_of(each.adapter) for each in configs]
   rates = [methods.make_optimizer(each)[1] for each in configs]
-  records = parts.load_records(config.data)
+  with progress.stage("read the data", disable=quiet):
+    records = parts.load_records(config.data)
   train_records = parts.pick(records, "train", "data.train")
   held_out_records = parts.pick(records, config.evaluation.split, "evaluation.split")
   pretrained = parts.load_model(config.model, mesh)
   encode = functools.partial(parts.encode, config.data, tokenizer=pretrained.tokenizer)
-  train_examples = encode(train_records)
-  held_out = encode(held_out_records)[: config.evaluation.examples or None]
+  with progress.stage("tokenise", disable=quiet):
+    train_examples = encode(train_records)
+    held_out = encode(held_out_records)[: config.evaluation.examples or None]
   choices = choice_ids(pretrained.tokenizer, config.data.choices)
   print(f"data: {len(train_examples):,} to train on, {len(held_out):,} held out")
 
@@ -88,7 +91,6 @@ def train(config: ConfigDict, run: workdir.Workdir) -> None:
     held_out, batch_size=config.evaluation.batch_size, **shapes, **own_rows
   ).map(functools.partial(sharding.put_rows, mesh=mesh))
 
-  quiet = not processes.is_first()
   with progress.stage("start the adapters", disable=quiet):
     starts = [
       methods.start(
@@ -135,7 +137,8 @@ def train(config: ConfigDict, run: workdir.Workdir) -> None:
         "before": evaluation.evaluate(eval_step, start_weights, watched(eval_data, "evaluate")),
         "samples": samples.describe(chosen, pretrained.tokenizer),
       }
-      samples.add(common["samples"], "before", answer(start_weights))
+      with progress.stage("answer", disable=quiet):
+        samples.add(common["samples"], "before", answer(start_weights))
       if processes.is_first():
         workdir.write_json(run.evaluation, common)
     del start_weights
@@ -174,19 +177,21 @@ def train(config: ConfigDict, run: workdir.Workdir) -> None:
     results["after"] = evaluation.evaluate(
       eval_step, weights, watched(eval_data, f"evaluate member {n}")
     )
-    samples.add(results["samples"], "after", answer(weights))
+    with progress.stage(f"answer as member {n}", disable=quiet):
+      samples.add(results["samples"], "after", answer(weights))
     rows.append(row | {"outcome": "finished", **results["after"]})
-    trained, base = parts.gather(members.unstack(state, frozen, n, like[n]), pretrained.params)
-    if processes.is_first():
-      folder = workdir.Workdir(run.path / "members" / str(n))
-      with workdir.writing(folder.path):
-        folder.path.mkdir(parents=True, exist_ok=True)
-        exchange.save(folder.adapter, trained, base, axes, base_model=config.model.source)
-      lines = sweep_results.lines_of(metrics.read_metrics(run.metrics), n, of=len(configs))
-      sweep_results.write_member(folder, each, results, lines)
-      report.write_report(
-        folder, targets=str(targets[n]), command=sweep_results.command_of(fields[n])
-      )
+    with progress.stage(f"save member {n}", disable=quiet):
+      trained, base = parts.gather(members.unstack(state, frozen, n, like[n]), pretrained.params)
+      if processes.is_first():
+        folder = workdir.Workdir(run.path / "members" / str(n))
+        with workdir.writing(folder.path):
+          folder.path.mkdir(parents=True, exist_ok=True)
+          exchange.save(folder.adapter, trained, base, axes, base_model=config.model.source)
+        lines = sweep_results.lines_of(metrics.read_metrics(run.metrics), n, of=len(configs))
+        sweep_results.write_member(folder, each, results, lines)
+        report.write_report(
+          folder, targets=str(targets[n]), command=sweep_results.command_of(fields[n])
+        )
   if processes.is_first():
     sweep_results.write_results(run, fields, common, rows)
   print(f"after, on {config.evaluation.split}:\n{sweep_results.format_rows(rows, tables.rendered)}")

@@ -1,5 +1,7 @@
 """A config's sweep, on a tiny Llama: what every member is, against a run of its own."""
 
+import contextlib
+import io
 import json
 import os
 import pathlib
@@ -55,11 +57,18 @@ def run(program, config, folder):
 
 
 @pytest.fixture(scope="module")
-def finished(config_file, tmp_path_factory):
-  """The workdir of a sweep that has come to its end."""
+def done(config_file, tmp_path_factory):
+  """The workdir of a sweep that has come to its end, and what it told of on the way."""
   config = runpy.run_path(str(config_file))["get_config"]()
   config.sweep.members = MEMBERS
-  return run(sweep, config, tmp_path_factory.mktemp("sweep"))
+  with contextlib.redirect_stderr(io.StringIO()) as told:
+    finished = run(sweep, config, tmp_path_factory.mktemp("sweep"))
+  return finished, told.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(done):
+  return done[0]
 
 
 def tensors_of(run):
@@ -119,6 +128,15 @@ def test_the_table_has_a_row_for_each_member_and_says_which_diverged(finished):
   assert f"The lowest loss is that of `members/{best}`" in page
   assert finished.plot.read_bytes().startswith(b"\x89PNG")
   assert {path.name for path in (finished.path / "members").iterdir()} == {"0", "1"}
+
+
+def test_all_that_takes_long_is_told_of_member_by_member(done):
+  _, told = done
+  stages = ["read the data", "tokenise", "start the adapters", "answer"]
+  stages += [f"{stage} member {n}" for stage in ("answer as", "save") for n in range(DIVERGES)]
+  bars = ["load: ", "evaluate: ", "train: ", *(f"evaluate member {n}: " for n in range(DIVERGES))]
+  for words in [f"{stage} ... " for stage in stages] + bars:
+    assert words in told, words
 
 
 def test_the_log_has_every_member_as_long_as_it_trains(finished):
