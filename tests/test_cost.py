@@ -163,6 +163,16 @@ def test_results_that_are_written_over_arguments_take_no_memory():
   assert peak(lambda x: x + 1, A) == ROW
 
 
+def test_a_moment_that_is_written_over_while_parameters_are_made_of_it_is_copied():
+  def momentum(w, m):
+    return w - m, 0.9 * m
+
+  compiled = jax.jit(momentum, donate_argnums=(0, 1)).lower(A, A).compile()
+  reported = compiled.memory_analysis().temp_size_in_bytes
+  assert peak(momentum, A, A, results_in_place=True) == ROW == reported
+  assert peak(lambda w, g: w - g, A, A, results_in_place=True) == 0
+
+
 def test_what_the_backward_pass_needs_is_held_from_the_forward_pass():
   def loss(x, w, layers):
     for _ in range(layers):

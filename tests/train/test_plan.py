@@ -11,6 +11,8 @@ QUICK = {
   "everything computed again": {"remat": "nothing"},
   "products kept, rank 32": {"remat": "dots", "rank": 32},
   "in two parts": {"parts": 2},
+  "the base itself": {"full": True},
+  "the base itself, everything computed again": {"full": True, "remat": "nothing"},
 }
 SLOW = {
   "unrolled": {"scan_layers": False},
@@ -21,6 +23,12 @@ SLOW = {
   "all logits": {"targets": 64},
   "logits in chunks": {"targets": 64, "chunk": 16},
   "packed": {"packed": True, "targets": 8},
+  "packed, in two parts, logits in chunks": {
+    "packed": True, "parts": 2, "targets": 8, "remat": "dots", "chunk": 4,
+  },
+  "the base itself, untied": {
+    "config": UNTIED, "rows": 8, "length": 128, "full": True, "remat": "nothing",
+  },
   "untied": {"config": UNTIED},
   "untied, all logits": {"config": UNTIED, "rows": 8, "targets": 64},
   "untied, products kept": {"config": UNTIED, "rows": 8, "length": 128, "remat": "dots"},
