@@ -26,6 +26,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.steps = tuple(args["steps"].split("+"))  # in this order
   config.adapter = ""  # a run's folder, whose adapter is merged first; "" for none
+  config.keep_adapter = False  # compress the base under the adapter, which is written beside it
 
   config.model = reviews.model
   config.model.scan_layers = False  # layers have ranks of their own
@@ -61,6 +62,8 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
 
   config.quantize = quantize = ml_collections.ConfigDict()
   quantize.targets = ("all-linear",)
+  quantize.method = "nearest"  # or gptq, which calibrates dense kernels
+  quantize.damping = 0.01  # gptq's, of the mean of the moments' diagonals
   quantize.levels = "int8"  # nf4, int4, int8 or fp8
   quantize.block = 0  # numbers along the inputs that share a scale; 0 for a whole column
   quantize.double = False  # quantise the scales of blocks too

@@ -12,14 +12,22 @@ neither for calibration nor to measure by. To heal the model on it, and to add t
     python -m experiments.compress --config=configs/compress.py --workdir=runs/small \
         --healed=runs/healed
 
-Steps that make no sense one after another are refused before the model is loaded.
+config.model.source may be such a folder again. With config.adapter a run's adapter is merged before
+the first step. With config.keep_adapter it stays as it is, the base is compressed under it, and
+adapter/ is written beside model/, in PEFT's layout:
+
+    python -m experiments.import_adapter --adapter=runs/small/adapter --workdir=runs/adapted \
+        --config=configs/quickstart.py --config.model.source=runs/small/model
+
+What cannot be done, or makes no sense, is refused before anything is computed or written.
 """
 
+import dataclasses
 import json
 import pathlib
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -29,21 +37,16 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 import lora_jax
-from experiments import compression, parts
+from experiments import compression, compression_checks, parts
 from experiments.compression import Model
-from lora_jax import exchange
-from lora_jax.compress import (
-  make_windows,
-  perplexity,
-  report,
-  storage,
-)
+from lora_jax import exchange, tree
+from lora_jax.compress import make_windows, perplexity, report, storage
 from lora_jax.data import batches, records
 from lora_jax.data.examples import choice_ids
 from lora_jax.io import assets
 from lora_jax.io.tokenizer import Tokenizer
 from lora_jax.train import evaluation, workdir
-from lora_jax.weights import is_weight
+from lora_jax.weights import Pruned, is_weight
 
 PyTree = Any
 
@@ -66,28 +69,20 @@ def main(argv):
 
 def compress(config: ConfigDict, folder: pathlib.Path):
   """Runs the steps of a config, measures before, between and after, and writes everything."""
-  compression.check_steps(config.steps)
-  if config.model.scan_layers:
-    raise ValueError("model.scan_layers: layers are compressed one by one; set it to False")
+  source = config.model.source
+  done = storage.steps_of(source) if storage.is_compressed(source) else ()
+  compression_checks.check_config(config, done)
   if (folder / "model").exists():
     raise FileExistsError(f"{folder / 'model'}: is there already; use another workdir")
   pretrained = parts.load_model(config.model)
   calibration_NT, held_out_NT, rest_NT = read_windows(config.text, pretrained.tokenizer)
-  model = Model(pretrained.config, pretrained.params)
+  model = Model(pretrained.config, pretrained.params, adapters={})
   if config.adapter:
-    run, trained = parts.open_run(config.adapter)
-    if trained.adapter.method == "loftq":
-      raise ValueError(
-        f"{run.path}: LoftQ's adapter belongs to the quantised base that it made; export the run "
-        "with --to=merged, and compress that"
-      )
-    adapters = exchange.load(run.adapter, model.params, model.axes)
-    model = model._replace(params=lora_jax.merge(model.params, adapters))
-  for step in config.steps:  # whatever a step's targets and settings lack is found before the work
-    compression.CHECKS[step](config[step], model, calibration_NT)
+    model = with_adapter(config, model)
+  compression_checks.check_model(config, model, calibration_NT)
 
   measure = make_measure(config, held_out_NT, pretrained.tokenizer)
-  rows = [report.Row("dense", measure(model))]
+  rows = [report.Row("+".join(done) or "dense", measure(model))]
   print(rows[-1])
   for step in config.steps:
     model = compression.STEPS[step](
@@ -95,21 +90,75 @@ def compress(config: ConfigDict, folder: pathlib.Path):
     )
     rows.append(report.Row(step, measure(model)))
     print(rows[-1])
-  storage.save(
-    folder / "model", model.params, model.config, pretrained.tokenizer, steps=list(config.steps)
-  )
+  target = folder / "model"
+  steps = [*done, *config.steps]
+  storage.save(target, model.params, model.config, pretrained.tokenizer, steps=steps)
+  if model.adapters:
+    exchange.save(
+      folder / "adapter", model.adapters, model.params, model.axes, base_model=str(target)
+    )
   write_rest(folder / "rest.jsonl", rest_NT, pretrained.tokenizer)
   report.write(folder, rows, about())
   print(report.table(rows))
+
+
+def with_adapter(config: ConfigDict, model: Model) -> Model:
+  """The model with the adapter of config.adapter, merged or beside it.
+
+  Raises:
+    ValueError: when the adapter is LoftQ's, or does not fit, or there is no merging it.
+  """
+  run, trained = parts.open_run(config.adapter)
+  if trained.adapter.method == "loftq":
+    raise ValueError(
+      f"{run.path}: LoftQ's adapter belongs to the quantised base that it made; export the run "
+      "with --to=merged, and compress that"
+    )
+  if trained.model.source != config.model.source:
+    print(
+      f"the adapter was trained on {trained.model.source!r}, and its base here is "
+      f"{config.model.source!r}"
+    )
+  adapters = exchange.load(run.adapter, model.params, model.axes)
+  if not config.keep_adapter:
+    return model._replace(params=merge(model.params, adapters))
+  undropped = {
+    path: dataclasses.replace(adapter, dropout=0.0) if adapter.drops else adapter
+    for path, adapter in adapters.items()
+  }
+  return model._replace(adapters=undropped)
+
+
+def merge(params: PyTree, adapters: Mapping[str, lora_jax.Adapted]) -> PyTree:
+  """`lora_jax.merge`, but what is pruned stays so, and kernels without an adapter as they are.
+
+  Raises:
+    ValueError: when an adapter is on a kernel that has no numbers of its own, but factors or codes.
+  """
+  leaves = tree.flatten(params, is_leaf=is_weight)
+  for path in adapters:
+    base = leaves[path].w if isinstance(leaves[path], Pruned) else leaves[path]
+    if is_weight(base):
+      raise ValueError(
+        f"{path}: is compressed, a {type(base).__name__}, which no adapter merges into; set "
+        "keep_adapter to True"
+      )
+
+  def merged(path, leaf):
+    if path not in adapters:
+      return leaf
+    array = lora_jax.materialize(leaf)
+    return Pruned.of(array, leaf.mask, path) if isinstance(leaf, Pruned) else array
+
+  return tree.map_with_path(merged, lora_jax.attach(params, adapters), is_leaf=is_weight)
 
 
 def add_healed(config: ConfigDict, folder: pathlib.Path, healed: str):
   """Adds a run that trained an adapter on the compressed model to its report."""
   run, _ = parts.open_run(healed)
   small = storage.load(folder / "model")
-  model = Model(small.config, small.params)
-  adapters = exchange.load(run.adapter, model.params, model.axes)
-  model = model._replace(params=lora_jax.attach(model.params, adapters))
+  model = Model(small.config, small.params, adapters={})
+  model = model._replace(adapters=exchange.load(run.adapter, model.params, model.axes))
   _, held_out_NT, _ = read_windows(config.text, small.tokenizer)
   measures = make_measure(config, held_out_NT, small.tokenizer)(model)
   found = json.loads((folder / "report.json").read_text())
@@ -150,7 +199,7 @@ def read_windows(text: ConfigDict, tokenizer: Tokenizer) -> tuple[np.ndarray, ..
     " ".join(str(row[text.column]) for row in rows), tokenizer.encode, text.length
   )
   needed = text.calibration + text.held_out
-  if len(windows_NT) < needed or not text.held_out or not text.calibration:
+  if len(windows_NT) < needed:
     raise ValueError(
       f"the text has {len(windows_NT)} windows of {text.length} tokens, and config.text asks for "
       f"{text.calibration} for calibration and {text.held_out} to measure by; give more text"
@@ -183,37 +232,30 @@ def make_measure(config: ConfigDict, held_out_NT: np.ndarray, tokenizer: Tokeniz
     choices = choice_ids(tokenizer, data.choices)
 
   def measure(model: Model) -> report.Measures:
-    accuracy = None
+    weights, accuracy = model.weights, None
     if task is not None:
       eval_step = evaluation.make_eval_step(model.apply, choices)
-      accuracy = evaluation.evaluate(eval_step, model.params, task)["accuracy"]
+      accuracy = evaluation.evaluate(eval_step, weights, task)["accuracy"]
     section = config.report
     times = {
       rows: report.latency(
-        model.apply, model.params, model.config,
+        model.apply, weights, model.config,
         rows=rows, length=section.prompt, repeats=section.repeats,
       )
       for rows in section.batches
     }  # fmt: skip
     return report.Measures(
-      parameters=report.count_parameters(model.params),
-      memory=report.count_bytes(model.params),
-      disk=report.count_bytes(model.params) if _is_adapted(model) else storage.size(model.params),
-      flops=report.flops_per_token(model.apply, model.params, section.prompt),
+      parameters=report.count_parameters(weights),
+      memory=report.count_bytes(weights),
+      disk=storage.size(model.params) + report.count_bytes(model.adapters),
+      flops=report.flops_per_token(model.apply, weights, section.prompt),
       prefill={rows: prefill for rows, (prefill, _) in times.items()},
       token={rows: token for rows, (_, token) in times.items()},
-      perplexity=perplexity(
-        model.apply, model.params, held_out_NT, batch_size=config.text.batch_size
-      ),
+      perplexity=perplexity(model.apply, weights, held_out_NT, batch_size=config.text.batch_size),
       accuracy=accuracy,
     )
 
   return measure
-
-
-def _is_adapted(model: Model) -> bool:
-  leaves = jax.tree.leaves(model.params, is_leaf=is_weight)
-  return any(type(x).__name__ not in storage.KINDS for x in leaves if is_weight(x))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""The steps of a compression: what a config's section does to a model, and what is refused.
+"""The steps of a compression: what a config's section does to a model.
 
-check_steps(config.steps)
-for step in config.steps:
-  CHECKS[step](config[step], model, windows_NT)
+model = Model(config, params, adapters={})
 for step in config.steps:
   model = STEPS[step](config[step], model, Calibration(windows_NT, batch_size=4))
+
+What is refused, and in which order they make sense: `experiments.compression_checks`.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,23 +25,36 @@ from lora_jax.compress import (
   attention,
   factorize,
   factors,
+  gptq,
   prune,
-  quantize,
   sensitivity,
   structured,
 )
+from lora_jax.compress.quantize import quantize_leaf
 from lora_jax.models import llama
-from lora_jax.weights import Factored, is_weight
+from lora_jax.weights import Factored, Pruned, is_weight
 from lora_jax.weights.quantized import Format
 
 PyTree = Any
 
+HEAD = "head/kernel"
+
 
 class Model(NamedTuple):
-  """A model between two steps."""
+  """A model between two steps.
+
+  config, params: what the steps change.
+  adapters: `{path: adapter}` on it that stay as they are.
+  """
 
   config: llama.LlamaConfig
   params: PyTree
+  adapters: Mapping[str, lora_jax.Adapted]
+
+  @property
+  def weights(self) -> PyTree:
+    """The parameters as they are used, with the adapters."""
+    return lora_jax.attach(self.params, self.adapters)
 
   @property
   def apply(self) -> Callable:
@@ -65,9 +78,10 @@ class Calibration:
 
   def inputs(self, model: Model, paths: Sequence[str], *, diagonal: bool = False):
     """The second moments of kernels' inputs."""
+    method = None if HEAD in paths else "hidden"
     return calibration.second_moments(
-      lambda params, tokens: model.apply({"params": params}, tokens, method="hidden"),
-      model.params, paths, self.batches(), axes=model.axes, diagonal=diagonal,
+      lambda params, tokens: model.apply({"params": params}, tokens, method=method),
+      model.weights, paths, self.batches(), axes=model.axes, diagonal=diagonal,
     )  # fmt: skip
 
   def gradients(self, model: Model, paths: Sequence[str]):
@@ -77,87 +91,33 @@ class Calibration:
       logits_BTV = model.apply({"params": params}, tokens_BT[:, :-1]).astype(jnp.float32)
       return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, tokens_BT[:, 1:]).sum()
 
-    return sensitivity.gradient_moments(loss, model.params, paths, self.batches(), axes=model.axes)
+    return sensitivity.gradient_moments(loss, model.weights, paths, self.batches(), axes=model.axes)
 
 
-# ---- in which order
+def targets(section: ConfigDict, model: Model) -> list[str]:
+  """The paths that a section's targets select, Weights among them."""
+  shapes = jax.eval_shape(lora_jax.materialize, model.params)
+  return factorize.select(shapes, section.targets, model.axes)
 
 
-_STRUCTURED = ("channels", "heads", "value_heads")
-_AFTER: dict[str, tuple[tuple[str, ...], str]] = {
-  **dict.fromkeys(
-    _STRUCTURED,
-    (("factorize", "prune", "quantize"), "it makes dense kernels smaller; put it before"),
-  ),
-  "heads": (
-    ("factorize", "prune", "quantize", "value_heads"),
-    "it makes dense kernels of whole heads smaller; put it before",
-  ),
-  "factorize": (
-    ("prune", "quantize"),
-    "the factors of a kernel have none of its zeros, and are not on its levels; put it before",
-  ),
-  "prune": (("quantize",), "what is quantised has no numbers to set to zero; put it before"),
-}
+def is_looked_up(axes: lora_jax.Axes) -> bool:
+  """Whether rows of a leaf are looked up, so that it has no inputs to calibrate by."""
+  return "gather" in axes.uses
 
 
-def check_steps(steps: Sequence[str]) -> None:
-  """Refuses steps that are unknown, repeated, or in an order that makes no sense.
-
-  Raises:
-    ValueError: with the reason.
-  """
-  if not steps:
-    raise ValueError(f"config.steps is empty; choose from {', '.join(STEPS)}")
-  for n, step in enumerate(steps):
-    if step not in STEPS:
-      raise ValueError(f"config.steps: {step!r} is unknown; choose from {', '.join(STEPS)}")
-    if step in steps[:n]:
-      raise ValueError(f"config.steps: {step} is there twice")
-    earlier, reason = _AFTER.get(step, ((), ""))
-    wrong = [other for other in steps[:n] if other in earlier]
-    if wrong:
-      raise ValueError(f"config.steps: {step} after {wrong[0]} makes no sense: {reason}")
-
-
-def select(section: ConfigDict, model: Model) -> list[str]:
-  return factorize.select(model.params, section.targets, model.axes)
-
-
-def check_factorize(section: ConfigDict, model: Model, windows_NT: np.ndarray):
-  if section.method not in METHODS:
-    raise ValueError(
-      f"factorize.method {section.method!r} is unknown; choose from {', '.join(METHODS)}"
-    )
-  if section.unit not in UNITS:
-    raise ValueError(f"factorize.unit {section.unit!r} is unknown; choose from {', '.join(UNITS)}")
-  if (section.budget > 0) == (section.energy > 0):
-    raise ValueError("factorize: give either a budget or an energy above 0, and 0 for the other")
-  if not 0 <= section.budget < 1:
-    raise ValueError(f"factorize.budget {section.budget} must be a share below 1 of the targets")
-  leaves = tree.flatten(model.params, is_leaf=is_weight)
-  paths = select(section, model)
-  most = max(leaves[path].shape[0] for path in paths)
-  if section.method == "whitened" and windows_NT.size < most:
-    raise ValueError(
-      f"the calibration text has {windows_NT.size} tokens for kernels of {most} inputs; give more"
-    )
+# ---- factors
 
 
 def factorize_step(section: ConfigDict, model: Model, data: Calibration) -> Model:
   """Kernels to factors, which are fitted to the inputs that they then have."""
-  paths, axes = select(section, model), model.axes
-  leaves = tree.flatten(model.params, is_leaf=is_weight)
+  paths, axes = targets(section, model), model.axes
   decompose, values = METHODS[section.method](section, model, data, paths)
   losses = factorize.tails(model.params, paths, values, axes)
+  costs, budget = costs_and_budget(section, model, paths)
   if section.energy:
     ranks = factorize.energy_ranks(losses, section.energy)
-    costs = {path: sensitivity.parameters(1, *leaves[path].shape) for path in paths}
     ranks = {path: n for path, n in ranks.items() if costs[path].at(n) < costs[path].dense}
   else:
-    cost = functools.partial(UNITS[section.unit], rows=section.rows)
-    costs = {path: cost(*leaves[path].shape) for path in paths}
-    budget = section.budget * sum(cost.dense for cost in costs.values())
     ranks = sensitivity.allocate(losses, costs, budget)
   print(f"factorize: {len(ranks)} of {len(paths)} kernels; the others stay as they are")
   params = factorize.factorize(model.params, ranks, decompose, axes=axes)
@@ -169,6 +129,16 @@ def factorize_step(section: ConfigDict, model: Model, data: Calibration) -> Mode
     )
     small = small._replace(params=params)
   return small
+
+
+def costs_and_budget(
+  section: ConfigDict, model: Model, paths: Sequence[str]
+) -> tuple[dict[str, sensitivity.Cost], float]:
+  """What each kernel costs in the section's unit, and what all of them together may."""
+  leaves = tree.flatten(model.params, is_leaf=is_weight)
+  unit = UNITS[section.unit]
+  costs = {path: unit(*leaves[path].shape, rows=section.rows) for path in paths}
+  return costs, section.budget * sum(cost.dense for cost in costs.values())
 
 
 def _whitened(section, model, data, paths):
@@ -190,12 +160,7 @@ UNITS: dict[str, Callable] = {
 }
 
 
-def check_prune(section: ConfigDict, model: Model, windows_NT: np.ndarray):
-  del windows_NT
-  if section.score not in ("wanda", "magnitude"):
-    raise ValueError(f"prune.score {section.score!r} is unknown; choose wanda or magnitude")
-  pattern_of(section)
-  select(section, model)
+# ---- zeros
 
 
 def pattern_of(section: ConfigDict) -> prune.Pattern:
@@ -207,7 +172,8 @@ def pattern_of(section: ConfigDict) -> prune.Pattern:
 def prune_step(section: ConfigDict, model: Model, data: Calibration) -> Model:
   """Numbers of kernels to zero; of factorised ones, numbers of their factors, by magnitude."""
   leaves = tree.flatten(model.params, is_leaf=is_weight)
-  dense = [p for p in _targets(section, model) if not isinstance(leaves[p], Factored)]
+  paths = targets(section, model)
+  dense = [path for path in paths if not isinstance(leaves[path], Factored)]
   score = prune.magnitude
   if section.score == "wanda" and dense:
     score = prune.wanda(data.inputs(model, dense, diagonal=True))
@@ -215,23 +181,14 @@ def prune_step(section: ConfigDict, model: Model, data: Calibration) -> Model:
   if dense:
     params = prune.prune(params, dense, score, pattern_of(section), axes=axes)
   opened = factors.open_factors(params)
-  thin = [f"{p}/{x}" for p in _targets(section, model) if p not in dense for x in "ab"]
+  thin = [f"{path}/{x}" for path in paths if path not in dense for x in "ab"]
   if thin:
     opened = prune.prune(opened, thin, prune.magnitude, pattern_of(section))
   print(f"prune: {len(dense)} kernels, and {len(thin)} factors by magnitude")
   return model._replace(params=factors.close_factors(opened, params))
 
 
-def _targets(section: ConfigDict, model: Model) -> list[str]:
-  """The paths that a section's targets select, Weights among them."""
-  shapes = jax.eval_shape(lora_jax.materialize, model.params)
-  return factorize.select(shapes, section.targets, model.axes)
-
-
-def check_quantize(section: ConfigDict, model: Model, windows_NT: np.ndarray):
-  del windows_NT
-  format_of(section)
-  select(section, model)
+# ---- fewer bits
 
 
 def format_of(section: ConfigDict) -> Format:
@@ -240,57 +197,73 @@ def format_of(section: ConfigDict) -> Format:
 
 def quantize_step(section: ConfigDict, model: Model, data: Calibration) -> Model:
   """Kernels in fewer bits, the factors of factorised ones too; pruned ones keep their zeros."""
-  del data
-  paths = _targets(section, model)
-  opened = factors.open_factors(model.params)
+  paths, params, axes = targets(section, model), model.params, model.axes
+  format, leaves = format_of(section), tree.flatten(params, is_leaf=is_weight)
+  calibrated = [] if section.method == "nearest" else calibratable(paths, leaves, axes)
+  if calibrated:
+    moments = data.inputs(model, calibrated)
+    params = gptq.quantize(
+      params, dict.fromkeys(calibrated, format), moments, axes, damping=section.damping
+    )
+  opened = factors.open_factors(params)
   leaves = tree.flatten(opened, is_leaf=is_weight)
-  names = [
-    name for path in paths
+  names = {
+    name for path in paths if path not in calibrated
     for name in ([path] if path in leaves else [f"{path}/a", f"{path}/b"])
-  ]  # fmt: skip
-  bare = {name: leaves[name] for name in names}
-  masked = {name: x for name, x in bare.items() if isinstance(x, lora_jax.weights.Pruned)}
-  bare |= {name: x.w for name, x in masked.items()}
-  small = {name: quantize({"w": w}, {"w": format_of(section)})["w"] for name, w in bare.items()}
-  small |= {name: dataclasses.replace(x, w=small[name]) for name, x in masked.items()}
-  opened = tree.map_with_path(lambda name, x: small.get(name, x), opened, is_leaf=is_weight)
-  print(f"quantize: {len(small)} matrices to {section.levels}")
-  return model._replace(params=factors.close_factors(opened, model.params))
+  }  # fmt: skip
+
+  def smaller(name, leaf):
+    if name not in names:
+      return leaf
+    if isinstance(leaf, Pruned):
+      return dataclasses.replace(leaf, w=smaller(name, leaf.w))
+    return quantize_leaf(name, leaf, format, axes if name in axes else None)
+
+  opened = tree.map_with_path(smaller, opened, is_leaf=is_weight)
+  print(
+    f"quantize: to {section.levels}, {len(calibrated)} kernels by GPTQ, {len(names)} matrices to "
+    "the nearest level"
+  )
+  return model._replace(params=factors.close_factors(opened, params))
 
 
-def check_structured(section: ConfigDict, model: Model, windows_NT: np.ndarray):
-  del windows_NT
-  name = next(name for name in ("mlp_width", "num_kv_heads", "value_dim") if name in section)
-  most = getattr(model.config, name) or model.config.head_dim
-  if not 0 < section[name] < most:
-    raise ValueError(f"{name} is {most} and is to be {section[name]}; choose from 1 to {most - 1}")
+def calibratable(
+  paths: Sequence[str], leaves: Mapping[str, Any], axes: Mapping[str, lora_jax.Axes]
+) -> list[str]:
+  """The kernels that GPTQ takes: neither factors, nor what a mask leaves, nor what is looked up."""
+  return [path for path in paths if not is_weight(leaves[path]) and not is_looked_up(axes[path])]
+
+
+# ---- smaller dense kernels
 
 
 def channels_step(section: ConfigDict, model: Model, data: Calibration) -> Model:
-  moments = data.inputs(model, _layers(model, "mlp/down"))
+  moments = data.inputs(model, fitted(model, "channels"))
   params, config = structured.prune_channels(
     model.params, model.config, section.mlp_width, moments, damping=section.damping
   )
-  return Model(config, params)
+  return model._replace(config=config, params=params)
 
 
 def heads_step(section: ConfigDict, model: Model, data: Calibration) -> Model:
-  moments = data.inputs(model, _layers(model, "attn/out"))
+  moments = data.inputs(model, fitted(model, "heads"))
   params, config = structured.prune_heads(
     model.params, model.config, section.num_kv_heads, moments, damping=section.damping
   )
-  return Model(config, params)
+  return model._replace(config=config, params=params)
 
 
 def value_heads_step(section: ConfigDict, model: Model, data: Calibration) -> Model:
-  moments = data.inputs(model, _layers(model, "attn/value"))
+  moments = data.inputs(model, fitted(model, "value_heads"))
   params, config = attention.shrink_values(
     model.params, model.config, section.value_dim, moments, damping=section.damping
   )
-  return Model(config, params)
+  return model._replace(config=config, params=params)
 
 
-def _layers(model: Model, name: str) -> list[str]:
+def fitted(model: Model, step: str) -> list[str]:
+  """The kernels whose inputs such a step calibrates by."""
+  name = {"channels": "mlp/down", "heads": "attn/out", "value_heads": "attn/value"}[step]
   return [f"block_{i}/{name}/kernel" for i in range(model.config.num_layers)]
 
 
@@ -301,9 +274,4 @@ STEPS: dict[str, Callable[[ConfigDict, Model, Calibration], Model]] = {
   "factorize": factorize_step,
   "prune": prune_step,
   "quantize": quantize_step,
-}
-CHECKS: dict[str, Callable] = dict.fromkeys(_STRUCTURED, check_structured) | {
-  "factorize": check_factorize,
-  "prune": check_prune,
-  "quantize": check_quantize,
 }

@@ -66,9 +66,9 @@ def quantize(
     damping: what is added to the diagonal of H, by its mean.
 
   Raises:
-    ValueError: as `compress.quantize` does; when a path has no moments, only their diagonal, or
-      fewer rows than inputs; when an axis of outputs stands before one of stacks; and when damping
-      is not above zero. Nothing is quantised then.
+    ValueError: as `compress.quantize` does; when a path has no moments, only their diagonal, such
+      as are not finite, or fewer rows than inputs; when an axis of outputs stands before one of
+      stacks; and when damping is not above zero. Nothing is quantised then.
   """
   if damping <= 0:
     raise ValueError(f"GPTQ: damping {damping} is not above 0, and H may have no inverse")
@@ -104,6 +104,8 @@ def _check_moments(path, leaf, columns, moments):
     raise ValueError(
       f"{path}: {int(rows.min())} rows of calibration data for {inputs} inputs; give more text"
     )
+  if not bool(jnp.isfinite(total).all()):
+    raise ValueError(f"{path}: the moments of its inputs are not finite; an activation overflowed")
 
 
 def _calibrated(w, format: Format, columns, moments: jax.Array, damping: float) -> Quantized:

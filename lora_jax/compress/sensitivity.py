@@ -168,6 +168,17 @@ def _time(f: Callable, *args, repeats: int) -> float:
   return float(np.median(times))
 
 
+def check_budget(costs: Mapping[str, Cost], budget: float) -> None:
+  """Raises ValueError where `allocate` would, before there are losses to share out."""
+  least = sum(min(cost.at(1), cost.dense) for cost in costs.values())
+  whole = sum(cost.dense for cost in costs.values())
+  if not budget >= least:
+    raise ValueError(
+      f"the budget {budget:,.4g} cannot be met: with rank 1 everywhere the kernels cost "
+      f"{least:,.4g}, as they are {whole:,.4g}"
+    )
+
+
 def allocate(
   losses: Mapping[str, np.ndarray], costs: Mapping[str, Cost], budget: float
 ) -> dict[str, int]:
@@ -190,13 +201,7 @@ def allocate(
   Raises:
     ValueError: when even rank one everywhere costs more.
   """
-  least = sum(min(cost.at(1), cost.dense) for cost in costs.values())
-  whole = sum(cost.dense for cost in costs.values())
-  if not budget >= least:
-    raise ValueError(
-      f"the budget {budget:,.4g} cannot be met: with rank 1 everywhere the kernels cost "
-      f"{least:,.4g}, as they are {whole:,.4g}"
-    )
+  check_budget(costs, budget)
   # The options of each kernel: every rank from 1 that costs less than the kernel, then itself.
   options = {}
   for path, loss in losses.items():

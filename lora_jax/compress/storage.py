@@ -54,6 +54,14 @@ def is_compressed(source: str | Path) -> bool:
   return (Path(source) / STRUCTURE).is_file()
 
 
+def steps_of(folder: str | Path) -> tuple[str, ...]:
+  """What was done to a compressed model, in order; raises ValueError as `load` does."""
+  steps = _read_structure(Path(folder) / STRUCTURE)["steps"]
+  if not all(isinstance(step, str) for step in steps):
+    raise ValueError(f"{Path(folder) / STRUCTURE}: steps {str(steps)[:80]} are no names")
+  return tuple(steps)
+
+
 # ---- writing
 
 
@@ -71,7 +79,7 @@ def save(
     folder: to write.
     params: nested dicts of arrays and of Weights of the kinds in KINDS, layers unstacked.
     config, tokenizer: of the model.
-    steps: what was done to it, for whoever reads the folder.
+    steps: what was done to it, in order, as `steps_of` gives it back.
 
   Raises:
     FileExistsError: when the folder holds something.

@@ -1,21 +1,22 @@
 """experiments.compress from end to end on a tiny model, and the healing of what comes out."""
 
-import importlib.util
+import dataclasses
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
-import tiny_experiment
+import tiny_compression
 from main_programs import imported
 
 import lora_jax
-from configs import compress as compress_config
 from configs import heal
 from experiments import compression
+from lora_jax import exchange, tree
 from lora_jax.compress import storage
-from lora_jax.io import pretrained
-from lora_jax.models import llama
+from lora_jax.io import pretrained, safetensors
 from lora_jax.train import workdir
 from lora_jax.weights import Factored, Pruned
 from lora_jax.weights.quantized import Quantized
@@ -37,53 +38,38 @@ def tokenizer():
 def tiny(tmp_path_factory, tokenizer):
   """A folder with a tiny model and a text, and the section `data` of a task."""
   folder = tmp_path_factory.mktemp("compress")
-  path = tiny_experiment.write(folder, tokenizer)
-  spec = importlib.util.spec_from_file_location("tiny_config", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  words = np.random.default_rng(0).choice(["fine", "dull", "film", "joy", "plot", "old"], 4000)
-  rows = [{"text": " ".join(words[n : n + 20])} for n in range(0, 4000, 20)]
-  (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-  return folder, module.get_config().data
+  return folder, tiny_compression.write(folder, tokenizer)
 
 
-def tiny_config(tiny, text: str):
-  folder, data = tiny
-  config = compress_config.get_config(text)
-  config.model.source = str(folder / "model")
-  source = config.text
-  source.source, source.format, source.columns = str(folder / "text.jsonl"), "jsonl", ()
-  source.length, source.calibration, source.held_out = 32, 8, 4
-  config.channels.mlp_width, config.value_heads.value_dim = 48, 6
-  config.factorize.targets = ("mlp",)
-  config.task.data, config.task.examples = data, 8
-  config.report.prompt = 8
-  return config
+def compressed(program, tiny, name: str, text: str, **fields):
+  """A workdir that a tiny model was compressed into, and its config."""
+  config = tiny_compression.config(*tiny, text, **fields)
+  with workdir.open_workdir(tiny[0] / name, config.to_dict()) as run:
+    program.compress(config, run.path)
+  return run.path, config
+
+
+def steps_of(folder):
+  return json.loads((folder / "report.json").read_text())["steps"]
 
 
 @pytest.fixture(scope="module")
 def run(tiny, program):
   """The workdir of a tiny model that every step has gone over."""
-  folder, _ = tiny
-  config = tiny_config(tiny, f"steps={STEPS},smoke")
-  with workdir.open_workdir(folder / "run", config.to_dict()) as run:
-    program.compress(config, run.path)
-  return folder, config
+  return compressed(program, tiny, "run", f"steps={STEPS}")
 
 
 def test_every_step_is_done_recorded_and_stored(run):
   folder, _ = run
-  found = json.loads((folder / "run/report.json").read_text())
-  assert [row["step"] for row in found["steps"]] == ["dense", *STEPS.split("+")]
+  steps = steps_of(folder)
+  assert [row["step"] for row in steps] == ["dense", *STEPS.split("+")]
   for name in ("parameters", "memory", "disk"):
-    sizes = [row[name] for row in found["steps"]]
-    assert sizes[-1] < sizes[0]
-  assert all(
-    np.isfinite(row["perplexity"]) and row["accuracy"] is not None for row in found["steps"]
-  )
-  assert "| quantize |" in (folder / "run/report.md").read_text()
-  assert (folder / "run/pareto.png").stat().st_size > 1000
-  small = storage.load(folder / "run/model")
+    assert steps[-1][name] < steps[0][name]
+  assert all(np.isfinite(row["perplexity"]) and row["accuracy"] is not None for row in steps)
+  assert "| quantize |" in (folder / "report.md").read_text()
+  assert (folder / "pareto.png").stat().st_size > 1000
+  assert storage.steps_of(folder / "model") == tuple(STEPS.split("+"))
+  small = storage.load(folder / "model")
   assert (small.config.mlp_width, small.config.value_dim) == (48, 6)
   leaves = jax.tree.leaves(small.params, is_leaf=lora_jax.is_weight)
   kinds = {type(x) for x in leaves if lora_jax.is_weight(x)}
@@ -91,65 +77,174 @@ def test_every_step_is_done_recorded_and_stored(run):
   assert all(isinstance(x.w, Quantized) for x in leaves if isinstance(x, Pruned))
 
 
+def perplexity_of(program, folder, config):
+  """Of what is stored in a workdir, model and adapter, on what was held out."""
+  small = storage.load(folder / "model")
+  model = compression.Model(small.config, small.params, adapters={})
+  if (folder / "adapter").exists():
+    adapters = exchange.load(folder / "adapter", model.params, model.axes)
+    model = model._replace(adapters=adapters)
+  _, held_out, _ = program.read_windows(config.text, small.tokenizer)
+  return program.perplexity(model.apply, model.weights, held_out)
+
+
 def test_the_stored_model_computes_what_was_measured(run, program):
   folder, config = run
-  small = storage.load(folder / "run/model")
-  _, held_out, _ = program.read_windows(config.text, small.tokenizer)
-  apply = lora_jax.adapt(llama.Llama(small.config).apply)
-  last = json.loads((folder / "run/report.json").read_text())["steps"][-1]
-  assert program.perplexity(apply, small.params, held_out) == pytest.approx(last["perplexity"])
+  last = steps_of(folder)[-1]
+  assert perplexity_of(program, folder, config) == pytest.approx(last["perplexity"])
 
 
 @pytest.mark.slow
 def test_it_is_healed_and_the_healed_one_is_measured(run, program):
   folder, config = run
-  healing = heal.get_config(f"compressed={folder / 'run'},rank=2,smoke")
+  healing = heal.get_config(f"compressed={folder},rank=2,smoke")
   healing.data.max_length, healing.data.buckets = 48, (48,)
   train = imported("experiments.train")
   with workdir.open_workdir(folder / "healed", healing.to_dict()) as healed:
     train.train(healing, healed)
   evaluated = json.loads((folder / "healed/eval.json").read_text())
   assert np.isfinite(evaluated["after"]["loss"])
-  program.add_healed(config, folder / "run", str(folder / "healed"))
-  steps = json.loads((folder / "run/report.json").read_text())["steps"]
+  program.add_healed(config, folder, str(folder / "healed"))
+  steps = steps_of(folder)
   assert [row["step"] for row in steps][-2:] == ["quantize", "heal"]
   assert steps[-1]["parameters"] > steps[-2]["parameters"]
 
 
-@pytest.mark.parametrize(
-  ("steps", "words"),
-  [
-    ("quantize+factorize", "factorize after quantize makes no sense: the factors"),
-    ("prune+factorize", "factorize after prune makes no sense"),
-    ("quantize+prune", "prune after quantize makes no sense"),
-    ("factorize+channels", "channels after factorize makes no sense"),
-    ("factorize+factorize", "factorize is there twice"),
-    ("melt", "'melt' is unknown; choose from channels"),
-  ],
-)
-def test_steps_that_make_no_sense_are_refused_with_the_reason(steps, words):
-  with pytest.raises(ValueError, match=words):
-    compression.check_steps(compress_config.get_config(f"steps={steps}").steps)
+@pytest.fixture(scope="module")
+def factorised(program, tiny):
+  fields = {"factorize.method": "svd", "task.examples": 0}
+  return compressed(program, tiny, "factorised", "steps=factorize", **fields)[0]
 
 
 @pytest.mark.parametrize(
-  ("field", "value", "words"),
-  [
-    ("factorize.budget", 0.0, "give either a budget or an energy"),
-    ("factorize.budget", 1.5, "must be a share below 1"),
-    ("factorize.method", "magic", "'magic' is unknown"),
-    ("text.calibration", 500, "asks for 500 for calibration"),
-    ("channels.mlp_width", 64, "mlp_width is 64 and is to be 64"),
-  ],
+  ("levels", "block", "double", "method"),
+  [("nf4", 16, True, "gptq"), ("int4", 8, False, "nearest")],
 )
-def test_settings_that_cannot_be_met_are_refused_before_the_work(
-  tmp_path, tiny, program, field, value, words
+def test_a_compressed_model_goes_through_a_further_step_in_a_run_of_its_own(
+  program, tiny, factorised, capsys, levels, block, double, method
 ):
-  config = tiny_config(tiny, "steps=channels+factorize,smoke")
-  config.update_from_flattened_dict({field: value})
-  with pytest.raises(ValueError, match=words):
-    program.compress(config, tmp_path / "run")
-  assert not (tmp_path / "run").exists()
+  fields = {"levels": levels, "block": block, "double": double, "method": method}
+  folder, config = compressed(
+    program, tiny, f"{levels}", "steps=quantize",
+    **{f"quantize.{name}": x for name, x in fields.items()},
+    **{"model.source": str(factorised / "model"), "task.examples": 0},
+  )  # fmt: skip
+  printed = capsys.readouterr().out
+  assert [row["step"] for row in steps_of(folder)] == ["factorize", "quantize"]
+  assert storage.steps_of(folder / "model") == ("factorize", "quantize")
+  small = tree.flatten(storage.load(folder / "model").params, is_leaf=lora_jax.is_weight)
+  pairs = [(x.a, x.b) for x in small.values() if isinstance(x, Factored)]
+  for codes in (small["block_0/attn/query/kernel"], *pairs[0]):
+    assert codes.levels == levels and isinstance(codes.scale, Quantized) == double
+  dense = 14 - len(pairs) if method == "gptq" else 0
+  assert f"to {levels}, {dense} kernels by GPTQ, {14 + len(pairs) - dense} matrices to" in printed
+  assert perplexity_of(program, folder, config) == pytest.approx(steps_of(folder)[-1]["perplexity"])
+
+
+def test_gptq_changes_what_the_kernels_compute_less_than_the_nearest_levels(tiny, program):
+  """On the text that it was calibrated by, the outputs of a first layer's kernel."""
+  config = tiny_compression.config(*tiny, "steps=quantize")
+  config.quantize.levels, config.quantize.block = "int4", 8
+  config.quantize.targets = ("block_0/attn/query/kernel",)
+  found = pretrained.load(config.model.source)
+  windows, _, _ = program.read_windows(config.text, found.tokenizer)
+  model = compression.Model(found.config, found.params, adapters={})
+  data = compression.Calibration(windows, 4)
+  (path,) = config.quantize.targets
+  moments = np.asarray(data.inputs(model, [path])[path].total, np.float64)
+  losses = {}
+  for config.quantize.method in ("nearest", "gptq"):
+    small = compression.quantize_step(config.quantize, model, data).params
+    off = np.asarray(lora_jax.materialize(small)["block_0"]["attn"]["query"]["kernel"], np.float64)
+    off -= np.asarray(found.params["block_0"]["attn"]["query"]["kernel"])
+    losses[config.quantize.method] = np.sum(off * (moments @ off))
+  assert losses["gptq"] < 0.7 * losses["nearest"]
+
+
+# ---- an adapter kept apart
+
+
+@pytest.fixture(scope="module")
+def adapted(tiny):
+  return tiny_compression.write_run(
+    tiny[0] / "adapted", tiny[0] / "model", lora_jax.LoRA(rank=2, alpha=2.0, dropout=0.1)
+  )
+
+
+@pytest.fixture(scope="module")
+def kept(program, tiny, adapted):
+  fields = {"adapter": str(adapted), "keep_adapter": True, "prune.targets": ("mlp",)}
+  return compressed(program, tiny, "kept", "steps=prune+quantize", **fields)
+
+
+def test_an_adapter_that_is_kept_stays_as_it_is_on_a_smaller_base(program, tiny, adapted, kept):
+  folder, config = kept
+  before, after = (
+    safetensors.load_file(run / "adapter/adapter_model.safetensors") for run in (adapted, folder)
+  )
+  assert before.keys() == after.keys()
+  for name, x in before.items():
+    np.testing.assert_allclose(after[name], x, rtol=1e-6)
+  small = storage.load(folder / "model").params
+  assert isinstance(small["block_0"]["mlp"]["up"]["kernel"], Pruned)
+  assert perplexity_of(program, folder, config) == pytest.approx(steps_of(folder)[-1]["perplexity"])
+  dense = steps_of(compressed(program, tiny, "merged", "steps=quantize", adapter=str(adapted))[0])
+  assert steps_of(folder)[0]["perplexity"] == pytest.approx(dense[0]["perplexity"], rel=1e-5)
+
+
+def test_calibration_sees_the_inputs_that_kernels_have_under_the_adapter(program, tiny, adapted):
+  config = tiny_compression.config(*tiny, "steps=prune", adapter=str(adapted), keep_adapter=True)
+  found = pretrained.load(config.model.source)
+  bare = compression.Model(found.config, found.params, adapters={})
+  apart = program.with_adapter(config, bare)
+  merged = bare._replace(params=program.merge(apart.params, apart.adapters))
+  data = compression.Calibration(np.arange(64).reshape(2, 32), 2)
+  path = "block_1/mlp/down/kernel"
+  for moments in (data.inputs, data.gradients):
+    bare_one, apart_one, merged_one = (
+      np.asarray(jax.tree.leaves(moments(model, [path])[path])[0])
+      for model in (bare, apart, merged)
+    )
+    np.testing.assert_allclose(apart_one, merged_one, rtol=1e-3, atol=1e-4 * abs(merged_one).max())
+    assert np.abs(bare_one - merged_one).max() > 1e-2 * abs(merged_one).max()
+
+
+def test_an_adapter_is_merged_into_what_a_mask_left_and_its_zeros_stay(program, tiny, adapted):
+  found = pretrained.load(str(tiny[0] / "model"))
+  model = compression.Model(found.config, found.params, adapters={})
+  adapters = exchange.load(adapted / "adapter", model.params, model.axes)
+  path = next(iter(adapters))
+  one = {path: dataclasses.replace(adapters[path], dropout=0.0)}
+  leaf = tree.flatten(model.params)[path]
+  mask = leaf > 0
+  pruned = tree.replace(model.params, {path: Pruned.of(leaf, mask, path)})
+  merged = tree.flatten(program.merge(pruned, one), is_leaf=lora_jax.is_weight)[path]
+  expected = np.asarray(leaf, np.float64) + np.asarray(one[path].attach(leaf, path).delta())
+  np.testing.assert_allclose(merged.materialize(), np.where(mask, expected, 0), atol=1e-6)
+  assert isinstance(merged, Pruned)
+  factors = tree.replace(model.params, {path: Factored(leaf[:, :2], leaf[:2], path=path)})
+  with pytest.raises(ValueError, match=f"{path}: is compressed, a Factored, which no adapter"):
+    program.merge(factors, one)
+
+
+@pytest.mark.slow
+def test_the_adapter_beside_the_model_becomes_a_run_that_evaluates_as_the_report_says(tiny, kept):
+  folder, _ = kept
+
+  def run(program, *arguments):
+    command = [sys.executable, "-m", f"experiments.{program}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert not done.returncode, done.stdout + done.stderr
+    return done.stdout
+
+  run(
+    "import_adapter", f"--adapter={folder / 'adapter'}", f"--workdir={tiny[0] / 'imported'}",
+    f"--config={tiny[0] / 'config.py'}", f"--config.model.source={folder / 'model'}",
+    "--config.model.scan_layers=False",
+  )  # fmt: skip
+  run("evaluate", f"--workdir={tiny[0] / 'imported'}", "--examples=8", "--nobase")
+  found = json.loads((tiny[0] / "imported/eval_test.json").read_text())
+  assert found["adapter"]["accuracy"] == steps_of(folder)[-1]["accuracy"]
 
 
 def test_a_budget_is_of_numbers_of_operations_or_of_measured_time():
