@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.models.llama import LlamaConfig
-from lora_jax.models.rope import LinearRope, Llama3Rope
+from lora_jax.models.llama import LlamaConfig, value_features
+from lora_jax.models.rope import LinearRope, Llama3Rope, rotary_frequencies
 
 _SIZES_HF = {
   "vocab_size": "vocab_size",
@@ -67,7 +67,10 @@ def to_hugging_face(config: LlamaConfig) -> dict[str, Any]:
   """Returns the fields of a `config.json`, the inverse of `from_hugging_face`.
 
   Rope is written in both spellings, so that transformers 4 and 5 read it alike.
+
+  Raises ValueError for heads whose values are narrower than their keys.
   """
+  _check_values(config, "config.json has no field for it")
   scaling = _rope_to_hugging_face(config)
   return {
     "architectures": ["LlamaForCausalLM"],
@@ -119,6 +122,41 @@ def from_gguf(
     norm_eps=_required(metadata, "llama.attention.layer_norm_rms_epsilon"),
     tie_embeddings=tie_embeddings,
   )
+
+
+def to_gguf(config: LlamaConfig) -> tuple[dict[str, Any], np.ndarray | None]:
+  """Returns (metadata, rope_factors_R) of a GGUF file, the inverse of `from_gguf`.
+
+  Raises ValueError for heads whose values are narrower than their keys.
+  """
+  _check_values(config, "llama.cpp's attention has no such heads")
+  metadata = {theirs: getattr(config, ours) for theirs, ours in _SIZES_GGUF.items()} | {
+    "llama.vocab_size": config.vocab_size,
+    "llama.attention.head_count_kv": config.num_kv_heads,
+    "llama.attention.key_length": config.head_dim,
+    "llama.attention.value_length": config.head_dim,
+    "llama.attention.layer_norm_rms_epsilon": float(config.norm_eps),
+    "llama.rope.dimension_count": config.head_dim,
+    "llama.rope.freq_base": float(config.rope_theta),
+  }
+  rope = config.rope_scaling
+  match rope:
+    case LinearRope():
+      scaling = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": rope.factor}
+      return metadata | scaling, None
+    case Llama3Rope():
+      frequencies_R = rotary_frequencies(config.rope_theta, config.head_dim)
+      return metadata, (frequencies_R / rope.scale(frequencies_R)).astype(np.float32)
+  return metadata, None
+
+
+def _check_values(config: LlamaConfig, reason: str) -> None:
+  if value_features(config) != config.head_dim:
+    raise ValueError(
+      f"value_dim {config.value_dim}: a head's values are narrower than its {config.head_dim} "
+      f"features of keys, and {reason}; write the model as a program (compress.artifact), or "
+      "compress it without the step value_heads"
+    )
 
 
 def _required(fields: Mapping[str, Any], key: str) -> Any:
@@ -188,7 +226,7 @@ def _rope_from_gguf(
   # The format keeps the divisors that Llama 3.1's scaling gave and not its four numbers. The
   # releases differ from each other in `factor` alone, which is the largest divisor.
   rope = Llama3Rope(factor=round(float(factors_R.max()), 3))
-  frequencies_R = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+  frequencies_R = rotary_frequencies(theta, head_dim)
   if factors_R.shape != frequencies_R.shape or not np.allclose(
     frequencies_R / factors_R, rope.scale(frequencies_R), rtol=1e-4, atol=0
   ):

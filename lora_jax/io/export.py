@@ -38,7 +38,8 @@ def save(
   folder = Path(folder)
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise FileExistsError(f"{folder}: holds something already; name a new or an empty folder")
-  tensors = _tensors(params, config)
+  described = configs.to_hugging_face(config)
+  tensors = file_tensors(params, config, names.LLAMA_HF)
   ids = {
     "bos_token_id": tokenizer.bos_id,
     "eos_token_id": tokenizer.eos_id,
@@ -50,7 +51,7 @@ def save(
   partial.mkdir(parents=True)
   try:
     safetensors.save_file(tensors, partial / safetensors.SINGLE, metadata={"format": "pt"})
-    fields = configs.to_hugging_face(config) | ids | {"torch_dtype": dtype}
+    fields = described | ids | {"torch_dtype": dtype}
     _write_json(partial / "config.json", fields)
     _write_json(partial / "generation_config.json", ids)
     tokenizer.save(partial)
@@ -59,7 +60,16 @@ def save(
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def _tensors(params: Mapping[str, Any], config: llama.LlamaConfig) -> dict[str, np.ndarray]:
+def file_tensors(
+  params: Mapping[str, Any], config: llama.LlamaConfig, table: names.Table
+) -> dict[str, np.ndarray]:
+  """Returns {tensor name: array} of a file, layer by layer, kernels as (out, in).
+
+  params, config: as in `save`.
+  table: the names of the file's format.
+
+  Raises TypeError for a leaf which is no array, ValueError where params and config do not fit.
+  """
   flat = traverse_util.flatten_dict(params, sep="/")
   for path, leaf in flat.items():
     if not isinstance(leaf, jax.Array | np.ndarray):
@@ -79,7 +89,7 @@ def _tensors(params: Mapping[str, Any], config: llama.LlamaConfig) -> dict[str, 
       raise ValueError(f"{path}: shape {leaf.shape}, the configuration says {expected[path]}")
   if config.scan_layers:
     flat = traverse_util.flatten_dict(llama.unstack_layers(params), sep="/")
-  named = names.file_names(flat, names.LLAMA_HF)
+  named = names.file_names(flat, table)
   return {
     named[path]: np.asarray(leaf).T if path.endswith("/kernel") else np.asarray(leaf)
     for path, leaf in flat.items()

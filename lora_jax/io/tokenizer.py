@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 
-_CONTROL, _USER_DEFINED = 3, 4  # token types of the GGUF format
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # token types of the GGUF format
 
 _IDS_GGUF = ("bos_token_id", "eos_token_id", "padding_token_id")
 _SPECIAL = ("bos_token", "eos_token", "pad_token")
+_REMEDY = "export the model as a folder, with its tokenizer.json"
 
 # What `tokenizer.json` of the Llama 3 models splits text by.
 _LLAMA_3 = (
@@ -103,6 +104,10 @@ class Tokenizer:
   def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
     """Returns the text of `ids`, without special tokens unless they are asked for."""
     return self._backend.decode(list(map(int, ids)), skip_special_tokens=skip_special_tokens)
+
+  def to_json(self) -> str:
+    """The text of its `tokenizer.json`."""
+    return self._backend.to_str()
 
   def save(self, folder: str | Path) -> None:
     """Writes `tokenizer.json` and `tokenizer_config.json`, which `transformers` loads."""
@@ -214,6 +219,99 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     pad_id=pad_id,
     chat_template=metadata.get("tokenizer.chat_template"),
   )
+
+
+def to_gguf(tokenizer: Tokenizer, size: int) -> dict[str, Any]:
+  """Returns the metadata that describes a tokenizer in a GGUF file, the inverse of `from_gguf`.
+
+  size: how many tokens the model has; ids without a token are written as unused.
+
+  Raises ValueError for a tokenizer which is no byte-level BPE, or does something besides that the
+  format has no words for.
+  """
+  if tokenizer.vocab_size > size:
+    raise ValueError(
+      f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model {size} rows"
+    )
+  fields = json.loads(tokenizer.to_json())
+  _check_words(fields)
+  split_name = _split_name(fields)
+  tokens = [f"[PAD{i}]" for i in range(size)]
+  types = [_UNUSED] * size
+  for token, token_id in fields["model"]["vocab"].items():
+    tokens[token_id], types[token_id] = token, _NORMAL
+  for added in fields["added_tokens"]:
+    tokens[added["id"]] = added["content"]
+    types[added["id"]] = _CONTROL if added["special"] else _USER_DEFINED
+  metadata = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": split_name,
+    "tokenizer.ggml.tokens": tokens,
+    "tokenizer.ggml.token_type": types,
+    "tokenizer.ggml.merges": [" ".join(pair) for pair in fields["model"]["merges"]],
+    "tokenizer.ggml.add_bos_token": _adds_bos(tokenizer),
+    "tokenizer.ggml.add_space_prefix": False,
+  }
+  ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+  for name, token_id in zip(_IDS_GGUF, ids, strict=True):
+    if token_id is not None:
+      metadata[f"tokenizer.ggml.{name}"] = token_id
+  if tokenizer.chat_template is not None:
+    metadata["tokenizer.chat_template"] = tokenizer.chat_template
+  return metadata
+
+
+def _check_words(fields: Mapping[str, Any]) -> None:
+  """That a `tokenizer.json` says nothing which a GGUF file could not."""
+  model, decoder = fields["model"], fields["decoder"] or {}
+  problems = {
+    f"is a {model['type']} and no byte-level BPE": (model["type"], decoder.get("type"))
+    != ("BPE", "ByteLevel"),
+    "normalises text": fields["normalizer"] is not None,
+    "drops merges, or marks the parts of words": any(
+      model.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+    ),
+    "takes in the spaces beside an added token, or whole words only": any(
+      added["lstrip"] or added["rstrip"] or added["single_word"] for added in fields["added_tokens"]
+    ),
+  }
+  for problem, found in problems.items():
+    if found:
+      raise ValueError(f"the tokenizer {problem}, for which a GGUF file has no words; {_REMEDY}")
+
+
+def _split_name(fields: Mapping[str, Any]) -> str:
+  """The format's name of how a `tokenizer.json` cuts text before the merges."""
+  for name, split in _SPLITS.items():
+    known = tokenizers.Tokenizer(models.BPE())
+    known.pre_tokenizer = split.pre_tokenizer
+    cuts = _that_matters(json.loads(known.to_str())["pre_tokenizer"])
+    ways = (cuts, split.ignore_merges)
+    if ways == (_that_matters(fields["pre_tokenizer"]), fields["model"]["ignore_merges"]):
+      return name
+  raise ValueError(
+    f"the tokenizer cuts text in a way of its own before its merges, and a GGUF file names one of "
+    f"{', '.join(_SPLITS)}; {_REMEDY}"
+  )
+
+
+def _that_matters(pre_tokenizer: Any) -> Any:
+  """The settings of a pre-tokenizer by which ids may differ."""
+  if isinstance(pre_tokenizer, dict):
+    return {k: _that_matters(x) for k, x in pre_tokenizer.items() if k != "trim_offsets"}
+  if isinstance(pre_tokenizer, list):
+    return [_that_matters(x) for x in pre_tokenizer]
+  return pre_tokenizer
+
+
+def _adds_bos(tokenizer: Tokenizer) -> bool:
+  bare, whole = (tokenizer.encode("a", add_special_tokens=x) for x in (False, True))
+  if whole not in (bare, [tokenizer.bos_id, *bare]):
+    raise ValueError(
+      f"the tokenizer puts tokens around a text, {whole} for {bare}, which are not the one that "
+      f"begins it; a GGUF file has no words for that; {_REMEDY}"
+    )
+  return whole != bare
 
 
 def _list(metadata: Mapping[str, Any], key: str, kind: type) -> list[Any]:

@@ -28,11 +28,10 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import traverse_util
 from jax.typing import DTypeLike
 
-from lora_jax.models.rope import LinearRope, Llama3Rope
+from lora_jax.models.rope import LinearRope, Llama3Rope, rotary_frequencies
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,7 +146,7 @@ class Rotation(NamedTuple):
 
 def rotation(config: LlamaConfig, positions_BT: jax.Array) -> Rotation:
   """Returns cos and sin of `position * frequency` in float32 (Su et al. 2021, section 3.2.2)."""
-  frequencies_R = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
+  frequencies_R = rotary_frequencies(config.rope_theta, config.head_dim)
   if config.rope_scaling is not None:
     frequencies_R = config.rope_scaling.scale(frequencies_R)
   angles_BTR = positions_BT[..., None] * jnp.asarray(frequencies_R, jnp.float32)

@@ -10,6 +10,11 @@ import dataclasses
 import numpy as np
 
 
+def rotary_frequencies(theta: float, head_dim: int) -> np.ndarray:
+  """Returns frequencies_R, theta ** (-2 r / head_dim), in radians a token (Su et al. 2021)."""
+  return theta ** -(np.arange(0, head_dim, 2) / head_dim)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearRope:
   """Position interpolation: every frequency divided by `factor` (Chen et al. 2023, section 3)."""

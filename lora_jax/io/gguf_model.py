@@ -1,0 +1,154 @@
+"""A whole model as one GGUF file, which llama.cpp, `transformers` and `pretrained.load` read.
+
+    wider = save("model.gguf", params, config, tokenizer, dtype="q8_0")
+    wider      # {"blk.0.ffn_down.weight": "float16", ...}: what could not be stored as it was asked
+
+Norms, and whatever else has one axis, stay in float32. Queries and keys get their rows in the order
+in which llama.cpp turns them by their positions: what is half a head apart in the model are
+neighbours in the file. The formats are those of ggml (github.com/ggml-org/ggml, docs/gguf.md); the
+blocks are made by the `gguf` package, one tensor in memory at a time.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType, LlamaFileType
+from gguf.quants import quant_shape_to_byte_shape, quantize
+
+from lora_jax.io import configs, names
+from lora_jax.io import tokenizer as tokenizers
+from lora_jax.io.export import file_tensors
+from lora_jax.models import llama
+
+KINDS = {
+  "float32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+  "bfloat16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+  "float16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+  "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+  "q5_1": (GGMLQuantizationType.Q5_1, LlamaFileType.MOSTLY_Q5_1),
+  "q5_0": (GGMLQuantizationType.Q5_0, LlamaFileType.MOSTLY_Q5_0),
+  "q4_1": (GGMLQuantizationType.Q4_1, LlamaFileType.MOSTLY_Q4_1),
+  "q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
+}
+"""What the matrices may be stored as, from the widest: blocks of 32 numbers from q8_0 on."""
+
+_FOUR_OR_FIVE_BITS = ("q5_1", "q5_0", "q4_1", "q4_0")
+_EMBEDDINGS = ("token_embd.weight", "output.weight")
+_LARGEST_HALF = float(np.finfo(np.float16).max)
+
+
+def save(
+  path: str | Path,
+  params: Mapping[str, Any],
+  config: llama.LlamaConfig,
+  tokenizer: tokenizers.Tokenizer,
+  *,
+  dtype: str = "float32",
+) -> dict[str, str]:
+  """Writes a model to a new file, which appears whole or not at all.
+
+  Embedding and head are q8_0 where four or five bits are asked for: a tied embedding is the head,
+  where what it loses is lost at every token. A matrix whose rows no blocks divide is float16.
+
+  path: of the file.
+  params: plain arrays as `llama.Llama(config)` takes them, stacked or not.
+  config, tokenizer: as `pretrained.load` returned them.
+  dtype: of the matrices, one of KINDS.
+
+  Returns the matrices that are stored wider than asked, {tensor name: dtype}.
+
+  Raises FileExistsError for a file that is there, TypeError for a leaf which is no array, and
+  ValueError for values that are not finite or beyond the dtype, and where params and config do not
+  fit, or the format has no words for config or tokenizer.
+  """
+  path = Path(path)
+  if path.exists():
+    raise FileExistsError(f"{path}: is there already; name a file that is not")
+  if dtype not in KINDS:
+    raise ValueError(f"dtype {dtype!r} is unknown; use one of {', '.join(KINDS)}")
+  metadata, rope_factors_R = configs.to_gguf(config)
+  metadata |= tokenizers.to_gguf(tokenizer, config.vocab_size)
+  tensors = file_tensors(params, config, names.LLAMA_GGUF)
+  if rope_factors_R is not None:
+    tensors["rope_freqs.weight"] = rope_factors_R
+  dtypes = {name: _dtype(name, tensor.shape, dtype) for name, tensor in tensors.items()}
+
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(f".{path.name}.{os.getpid()}")
+  writer = gguf.GGUFWriter(partial, "llama")
+  writer.add_type(gguf.GGUFType.MODEL)
+  writer.add_file_type(KINDS[dtype][1])
+  writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+  for key, value in metadata.items():
+    _add(writer, key, value)
+  for name, tensor in tensors.items():
+    kind = KINDS[dtypes[name]][0]
+    size = int(np.prod(quant_shape_to_byte_shape(tensor.shape, kind)))
+    writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), size, raw_dtype=kind)
+  try:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, tensor in tensors.items():
+      rows = np.ascontiguousarray(_as_rotated(name, tensor, config), np.float32)
+      _check_values(name, rows, dtypes[name])
+      writer.write_tensor_data(quantize(rows, KINDS[dtypes[name]][0]))
+    writer.close()
+    partial.replace(path)
+  finally:
+    writer.close()
+    partial.unlink(missing_ok=True)
+  return {
+    name: dtypes[name]
+    for name, tensor in tensors.items()
+    if tensor.ndim > 1 and dtypes[name] != dtype
+  }
+
+
+def _dtype(name: str, shape: tuple[int, ...], wanted: str) -> str:
+  """What a tensor is stored as."""
+  if len(shape) < 2:
+    return "float32"
+  if name in _EMBEDDINGS and wanted in _FOUR_OR_FIVE_BITS:
+    wanted = "q8_0"
+  block_size, _ = gguf.GGML_QUANT_SIZES[KINDS[wanted][0]]
+  return "float16" if shape[-1] % block_size else wanted
+
+
+def _check_values(name: str, rows: np.ndarray, dtype: str) -> None:
+  if not np.isfinite(rows).all():
+    raise ValueError(f"{name}: holds values that are not finite; there is no sense in storing them")
+  # The scales of blocks are float16 too.
+  if dtype not in ("float32", "bfloat16") and (largest := abs(rows).max()) > _LARGEST_HALF:
+    raise ValueError(
+      f"{name}: its largest value {largest:.3g} is beyond {dtype}; use bfloat16 or float32"
+    )
+
+
+def _as_rotated(name: str, tensor: np.ndarray, config: llama.LlamaConfig) -> np.ndarray:
+  """The tensor (out, in) with its rows as llama.cpp wants them: the halves of a head in turn."""
+  heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
+  projection = name.split(".")[-2]
+  if projection not in heads:
+    return tensor
+  halves = tensor.reshape(heads[projection], 2, -1, tensor.shape[-1])
+  return halves.swapaxes(1, 2).reshape(tensor.shape)
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+  """Adds metadata, in the type of the format that llama.cpp looks for."""
+  match value:
+    case bool():
+      writer.add_bool(key, value)
+    case int():
+      writer.add_uint32(key, value)
+    case float():
+      writer.add_float32(key, value)
+    case str():
+      writer.add_string(key, value)
+    case list():
+      writer.add_array(key, value)
