@@ -1,5 +1,6 @@
 """Low-rank factorisation against formulas in float64, and the ranks that share a budget out."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from programs import convolve, normal
 
 import lora_jax
-from lora_jax import adapt, materialize, tree
+from lora_jax import adapt, cost, materialize, tree
 from lora_jax.compress import factorize, sensitivity
 from lora_jax.weights import Factored
 
@@ -209,3 +210,57 @@ def test_a_factorised_model_is_adapted_and_heals():
     adapters = jax.tree.map(lambda p, g: p - 0.002 * g, adapters, step(adapters))
   assert loss(adapters) < 0.7 * before
   assert isinstance(tree.flatten(found, is_leaf=lora_jax.is_weight)["w"], Factored)
+
+
+class Convolutions(nn.Module):
+  """A network of images, written without a thought of factors."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.gelu(nn.Conv(12, (3, 3), strides=2)(x))
+    x = nn.gelu(nn.Conv(16, (3, 3), padding="VALID")(x))
+    return nn.Dense(10)(x.mean((1, 2)))
+
+
+class Tied(nn.Module):
+  """An embedding that is the head too."""
+
+  @nn.compact
+  def __call__(self, ids):
+    embed = nn.Embed(40, 12)
+    return embed.attend(jnp.tanh(embed(ids)))
+
+
+@pytest.mark.parametrize(
+  ("module", "x", "patterns", "full", "low"),
+  [
+    (Convolutions(), normal(2, 9, 9, 3), ["Conv_.*/kernel"], (12, 16), 3),
+    (Tied(), jnp.arange(14).reshape(2, 7), ["Embed_0/embedding"], (12,), 4),
+  ],
+)
+def test_convolutions_and_embeddings_of_a_network_are_factored_and_cost_less(
+  module, x, patterns, full, low
+):
+  params = module.init(jax.random.key(0), x)["params"]
+
+  def f(params, x):
+    return module.apply({"params": params}, x)
+
+  strict = adapt(f, strict=True)
+  axes = lora_jax.trace_axes(f, params, x)
+  paths = factorize.select(params, patterns, axes)
+  assert len(paths) == len(full)
+  whole = factorize.factorize(params, dict(zip(paths, full, strict=True)), axes=axes)
+  np.testing.assert_allclose(strict(whole, x), f(params, x), rtol=1e-4, atol=1e-5)
+
+  smaller = factorize.factorize(params, dict.fromkeys(paths, low), axes=axes)
+  np.testing.assert_allclose(strict(smaller, x), f(materialize(smaller), x), rtol=1e-4, atol=1e-5)
+  operations, numbers = (
+    [count(tree) for tree in (smaller, params)]
+    for count in (
+      lambda params: cost.flops(jax.make_jaxpr(strict)(params, x)),
+      lambda params: sum(leaf.size for leaf in jax.tree.leaves(params)),
+    )
+  )
+  assert operations[0] < 0.7 * operations[1]
+  assert numbers[0] < 0.7 * numbers[1]
