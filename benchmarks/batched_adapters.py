@@ -12,7 +12,6 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ from tqdm import tqdm
 import lora_jax
 from benchmarks.circumstances import describe_circumstances
 from benchmarks.models import MODELS, Case
+from benchmarks.reporting import define_output, publish
 from benchmarks.rows import Adapters, make_adapters
 
 PyTree = Any
@@ -39,17 +39,12 @@ _LENGTH = flags.DEFINE_integer("length", 32, "Tokens of a row.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 15, "Times that each row takes its turn.", lower_bound=2)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of base and arithmetic.")
 _SCAN = flags.DEFINE_bool("scan_layers", False, "One scanned block instead of one for each layer.")
-_OUTPUT = flags.DEFINE_string("output", None, "A markdown file that the table is appended to.")
+_OUTPUT = define_output()
 
 flags.register_validator(
   "adapters",
   lambda counts: counts and all(count.isdecimal() and int(count) for count in counts),
   "--adapters takes positive whole numbers, as in --adapters=8,64",
-)
-flags.register_validator(
-  "output",
-  lambda path: path is None or Path(path).absolute().parent.is_dir(),
-  "--output names a file in a folder that exists",
 )
 
 
@@ -76,10 +71,7 @@ def main(argv: Sequence[str]) -> None:
     "",
     format_table(seconds, temporary),
   ])  # fmt: skip
-  print(report)
-  if _OUTPUT.value:
-    with open(_OUTPUT.value, "a", encoding="utf-8") as file:
-      file.write(f"\n{report}\n")
+  publish(report, _OUTPUT.value)
 
 
 def make_rows(

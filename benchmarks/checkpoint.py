@@ -27,6 +27,7 @@ import lora_jax
 from benchmarks import rows
 from benchmarks.circumstances import describe_circumstances
 from benchmarks.models import MODELS, Case
+from benchmarks.reporting import define_output, publish
 from lora_jax.train.checkpoint import Checkpoints
 from lora_jax.train.optimizer import adamw
 from lora_jax.train.step import State, init_state, make_train_step
@@ -40,13 +41,7 @@ _EVERY = flags.DEFINE_integer("every", 10, "Steps of a turn, one of them saved."
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Times that each takes its turn.", lower_bound=2)
 _SCAN = flags.DEFINE_bool("scan_layers", False, "One scanned block instead of one for each layer.")
 _FOLDER = flags.DEFINE_string("folder", None, "On the disk to be written to; a temporary one.")
-_OUTPUT = flags.DEFINE_string("output", None, "A markdown file that the table is appended to.")
-
-flags.register_validator(
-  "output",
-  lambda path: path is None or Path(path).absolute().parent.is_dir(),
-  "--output names a file in a folder that exists",
-)
+_OUTPUT = define_output()
 
 
 class Measured(NamedTuple):
@@ -86,10 +81,7 @@ def main(argv: Sequence[str]) -> None:
     f"- It has {measured.bytes / 1e6:,.1f} MB; what trains, with the optimiser's two moments, "
     f"{arrays / 1e6:,.1f} MB; the base, {4 * size / 1e6:,.1f} MB.",
   ])  # fmt: skip
-  print(report)
-  if _OUTPUT.value:
-    with open(_OUTPUT.value, "a", encoding="utf-8") as file:
-      file.write(f"\n{report}\n")
+  publish(report, _OUTPUT.value)
 
 
 def make_run(case: Case) -> tuple[State, Callable[[State], State]]:

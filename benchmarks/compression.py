@@ -11,7 +11,6 @@ embeddings with them.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +20,7 @@ from absl import app, flags
 
 import lora_jax
 from benchmarks.circumstances import describe_circumstances
+from benchmarks.reporting import define_output, publish
 from lora_jax import compress, tree
 from lora_jax.compress import gptq, loftq
 from lora_jax.data import records
@@ -38,7 +38,7 @@ PLAIN_NF4 = Format(levels="nf4", block=64)
 
 _CALIBRATION = flags.DEFINE_integer("calibration", 64, "Windows for calibration.", 1)
 _HELD_OUT = flags.DEFINE_integer("held_out", 40, "Windows to measure by.", 1)
-_OUTPUT = flags.DEFINE_string("output", None, "A markdown file that the table is appended to.")
+_OUTPUT = define_output()
 
 
 class Case(NamedTuple):
@@ -127,10 +127,7 @@ def main(argv: Sequence[str]) -> None:
     "",
     *format_table(table),
   ])  # fmt: skip
-  print(report)
-  if _OUTPUT.value:
-    with Path(_OUTPUT.value).open("a", encoding="utf-8") as file:
-      file.write(f"\n{report}\n")
+  publish(report, _OUTPUT.value)
 
 
 def load(source: str, calibration: int, held_out: int) -> tuple[Case, np.ndarray]:

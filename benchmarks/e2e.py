@@ -18,12 +18,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from absl import app, flags
+from absl import app
 
 from benchmarks.circumstances import describe_circumstances
+from benchmarks.reporting import define_output, publish
 from lora_jax.train import metrics, workdir
 
-_OUTPUT = flags.DEFINE_string("output", None, "A markdown file that the table is appended to.")
+_OUTPUT = define_output()
 
 
 class Run(NamedTuple):
@@ -39,10 +40,7 @@ def main(argv: Sequence[str]) -> None:
   if len(argv) < 2:
     raise app.UsageError("name the workdirs of one evaluated run or more")
   report = describe([read_run(pathlib.Path(path)) for path in argv[1:]])
-  print(report)
-  if _OUTPUT.value:
-    with open(_OUTPUT.value, "a", encoding="utf-8") as file:
-      file.write(f"\n{report}\n")
+  publish(report, _OUTPUT.value)
 
 
 def read_run(path: pathlib.Path) -> Run:

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import lora_jax
 from benchmarks.circumstances import describe_circumstances
+from benchmarks.reporting import define_output, publish
 from configs import adapters as presets
 from configs import methods as config_file
 from experiments import methods, parts
@@ -50,7 +51,7 @@ _TUNE = flags.DEFINE_list(
   "tune", [], "Multiples of the methods' learning rates, to choose one by the validation split."
 )
 _RESULTS = flags.DEFINE_string("results", None, "A JSONL file that each run appends a line to.")
-_OUTPUT = flags.DEFINE_string("output", None, "A markdown file that the table is appended to.")
+_OUTPUT = define_output()
 _SMOKE = flags.DEFINE_bool("smoke", False, "A few steps on little data, to see that it runs.")
 
 flags.register_validator(
@@ -84,10 +85,7 @@ def main(argv: Sequence[str]) -> None:
   lines = sweep(runs, Path(_RESULTS.value))
   table = format_rates(lines) if _TUNE.value else format_table(lines)
   report = f"## The adapter methods on one task\n\n{describe_run()}\n\n{table}"
-  print(report)
-  if _OUTPUT.value:
-    with open(_OUTPUT.value, "a", encoding="utf-8") as file:
-      file.write(f"\n{report}\n")
+  publish(report, _OUTPUT.value)
 
 
 class Task(NamedTuple):

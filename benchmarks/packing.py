@@ -11,7 +11,6 @@ same batches in all rounds' order; every ratio is taken within a round.
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 import lora_jax
 from benchmarks.circumstances import describe_circumstances
+from benchmarks.reporting import define_output, publish
 from configs import quickstart
 from experiments import methods, parts
 from lora_jax.data import batches, packing
@@ -30,7 +30,7 @@ _BATCH = flags.DEFINE_integer("batch", 16, "Examples of a step, about as many wh
 _LENGTH = flags.DEFINE_integer("length", 160, "Tokens of a packed row.", 1)
 _STEPS = flags.DEFINE_integer("steps", 4, "Of a turn, each on a batch of its own.", 1)
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Times that each way takes its turn.", 2)
-_OUTPUT = flags.DEFINE_string("output", None, "A markdown file that the table is appended to.")
+_OUTPUT = define_output()
 
 Batches = Sequence[step.Batch]
 
@@ -69,10 +69,7 @@ def main(argv: Sequence[str]) -> None:
     "",
     format_table(ways, seconds),
   ])  # fmt: skip
-  print(report)
-  if _OUTPUT.value:
-    with open(_OUTPUT.value, "a", encoding="utf-8") as file:
-      file.write(f"\n{report}\n")
+  publish(report, _OUTPUT.value)
 
 
 def make_run(config, pretrained) -> Callable[[Batches], None]:
@@ -138,12 +135,6 @@ def format_table(ways: Mapping[str, Batches], seconds: Mapping[str, Sequence[flo
     )
   return "\n".join(lines)
 
-
-flags.register_validator(
-  "output",
-  lambda path: path is None or Path(path).absolute().parent.is_dir(),
-  "--output names a file in a folder that exists",
-)
 
 if __name__ == "__main__":
   app.run(main)

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from benchmarks import rows, torch_peer
 from benchmarks.circumstances import describe_circumstances
 from benchmarks.models import MODELS, Case
+from benchmarks.reporting import define_output, publish
 from benchmarks.rows import ADAPTED, BARE, JaxRow
 from benchmarks.torch_peer import TorchRow
 
@@ -62,7 +63,7 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of base
 _BATCH = flags.DEFINE_integer("batch", 0, "Rows of a batch; 0 for the model's own.")
 _LENGTH = flags.DEFINE_integer("length", 0, "Tokens of a row; 0 for the model's own.")
 _SCAN = flags.DEFINE_bool("scan_layers", False, "One scanned block instead of one for each layer.")
-_OUTPUT = flags.DEFINE_string("output", None, "A markdown file that the table is appended to.")
+_OUTPUT = define_output()
 
 flags.register_validator(
   "rows", lambda names: set(names) <= set(LABELS), f"--rows takes some of {', '.join(LABELS)}"
@@ -71,11 +72,6 @@ flags.register_validator(
   "ranks",
   lambda ranks: ranks and all(rank.isdecimal() and int(rank) for rank in ranks),
   "--ranks takes positive whole numbers, as in --ranks=1,8,64",
-)
-flags.register_validator(
-  "output",
-  lambda path: path is None or Path(path).absolute().parent.is_dir(),
-  "--output names a file in a folder that exists",
 )
 
 
@@ -105,10 +101,7 @@ def main(argv: Sequence[str]) -> None:
       format_comparisons(seconds),
     ]
   )
-  print(report)
-  if _OUTPUT.value:
-    with open(_OUTPUT.value, "a", encoding="utf-8") as file:
-      file.write(f"\n{report}\n")
+  publish(report, _OUTPUT.value)
 
 
 def available(names: Collection[str], case: Case) -> tuple[list[str], list[str]]:

@@ -14,7 +14,6 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,6 +27,7 @@ import lora_jax
 from benchmarks import rows
 from benchmarks.circumstances import describe_circumstances
 from benchmarks.models import MODELS, Case
+from benchmarks.reporting import define_output, publish
 from lora_jax.train import members, step
 
 PyTree = Any
@@ -42,7 +42,7 @@ _LENGTH = flags.DEFINE_integer("length", 32, "Tokens of a row.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 6, "Times that each row takes its turn.", lower_bound=2)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of base and arithmetic.")
 _SCAN = flags.DEFINE_bool("scan_layers", False, "One scanned block instead of one for each layer.")
-_OUTPUT = flags.DEFINE_string("output", None, "A markdown file that the table is appended to.")
+_OUTPUT = define_output()
 
 for _name in ("members", "ranks"):
   flags.register_validator(
@@ -50,11 +50,6 @@ for _name in ("members", "ranks"):
     lambda counts: counts and all(count.isdecimal() and int(count) for count in counts),
     f"--{_name} takes positive whole numbers, as in --{_name}=4,8",
   )
-flags.register_validator(
-  "output",
-  lambda path: path is None or Path(path).absolute().parent.is_dir(),
-  "--output names a file in a folder that exists",
-)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -83,10 +78,7 @@ def main(argv: Sequence[str]) -> None:
     "",
     format_table(table, seconds),
   ])  # fmt: skip
-  print(report)
-  if _OUTPUT.value:
-    with open(_OUTPUT.value, "a", encoding="utf-8") as file:
-      file.write(f"\n{report}\n")
+  publish(report, _OUTPUT.value)
 
 
 @dataclasses.dataclass
