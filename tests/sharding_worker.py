@@ -27,9 +27,10 @@ CONFIG = llama.LlamaConfig(
   vocab_size=112, width=64, mlp_width=160, num_layers=2, num_heads=12, num_kv_heads=4, head_dim=8,
   max_length=32, scan_layers=True, tie_embeddings=True,
 )  # fmt: skip
-STEPS, ROWS, LENGTH, TARGETS = 20, 16, 12, 4
+STEPS, ROWS, LENGTH, TARGETS, RANK = 20, 16, 12, 4, 4
 UNTIED = dataclasses.replace(CONFIG, tie_embeddings=False, scan_layers=False)
 KERNELS = {(64, 96), (32, 64), (64, 160), (64, 112)}
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 1, 4), (2, 2, 2)]
 
 
 def batch(number: int):
@@ -49,7 +50,7 @@ def adapted(config):
   model = llama.Llama(config)
   params = model.init(jax.random.key(0), tokens)["params"]
   axes = lora_jax.trace_axes(lambda p, t: model.apply({"params": p}, t), params, tokens)
-  lora = lora_jax.LoRA(rank=4, alpha=8.0)
+  lora = lora_jax.LoRA(rank=RANK, alpha=8.0)
   rules = [("all-linear", lora), ("norm/scale", lora_jax.Full())]
   specs = lora_jax.match(params, rules, axes)
   weights = lora_jax.attach(params, lora_jax.init(jax.random.key(1), params, specs, axes))
@@ -149,6 +150,8 @@ def the_losses_over_fsdp_are_those_of_one_device():
 
 def the_losses_over_two_devices_on_tensor_are_those_of_one_device():
   assert_same_losses((4, 1, 2))
+  *_, ops = trained((4, 1, 2))
+  assert not gathered(ops) & KERNELS
 
 
 def the_losses_over_four_devices_on_tensor_are_those_of_one_device():
@@ -167,6 +170,19 @@ def data_parallel_training_moves_the_gradient_of_the_adapters_and_nothing_else()
   assert moved(ops).keys() == {"all-reduce"}
   scalars = moved(ops)["all-reduce"] - adapters  # the loss, and how many tokens it is a mean of
   assert 0 < scalars <= 16
+  # Over fsdp too, where the base is gathered; the norm of the gradient is then one of its parts.
+  *_, ops = trained((1, 8, 1))
+  assert moved(ops).keys() == {"all-reduce", "all-gather"}
+  assert 0 < moved(ops)["all-reduce"] - adapters <= 100
+
+
+def on_no_mesh_is_anything_of_a_kernels_size_reduced():
+  for sizes in MESHES:
+    *_, ops = trained(sizes)
+    reduced = [op for op in ops if op.kind in ("all-reduce", "reduce-scatter")]
+    matrices = {shape for op in reduced for shape in op.shapes if len(shape) == 2}
+    # The factors' gradients, and what they make of activations that are cut over tensor.
+    assert matrices and all(RANK in shape for shape in matrices), (sizes, matrices)
 
 
 def over_tensor_no_kernel_is_gathered():

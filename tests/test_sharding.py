@@ -26,6 +26,7 @@ STATEMENTS = [
   "the_losses_over_all_three_axes_are_those_of_one_device",
   "the_losses_of_pmap_are_those_of_one_device",
   "data_parallel_training_moves_the_gradient_of_the_adapters_and_nothing_else",
+  "on_no_mesh_is_anything_of_a_kernels_size_reduced",
   "over_tensor_no_kernel_is_gathered",
   "over_fsdp_kernels_are_gathered_for_use_over_that_axis_alone",
   "base_adapters_and_moments_lie_where_the_rules_say",
