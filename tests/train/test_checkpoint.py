@@ -1,7 +1,9 @@
 import gc
 import logging
+import os
 import pathlib
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +83,23 @@ def test_a_state_that_is_saved_may_be_donated_at_once(tmp_path):
     checkpoints.wait()
     restored = checkpoints.restore(like)
   np.testing.assert_array_equal(restored.state.trainable["w"], np.arange(1_000_000.0))
+
+
+def test_a_save_returns_before_the_checkpoint_is_written(tmp_path, monkeypatch):
+  state, like = trained(steps=1)
+  go_on, rename = threading.Event(), os.rename
+
+  def held_up(*paths, **options):
+    assert go_on.wait(timeout=60), "nothing else runs while it is written"
+    return rename(*paths, **options)
+
+  monkeypatch.setattr(os, "rename", held_up)  # by which Orbax makes a checkpoint of its files
+  with open_checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(state, {})
+    assert not checkpoints.path(1).exists()
+    go_on.set()
+    checkpoints.wait()
+    assert_same_bits(checkpoints.restore(like).state, state)
 
 
 def test_a_checkpoint_is_as_large_as_what_trains_and_its_two_moments(tmp_path):
