@@ -17,7 +17,7 @@ from collectives import collectives, moved
 from jax.sharding import SingleDeviceSharding
 
 import lora_jax
-from lora_jax import sharding, tree
+from lora_jax import compress, sharding, tree
 from lora_jax.io import shards
 from lora_jax.models import llama
 from lora_jax.train import optimizer, parallel, step
@@ -44,12 +44,18 @@ def batch(number: int):
 
 
 @functools.cache
-def adapted(config):
-  """The weights, with adapters on every linear layer and full norms, and the mask."""
+def adapted(config, format=None):
+  """The weights, with adapters on every linear layer and full norms, and the mask.
+
+  With a format the base of every linear layer is quantised so.
+  """
   tokens = jnp.zeros((1, 2), jnp.int32)
   model = llama.Llama(config)
   params = model.init(jax.random.key(0), tokens)["params"]
   axes = lora_jax.trace_axes(lambda p, t: model.apply({"params": p}, t), params, tokens)
+  if format:
+    formats = lora_jax.match(params, [("all-linear", format)], axes)
+    params = compress.quantize(params, formats, axes)
   lora = lora_jax.LoRA(rank=RANK, alpha=8.0)
   rules = [("all-linear", lora), ("norm/scale", lora_jax.Full())]
   specs = lora_jax.match(params, rules, axes)
@@ -62,9 +68,9 @@ def make_optimizer():
   return optimizer.adamw(rate, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.01, clip_norm=1.0)
 
 
-def start(config, mesh=None):
+def start(config, format=None, mesh=None):
   """(state, frozen, train_step) on one device, or laid out on a mesh."""
-  weights, mask = adapted(config)
+  weights, mask = adapted(config, format)
   tx, places = make_optimizer(), None
   if mesh is None:
     trainable, frozen = lora_jax.partition(weights, mask)
@@ -81,8 +87,8 @@ def start(config, mesh=None):
 
 
 @functools.cache
-def losses_on_one_device(config):
-  state, frozen, train_step = start(config)
+def losses_on_one_device(config, format=None):
+  state, frozen, train_step = start(config, format)
   losses = []
   for number in range(STEPS):
     state, metrics = train_step(state, frozen, batch(number))
@@ -92,10 +98,10 @@ def losses_on_one_device(config):
 
 
 @functools.cache
-def trained(sizes, config=CONFIG):
+def trained(sizes, config=CONFIG, format=None):
   """(losses, shardings of the state before and after, the program's collectives) on a mesh."""
   mesh = sharding.make_mesh(**dict(zip(sharding.AXES, sizes, strict=True)))
-  state, frozen, train_step = start(config, mesh)
+  state, frozen, train_step = start(config, format, mesh)
   program = train_step.lower(state, frozen, sharding.put_rows(batch(0), mesh)).compile()
   before = jax.tree.map(lambda x: x.sharding, state)
   losses = []
@@ -106,9 +112,9 @@ def trained(sizes, config=CONFIG):
   return np.array(losses), before, after, collectives(program.as_text())
 
 
-def assert_same_losses(sizes, config=CONFIG):
-  losses, before, after, _ = trained(sizes, config)
-  np.testing.assert_allclose(losses, losses_on_one_device(config), rtol=0, atol=1e-5)
+def assert_same_losses(sizes, config=CONFIG, format=None):
+  losses, before, after, _ = trained(sizes, config, format)
+  np.testing.assert_allclose(losses, losses_on_one_device(config, format), rtol=0, atol=1e-5)
   assert tree.flatten(before) == tree.flatten(after)  # the next step compiles nothing
 
 
@@ -202,7 +208,7 @@ def over_fsdp_kernels_are_gathered_for_use_over_that_axis_alone():
 
 def base_adapters_and_moments_lie_where_the_rules_say():
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-  state, frozen, _ = start(CONFIG, mesh)
+  state, frozen, _ = start(CONFIG, mesh=mesh)
   leaves = tree.flatten(frozen) | tree.flatten(state)
   for path, shape in {
     "blocks/attn/query/kernel/w": (2, 32, 48),
@@ -221,6 +227,15 @@ def the_losses_of_layers_apart_and_a_head_of_its_own_are_those_of_one_device():
   assert_same_losses((2, 2, 2), UNTIED)
   *_, ops = trained((2, 2, 2), UNTIED)
   assert not gathered(ops) & KERNELS
+
+
+def the_losses_on_a_quantised_base_are_those_of_one_device():
+  assert_same_losses((2, 2, 2), format=compress.NF4)
+  assert_same_losses((2, 1, 4), format=compress.INT8)
+  _, frozen, _ = start(CONFIG, compress.INT8, sharding.make_mesh(data=2, fsdp=1, tensor=4))
+  shards = {path: x.addressable_shards[0].data.shape for path, x in tree.flatten(frozen).items()}
+  assert shards["blocks/mlp/up/kernel/w/codes"] == (2, 40, 64)  # of 160 outputs
+  assert shards["blocks/mlp/up/kernel/w/scale"] == (2, 40, 1)
 
 
 def pieces_are_read_once_and_each_device_gets_its_own_part():

@@ -35,6 +35,7 @@ STATEMENTS = [
 SLOW_STATEMENTS = [
   "the_losses_over_two_devices_on_tensor_are_those_of_one_device",
   "the_losses_of_layers_apart_and_a_head_of_its_own_are_those_of_one_device",
+  "the_losses_on_a_quantised_base_are_those_of_one_device",
 ]
 
 
