@@ -13,7 +13,7 @@ def blocks(language):
 
 
 def test_the_flow_runs_as_printed_in_fifteen_lines_and_learns():
-  (code,) = blocks("python")
+  code, _ = blocks("python")
   scope = {}
   exec(code, scope)
   lines = [line for line in code.splitlines() if line.strip() and not line.startswith("import")]

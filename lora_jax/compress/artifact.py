@@ -4,12 +4,13 @@
 
     program.bin           the forward pass, as `jax.export` writes it: StableHLO, with its versions
     params.safetensors    the arrays that it takes, by name
+    tokenizer.json, ...   what makes tokens of a text, where a tokenizer is given
 
 Whoever has JAX and safetensors runs it, on any of the platforms that it was lowered for:
 
-    program = jax.export.deserialize(open("program.bin", "rb").read())
-    params  = safetensors.numpy.load_file("params.safetensors")
-    logits  = program.call(params, tokens)               # int32 [rows, length], padded on the right
+    program = jax.export.deserialize(bytearray(open("program.bin", "rb").read()))
+    params = safetensors.numpy.load_file("params.safetensors")
+    logits = program.call(params, tokens)               # int32 [rows, length], padded on the right
 """
 
 import os
@@ -22,9 +23,11 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from lora_jax import tree
 from lora_jax.io import safetensors
+from lora_jax.io.tokenizer import Tokenizer
 
 PyTree = Any
 
@@ -39,32 +42,32 @@ def save(
   rows: int,
   length: int,
   platforms: Sequence[str] = ("cpu",),
+  tokenizer: Tokenizer | None = None,
 ) -> None:
   """Writes a folder with a model's forward pass, new or empty, which appears whole or not at all.
 
   Args:
     folder: to write.
     apply: `apply({"params": params}, tokens) -> logits`; adapted, for params with Weights.
-    params: of arrays and Weights; masks, codes and scales are arrays of the file.
+    params: of arrays and Weights; masks, codes and scales are arrays of the file, codes in fp8 as
+      the bytes that they are, which numpy's safetensors hold.
     rows, length: of the tokens that the program takes, int32 [rows, length].
     platforms: what it is lowered for: "cpu", "cuda", "tpu".
+    tokenizer: of the model, to be written beside it.
 
   Raises:
     FileExistsError: when the folder holds something.
-    TypeError: when an array is of a dtype that safetensors lacks (fp8, as numpy has it).
   """
   folder = Path(folder)
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise FileExistsError(f"{folder}: holds something already; name a new or an empty folder")
-  arrays = tree.flatten(params)
-  for name, array in arrays.items():
-    if array.dtype == jnp.float8_e4m3fn:
-      raise TypeError(f"{name}: numpy's safetensors hold no fp8; quantise to int8 instead")
+  leaves = tree.flatten(params)
+  dtypes = {name: leaf.dtype for name, leaf in leaves.items()}
+  arrays = {name: _as_stored(np.asarray(leaf)) for name, leaf in leaves.items()}
   structure = jax.tree.structure(params)
-  names = list(arrays)
 
   def forward(arrays, tokens):
-    leaves = [arrays[name] for name in names]
+    leaves = [_as_used(arrays[name], dtype) for name, dtype in dtypes.items()]
     return apply({"params": jax.tree.unflatten(structure, leaves)}, tokens)
 
   shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
@@ -74,7 +77,17 @@ def save(
   partial.mkdir(parents=True)
   try:
     (partial / PROGRAM).write_bytes(program.serialize())
-    safetensors.save_file({name: np.asarray(x) for name, x in arrays.items()}, partial / PARAMS)
+    safetensors.save_file(arrays, partial / PARAMS)
+    if tokenizer is not None:
+      tokenizer.save(partial)
     partial.replace(folder)
   finally:
     shutil.rmtree(partial, ignore_errors=True)
+
+
+def _as_stored(array: np.ndarray) -> np.ndarray:
+  return array.view(np.uint8) if array.dtype == jnp.float8_e4m3fn else array
+
+
+def _as_used(array: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  return array if array.dtype == dtype else lax.bitcast_convert_type(array, dtype)
