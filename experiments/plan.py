@@ -9,6 +9,7 @@ the rest is traced from shapes, for a mesh of any size, whatever devices are her
 those of the largest batch. The memory is an estimate, see `lora_jax.cost`; where it matters,
 `--compile=here` has XLA compile the step, which is slow, and prints what it reports beside it, and
 `--compile=v5e:2x4` does so for a TPU slice of that shape (with `libtpu` installed; no TPU needed).
+Of a sweep the largest member is planned, and taken as often as there are members.
 
 XLA's CPU compiler is unlike the others in two things, which the estimate leaves out: it computes
 bfloat16 in float32, and it undoes rematerialisation between layers that are not scanned.
@@ -29,7 +30,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from ml_collections import ConfigDict, config_flags
 
 import lora_jax
-from experiments import methods, parts, sweep_config, teachers
+from experiments import methods, parts, sweep, sweep_config, teachers
 from lora_jax import sharding
 from lora_jax.data import batches, packing
 from lora_jax.models import llama
@@ -46,13 +47,20 @@ _UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2*
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-  config = _CONFIG.value
+  config, count = largest_member(_CONFIG.value)
+  if count > 1 and _COMPILE.value:
+    raise ValueError(
+      "--compile is for one run; give --config.sweep.grid='()' --config.sweep.members='()' as well"
+    )
   memory = parse_memory(_MEMORY.value) if _MEMORY.value else own_memory()
   mesh = abstract_mesh(config.mesh, _DEVICES.value)
   case = read(config)
   print(describe_data(config, case))
   print(lora_jax.summary(case.params, case.specs, case.axes))
   planned = plan.make_plan(whole_run(config, case, mesh), share_of_a_device(config, case, mesh))
+  if count > 1:
+    planned = planned.of_members(count)
+    print(f"This is the largest of {count} members; together, on one base, they need:")
   print(f"\n{planned}\n{verdict(planned, memory, mesh)}")
   if _COMPILE.value:
     print(compile_step(config, case, mesh, planned, _COMPILE.value))
@@ -88,16 +96,22 @@ class Case:
     return max(self.data["shapes"])
 
 
+def largest_member(config: ConfigDict) -> tuple[ConfigDict, int]:
+  """The config of the member of a sweep that has the largest rank, and how many members there are;
+  of a single run its own."""
+  if not sweep_config.is_sweep(config):
+    return config, 1
+  sweep.check_shapes_of_batches(config)
+  configs = sweep_config.member_configs(config, sweep_config.list_members(config))
+  ranks = [each.adapter.rank if "rank" in each.adapter else 0 for each in configs]
+  return configs[ranks.index(max(ranks))], len(configs)
+
+
 def read(config: ConfigDict) -> Case:
   """Reads what a config names, without a weight.
 
-  Raises what training with the config would, as far as it can be told, and ValueError for a sweep.
+  Raises what training with the config would, as far as it can be told.
   """
-  if sweep_config.is_sweep(config):
-    raise ValueError(
-      "a plan is of one run; give --config.sweep.grid='()' --config.sweep.members='()'. A sweep of "
-      "n members needs the base once, and all else n times"
-    )
   if config.adapter.method == "loftq":
     raise ValueError(
       "a plan is of a base as it is stored in model.dtype, and LoftQ makes another; plan LoRA, and "

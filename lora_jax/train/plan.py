@@ -67,6 +67,15 @@ class Plan:
     """Bytes on a device."""
     return self.arguments + self.activations
 
+  def of_members(self, count: int) -> "Plan":
+    """The plan of so many adapters in one program, as `lora_jax.train.members` trains them.
+
+    The base is there once, and all else for each of them, as large as for the largest.
+    """
+    shared = ("frozen", "base")
+    of_each = [field.name for field in dataclasses.fields(self) if field.name not in shared]
+    return dataclasses.replace(self, **{name: count * getattr(self, name) for name in of_each})
+
   def __str__(self) -> str:
     rows = [
       ("base", self.base),

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import pytest
 from abstract_run import SMOLLM2, UNTIED, make_run
 
+from lora_jax import cost
 from lora_jax.train.plan import make_plan
 
 # Compiled within a second or two each.
@@ -135,6 +136,17 @@ def test_the_share_of_a_device_says_its_activations():
   plan = make_plan(run, share)
   assert plan.activations == make_plan(share).activations < make_plan(run).activations
   assert plan.flops == make_plan(run).flops
+
+
+def test_the_plan_of_members_is_what_the_compiler_reports_of_their_one_program():
+  plan = make_plan(make_run(rows=2)).of_members(4)
+  program = make_run(rows=2, together=4)
+  report = compiled(program).memory_analysis()
+  assert plan.arguments == pytest.approx(report.argument_size_in_bytes, rel=0.01)
+  reported = report.argument_size_in_bytes + report.temp_size_in_bytes
+  assert plan.total == pytest.approx(reported, rel=0.1)
+  jaxpr = jax.make_jaxpr(program.train_step)(program.state, program.frozen, program.batch)
+  assert plan.flops == cost.flops(jaxpr)
 
 
 def test_the_plan_is_a_table():
