@@ -10,6 +10,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import tiny_experiment
 from main_programs import imported
 
 from experiments import parts, sweep, sweep_config
+from lora_jax import sharding
 from lora_jax.io import safetensors
 from lora_jax.train import loop, workdir
 from lora_jax.train.checkpoint import Checkpoints
@@ -58,12 +60,26 @@ def run(program, config, folder):
 
 @pytest.fixture(scope="module")
 def done(config_file, tmp_path_factory):
-  """The workdir of a sweep that has come to its end, and what it told of on the way."""
+  """The workdir of a sweep that has come to its end, what it told of on the way, and the threads
+  that put the batches of its training on the devices."""
   config = runpy.run_path(str(config_file))["get_config"]()
   config.sweep.members = MEMBERS
-  with contextlib.redirect_stderr(io.StringIO()) as told:
+  put_rows, threads = sharding.put_rows, set()
+
+  def noted(batch, mesh, axis=0):
+    if axis == 1:  # of training, where the members come before the rows
+      threads.add(threading.current_thread())
+    return put_rows(batch, mesh, axis)
+
+  told = io.StringIO()
+  with (
+    contextlib.redirect_stderr(told),
+    contextlib.redirect_stdout(told),
+    pytest.MonkeyPatch.context() as patched,
+  ):
+    patched.setattr(sharding, "put_rows", noted)
     finished = run(sweep, config, tmp_path_factory.mktemp("sweep"))
-  return finished, told.getvalue()
+  return finished, told.getvalue(), threads
 
 
 @pytest.fixture(scope="module")
@@ -130,13 +146,19 @@ def test_the_table_has_a_row_for_each_member_and_says_which_diverged(finished):
   assert {path.name for path in (finished.path / "members").iterdir()} == {"0", "1"}
 
 
+def test_batches_are_put_on_the_devices_ahead_by_another_thread(done):
+  *_, threads = done
+  assert threads and threading.main_thread() not in threads
+
+
 def test_all_that_takes_long_is_told_of_member_by_member(done):
-  _, told = done
+  finished, told, _ = done
   stages = ["read the data", "tokenise", "start the adapters", "answer"]
   stages += [f"{stage} member {n}" for stage in ("answer as", "save") for n in range(DIVERGES)]
   bars = ["load: ", "evaluate: ", "train: ", *(f"evaluate member {n}: " for n in range(DIVERGES))]
   for words in [f"{stage} ... " for stage in stages] + bars:
     assert words in told, words
+  assert told.splitlines()[-1].startswith(f"everything is in {finished.path}: results.md")
 
 
 def test_the_log_has_every_member_as_long_as_it_trains(finished):
@@ -197,8 +219,16 @@ def test_the_programs_for_one_run_say_what_to_do_with_a_sweep(finished, config):
     parts.open_run(str(finished.path))
   opened, member = parts.open_run(str(finished.path / "members" / "1"))
   assert opened.adapter.exists() and member.adapter.rank == 8
-  with pytest.raises(ValueError, match="a plan is of one run"):
-    plan.read(config)
+
+
+def test_a_plan_is_of_the_largest_member_as_often_as_there_are_members(config, config_file):
+  largest, count = plan.largest_member(config)
+  assert (largest.adapter.rank, count) == (8, len(MEMBERS)) and not sweep_config.is_sweep(largest)
+  alone = runpy.run_path(str(config_file))["get_config"]()
+  assert plan.largest_member(alone) == (alone, 1)
+  config.data.buckets = (16, 24)
+  with pytest.raises(ValueError, match="which must have one length in one program"):
+    plan.largest_member(config)
 
 
 def test_every_member_is_trained_with_every_point_of_the_grid(config):
