@@ -30,12 +30,13 @@ def apply(variables, tokens):
   return hidden @ p["embed"].T
 
 
-def test_it_computes_the_logits_without_this_package(tmp_path):
+@pytest.mark.parametrize("levels", ["int8", "fp8"])
+def test_it_computes_the_logits_without_this_package(tmp_path, levels):
   params = {
     "embed": normal(7, 8),
     "up": Factored(normal(8, 2), normal(2, 6)),
     "down": Pruned(
-      quantized(normal(6, 8), Format(levels="int8"), (-2,)), jnp.abs(normal(6, 8)) > 0.1
+      quantized(normal(6, 8), Format(levels=levels), (-2,)), jnp.abs(normal(6, 8)) > 0.1
     ),
   }
   adapted = lora_jax.adapt(apply)

@@ -87,8 +87,9 @@ def make_run(folder, name, fields):
   axes = parts.trace_axes(model, base.params)
   specs = lora_jax.match(base.params, methods.rules_of(config.adapter), axes)
   adapters = lora_jax.init(jax.random.key(0), base.params, specs, axes)
+  random = np.random.default_rng(0)
   adapters = jax.tree.map(
-    lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), adapters
+    lambda x: x + 0.1 * random.normal(size=x.shape).astype(np.float32), adapters
   )
   with workdir.open_workdir(folder / name, config.to_dict()) as run:
     exchange.save(run.adapter, adapters, base.params, axes, base_model=config.model.source)
