@@ -72,10 +72,12 @@ def test_the_plan_is_what_the_compiler_reports_of_more_and_larger_steps(name):
   assert_planned(SLOW[name])
 
 
-@pytest.mark.parametrize("remat", ["none", "nothing"])
-def test_the_flops_are_those_that_the_compiler_counts(remat):
+@pytest.mark.parametrize(
+  "case", [{}, {"remat": "nothing"}, {"full": True}, {"packed": True, "targets": 8}]
+)
+def test_the_flops_are_those_that_the_compiler_counts(case):
   # It counts a loop's body once, whatever its length, so nothing is scanned here.
-  run = make_run(num_layers=2, scan_layers=False, remat=remat)
+  run = make_run(num_layers=2, scan_layers=False, **case)
   analysis = compiled(run).cost_analysis()
   reported = (analysis[0] if isinstance(analysis, list) else analysis)["flops"]
   assert make_plan(run).flops == pytest.approx(reported, rel=0.1)
