@@ -23,6 +23,8 @@ oracle, `adapt(f)(tree, x) == f(materialize(tree), x)`, a second call compiles n
 over adapters gives what each gives alone (but where JAX has no `vmap` of the program itself).
 *Factored*: strict mode succeeds, and no value of the full matrix's shape is formed, forward or
 backward. *Materialised*: the full matrix is formed, or, in strict mode, refused for the reason.
+What is coded or pruned ({", ".join(name for name, kind in WEIGHTS.items() if kind.is_formed)})
+is formed for one use at a time, whatever the program is.
 
 | program | |
 | --- | --- |

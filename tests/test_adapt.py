@@ -18,13 +18,17 @@ from lora_jax import adapt, is_weight, materialize
 all_programs = pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
 
 
-def kinds(*everyday: str):
-  """All rows of the table of weights, those that are not named as slow ones."""
+def kinds(*everyday: str, formed: bool = True):
+  """The rows of the table of weights, those that are not named as slow ones.
+
+  Without `formed` those are left out whose arrays are formed anyway.
+  """
   return pytest.mark.parametrize(
     "kind",
     [
       pytest.param(kind, id=name, marks=[] if name in everyday else [pytest.mark.slow])
       for name, kind in WEIGHTS.items()
+      if formed or not kind.is_formed
     ],
   )
 
@@ -70,7 +74,7 @@ def differentiate(f, program: Program):
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-@kinds("bfloat16-base")
+@kinds("bfloat16-base", "nf4")
 @all_programs
 def test_the_adapted_function_of_the_tree_is_the_function_of_the_materialized_tree(program, kind):
   params, x = arguments(program, kind)
@@ -91,7 +95,7 @@ def test_values_and_gradients_under_jit_are_the_oracle_s_and_a_second_call_compi
   assert not events
 
 
-@kinds("float32", "nested", "bfloat16-base", "bfloat16-model", "gated")
+@kinds("float32", "nested", "bfloat16-base", "bfloat16-model", "gated", formed=False)
 @all_programs
 def test_strict_mode_forms_no_full_size_value_or_says_why_it_would(program, kind):
   params, x = arguments(program, kind)

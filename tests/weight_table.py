@@ -3,13 +3,17 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import lora_jax
 from lora_jax import LowRank, tree
-from lora_jax.weights import DoRA, Factored, Gated, LoKr, input_norms
+from lora_jax.weights import DoRA, Factored, Gated, GGUFBlocks, LoKr, Pruned, input_norms
+from lora_jax.weights.coded import rows_of
+from lora_jax.weights.masked import Masked
+from lora_jax.weights.quantized import INT8, Format, Quantized, quantized
 
 RANK = 2
 
@@ -20,11 +24,13 @@ class Kind(NamedTuple):
   make: (w, roles) -> Weight.
   dtype: the coarsest dtype of the arithmetic, for the tolerance.
   model_dtype: of the inputs and of the leaves that are no Weights.
+  is_formed: whether its array is formed for each use, so that strict mode spares nothing.
   """
 
   make: Callable[[jax.Array, str], Any]
   dtype: str = "float32"
   model_dtype: str = "float32"
+  is_formed: bool = False
 
 
 def factors(shape, roles: str, seed: int = 0, rank: int = RANK) -> tuple[jax.Array, jax.Array]:
@@ -72,6 +78,38 @@ def factored(w, roles: str) -> Factored:
   return Factored(a.astype(w.dtype), b.astype(w.dtype), roles=roles.lstrip("s"))
 
 
+def masked(w, roles: str) -> Masked:
+  """A LoRA filled up to twice its rank."""
+  return Masked.of(low_rank(w, roles), 2 * RANK)
+
+
+def coded(w, roles: str, format: Format) -> Quantized:
+  return quantized(w, format, inputs_of(roles))
+
+
+def gguf_blocks(w, roles: str) -> GGUFBlocks:
+  """In blocks of 32, of which the matrices of the programs fill up no more than one or two."""
+  columns = inputs_of(roles)
+  rows = np.asarray(rows_of(w, columns), np.float32)
+  rows = np.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, -rows.shape[-1] % 32)])
+  blocks = gguf.quants.quantize(rows, gguf.GGMLQuantizationType.Q8_0)
+  sizes = tuple(w.shape[n] for n in columns)
+  return GGUFBlocks(jnp.asarray(blocks), kind="Q8_0", columns=columns, sizes=sizes)
+
+
+def inputs_of(roles: str) -> tuple[int, ...]:
+  """The axes of inputs, counted from the end."""
+  return tuple(n - len(roles) for n, role in enumerate(roles) if role == "i")
+
+
+def pruned(w, roles: str) -> Pruned:
+  """With an adapter inside the mask."""
+  mask = jnp.asarray(np.random.default_rng(w.shape).random(w.shape) < 0.5)
+  return Pruned(low_rank(jnp.where(mask, w, 0), roles), mask)
+
+
+NF4 = Format(levels="nf4", block=4, double=True)  # the matrices of the programs have few inputs
+
 WEIGHTS = {
   "float32": Kind(low_rank),
   "nested": Kind(lambda w, roles: low_rank(low_rank(w, roles, seed=1), roles)),
@@ -84,6 +122,12 @@ WEIGHTS = {
   "lokr": Kind(lokr),
   "factored": Kind(factored),
   "adapted-factored": Kind(lambda w, roles: low_rank(factored(w, roles), roles, seed=1)),
+  "masked": Kind(masked),
+  "nf4": Kind(lambda w, roles: coded(w, roles, NF4), is_formed=True),
+  "int8": Kind(lambda w, roles: coded(w, roles, INT8), is_formed=True),
+  "adapted-nf4": Kind(lambda w, roles: low_rank(coded(w, roles, NF4), roles), is_formed=True),
+  "gguf": Kind(gguf_blocks, is_formed=True),
+  "adapted-pruned": Kind(pruned, is_formed=True),
 }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import qwix
 from jax import lax
-from programs import PROGRAMS, normal
+from programs import normal
 from tolerances import assert_close
 
 import lora_jax
@@ -26,7 +26,6 @@ from lora_jax import (
   VeRA,
   adapt,
   materialize,
-  tree,
 )
 from lora_jax.weights.quantized import FP8, INT4, INT8, NF4, Format, Quantized, quantized
 
@@ -113,25 +112,6 @@ def test_zeros_are_zeros_and_an_odd_row_is_filled_up():
 def test_a_row_of_one_block_with_quantised_scales_is_multiplied_by():
   weight, x = made(normal(32, 48), format=NF4), normal(4, 32)
   assert_close(adapt(lambda w, x: x @ w, strict=True)(weight, x), x @ weight.materialize())
-
-
-@pytest.mark.parametrize(
-  "format",
-  [
-    pytest.param(SMALL, id="nf4"),
-    pytest.param(Format(levels="nf4", block=4, double=True), id="double", marks=pytest.mark.slow),
-    pytest.param(INT8, id="int8", marks=pytest.mark.slow),
-  ],
-)
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_a_program_computes_what_it_does_with_the_numbers(name, format):
-  program = PROGRAMS[name]
-  params = tree.map_with_path(
-    lambda path, w: made(w, program.roles[path], format) if path in program.roles else w,
-    program.params,
-  )
-  expected = jax.jit(program.f)(materialize(params), program.x)
-  assert_close(jax.jit(adapt(program.f))(params, program.x), expected)
 
 
 def qlora(w, roles, dtype=jnp.float32):
