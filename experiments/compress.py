@@ -17,7 +17,8 @@ the first step. With config.keep_adapter it stays as it is, the base is compress
 adapter/ is written beside model/, in PEFT's layout:
 
     python -m experiments.import_adapter --adapter=runs/small/adapter --workdir=runs/adapted \
-        --config=configs/quickstart.py --config.model.source=runs/small/model
+        --config=configs/quickstart.py --config.model.source=runs/small/model \
+        --config.model.scan_layers=False
 
 What cannot be done, or makes no sense, is refused before anything is computed or written.
 """
