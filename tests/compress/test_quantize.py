@@ -133,6 +133,7 @@ def test_every_layer_of_a_stack_is_calibrated_by_its_own_moments():
     ({}, {}, "w: there are no moments"),
     ({"w": moments_of(correlated(10, 16))}, {}, "w: 10 rows of calibration data for 16 inputs"),
     ({"w": Moments(jnp.ones(16), jnp.float32(20))}, {}, "diagonal=False"),
+    ({"w": Moments(jnp.full((16, 16), jnp.inf), jnp.float32(20))}, {}, "w: .* are not finite"),
     ({"w": moments_of(correlated(20, 16))}, {"damping": 0.0}, "damping 0.0 is not above 0"),
   ],
 )

@@ -73,6 +73,14 @@ def test_every_kind_of_leaf_is_read_as_it_was_written(folder):
     np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
+def test_the_steps_are_known_without_the_model_and_taken_for_hostile(folder):
+  assert storage.steps_of(folder) == ("factorize",)
+  structure = json.loads((folder / storage.STRUCTURE).read_text())
+  (folder / storage.STRUCTURE).write_text(json.dumps(structure | {"steps": ["prune", {"a": 1}]}))
+  with pytest.raises(ValueError, match="are no names"):
+    storage.steps_of(folder)
+
+
 def test_what_a_mask_hides_takes_no_room(folder):
   kinds = safetensors.tensor_kinds(folder / storage.TENSORS)
   mask = model()["block_0"]["mlp"]["down"]["kernel"].mask
