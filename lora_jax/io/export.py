@@ -33,7 +33,7 @@ def save(
   config, tokenizer: as `pretrained.load` returned them.
 
   Raises FileExistsError where the folder holds something, TypeError for a leaf which is no array,
-  ValueError where params and config do not fit.
+  ValueError where params and config do not fit, or config.json has no field for what config says.
   """
   folder = Path(folder)
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
