@@ -45,7 +45,8 @@ class Plan:
     frozen, trainable: how many numbers the base has, and how many train beside it.
     flops: floating-point operations of a step's products, of all devices.
     base, adapters, optimizer, batch: bytes on a device of what the step is given.
-    activations: bytes on a device of what it makes: activations, gradients, room to work in.
+    activations: bytes on a device of what it makes: activations, gradients, room to work in. Where
+      the rows are shared out gradients count twice: XLA adds those of all devices up beside them.
   """
 
   frozen: int
@@ -110,12 +111,19 @@ def make_plan(run: Run, share: Run | None = None) -> Plan:
     adapters=_bytes_of_a_device(run.state.trainable),
     optimizer=_bytes_of_a_device(run.state.opt_state) + _bytes_of_a_device(run.state.step),
     batch=_bytes_of_a_device(run.batch),
-    activations=cost.peak_memory(alone, results_in_place=True),
+    activations=cost.peak_memory(alone, results_in_place=True) + _reduced(run, share),
   )
 
 
 def _traced(run: Run):
   return jax.make_jaxpr(run.train_step)(run.state, run.frozen, run.batch)
+
+
+def _reduced(run: Run, share: Run | None) -> int:
+  """Bytes of the gradients of all devices, added up on each; 0 where all see the same rows."""
+  if share is None or share.batch["tokens"].shape == run.batch["tokens"].shape:
+    return 0
+  return _bytes_of_a_device(share.state.trainable)
 
 
 def _count(tree: PyTree) -> int:

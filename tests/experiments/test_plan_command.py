@@ -208,11 +208,15 @@ def test_the_compiler_reports_what_was_planned(config_file):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (2, 1, 4)])
-def test_the_compiler_reports_what_was_planned_for_a_device_of_a_mesh(config_file, sizes):
+@pytest.mark.parametrize("arguments", ["", "method=full"])
+def test_the_compiler_reports_what_was_planned_for_a_device_of_a_mesh(
+  config_file, sizes, arguments
+):
   mesh = [
     f"--config.mesh.{name}={n}" for name, n in zip(("data", "fsdp", "tensor"), sizes, strict=True)
   ]
   printed = run(
-    f"--config={config_file}", *mesh, "--compile=here", JAX_NUM_CPU_DEVICES=f"{np.prod(sizes)}"
-  )
+    f"--config={config_file}:{arguments}", *mesh, "--compile=here",
+    JAX_NUM_CPU_DEVICES=f"{np.prod(sizes)}",
+  )  # fmt: skip
   assert share_of_the_compiled(printed) == pytest.approx(1, abs=0.1)

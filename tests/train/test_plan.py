@@ -136,7 +136,9 @@ def test_what_is_sharded_counts_for_the_part_that_a_device_has():
 def test_the_share_of_a_device_says_its_activations():
   run, share = make_run(rows=8), make_run(rows=2)
   plan = make_plan(run, share)
-  assert plan.activations == make_plan(share).activations < make_plan(run).activations
+  assert plan.activations == make_plan(share).activations + plan.adapters  # the gradients' sum
+  assert plan.activations < make_plan(run).activations
+  assert make_plan(run, run) == make_plan(run)
   assert plan.flops == make_plan(run).flops
 
 
