@@ -127,8 +127,9 @@ def main(argv):
       platforms=_PLATFORMS.value,
       tokenizer=found.tokenizer,
     )
-  for name, stored in wider.items():
-    print(f"{name} is stored in {stored}")
+  for stored in sorted(set(wider.values())):
+    names = ", ".join(name for name in wider if wider[name] == stored)
+    print(f"wider than asked, in {stored}: {names}")
   print(f"wrote the model to {output}, {size(output):,} bytes")
 
 

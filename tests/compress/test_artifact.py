@@ -30,10 +30,10 @@ def apply(variables, tokens):
   return hidden @ p["embed"].T
 
 
-@pytest.mark.parametrize("levels", ["int8", "fp8"])
-def test_it_computes_the_logits_without_this_package(tmp_path, levels):
+@pytest.mark.parametrize(("levels", "dtype"), [("int8", jnp.float32), ("fp8", jnp.bfloat16)])
+def test_it_computes_the_logits_without_this_package(tmp_path, levels, dtype):
   params = {
-    "embed": normal(7, 8),
+    "embed": normal(7, 8).astype(dtype),
     "up": Factored(normal(8, 2), normal(2, 6)),
     "down": Pruned(
       quantized(normal(6, 8), Format(levels=levels), (-2,)), jnp.abs(normal(6, 8)) > 0.1
