@@ -159,6 +159,8 @@ def train(config, run):
       if processes.is_first():
         workdir.write_json(run.evaluation, results)
     print(f"before: {parts.describe(results['before'])}")
+    adapted = list(adapters)
+    del weights, trainable, adapters  # what trains is in the state, and would be in memory twice
 
     with (
       processes.metrics_writer(run, step=int(state.step)) as writer,
@@ -189,7 +191,7 @@ def train(config, run):
 
   weights = lora_jax.join(state.trainable, frozen)
   with progress.stage("save the adapter", disable=quiet), workdir.writing(run.adapter):
-    trained, saved = parts.gather(lora_jax.detach(weights, adapters), base)
+    trained, saved = parts.gather(lora_jax.detach(weights, adapted), base)
     if processes.is_first():
       exchange.save(run.adapter, trained, saved, axes, base_model=methods.base_name(config))
   results["after"] = evaluation.evaluate(eval_step, weights, watched(eval_data, "evaluate"))

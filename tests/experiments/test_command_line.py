@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import peft
 import pytest
@@ -25,7 +26,7 @@ from lora_jax import exchange
 from lora_jax.data import batches
 from lora_jax.io import safetensors
 from lora_jax.models import llama
-from lora_jax.train import evaluation
+from lora_jax.train import evaluation, loop
 from lora_jax.train import workdir as workdir_lib
 
 train = imported("experiments.train")
@@ -246,6 +247,25 @@ def test_the_adapter_of_a_run_of_another_method_is_read_back_from_its_file(confi
   eval_step = evaluation.make_eval_step(lora_jax.adapt(model.apply), ())
   loss = evaluation.evaluate(eval_step, trained, data)["loss"]
   assert loss == pytest.approx(scores["after"]["loss"], rel=1e-4)
+
+
+def test_what_trains_is_in_memory_once_while_it_trains(config_file, tmp_path, monkeypatch):
+  config = runpy.run_path(str(config_file))["get_config"]()
+  config.adapter.also_train, config.train.steps = ("embed/embedding",), 2
+  fit, held = loop.fit, []
+
+  def bytes_of(arrays):
+    return sum(x.nbytes for x in arrays)
+
+  def watched_fit(state, frozen, *args, **options):
+    held.append(bytes_of(jax.live_arrays()) - before - bytes_of(jax.tree.leaves((state, frozen))))
+    return fit(state, frozen, *args, **options)
+
+  monkeypatch.setattr(loop, "fit", watched_fit)
+  before = bytes_of(jax.live_arrays())
+  with workdir_lib.open_workdir(tmp_path / "run", config.to_dict()) as run:
+    train.train(config, run)
+  assert held[0] < 1e6 < 4 * 49152 * 32  # the batches that are read ahead; less than the embedding
 
 
 def test_a_diverging_run_stops_at_the_step_and_keeps_its_checkpoint(config_file, tmp_path):
