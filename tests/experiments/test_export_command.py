@@ -1,6 +1,8 @@
 """experiments.export of dense, quantised and compressed models, read where this package is not."""
 
+import dataclasses
 import importlib
+import json
 import pathlib
 import re
 import runpy
@@ -20,7 +22,7 @@ from flax import traverse_util
 
 import lora_jax
 from experiments import methods, parts
-from lora_jax import compress, exchange, factorization
+from lora_jax import compress, exchange, factorization, tree
 from lora_jax.compress import storage
 from lora_jax.io import gguf_model, pretrained, safetensors
 from lora_jax.models import llama
@@ -65,17 +67,21 @@ def folder(tmp_path_factory):
 def compressed(source, folder):
   """A model with all that experiments.compress makes, in one folder."""
   dense = pretrained.load(source)
-  axes = parts.trace_axes(llama.Llama(dense.config), dense.params)
-  params = compress.quantize(
-    dense.params, lora_jax.match(dense.params, [(r".*/attn/.*/kernel", compress.NF4)], axes), axes
+  config = dataclasses.replace(dense.config, mlp_width=48, num_heads=2, num_kv_heads=1)
+  shapes = llama.param_shapes(config)
+  params = tree.map_with_path(  # of the channels and the heads the first
+    lambda path, leaf: leaf[tuple(slice(n) for n in shapes[path])], dense.params
   )
+  axes = parts.trace_axes(llama.Llama(config), params)
+  formats = lora_jax.match(params, [(r".*/attn/.*/kernel", compress.NF4)], axes)
+  params = compress.quantize(params, formats, axes)
   for block in ("block_0", "block_1"):
     mlp = params[block]["mlp"]
     a, b = factorization.balanced(factorization.svd(mlp["gate"]["kernel"], 8))
     mlp["gate"]["kernel"] = Factored(a, b, path=f"{block}/mlp/gate/kernel")
     mask = jnp.abs(mlp["down"]["kernel"]) > 0.05
     mlp["down"]["kernel"] = Pruned.of(mlp["down"]["kernel"], mask, f"{block}/mlp/down/kernel")
-  storage.save(folder, params, dense.config, dense.tokenizer)
+  storage.save(folder, params, config, dense.tokenizer)
 
 
 def make_run(folder, name, fields):
@@ -158,7 +164,7 @@ def test_codes_and_factors_stay_in_the_program_with_the_adapter_on_top(export, h
   assert kinds["block_0/attn/query/kernel/w/codes"][1] == "U8"
   assert kinds["block_0/mlp/gate/kernel/w/a"][0] == (32, 8)
   assert kinds["block_0/attn/query/kernel/a"][1] == "F32"
-  assert kinds["block_0/mlp/down/kernel"][0] == (64, 32)  # pruned and healed, an array again
+  assert kinds["block_0/mlp/down/kernel"][0] == (48, 32)  # pruned and healed, an array again
   np.testing.assert_allclose(
     run_as_the_readme_says(tmp_path / "artifact"), expected[-1], rtol=1e-4, atol=1e-5
   )
@@ -197,10 +203,14 @@ def test_a_compressed_model_is_exported_without_a_run(export, folder, tmp_path, 
   export(source, "--to=merged", f"--output={tmp_path / 'merged'}")
   np.testing.assert_allclose(by_transformers(tmp_path / "merged"), expected, rtol=1e-4, atol=1e-4)
 
+  config = json.loads((tmp_path / "merged/config.json").read_text())
+  assert (config["intermediate_size"], config["num_attention_heads"]) == (48, 2)
+
   path = tmp_path / "small.gguf"
   export(source, "--to=merged_gguf", "--dtype=q4_0", f"--output={path}")
   printed = capsys.readouterr().out
   assert "wider than asked, in q8_0: token_embd.weight\n" in printed
+  assert "in float16: blk.0." in printed  # rows of 48 and of 16
   assert f"{path.stat().st_size:,} bytes" in printed
   directly = tmp_path / "directly.gguf"
   merged = pretrained.load(tmp_path / "merged")
