@@ -106,6 +106,7 @@ def train(config: ConfigDict, run: workdir.Workdir) -> None:
   make_tx = functools.partial(methods.optimizer_at, configs[0])
   settings = make_settings(configs, rates, adapters)
   state, frozen = members.init(pretrained.params, adapters, settings, make_tx)
+  del adapters  # what trains is in the state
   shardings = lay_out(state, frozen, mesh)
   state, frozen = jax.device_put((state, frozen), shardings)
   apply = lora_jax.adapt(model.apply)
