@@ -71,7 +71,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   config.task = task = ml_collections.ConfigDict()  # whose accuracy is reported
   task.data = reviews.data
   task.split = "test"
-  task.examples = 200  # at most; 0 for no task
+  task.examples = 400  # at most, as in the quickstart; 0 for no task
   task.batch_size = 32
 
   config.report = report = ml_collections.ConfigDict()
