@@ -52,6 +52,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   factorize.unit = "parameters"  # of the budget; or flops, milliseconds (measured here)
   factorize.rows = 1024  # that the kernels meet at a time, for flops and milliseconds
   factorize.energy = 0.0  # or: the share of each kernel's energy that is kept
+  factorize.multiple = 1  # of which every rank is one: 4 to prune the factors 2:4 afterwards
   factorize.updates = 1  # times that second factors are fitted to the inputs that they then have
 
   config.prune = prune = ml_collections.ConfigDict()

@@ -116,9 +116,10 @@ def factorize_step(section: ConfigDict, model: Model, data: Calibration) -> Mode
   costs, budget = costs_and_budget(section, model, paths)
   if section.energy:
     ranks = factorize.energy_ranks(losses, section.energy)
+    ranks = {path: -(-n // section.multiple) * section.multiple for path, n in ranks.items()}
     ranks = {path: n for path, n in ranks.items() if costs[path].at(n) < costs[path].dense}
   else:
-    ranks = sensitivity.allocate(losses, costs, budget)
+    ranks = sensitivity.allocate(losses, costs, budget, multiple=section.multiple)
   print(f"factorize: {len(ranks)} of {len(paths)} kernels; the others stay as they are")
   params = factorize.factorize(model.params, ranks, decompose, axes=axes)
   small = model._replace(params=params)

@@ -110,6 +110,8 @@ def _check_factorize_settings(section: ConfigDict) -> None:
     raise ValueError(f"factorize.budget {section.budget} must be a share below 1 of the targets")
   if not 0 <= section.energy <= 1:
     raise ValueError(f"factorize.energy {section.energy} must be a share, 1 at most")
+  if section.multiple < 1:
+    raise ValueError(f"factorize.multiple {section.multiple} must be 1 or more")
 
 
 def _check_prune_settings(section: ConfigDict) -> None:
@@ -160,7 +162,7 @@ def check_model(config: ConfigDict, model: Model, windows_NT: np.ndarray) -> Non
       continue
     paths = compression.targets(section, model)
     _check_separable(step, paths, model.adapters)
-    _KERNELS[step](section, model, paths, selected, tokens)
+    _KERNELS[step](config, model, paths, selected, tokens)
     selected[step] = paths
 
 
@@ -222,17 +224,20 @@ def _check_separable(step: str, paths: Sequence[str], adapters: Mapping[str, Any
       )
 
 
-def _check_factorize(section, model, paths, selected, tokens) -> None:
+def _check_factorize(config, model, paths, selected, tokens) -> None:
   del selected
+  section = config.factorize
   factorize.select(model.params, section.targets, model.axes)  # no Weights among them
   if section.method == "whitened":
     _check_inputs("factorize", model, paths, tokens)
   if section.budget:
-    sensitivity.check_budget(*compression.costs_and_budget(section, model, paths))
+    costs, budget = compression.costs_and_budget(section, model, paths)
+    sensitivity.check_budget(costs, budget, section.multiple)
 
 
-def _check_prune(section, model, paths, selected, tokens) -> None:
+def _check_prune(config, model, paths, selected, tokens) -> None:
   del tokens
+  section = config.prune
   leaves = tree.flatten(model.params, is_leaf=is_weight)
   _check_kinds("prune", paths, leaves, (Factored,))
   dense = [path for path in paths if not is_weight(leaves[path])]
@@ -251,14 +256,15 @@ def _check_prune(section, model, paths, selected, tokens) -> None:
     if not section.of and not 0 < gone < d:
       raise ValueError(f"prune.share: {path}: {section.share} of {d} inputs are {gone}")
   both = sorted(set(paths) & set(selected.get("factorize", ())))
-  if section.of and both:
+  if section.of and both and config.factorize.multiple % section.of:
     raise ValueError(
       f"prune.of: {both[0]} and {len(both) - 1} others are factorised before, to ranks that are no "
-      f"multiples of {section.of}; prune a share, or give the two steps different targets"
+      f"multiples of {section.of}; set factorize.multiple to {section.of}, or prune a share"
     )
 
 
-def _check_quantize(section, model, paths, selected, tokens) -> None:
+def _check_quantize(config, model, paths, selected, tokens) -> None:
+  section = config.quantize
   leaves, axes = tree.flatten(model.params, is_leaf=is_weight), model.axes
   _check_kinds("quantize", paths, leaves, (Factored, Pruned))
   if section.method == "gptq":

@@ -168,19 +168,25 @@ def _time(f: Callable, *args, repeats: int) -> float:
   return float(np.median(times))
 
 
-def check_budget(costs: Mapping[str, Cost], budget: float) -> None:
+def check_budget(costs: Mapping[str, Cost], budget: float, multiple: int = 1) -> None:
   """Raises ValueError where `allocate` would, before there are losses to share out."""
-  least = sum(min(cost.at(1), cost.dense) for cost in costs.values())
+  if multiple < 1:
+    raise ValueError(f"ranks cannot be multiples of {multiple}; give 1 or more")
+  least = sum(min(cost.at(multiple), cost.dense) for cost in costs.values())
   whole = sum(cost.dense for cost in costs.values())
   if not budget >= least:
     raise ValueError(
-      f"the budget {budget:,.4g} cannot be met: with rank 1 everywhere the kernels cost "
+      f"the budget {budget:,.4g} cannot be met: with rank {multiple} everywhere the kernels cost "
       f"{least:,.4g}, as they are {whole:,.4g}"
     )
 
 
 def allocate(
-  losses: Mapping[str, np.ndarray], costs: Mapping[str, Cost], budget: float
+  losses: Mapping[str, np.ndarray],
+  costs: Mapping[str, Cost],
+  budget: float,
+  *,
+  multiple: int = 1,
 ) -> dict[str, int]:
   """Ranks under which the costs of all kernels stay within a budget, at the least loss together.
 
@@ -193,20 +199,22 @@ def allocate(
     losses: `{path: [n + 1]}`, the loss at the ranks 0 ... n; as it is, a kernel loses nothing.
     costs: `{path: Cost}`.
     budget: what all of them together may cost, at most.
+    multiple: of which every rank is one, as 2:4 zeros (4) and the tiles of processors (8 to 128)
+      like it.
 
   Returns:
     `{path: rank}`, without the kernels that stay as they are, which is better than factors that
     cost as much. No rank is below 1.
 
   Raises:
-    ValueError: when even rank one everywhere costs more.
+    ValueError: when even the lowest rank everywhere costs more.
   """
-  check_budget(costs, budget)
-  # The options of each kernel: every rank from 1 that costs less than the kernel, then itself.
+  check_budget(costs, budget, multiple)
+  # The options of each kernel: every rank that costs less than the kernel, then itself.
   options = {}
   for path, loss in losses.items():
     cost = costs[path]
-    ranks = [rank for rank in range(1, len(loss)) if cost.at(rank) < cost.dense]
+    ranks = [n for n in range(multiple, len(loss), multiple) if cost.at(n) < cost.dense]
     options[path] = (
       np.array([*(cost.at(rank) for rank in ranks), cost.dense]),
       np.array([*(loss[rank] for rank in ranks), 0.0]),

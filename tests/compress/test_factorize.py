@@ -160,6 +160,9 @@ def test_a_budget_goes_where_ranks_are_worth_most_and_is_met():
   assert losses["steep"][ranks["steep"]] + losses["flat"][ranks["flat"]] == best[0]
   with pytest.raises(ValueError, match=r"the budget 31 cannot be met: with rank 1 .* cost 32"):
     sensitivity.allocate(losses, costs, 31)
+  assert sensitivity.allocate(losses, costs, 64, multiple=2) == {"steep": 2, "flat": 2}
+  with pytest.raises(ValueError, match="with rank 2 everywhere the kernels cost 64"):
+    sensitivity.allocate(losses, costs, 63, multiple=2)
 
 
 def test_the_costs_of_operations_count_rows_and_those_of_time_are_measured():

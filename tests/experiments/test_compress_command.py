@@ -18,7 +18,7 @@ from lora_jax import exchange, tree
 from lora_jax.compress import storage
 from lora_jax.io import pretrained, safetensors
 from lora_jax.train import workdir
-from lora_jax.weights import Factored, Pruned
+from lora_jax.weights import Factored, Pruned, is_weight
 from lora_jax.weights.quantized import Quantized
 
 STEPS = "channels+value_heads+factorize+prune+quantize"
@@ -114,6 +114,20 @@ def test_it_is_healed_and_the_healed_one_is_measured(run, program):
 def factorised(program, tiny):
   fields = {"factorize.method": "svd", "task.examples": 0}
   return compressed(program, tiny, "factorised", "steps=factorize", **fields)[0]
+
+
+def test_factors_whose_ranks_are_fours_are_pruned_two_of_four(program, tiny):
+  fields = {
+    "factorize.method": "svd", "factorize.multiple": 4, "prune.targets": ("mlp",), "prune.of": 4,
+    "task.examples": 0,
+  }  # fmt: skip
+  folder, _ = compressed(program, tiny, "fours", "steps=factorize+prune", **fields)
+  leaves = tree.flatten(storage.load(folder / "model").params, is_leaf=is_weight)
+  factored = [leaf for leaf in leaves.values() if isinstance(leaf, Factored)]
+  assert factored and all(leaf.rank % 4 == 0 for leaf in factored)
+  for factor in (x for leaf in factored for x in (leaf.a, leaf.b)):
+    d, k = factor.shape
+    np.testing.assert_array_equal(np.asarray(factor.mask).reshape(d // 4, 4, k).sum(1), 2)
 
 
 @pytest.mark.parametrize(
