@@ -242,7 +242,7 @@ def merge_format(config: ConfigDict) -> Format | None:
   """What a run's merge will be quantised to, if it is trained for that.
 
   Raises:
-    ValueError: for an unknown format, and for a run that has no dense merge or is a sweep.
+    ValueError: for an unknown format, and for a run that has no dense merge.
   """
   name = config.train.quantize_merge
   if name == "none":
@@ -261,8 +261,10 @@ def merge_format(config: ConfigDict) -> Format | None:
 def merge_formats(config: ConfigDict, params: PyTree, axes) -> dict[str, Format]:
   """`{path: format}` of the leaves that are quantised once the run is merged."""
   format = merge_format(config)
-  rules = [(pattern, format) for pattern in config.model.quantize_targets] if format else []
-  return lora_jax.match(params, rules, axes) if rules else {}
+  if format is None:
+    return {}
+  rules = [(pattern, format) for pattern in config.model.quantize_targets]
+  return lora_jax.match(params, rules, axes)
 
 
 def make_apply(config: ConfigDict, model: llama.Llama, params: PyTree, axes) -> Callable:
