@@ -28,7 +28,7 @@ import json
 import pathlib
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
@@ -41,7 +41,7 @@ import lora_jax
 from experiments import compression, compression_checks, parts
 from experiments.compression import Model
 from lora_jax import exchange, tree
-from lora_jax.compress import make_windows, perplexity, report, storage
+from lora_jax.compress import make_windows, merging, perplexity, report, storage
 from lora_jax.data import batches, records
 from lora_jax.data.examples import choice_ids
 from lora_jax.io import assets
@@ -121,47 +121,51 @@ def with_adapter(config: ConfigDict, model: Model) -> Model:
       f"{config.model.source!r}"
     )
   adapters = exchange.load(run.adapter, model.params, model.axes)
-  if not config.keep_adapter:
-    return model._replace(params=merge(model.params, adapters))
   undropped = {
     path: dataclasses.replace(adapter, dropout=0.0) if adapter.drops else adapter
     for path, adapter in adapters.items()
   }
-  return model._replace(adapters=undropped)
+  model = model._replace(adapters=undropped)
+  if config.keep_adapter:
+    return model
+  merged = absorb(model)
+  if merged.adapters:
+    path = next(iter(merged.adapters))
+    kind = type(tree.flatten(model.params, is_leaf=is_weight)[path]).__name__
+    raise ValueError(
+      f"{path}: is compressed, a {kind}, which this adapter does not merge into; set "
+      "keep_adapter to True"
+    )
+  return merged
 
 
-def merge(params: PyTree, adapters: Mapping[str, lora_jax.Adapted]) -> PyTree:
-  """`lora_jax.merge`, but what is pruned stays so, and kernels without an adapter as they are.
-
-  Raises:
-    ValueError: when an adapter is on a kernel that has no numbers of its own, but factors or codes.
-  """
-  leaves = tree.flatten(params, is_leaf=is_weight)
-  for path in adapters:
-    base = leaves[path].w if isinstance(leaves[path], Pruned) else leaves[path]
-    if is_weight(base):
-      raise ValueError(
-        f"{path}: is compressed, a {type(base).__name__}, which no adapter merges into; set "
-        "keep_adapter to True"
-      )
+def absorb(model: Model) -> Model:
+  """The model with its adapters merged where `merging.absorb` merges them; the others stay."""
+  after = tree.flatten(merging.absorb(model.weights), is_leaf=is_weight)
+  stay = {path: x for path, x in model.adapters.items() if _is_adapted(after[path])}
 
   def merged(path, leaf):
-    if path not in adapters:
-      return leaf
-    array = lora_jax.materialize(leaf)
-    return Pruned.of(array, leaf.mask, path) if isinstance(leaf, Pruned) else array
+    return leaf if path in stay else after[path]
 
-  return tree.map_with_path(merged, lora_jax.attach(params, adapters), is_leaf=is_weight)
+  params = tree.map_with_path(merged, model.params, is_leaf=is_weight)
+  return model._replace(params=params, adapters=stay)
+
+
+def _is_adapted(leaf: Any) -> bool:
+  return isinstance(leaf.w if isinstance(leaf, Pruned) else leaf, lora_jax.Adapted)
 
 
 def add_healed(config: ConfigDict, folder: pathlib.Path, healed: str):
-  """Adds a run that trained an adapter on the compressed model to its report."""
+  """Adds a run that trained an adapter on the compressed model to its report, as it will be used.
+
+  That is with the adapter merged where the model stays as small by it.
+  """
   run, _ = parts.open_run(healed)
   small = storage.load(folder / "model")
   model = Model(small.config, small.params, adapters={})
   model = model._replace(adapters=exchange.load(run.adapter, model.params, model.axes))
   _, held_out_NT, _ = read_windows(config.text, small.tokenizer)
-  measures = make_measure(config, held_out_NT, small.tokenizer)(model)
+  measures = make_measure(config, held_out_NT, small.tokenizer)(absorb(model))
   found = json.loads((folder / "report.json").read_text())
   rows = [row for row in map(_row, found["steps"]) if row.step != "heal"]
   rows.append(report.Row("heal", measures))

@@ -19,6 +19,7 @@ from tqdm import tqdm
 import lora_jax
 from experiments import methods, parts
 from lora_jax import exchange
+from lora_jax.compress import merging
 from lora_jax.data import batches
 from lora_jax.data.examples import choice_ids
 from lora_jax.data.references import by_prompt
@@ -78,7 +79,7 @@ def main(argv):
       texts = write_texts(
         config,
         pretrained,
-        lora_jax.materialize(weights),  # once, and not at each token
+        merging.absorb(weights),  # once, and not at each token
         split,
         beams=beams,
         length_penalty=_LENGTH_PENALTY.value,
@@ -106,7 +107,7 @@ def write_texts(
   references = by_prompt(split, config.data.prompt, config.data.completion)
   prompts = list(references)[:limit]
   generate_step = generation.make_generate_step(
-    llama.Llama(pretrained.config).apply,
+    lora_jax.adapt(llama.Llama(pretrained.config).apply),
     functools.partial(llama.init_cache, pretrained.config, dtype=pretrained.config.dtype),
     max_tokens=max_tokens,
     beams=beams,

@@ -18,7 +18,7 @@ from absl import app, flags, logging
 import lora_jax
 from experiments import methods, parts
 from lora_jax import exchange
-from lora_jax.compress import storage
+from lora_jax.compress import merging, storage
 from lora_jax.io import pretrained as pretrained_lib
 from lora_jax.models import decode, llama
 
@@ -57,7 +57,7 @@ def main(argv):
     model = llama.Llama(pretrained.config)
     axes = parts.trace_axes(model, pretrained.params)
     adapters = exchange.load(run.adapter, pretrained.params, axes)
-    weights = methods.finish(config, pretrained.params, adapters, axes)
+    weights = merging.absorb(methods.finish(config, pretrained.params, adapters, axes))
 
   tokenizer = pretrained.tokenizer
   prompts, lengths = decode.pad_prompts(

@@ -1,5 +1,6 @@
-"""Models on their way to other programs: every Weight as an array, or as it is where it is smaller.
+"""Models after their training: adapters taken into what they are beside, and arrays for others.
 
+decode(adapt(model.apply), absorb(weights), ...)                    no slower than without adapters
 export.save(folder, to_arrays(weights), config, tokenizer)          dense, for other programs
 artifact.save(folder, adapt(model.apply), keep_smaller(weights), ...)    codes and factors stay
 """
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.weights import Adapted, Pruned, Weight, is_weight, materialize
+from lora_jax.weights import Adapted, Factored, LowRank, Pruned, Weight, is_weight, materialize
 from lora_jax.weights.base import astype
 
 PyTree = Any
@@ -24,12 +25,53 @@ def to_arrays(weights: PyTree) -> PyTree:
   return jax.tree.map(lambda x: materialize(_in_float32(x)), weights, is_leaf=is_weight)
 
 
-def keep_smaller(weights: PyTree) -> PyTree:
-  """The tree with adapters and masks of dense arrays merged into them.
+def absorb(weights: PyTree) -> PyTree:
+  """The tree with adapters inside what they are beside, as far as that stays what it is.
 
-  What is coded or factored stays what it is, with what was learnt or masked beside it.
+    an array, alone or inside a mask    the merge is an array, inside the mask
+    factors of rank q, LoRA of rank r   factors of rank q + r: `[A a] [B; scale b]`
+    codes                               the adapter stays beside them
+
+  weights: a tree of arrays and Weights. The sums are of float32 and are rounded once to the dtype
+  of what they are beside.
   """
-  return jax.tree.map(lambda x: x if _is_smaller(x) else materialize(x), weights, is_leaf=is_weight)
+  return jax.tree.map(_absorbed, weights, is_leaf=is_weight)
+
+
+def keep_smaller(weights: PyTree) -> PyTree:
+  """`absorb`, without the masks of dense arrays: the zeros are in these, and nothing is learnt."""
+  return jax.tree.map(
+    lambda x: x.w if isinstance(x, Pruned) and not is_weight(x.w) else x,
+    absorb(weights), is_leaf=is_weight,
+  )  # fmt: skip
+
+
+def _absorbed(leaf: jax.Array | Weight) -> jax.Array | Weight:
+  if isinstance(leaf, Pruned) and is_weight(leaf.w):
+    w = _absorbed(leaf.w)
+    return dataclasses.replace(leaf, w=w) if is_weight(w) else Pruned.of(w, leaf.mask, leaf.path)
+  if not isinstance(leaf, Adapted):
+    return leaf
+  leaf = dataclasses.replace(leaf, w=_absorbed(leaf.w))
+  if not is_weight(leaf.w):
+    return materialize(leaf)
+  if type(leaf) is LowRank and _is_plain(leaf.w) and leaf.all_roles == leaf.w.all_roles:
+    return _joined(leaf.w, leaf)
+  return leaf
+
+
+def _is_plain(base: Weight) -> bool:
+  return isinstance(base, Factored) and not is_weight(base.a) and not is_weight(base.b)
+
+
+def _joined(base: Factored, adapter: LowRank) -> Factored:
+  """One pair of factors that does what both do."""
+  rank_axis = base.b.ndim - 1 - base.roles.count("o")
+  a = adapter.a.astype(base.dtype)
+  b = (adapter.scale * adapter.b).astype(base.dtype)
+  return dataclasses.replace(
+    base, a=jnp.concatenate([base.a, a], axis=-1), b=jnp.concatenate([base.b, b], axis=rank_axis)
+  )
 
 
 def _in_float32(leaf: jax.Array | Weight) -> jax.Array | Weight:
@@ -37,9 +79,3 @@ def _in_float32(leaf: jax.Array | Weight) -> jax.Array | Weight:
   if isinstance(leaf, Adapted | Pruned):
     return dataclasses.replace(leaf, w=_in_float32(leaf.w))
   return astype(leaf, jnp.float32)
-
-
-def _is_smaller(leaf: jax.Array | Weight) -> bool:
-  while isinstance(leaf, Adapted | Pruned):
-    leaf = leaf.w
-  return is_weight(leaf)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from programs import normal
+from weight_table import factors, low_rank
 
 import lora_jax
 from lora_jax.compress import merging
@@ -52,14 +53,41 @@ def test_a_merge_is_computed_in_float32_whatever_the_base_is(name):
   assert name in ("array", "pruned") or (found != found.astype(jnp.bfloat16)).any()
 
 
-def test_codes_and_factors_stay_and_the_rest_becomes_an_array():
-  kept = merging.keep_smaller({name: weight for name, (weight, _) in CASES.items()})
-  stay = {name for name, weight in kept.items() if is_weight(weight)}
-  assert stay == {name for name in CASES if "code" in name or "factor" in name}
-  for name in stay:
-    assert kept[name] is CASES[name][0]
-  jax.tree.map(
-    np.testing.assert_array_equal,
-    lora_jax.materialize(kept),
-    lora_jax.materialize({name: weight for name, (weight, _) in CASES.items()}),
-  )
+STAY = {name for name in CASES if "code" in name or "factor" in name}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("keep", [merging.absorb, merging.keep_smaller])
+def test_codes_and_factors_stay_and_the_rest_becomes_an_array(name, keep):
+  weight, expected = CASES[name]
+  kept = keep({"kernel": weight})["kernel"]
+  masked = keep is merging.absorb and name in ("pruned", "adapted inside a mask")
+  assert is_weight(kept) == (masked or name in STAY)
+  if masked:
+    assert isinstance(kept, Pruned) and not is_weight(kept.w)
+    np.testing.assert_array_equal(kept.mask, MASK)
+  np.testing.assert_allclose(
+    wide(lora_jax.materialize(kept)), expected, rtol=2**-7, atol=2**-6
+  )  # of bfloat16
+  if name in STAY - {"adapted factors"}:
+    jax.tree.map(np.testing.assert_array_equal, kept, weight)
+
+
+@pytest.mark.parametrize(
+  "roles, shape", [("io", (6, 5)), ("sio", (3, 6, 5)), ("ioo", (6, 2, 5)), ("iiio", (3, 3, 4, 5))]
+)
+def test_lora_beside_factors_becomes_more_of_them(roles, shape):
+  a, b = factors(shape, roles, seed=1, rank=3)
+  own = Factored(a, b, roles=roles.lstrip("s"))
+  adapted = low_rank(own, roles)
+  joined = merging.absorb(adapted)
+  assert type(joined) is Factored and joined.rank == 5 and joined.shape == shape
+  np.testing.assert_allclose(joined.materialize(), adapted.materialize(), rtol=1e-5, atol=1e-5)
+
+
+def test_coded_factors_and_other_methods_than_lora_keep_their_adapter_beside_them():
+  coded = Factored(CODED, quantized(B, Format(levels="int8"), (-2,)))
+  beside = LowRank(coded, A, normal(2, 6))
+  assert merging.absorb(beside).w is coded
+  in_full = Full(FACTORED, normal(8, 6))
+  assert merging.absorb(in_full).w is FACTORED

@@ -19,7 +19,7 @@ from lora_jax.compress import storage
 from lora_jax.io import pretrained, safetensors
 from lora_jax.train import workdir
 from lora_jax.weights import Factored, Pruned, is_weight
-from lora_jax.weights.quantized import Quantized
+from lora_jax.weights.quantized import INT8, Quantized, quantized
 
 STEPS = "channels+value_heads+factorize+prune+quantize"
 
@@ -217,7 +217,8 @@ def test_calibration_sees_the_inputs_that_kernels_have_under_the_adapter(program
   found = pretrained.load(config.model.source)
   bare = compression.Model(found.config, found.params, adapters={})
   apart = program.with_adapter(config, bare)
-  merged = bare._replace(params=program.merge(apart.params, apart.adapters))
+  merged = program.absorb(apart)
+  assert not merged.adapters
   data = compression.Calibration(np.arange(64).reshape(2, 32), 2)
   path = "block_1/mlp/down/kernel"
   for moments in (data.inputs, data.gradients):
@@ -229,22 +230,35 @@ def test_calibration_sees_the_inputs_that_kernels_have_under_the_adapter(program
     assert np.abs(bare_one - merged_one).max() > 1e-2 * abs(merged_one).max()
 
 
-def test_an_adapter_is_merged_into_what_a_mask_left_and_its_zeros_stay(program, tiny, adapted):
+def test_adapters_go_into_arrays_masks_and_factors_and_stay_beside_codes(program, tiny, adapted):
   found = pretrained.load(str(tiny[0] / "model"))
-  model = compression.Model(found.config, found.params, adapters={})
-  adapters = exchange.load(adapted / "adapter", model.params, model.axes)
-  path = next(iter(adapters))
-  one = {path: dataclasses.replace(adapters[path], dropout=0.0)}
-  leaf = tree.flatten(model.params)[path]
-  mask = leaf > 0
-  pruned = tree.replace(model.params, {path: Pruned.of(leaf, mask, path)})
-  merged = tree.flatten(program.merge(pruned, one), is_leaf=lora_jax.is_weight)[path]
-  expected = np.asarray(leaf, np.float64) + np.asarray(one[path].attach(leaf, path).delta())
-  np.testing.assert_allclose(merged.materialize(), np.where(mask, expected, 0), atol=1e-6)
-  assert isinstance(merged, Pruned)
-  factors = tree.replace(model.params, {path: Factored(leaf[:, :2], leaf[:2], path=path)})
-  with pytest.raises(ValueError, match=f"{path}: is compressed, a Factored, which no adapter"):
-    program.merge(factors, one)
+  bare = compression.Model(found.config, found.params, adapters={})
+  loaded = exchange.load(adapted / "adapter", bare.params, bare.axes)
+  adapters = {path: dataclasses.replace(x, dropout=0.0) for path, x in loaded.items()}
+  dense, masked, factored, coded = list(adapters)[:4]
+  leaves = tree.flatten(bare.params)
+  mask = leaves[masked] > 0
+  params = tree.replace(
+    bare.params,
+    {
+      masked: Pruned.of(leaves[masked], mask, masked),
+      factored: Factored(leaves[factored][:, :2], leaves[factored][:2], path=factored),
+      coded: quantized(leaves[coded], INT8, (-2,)),
+    },
+  )
+  model = bare._replace(params=params, adapters=adapters)
+  smaller = program.absorb(model)
+  assert set(smaller.adapters) == {coded}
+  kept = tree.flatten(smaller.params, is_leaf=lora_jax.is_weight)
+  assert kept[coded] is tree.flatten(params, is_leaf=lora_jax.is_weight)[coded]
+  assert not lora_jax.is_weight(kept[dense])
+  assert isinstance(kept[masked], Pruned) and not np.asarray(kept[masked].w)[~mask].any()
+  assert isinstance(kept[factored], Factored) and kept[factored].rank == 4
+  expected = tree.flatten(lora_jax.materialize(model.weights))
+  for path, x in tree.flatten(lora_jax.materialize(smaller.weights)).items():
+    np.testing.assert_allclose(x, expected[path], atol=1e-6, err_msg=path)
+  with pytest.raises(ValueError, match=f"{coded}: is compressed, a Quantized, which this adapter"):
+    program.with_adapter(tiny_compression.config(*tiny, "steps=prune", adapter=str(adapted)), model)
 
 
 @pytest.mark.slow

@@ -157,12 +157,14 @@ def test_a_program_of_an_adapted_dense_model_runs_without_this_package(
   )
 
 
-def test_codes_and_factors_stay_in_the_program_with_the_adapter_on_top(export, healed, tmp_path):
+def test_codes_stay_in_the_program_with_the_adapter_on_top_and_factors_with_it_inside(
+  export, healed, tmp_path
+):
   workdir, expected = healed
   export(f"--workdir={workdir}", "--to=artifact", f"--output={tmp_path / 'artifact'}")
   kinds = safetensors.tensor_kinds(tmp_path / "artifact/params.safetensors")
   assert kinds["block_0/attn/query/kernel/w/codes"][1] == "U8"
-  assert kinds["block_0/mlp/gate/kernel/w/a"][0] == (32, 8)
+  assert kinds["block_0/mlp/gate/kernel/a"][0] == (32, 8 + 8)
   assert kinds["block_0/attn/query/kernel/a"][1] == "F32"
   assert kinds["block_0/mlp/down/kernel"][0] == (48, 32)  # pruned and healed, an array again
   np.testing.assert_allclose(
