@@ -6,6 +6,7 @@ artifact.save(folder, adapt(model.apply), keep_smaller(weights), ...)    codes a
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -29,7 +30,8 @@ def absorb(weights: PyTree) -> PyTree:
   """The tree with adapters inside what they are beside, as far as that stays what it is.
 
     an array, alone or inside a mask    the merge is an array, inside the mask
-    factors of rank q, LoRA of rank r   factors of rank q + r: `[A a] [B; scale b]`
+    factors of rank q, LoRA of rank r   factors of rank q + r, `[A a] [B; scale b]`; or the merge,
+                                        where that has no more numbers
     codes                               the adapter stays beside them
 
   weights: a tree of arrays and Weights. The sums are of float32 and are rounded once to the dtype
@@ -56,7 +58,8 @@ def _absorbed(leaf: jax.Array | Weight) -> jax.Array | Weight:
   if not is_weight(leaf.w):
     return materialize(leaf)
   if type(leaf) is LowRank and _is_plain(leaf.w) and leaf.all_roles == leaf.w.all_roles:
-    return _joined(leaf.w, leaf)
+    joined = _joined(leaf.w, leaf)
+    return joined if joined.a.size + joined.b.size < math.prod(joined.shape) else materialize(leaf)
   return leaf
 
 
