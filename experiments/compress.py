@@ -237,7 +237,7 @@ def make_measure(config: ConfigDict, held_out_NT: np.ndarray, tokenizer: Tokeniz
     choices = choice_ids(tokenizer, data.choices)
 
   def measure(model: Model) -> report.Measures:
-    weights, accuracy = model.weights, None
+    weights, accuracy = merging.without_masks(model.weights), None
     if task is not None:
       eval_step = evaluation.make_eval_step(model.apply, choices)
       accuracy = evaluation.evaluate(eval_step, weights, task)["accuracy"]
@@ -250,7 +250,7 @@ def make_measure(config: ConfigDict, held_out_NT: np.ndarray, tokenizer: Tokeniz
       for rows in section.batches
     }  # fmt: skip
     return report.Measures(
-      parameters=report.count_parameters(weights),
+      parameters=report.count_parameters(model.weights),
       memory=report.count_bytes(weights),
       disk=storage.size(model.params) + report.count_bytes(model.adapters),
       flops=report.flops_per_token(model.apply, weights, section.prompt),

@@ -79,7 +79,7 @@ def main(argv):
       texts = write_texts(
         config,
         pretrained,
-        merging.absorb(weights),  # once, and not at each token
+        merging.keep_smaller(weights),  # once, and not at each token
         split,
         beams=beams,
         length_penalty=_LENGTH_PENALTY.value,

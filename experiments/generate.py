@@ -11,6 +11,7 @@ own, with the keys prompt and completion.
 """
 
 import json
+from typing import Any
 
 import jax
 from absl import app, flags, logging
@@ -19,8 +20,11 @@ import lora_jax
 from experiments import methods, parts
 from lora_jax import exchange
 from lora_jax.compress import merging, storage
-from lora_jax.io import pretrained as pretrained_lib
+from lora_jax.io import pretrained
+from lora_jax.io.tokenizer import Tokenizer
 from lora_jax.models import decode, llama
+
+PyTree = Any
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "A run's folder: its model with its adapter.")
 _SOURCE = flags.DEFINE_string("source", None, "Or a pretrained model alone, by its address.")
@@ -44,29 +48,15 @@ def main(argv):
   if _TEMPERATURE.value:
     choose = decode.nucleus(_TEMPERATURE.value, _TOP_P.value)
 
-  if _SOURCE.value:
-    if storage.is_compressed(_SOURCE.value):
-      pretrained = storage.load(_SOURCE.value)
-    else:
-      pretrained = pretrained_lib.load(_SOURCE.value, scan_layers=True)
-    weights = pretrained.params
-    model = llama.Llama(pretrained.config)
-  else:
-    run, config = parts.open_run(_WORKDIR.value)
-    pretrained = methods.load_base(config)
-    model = llama.Llama(pretrained.config)
-    axes = parts.trace_axes(model, pretrained.params)
-    adapters = exchange.load(run.adapter, pretrained.params, axes)
-    weights = merging.absorb(methods.finish(config, pretrained.params, adapters, axes))
-
-  tokenizer = pretrained.tokenizer
+  model_config, tokenizer, weights = load()
+  model = llama.Llama(model_config)
   prompts, lengths = decode.pad_prompts(
     [tokenizer.encode(prompt) for prompt in _PROMPT.value], tokenizer.pad_id
   )
   cache = None
   if _CACHE.value:
     slots = prompts.shape[1] + _MAX_TOKENS.value
-    cache = llama.init_cache(pretrained.config, len(prompts), slots, pretrained.config.dtype)
+    cache = llama.init_cache(model_config, len(prompts), slots, model_config.dtype)
 
   @jax.jit
   def generate(weights, prompts, lengths, cache):
@@ -89,6 +79,23 @@ def main(argv):
       tokens = tokens[: tokens.index(tokenizer.eos_id)]
     completion = tokenizer.decode(tokens)
     print(json.dumps({"prompt": prompt, "completion": completion}, ensure_ascii=False))
+
+
+def load() -> tuple[llama.LlamaConfig, Tokenizer, PyTree]:
+  """The config, the tokenizer and the weights of what the flags name, as they are used."""
+  if _SOURCE.value:
+    if storage.is_compressed(_SOURCE.value):
+      found = storage.load(_SOURCE.value)
+    else:
+      found = pretrained.load(_SOURCE.value, scan_layers=True)
+    weights = found.params
+  else:
+    run, config = parts.open_run(_WORKDIR.value)
+    found = methods.load_base(config)
+    axes = parts.trace_axes(llama.Llama(found.config), found.params)
+    adapters = exchange.load(run.adapter, found.params, axes)
+    weights = methods.finish(config, found.params, adapters, axes)
+  return found.config, found.tokenizer, merging.keep_smaller(weights)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """Models after their training: adapters taken into what they are beside, and arrays for others.
 
-decode(adapt(model.apply), absorb(weights), ...)                    no slower than without adapters
-export.save(folder, to_arrays(weights), config, tokenizer)          dense, for other programs
-artifact.save(folder, adapt(model.apply), keep_smaller(weights), ...)    codes and factors stay
+decode(adapt(model.apply), keep_smaller(weights), ...)         codes and factors stay
+export.save(folder, to_arrays(weights), config, tokenizer)     dense, for other programs
 """
 
 import dataclasses
@@ -40,12 +39,17 @@ def absorb(weights: PyTree) -> PyTree:
   return jax.tree.map(_absorbed, weights, is_leaf=is_weight)
 
 
-def keep_smaller(weights: PyTree) -> PyTree:
-  """`absorb`, without the masks of dense arrays: the zeros are in these, and nothing is learnt."""
+def without_masks(weights: PyTree) -> PyTree:
+  """The tree without the masks of arrays, which only what is learnt inside them needs."""
   return jax.tree.map(
     lambda x: x.w if isinstance(x, Pruned) and not is_weight(x.w) else x,
-    absorb(weights), is_leaf=is_weight,
+    weights, is_leaf=is_weight,
   )  # fmt: skip
+
+
+def keep_smaller(weights: PyTree) -> PyTree:
+  """The tree as it is used: adapters absorbed, and no masks beside what has the zeros itself."""
+  return without_masks(absorb(weights))
 
 
 def _absorbed(leaf: jax.Array | Weight) -> jax.Array | Weight:

@@ -32,7 +32,7 @@ class Measures:
 
   Attributes:
     parameters: the numbers that it is made of; of what is pruned, those that are not zero.
-    memory: bytes of its arrays on the device.
+    memory: bytes of the arrays that it needs on the device to be run.
     disk: bytes of the tensors' file.
     flops: floating-point operations of the products for one token of a prompt.
     prefill: milliseconds for a prompt, by the rows of the batch.

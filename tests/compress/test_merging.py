@@ -73,6 +73,12 @@ def test_codes_and_factors_stay_and_the_rest_becomes_an_array(name, keep):
     jax.tree.map(np.testing.assert_array_equal, kept, weight)
 
 
+def test_only_the_mask_of_an_array_is_left_out():
+  kept = merging.without_masks({name: weight for name, (weight, _) in CASES.items()})
+  changed = {name for name, weight in kept.items() if weight is not CASES[name][0]}
+  assert changed == {"pruned"} and not np.asarray(kept["pruned"])[~np.asarray(MASK)].any()
+
+
 @pytest.mark.parametrize(
   "roles, shape",
   [("io", (12, 10)), ("sio", (3, 12, 10)), ("ioo", (12, 2, 5)), ("iiio", (3, 3, 4, 5))],
