@@ -9,6 +9,7 @@ python -m experiments.train --config=configs/heal.py:compressed=runs/small --wor
 :smoke                   a few steps
 """
 
+import json
 import pathlib
 
 import ml_collections
@@ -37,8 +38,19 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   config.evaluation.examples, config.evaluation.batch_size = 16, 8
   config.evaluation.samples = 0
   if args["distill"]:
-    config.distill.teacher = quickstart.SMOLLM2
+    config.distill.teacher = _before(folder)
   if args["smoke"]:
     config.train.steps, config.train.checkpoint_every = 2, 2
     config.optimizer.warmup_steps = 1
   return config
+
+
+def _before(folder: pathlib.Path) -> str:
+  """The model that a workdir of experiments.compress started from."""
+  compressed = json.loads((folder / "config.json").read_text())
+  if compressed["adapter"]:
+    raise ValueError(
+      f"{folder}: the adapter of {compressed['adapter']} was part of the model before its "
+      "compression; export that run with --to=merged, and name it by --config.distill.teacher"
+    )
+  return compressed["model"]["source"]

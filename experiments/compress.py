@@ -38,7 +38,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 import lora_jax
-from experiments import compression, compression_checks, parts
+from experiments import compression, compression_checks, methods, parts
 from experiments.compression import Model
 from lora_jax import exchange, tree
 from lora_jax.compress import make_windows, merging, perplexity, report, storage
@@ -62,10 +62,15 @@ def main(argv):
   logging.set_verbosity(logging.WARNING)
   config = _CONFIG.value
   with workdir.open_workdir(_WORKDIR.value, config.to_dict()) as run:
-    if _HEALED.value:
-      add_healed(config, run.path, _HEALED.value)
-    else:
-      compress(config, run.path)
+    try:
+      if _HEALED.value:
+        add_healed(config, run.path, _HEALED.value)
+      else:
+        compress(config, run.path)
+    except BaseException:
+      if not (run.path / "model").exists():
+        run.config.unlink()  # so that a config that is mended has the workdir free
+      raise
 
 
 def compress(config: ConfigDict, folder: pathlib.Path):
@@ -120,6 +125,11 @@ def with_adapter(config: ConfigDict, model: Model) -> Model:
       f"the adapter was trained on {trained.model.source!r}, and its base here is "
       f"{config.model.source!r}"
     )
+  if trained.model.quantize != "none":
+    print(
+      f"the adapter was trained on a base in {trained.model.quantize}, whose rounding it may have "
+      "made up for; here the base is not rounded"
+    )
   adapters = exchange.load(run.adapter, model.params, model.axes)
   undropped = {
     path: dataclasses.replace(adapter, dropout=0.0) if adapter.drops else adapter
@@ -159,13 +169,26 @@ def add_healed(config: ConfigDict, folder: pathlib.Path, healed: str):
   """Adds a run that trained an adapter on the compressed model to its report, as it will be used.
 
   That is with the adapter merged where the model stays as small by it.
+
+  Raises:
+    ValueError: when the run trained on another model.
   """
-  run, _ = parts.open_run(healed)
-  small = storage.load(folder / "model")
+  run, trained = parts.open_run(healed)
+  if pathlib.Path(trained.model.source).absolute() != (folder / "model").absolute():
+    raise ValueError(
+      f"{run.path}: was trained on {trained.model.source}, and not on {folder / 'model'}; name a "
+      "run that heals this model"
+    )
+  trained.model.scan_layers = False
+  small = methods.load_base(trained)
   model = Model(small.config, small.params, adapters={})
-  model = model._replace(adapters=exchange.load(run.adapter, model.params, model.axes))
+  adapters = exchange.load(run.adapter, model.params, model.axes)
+  if methods.merge_format(trained):
+    model = model._replace(params=methods.finish(trained, model.params, adapters, model.axes))
+  else:
+    model = absorb(model._replace(adapters=adapters))
   _, held_out_NT, _ = read_windows(config.text, small.tokenizer)
-  measures = make_measure(config, held_out_NT, small.tokenizer)(absorb(model))
+  measures = make_measure(config, held_out_NT, small.tokenizer)(model)
   found = json.loads((folder / "report.json").read_text())
   rows = [row for row in map(_row, found["steps"]) if row.step != "heal"]
   rows.append(report.Row("heal", measures))

@@ -118,6 +118,11 @@ def factorize_step(section: ConfigDict, model: Model, data: Calibration) -> Mode
     ranks = factorize.energy_ranks(losses, section.energy)
     ranks = {path: -(-n // section.multiple) * section.multiple for path, n in ranks.items()}
     ranks = {path: n for path, n in ranks.items() if costs[path].at(n) < costs[path].dense}
+    if not ranks:
+      raise ValueError(
+        f"factorize.energy {section.energy}: no kernel costs less in factors that keep so much of "
+        "it; lower it"
+      )
   else:
     ranks = sensitivity.allocate(losses, costs, budget, multiple=section.multiple)
   print(f"factorize: {len(ranks)} of {len(paths)} kernels; the others stay as they are")
@@ -137,8 +142,8 @@ def costs_and_budget(
 ) -> tuple[dict[str, sensitivity.Cost], float]:
   """What each kernel costs in the section's unit, and what all of them together may."""
   leaves = tree.flatten(model.params, is_leaf=is_weight)
-  unit = UNITS[section.unit]
-  costs = {path: unit(*leaves[path].shape, rows=section.rows) for path in paths}
+  unit, dtype = UNITS[section.unit], jnp.dtype(model.config.dtype)
+  costs = {path: unit(*leaves[path].shape, rows=section.rows, dtype=dtype) for path in paths}
   return costs, section.budget * sum(cost.dense for cost in costs.values())
 
 
@@ -152,12 +157,14 @@ METHODS: dict[str, Callable] = {
   "whitened": _whitened,
   "svd": lambda *_: (factorize.svd, factorize.singular_values),
   "randomized": lambda *_: (factorize.randomized(0), factorize.singular_values),
-  "qr": lambda *_: (factorize.pivoted_qr, factorize.singular_values),
+  "qr": lambda *_: (factorize.pivoted_qr, factorize.pivoted_rows),
 }
 UNITS: dict[str, Callable] = {
-  "parameters": lambda d, k, rows: sensitivity.parameters(1, d, k),
-  "flops": lambda d, k, rows: sensitivity.flops(1, d, k, rows),
-  "milliseconds": functools.cache(lambda d, k, rows: sensitivity.milliseconds(1, d, k, rows)),
+  "parameters": lambda d, k, rows, dtype: sensitivity.parameters(1, d, k),
+  "flops": lambda d, k, rows, dtype: sensitivity.flops(1, d, k, rows),
+  "milliseconds": functools.cache(
+    lambda d, k, rows, dtype: sensitivity.milliseconds(1, d, k, rows, dtype=dtype)
+  ),
 }
 
 

@@ -96,7 +96,11 @@ def check_config(config: ConfigDict, done: Sequence[str] = ()) -> None:
     raise ValueError("keep_adapter: there is no adapter to keep; name a run by config.adapter")
   if min(config.text.calibration, config.text.held_out, config.text.batch_size) < 1:
     raise ValueError("text: calibration, held_out and batch_size must be 1 or more")
+  if min(config.report.prompt, config.report.repeats, *config.report.batches) < 1:
+    raise ValueError("report: prompt, repeats and batches must be 1 or more")
   for step in config.steps:
+    if "damping" in config[step] and config[step].damping < 0:
+      raise ValueError(f"{step}.damping {config[step].damping} must be 0 or more")
     if step in _SETTINGS:
       _SETTINGS[step](config[step])
 
@@ -108,8 +112,8 @@ def _check_factorize_settings(section: ConfigDict) -> None:
     raise ValueError("factorize: give either a budget or an energy above 0, and 0 for the other")
   if not 0 <= section.budget < 1:
     raise ValueError(f"factorize.budget {section.budget} must be a share below 1 of the targets")
-  if not 0 <= section.energy <= 1:
-    raise ValueError(f"factorize.energy {section.energy} must be a share, 1 at most")
+  if not 0 <= section.energy < 1:
+    raise ValueError(f"factorize.energy {section.energy} must be a share below 1")
   if section.multiple < 1:
     raise ValueError(f"factorize.multiple {section.multiple} must be 1 or more")
 

@@ -7,8 +7,9 @@ They talk over the loopback interface. On a CPU each has one device, or as many 
 XLA_FLAGS=--xla_force_host_platform_device_count says. A machine with several accelerators needs no
 second process: one drives them all.
 
-Ctrl-C and SIGTERM are handed on to the processes, which save and stop. When one of them fails, the
-others are stopped, and the exit code is its own.
+Ctrl-C and SIGTERM are handed on to the processes, which save and stop at the end of a step; a
+second one ends them at once. When one of them fails, the others are stopped, and the exit code is
+its own.
 """
 
 import contextlib
@@ -41,10 +42,13 @@ def launch(command: Sequence[str], count: int) -> int:
     for n in range(count)
   ]
 
+  told = []
+
   def hand_on(*_):
     for process in processes:
       with contextlib.suppress(ProcessLookupError):
-        process.terminate()
+        process.kill() if told else process.terminate()
+    told.append(True)
 
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, hand_on)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import lora_jax
@@ -23,7 +24,7 @@ from lora_jax.io import pretrained
 from lora_jax.models import llama
 from lora_jax.train import adalora, optimizer, step
 from lora_jax.train.chunked_loss import chunked_completion_objective
-from lora_jax.weights import Format, is_weight
+from lora_jax.weights import Format, Pruned, is_weight
 
 PyTree = Any
 
@@ -163,9 +164,12 @@ def start(
   return params, adapters
 
 
-def load_base(config: ConfigDict) -> pretrained.Pretrained:
-  """The base that the adapter of a run belongs to: the model's, or what LoftQ made of it."""
-  found = parts.load_model(config.model)
+def load_base(config: ConfigDict, mesh: Mesh | None = None) -> pretrained.Pretrained:
+  """The base that the adapter of a run belongs to: the model's, or what LoftQ made of it.
+
+  With a mesh, each part of it where it belongs there.
+  """
+  found = parts.load_model(config.model, mesh)
   if config.adapter.method != "loftq":
     return found
   axes = parts.trace_axes(llama.Llama(found.config), found.params)
@@ -259,10 +263,21 @@ def merge_format(config: ConfigDict) -> Format | None:
 
 
 def merge_formats(config: ConfigDict, params: PyTree, axes) -> dict[str, Format]:
-  """`{path: format}` of the leaves that are quantised once the run is merged."""
+  """`{path: format}` of the leaves that are quantised once the run is merged.
+
+  Raises:
+    ValueError: when the base has factors or codes, which a merge would make dense.
+  """
   format = merge_format(config)
   if format is None:
     return {}
+  for path, leaf in tree.flatten(params, is_leaf=is_weight).items():
+    if is_weight(leaf.w if isinstance(leaf, Pruned) else leaf):
+      raise ValueError(
+        f"train.quantize_merge {config.train.quantize_merge}: {path} is compressed already, and "
+        "its merge is dense again; set it to none, and quantise the run that comes out by "
+        "experiments.compress, which takes it as config.adapter"
+      )
   rules = [(pattern, format) for pattern in config.model.quantize_targets]
   return lora_jax.match(params, rules, axes)
 

@@ -38,10 +38,15 @@ def open_run(path: str) -> tuple[workdir.Workdir, ConfigDict]:
 
   Raises:
     FileNotFoundError: when the folder holds no run, or one that has not come to its end.
-    ValueError: when it holds a sweep.
+    ValueError: when it holds a sweep, or a compression.
   """
   run = workdir.Workdir(pathlib.Path(path))
   config = ConfigDict(workdir.read_config(path))
+  if "steps" in config:
+    raise ValueError(
+      f"{path}: holds a compression and no run; its model is {run.path / 'model'}, and an adapter "
+      "beside it becomes a run by experiments.import_adapter"
+    )
   if (run.path / "members").exists():
     raise ValueError(
       f"{path}: holds a sweep, whose members are runs; use {run.path / 'members' / '0'} or another"
@@ -194,17 +199,43 @@ def lay_out(params: PyTree, mesh: Mesh) -> sharding.Layout:
   return sharding.lay_out(params, mesh, sharding.LLAMA_RULES)
 
 
+def check_numbers(config: ConfigDict) -> None:
+  """Raises ValueError for numbers of a config that no run can have."""
+  least = {
+    "seed": 0, "train.steps": 1, "train.batch_size": 1, "train.accumulate": 1, "train.keep": 1,
+    "train.log_every": 1, "train.checkpoint_every": 1, "train.evaluate_every": 0,
+    "train.loss_chunk": 0, "evaluation.batch_size": 1, "evaluation.examples": 0,
+    "evaluation.samples": 0,
+  }  # fmt: skip
+  for field, value in least.items():
+    section, _, name = field.rpartition(".")
+    found = (config[section] if section else config)[name]
+    if found < value:
+      raise ValueError(f"{field} is {found}; it must be {value} or more")
+
+
+def check_rows(config: ConfigDict, shares: int) -> None:
+  """Raises ValueError when devices that batches are shared out over cannot have equal parts."""
+  rows, accumulate = config.train.batch_size, config.train.accumulate
+  if rows % (shares * accumulate):
+    raise ValueError(
+      f"train.batch_size {rows} is no multiple of {shares} devices on data and fsdp times "
+      f"train.accumulate {accumulate}; use one, or a mesh with more devices on tensor"
+    )
+  if config.evaluation.batch_size % shares:
+    raise ValueError(
+      f"evaluation.batch_size {config.evaluation.batch_size} is no multiple of {shares} devices on "
+      "data and fsdp; use one, or a mesh with more devices on tensor"
+    )
+
+
 def process_rows(config: ConfigDict, mesh: Mesh) -> dict[str, int]:
   """Which rows of every batch this process reads, as the datasets take it.
 
   Raises:
     ValueError: when a batch of the config cannot be shared out over the mesh, or cut into parts.
   """
-  if config.train.accumulate < 1 or config.train.batch_size % config.train.accumulate:
-    raise ValueError(
-      f"train.batch_size {config.train.batch_size} has no {config.train.accumulate} equal parts; "
-      "train.accumulate must be 1 or more, and divide it"
-    )
+  check_rows(config, mesh.shape["data"] * mesh.shape["fsdp"])
   rows = {
     "train.batch_size": config.train.batch_size,
     "evaluation.batch_size": config.evaluation.batch_size,

@@ -122,6 +122,7 @@ def read(config: ConfigDict) -> Case:
       "a plan is of one model; give --config.distill.teacher=none, and add the teacher's bytes and "
       "the FLOPs of its forward pass"
     )
+  parts.check_numbers(config)
   rules = methods.rules_of(config.adapter)
   records = parts.pick(parts.load_records(config.data), "train", "data.train")
   base = parts.inspect_model(config.model)
@@ -203,13 +204,10 @@ def share_of_a_device(config: ConfigDict, case: Case, mesh: Mesh | AbstractMesh)
   apply = methods.make_apply(config, llama.Llama(model), case.params, case.axes)
   train_step = methods.make_train_step(config, apply, tx, case.adapters)
   shares = mesh.shape["data"] * mesh.shape["fsdp"]
-  rows, accumulate = config.train.batch_size, config.train.accumulate
-  if rows % (shares * accumulate):
-    raise ValueError(
-      f"train.batch_size {rows} is no multiple of {shares} devices on data and fsdp times "
-      f"train.accumulate {accumulate}"
-    )
-  return plan.Run(train_step, state, frozen, _batch(config, case, rows // shares))
+  parts.check_rows(config, shares)
+  return plan.Run(
+    train_step, state, frozen, _batch(config, case, config.train.batch_size // shares)
+  )
 
 
 def _split(weights: plan.PyTree) -> tuple[plan.PyTree, plan.PyTree]:

@@ -10,8 +10,9 @@ these flags a run is of one process. `experiments.launch` starts several on one 
 import contextlib
 import os
 import pathlib
+import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -64,6 +65,36 @@ def is_first() -> bool:
 def agree(answer: bool) -> bool:
   """The first process's answer, in all; all processes must call it."""
   return bool(multihost_utils.broadcast_one_to_all(np.array(answer)))
+
+
+def command(*, without: Sequence[str] = (), more: Sequence[str] = ()) -> str:
+  """The command that this run was started by, with other flags; that of its launch, if it was.
+
+  Args:
+    without: the names of flags to leave out.
+    more: arguments to add.
+  """
+  local, own = "--coordinator=127.0.0.1:", ("coordinator", "num_processes", "process_id")
+  launched = any(argument.startswith(local) for argument in sys.argv)
+  program = ["experiments.train", *_without(sys.argv[1:], (*without, *own * launched)), *more]
+  if launched:
+    [count] = [x.partition("=")[2] for x in sys.argv if x.startswith("--num_processes=")]
+    program = ["experiments.launch", f"--processes={count}", "--", *program]
+  return shlex.join(["python", "-m", *program])
+
+
+def _without(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
+  """The arguments less some flags, `--name=value` or `--name value`."""
+  kept, is_value = [], False
+  for argument in arguments:
+    name, equals, _ = argument.lstrip("-").partition("=")
+    if is_value:
+      is_value = False
+    elif argument.startswith("-") and name in names:
+      is_value = not equals
+    else:
+      kept.append(argument)
+  return kept
 
 
 def open_workdir(

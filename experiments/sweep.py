@@ -45,6 +45,8 @@ def train(config: ConfigDict, run: workdir.Workdir) -> None:
   # a matter of the model's shapes, before anything is computed.
   fields = sweep_config.list_members(config)
   configs = sweep_config.member_configs(config, fields)
+  for each in configs:
+    parts.check_numbers(each)
   mesh = sharding.make_mesh(**config.mesh)
   own_rows = parts.process_rows(config, mesh)
   check_shapes_of_batches(config)
@@ -114,7 +116,7 @@ def train(config: ConfigDict, run: workdir.Workdir) -> None:
     methods.make_objective(config, apply), make_tx,
     parts=config.train.accumulate, shardings=shardings[0],
   )  # fmt: skip
-  eval_step = evaluation.make_eval_step(apply, choices)
+  eval_step = evaluation.make_eval_step(apply, choices, config.train.loss_chunk)
   watched = functools.partial(progress.watched, compiled=set(), disable=quiet)
   chosen = samples.choose(held_out, config.evaluation.samples)
   answer = samples.make_answer(apply, pretrained, chosen, mesh) if chosen else lambda weights: []
@@ -158,6 +160,7 @@ def train(config: ConfigDict, run: workdir.Workdir) -> None:
         steps=steps,
         learning_rate=lambda step: settings.rates[:, step],
         log_every=config.train.log_every,
+        log_at={each.train.steps for each in configs},
         checkpoint_every=config.train.checkpoint_every,
         evaluate_every=0,
         evaluate=None,
@@ -188,7 +191,7 @@ def train(config: ConfigDict, run: workdir.Workdir) -> None:
         with workdir.writing(folder.path):
           folder.path.mkdir(parents=True, exist_ok=True)
           exchange.save(folder.adapter, trained, base, axes, base_model=config.model.source)
-        lines = sweep_results.lines_of(metrics.read_metrics(run.metrics), n, of=len(configs))
+        lines = sweep_results.lines_of(metrics.read_metrics(run.metrics), each, n, len(configs))
         sweep_results.write_member(folder, each, results, lines)
         report.write_report(
           folder, targets=str(targets[n]), command=sweep_results.command_of(fields[n])

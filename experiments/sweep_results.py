@@ -1,27 +1,27 @@
 """What a sweep leaves: a folder for each member, as of a run of its own; one table; one plot."""
 
-import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments import parts
+from experiments import parts, processes
 from experiments.sweep_config import Fields, label
 from lora_jax import tables
 from lora_jax.train import metrics, plot, workdir
 
 
-def lines_of(logged: Sequence[Mapping[str, float]], member: int, of: int) -> list[dict[str, float]]:
+def lines_of(
+  logged: Sequence[Mapping[str, float]], config: ConfigDict, member: int, of: int
+) -> list[dict[str, float]]:
   """One member's lines of the log, as those of a run of its own; the speed is its share of all."""
-  end = f"/{member}"
+  end, train = f"/{member}", config.train
   return [
     {"step": line["step"]}
     | {name.removesuffix(end): x for name, x in line.items() if name.endswith(end)}
     | {"tokens_per_second": line["tokens_per_second"] / of}
     for line in logged
-    if f"loss{end}" in line
+    if f"loss{end}" in line and (line["step"] % train.log_every == 0 or line["step"] == train.steps)
   ]
 
 
@@ -42,9 +42,10 @@ def write_member(
 def command_of(fields: Fields) -> str:
   """What trains a member alone."""
   own = [f"--config.{name}={value}" for name, value in fields.items()]
-  arguments = [each for each in sys.argv[1:] if not each.startswith("--workdir=")]
-  alone = ["--config.sweep.grid=()", "--config.sweep.members=()", *own, "--workdir=..."]
-  return shlex.join(["python", "-m", "experiments.train", *arguments, *alone])
+  # A tuple that is given twice is both together, so what was given of the sweep has to go.
+  of_all = ("config.sweep.grid", "config.sweep.members")
+  none = [f"--{name}=()" for name in of_all]
+  return processes.command(without=("workdir", *of_all), more=[*none, *own, "--workdir=..."])
 
 
 def format_rows(rows: Sequence[Mapping[str, Any]], render: Callable) -> str:

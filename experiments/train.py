@@ -20,8 +20,6 @@ config.mesh says how the run is laid out on the devices. On a cluster the same c
 
 import functools
 import json
-import shlex
-import sys
 
 import grain
 import jax
@@ -59,6 +57,7 @@ def train(config, run):
   """Runs one config in its workdir."""
   # The adapter's settings and the data are checked before the model is loaded, and the targets
   # before anything is computed.
+  parts.check_numbers(config)
   mesh = sharding.make_mesh(**config.mesh)
   own_rows = parts.process_rows(config, mesh)
   rules = methods.rules_of(config.adapter)
@@ -70,6 +69,8 @@ def train(config, run):
     records = parts.load_records(config.data)
   train_records = parts.pick(records, "train", "data.train")
   held_out_records = parts.pick(records, config.evaluation.split, "evaluation.split")
+  if config.train.evaluate_every:
+    validation_records = parts.pick(records, "validation", "train.evaluate_every")
   pretrained = parts.load_model(config.model, mesh)
   encode = functools.partial(parts.encode, config.data, tokenizer=pretrained.tokenizer)
   with progress.stage("tokenise", disable=quiet):
@@ -106,7 +107,6 @@ def train(config, run):
   eval_data = eval_batches(held_out).map(put_rows)
   validation_data = None
   if config.train.evaluate_every:
-    validation_records = parts.pick(records, "validation", "train.evaluate_every")
     validation_data = eval_batches(encode(validation_records)).map(put_rows)
 
   with progress.stage("start the adapters", disable=quiet):
@@ -127,15 +127,14 @@ def train(config, run):
   apply = methods.make_apply(config, model, pretrained.params, axes)
   teacher = teachers.load(config, pretrained, mesh)
   train_step = methods.make_train_step(config, apply, tx, adapters, state_shardings, teacher)
-  eval_step = evaluation.make_eval_step(apply, choices)
+  eval_step = evaluation.make_eval_step(apply, choices, config.train.loss_chunk)
   watched = functools.partial(progress.watched, compiled=set(), disable=quiet)
   chosen = samples.choose(held_out, config.evaluation.samples)
   answer = samples.make_answer(apply, pretrained, chosen, mesh) if chosen else lambda weights: []
 
   def write_report():
     if processes.is_first():
-      command = shlex.join(["python", "-m", "experiments.train", *sys.argv[1:]])
-      report.write_report(run, targets=str(table), command=command)
+      report.write_report(run, targets=str(table), command=processes.command())
 
   with Checkpoints(
     run.checkpoints, keep=config.train.keep, fingerprint=workdir.fingerprint(config.to_dict())

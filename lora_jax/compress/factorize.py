@@ -230,7 +230,8 @@ def tails(
   Args:
     params: the dense model.
     paths: the kernels, from `select`.
-    values: `(path, matrix) -> singular values`; `Whitened.values`, or `singular_values`.
+    values: `(path, matrix) -> singular values`; `Whitened.values`, `singular_values`, or for
+      `pivoted_qr`, which loses more than these, `pivoted_rows`.
     axes: what `trace_axes` found.
   """
   leaves = tree.flatten(params, is_leaf=is_weight)
@@ -248,6 +249,13 @@ def singular_values(path: str, matrix: Matrix) -> np.ndarray:
   """Those of the kernel itself."""
   del path
   return scipy.linalg.svdvals(matrix)
+
+
+def pivoted_rows(path: str, matrix: Matrix) -> np.ndarray:
+  """The lengths of R's rows, of which `pivoted_qr` loses those beyond its rank."""
+  del path
+  r, _ = scipy.linalg.qr(matrix, mode="r", pivoting=True)
+  return np.linalg.norm(r[: min(matrix.shape)], axis=1)
 
 
 def energy_ranks(losses: Mapping[str, np.ndarray], energy: float) -> dict[str, int]:

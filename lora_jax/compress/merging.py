@@ -11,7 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.weights import Adapted, Factored, LowRank, Pruned, Weight, is_weight, materialize
+from lora_jax.weights import (
+  Adapted,
+  Factored,
+  Full,
+  LowRank,
+  Pruned,
+  Weight,
+  is_weight,
+  materialize,
+)
 from lora_jax.weights.base import astype
 
 PyTree = Any
@@ -31,7 +40,8 @@ def absorb(weights: PyTree) -> PyTree:
     an array, alone or inside a mask    the merge is an array, inside the mask
     factors of rank q, LoRA of rank r   factors of rank q + r, `[A a] [B; scale b]`; or the merge,
                                         where that has no more numbers
-    codes                               the adapter stays beside them
+    anything, trained in full           the merge, since the change has as many numbers
+    codes, and other methods on factors the adapter stays beside them
 
   weights: a tree of arrays and Weights. The sums are of float32 and are rounded once to the dtype
   of what they are beside.
@@ -59,7 +69,7 @@ def _absorbed(leaf: jax.Array | Weight) -> jax.Array | Weight:
   if not isinstance(leaf, Adapted):
     return leaf
   leaf = dataclasses.replace(leaf, w=_absorbed(leaf.w))
-  if not is_weight(leaf.w):
+  if not is_weight(leaf.w) or isinstance(leaf, Full):
     return materialize(leaf)
   if type(leaf) is LowRank and _is_plain(leaf.w) and leaf.all_roles == leaf.w.all_roles:
     joined = _joined(leaf.w, leaf)

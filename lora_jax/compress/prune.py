@@ -71,7 +71,7 @@ def wanda(moments: Mapping[str, Moments]) -> Score:
 
 
 def share(pruned: float) -> Pattern:
-  """Of the numbers that make one output, this share with the lowest scores goes.
+  """Of the numbers that make one output, this share with the lowest scores goes; one stays always.
 
   Raises:
     ValueError: when it is not above 0 and below 1.
@@ -81,7 +81,8 @@ def share(pruned: float) -> Pattern:
 
   def pattern(path, scores):
     del path
-    return _ranks(scores, axis=1) >= round(pruned * scores.shape[1])
+    inputs = scores.shape[1]
+    return _ranks(scores, axis=1) >= min(round(pruned * inputs), inputs - 1)
 
   return pattern
 

@@ -234,6 +234,11 @@ def allocate(
     middle = (low + high) / 2
     low, high = (low, middle) if total(chosen(middle)) <= budget else (middle, high)
   choice = chosen(high)
+  if total(choice) > budget:  # measured times need not fall with the rank
+    raise ValueError(
+      f"the budget {budget:,.4g} cannot be met: the kernels cost {total(choice):,.4g} at the ranks "
+      "that cost least"
+    )
   _spend(choice, options, budget - total(choice))
   ranks = {path: options[path][2][n] for path, n in choice.items()}
   return {path: rank for path, rank in ranks.items() if rank is not None}

@@ -18,7 +18,7 @@ import json
 import logging
 import pathlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -178,7 +178,7 @@ class Checkpoints:
   def _load(self, step: int, like: State) -> Restored:
     path = self.path(step)
     wanted = flatten(like)
-    record = self._read(step, "record", ocp.args.JsonRestore())
+    record = self._read(step, "record", ocp.JsonCheckpointHandler, ocp.args.JsonRestore())
     if not isinstance(record, dict) or record.get("crc32") != _crc32_of_record(record):
       raise DamagedCheckpointError(f"{path}: its record is not what was saved (its CRC-32 differs)")
     if record["fingerprint"] != self._fingerprint:
@@ -188,20 +188,38 @@ class Checkpoints:
       )
     _check_structure(path, saved=record["arrays"], wanted=wanted)
     abstract = {key: _abstract(leaf) for key, leaf in wanted.items()}
-    arrays = self._read(step, "state", ocp.args.StandardRestore(abstract))
+    how = ocp.args.StandardRestore(abstract)
+    arrays = self._read(step, "state", ocp.StandardCheckpointHandler, how)
     for key, array in arrays.items():
       if _crc32(array) != record["arrays"][key]["crc32"]:
         raise DamagedCheckpointError(f"{path}: {key} is not what was saved (its CRC-32 differs)")
     return Restored(replace(like, arrays), record["data_state"])
 
-  def _read(self, step: int, item: str, how: Any) -> Any:
+  def _read(self, step: int, item: str, handler: Callable, how: Any) -> Any:
+    # Each process reads for itself, with no barrier that one of them would wait at in vain when the
+    # shards of another are damaged.
+    process = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+      primary_host=None, active_processes={process}, barrier_sync_key_prefix=f"process_{process}"
+    )
+    found = problem = None
     try:
-      return self._manager.restore(step, args=ocp.args.Composite(**{item: how}))[item]
+      with ocp.Checkpointer(
+        handler(multiprocessing_options=alone), multiprocessing_options=alone
+      ) as reader:
+        found = reader.restore(self.path(step) / item, args=how)
     # Orbax tells damage by many types, bare Exception among them.
     except Exception as error:
+      problem = error
+    # What is next is for all of them or for none.
+    failed = np.flatnonzero(multihost_utils.process_allgather(np.array(problem is not None)))
+    if problem:
       raise DamagedCheckpointError(
-        f"{self.path(step)}: cannot be read ({_first_line(error)})"
-      ) from error
+        f"{self.path(step)}: cannot be read ({_first_line(problem)})"
+      ) from problem
+    if failed.size:
+      raise DamagedCheckpointError(f"{self.path(step)}: cannot be read by process {failed[0]}")
+    return found
 
   def _set_aside(self, steps: Any) -> None:
     if not steps:

@@ -41,29 +41,44 @@ def chunked_completion_objective(apply: Callable, chunk: int) -> Objective:
   if chunk < 1:
     raise ValueError(f"chunk is {chunk}; it must be at least 1 position")
 
-  def loss_of(weights: PyTree, part: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-    hidden_BKD, targets_BK, weights_BK = part
-    logits_BKV = apply({"params": weights}, hidden_BKD, method="logits")
-    return completion_loss(logits_BKV, targets_BK, weights_BK)
-
   def objective(weights: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array]:
     hidden_BCD = apply(
       {"params": weights}, batch["tokens"], method="hidden", **model_options(batch)
     )
-    whole = hidden_BCD, batch["targets"], batch["weights"]
-    if hidden_BCD.shape[1] <= chunk:
-      return loss_of(weights, whole)
-
-    @jax.checkpoint
-    def add(sums, part):
-      loss, tokens = loss_of(weights, part)
-      return (sums[0] + tokens * loss, sums[1] + tokens), None
-
-    parts = jax.tree.map(lambda x_BC: _cut(x_BC, chunk), whole)
-    (loss_sum, tokens), _ = jax.lax.scan(add, (jnp.float32(0), jnp.float32(0)), parts)
-    return loss_sum / jnp.where(tokens > 0, tokens, 1), tokens
+    return chunked_loss(apply, weights, hidden_BCD, batch, chunk)
 
   return objective
+
+
+def chunked_loss(
+  apply: Callable, weights: PyTree, hidden_BCD: jax.Array, batch: Batch, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+  """(loss, tokens) as `completion_loss` gives them, from what the head is applied to.
+
+  Args:
+    apply, chunk: as in `chunked_completion_objective`.
+    weights: the whole tree.
+    hidden_BCD: the last hidden states at the positions of the targets.
+    batch: of which the targets and their weights are used.
+  """
+
+  def loss_of(part: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    hidden_BKD, targets_BK, weights_BK = part
+    logits_BKV = apply({"params": weights}, hidden_BKD, method="logits")
+    return completion_loss(logits_BKV, targets_BK, weights_BK)
+
+  whole = hidden_BCD, batch["targets"], batch["weights"]
+  if hidden_BCD.shape[1] <= chunk:
+    return loss_of(whole)
+
+  @jax.checkpoint
+  def add(sums, part):
+    loss, tokens = loss_of(part)
+    return (sums[0] + tokens * loss, sums[1] + tokens), None
+
+  parts = jax.tree.map(lambda x_BC: _cut(x_BC, chunk), whole)
+  (loss_sum, tokens), _ = jax.lax.scan(add, (jnp.float32(0), jnp.float32(0)), parts)
+  return loss_sum / jnp.where(tokens > 0, tokens, 1), tokens
 
 
 def _cut(x_BC: jax.Array, chunk: int) -> jax.Array:

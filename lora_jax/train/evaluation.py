@@ -14,12 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax.train.chunked_loss import chunked_loss
 from lora_jax.train.step import Batch, completion_loss
 
 PyTree = Any
 
 
-def make_eval_step(apply: Callable, choices: Sequence[int]) -> Callable:
+def make_eval_step(apply: Callable, choices: Sequence[int], chunk: int = 0) -> Callable:
   """Makes the jitted step `(weights, batch) -> sums` of one batch.
 
   A row's answer is the choice with the highest logit at the row's first completion position; it is
@@ -29,6 +30,8 @@ def make_eval_step(apply: Callable, choices: Sequence[int]) -> Callable:
   Args:
     apply: `apply({"params": weights}, tokens_BT, at_BC=positions) -> logits_BCV`.
     choices: the token ids a model may answer with; empty when the task has no fixed answers.
+    chunk: the positions of a row whose logits are held at a time, as in `chunked_loss`, for an
+      `apply` with its methods; 0 for all of them at once.
 
   Returns:
     The step. Its sums are `loss` (nats), `tokens`, `rows` and, with choices, `correct`; rows of
@@ -44,13 +47,20 @@ def make_eval_step(apply: Callable, choices: Sequence[int]) -> Callable:
     )
 
   def step(weights: PyTree, batch: Batch) -> dict[str, jax.Array]:
-    logits_BCV = apply({"params": weights}, batch["tokens"], at_BC=batch["at"])
-    loss, tokens = completion_loss(logits_BCV, batch["targets"], batch["weights"])
+    if chunk:
+      variables = {"params": weights}
+      hidden_BCD = apply(variables, batch["tokens"], at_BC=batch["at"], method="hidden")
+      loss, tokens = chunked_loss(apply, weights, hidden_BCD, batch, chunk)
+      first_BV = apply(variables, hidden_BCD[:, :1], method="logits")[:, 0]
+    else:
+      logits_BCV = apply({"params": weights}, batch["tokens"], at_BC=batch["at"])
+      loss, tokens = completion_loss(logits_BCV, batch["targets"], batch["weights"])
+      first_BV = logits_BCV[:, 0]
     real_B = batch["weights"][:, 0] > 0
     sums = {"loss": loss * tokens, "tokens": tokens, "rows": jnp.sum(real_B)}
     if choices:
       ids = jnp.asarray(choices)
-      answers_B = ids[jnp.argmax(logits_BCV[:, 0, ids], axis=-1)]
+      answers_B = ids[jnp.argmax(first_BV[:, ids], axis=-1)]
       sums["correct"] = jnp.sum(real_B & (answers_B == batch["targets"][:, 0]))
     return sums
 

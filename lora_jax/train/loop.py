@@ -12,7 +12,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Protocol
 
 import jax
@@ -64,6 +64,7 @@ def fit(
   steps: int,
   learning_rate: optax.Schedule,
   log_every: int,
+  log_at: Collection[int] = (),
   checkpoint_every: int,
   evaluate_every: int,
   evaluate: Callable[[PyTree], dict[str, float]],
@@ -85,6 +86,7 @@ def fit(
     steps: of the whole run, those that `state` has behind it included.
     learning_rate: the optimiser's schedule, for the log.
     log_every: steps between two lines of the log; the last step has one too.
+    log_at: further steps that have one.
     checkpoint_every: steps between two checkpoints.
     evaluate_every: steps between two evaluations; 0 for none.
     evaluate: from the whole weights to metrics, which are logged as `validation/<name>`.
@@ -111,6 +113,7 @@ def fit(
     )
   # Once, ahead: asked for step by step, a rate would queue behind the step that is running.
   rates = np.asarray(jax.vmap(learning_rate)(jnp.arange(steps)))
+  ends = {*log_at, steps}
   meter = _Meter()
   late = None
   compiled = set()
@@ -120,7 +123,7 @@ def fit(
     if not np.any(values["finite"]):
       raise FloatingPointError(_describe_divergence(done.step, values, checkpoints))
     meter.add(done.tokens)
-    if done.validation or done.step % log_every == 0 or done.step == steps:
+    if done.validation or done.step % log_every == 0 or done.step in ends:
       line = {
         "loss": values["loss"],
         "grad_norm": values["grad_norm"],

@@ -193,8 +193,9 @@ def _clear(workdir: Workdir) -> None:
   """Removes what a killed run had not written to its end, as `write_text` and `io.peft` name it."""
   for path in (workdir.config, workdir.metrics, workdir.evaluation, workdir.readme):
     _unfinished(path).unlink(missing_ok=True)
-  for path in workdir.path.glob(f".{workdir.adapter.name}.[0-9]*"):
-    shutil.rmtree(path)
+  for folder in (".", "members/*"):
+    for path in workdir.path.glob(f"{folder}/.{workdir.adapter.name}.[0-9]*"):
+      shutil.rmtree(path)
 
 
 def _unfinished(path: pathlib.Path) -> pathlib.Path:

@@ -53,6 +53,14 @@ def test_the_svd_is_the_nearest_and_the_pivoted_qr_near():
   assert nearest < errors["pivoted QR"] < 1.5 * nearest
 
 
+def test_the_rows_of_the_pivoted_qr_say_what_it_loses_at_each_rank():
+  losses = factorize.tails({"w": W}, ["w"], factorize.pivoted_rows)["w"]
+  for rank in (1, 4, 7):
+    a, b = factorize.pivoted_qr("w", W, rank)
+    assert losses[rank] == pytest.approx(np.linalg.norm(W - a @ b) ** 2, rel=1e-9)
+  assert losses[-1] == 0
+
+
 def test_whitening_loses_what_the_singular_values_say_of_the_outputs_and_less_than_the_svd():
   whitened = factorize.Whitened(moments(), damping=1e-9)
   a, b = whitened("w", W, 4)

@@ -100,5 +100,11 @@ def test_coded_factors_and_other_methods_than_lora_keep_their_adapter_beside_the
   coded = Factored(CODED, quantized(B, Format(levels="int8"), (-2,)))
   beside = LowRank(coded, A, normal(2, 6))
   assert merging.absorb(beside).w is coded
+  dora = (
+    lora_jax.DoRA(rank=2, alpha=2.0)
+    .init(jax.random.key(0), "", FACTORED, "io")
+    .attach(FACTORED, "")
+  )
+  assert merging.absorb(dora).w is FACTORED
   in_full = Full(FACTORED, normal(8, 6))
-  assert merging.absorb(in_full).w is FACTORED
+  np.testing.assert_array_equal(merging.absorb(in_full), in_full.materialize())

@@ -128,3 +128,8 @@ def test_sparsity_is_the_share_of_zeros():
 def test_what_cannot_be_pruned_is_refused_with_the_reason(make, words):
   with pytest.raises(ValueError, match=words):
     make()
+
+
+def test_of_few_inputs_one_stays_whatever_the_share_is():
+  mask = mask_of(normal(2, 6), prune.share(0.9))
+  np.testing.assert_array_equal(mask.sum(0), 1)

@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,7 +42,7 @@ def config_file(tmp_path_factory, smollm2):
   )
 
 
-def run(program, *arguments, fails=False):
+def run(program, *arguments, fails=False, **environment):
   """Runs a main program as a user does; returns what it printed."""
   done = subprocess.run(
     [sys.executable, "-m", f"experiments.{program}", *map(str, arguments)],
@@ -49,7 +50,7 @@ def run(program, *arguments, fails=False):
     capture_output=True,
     text=True,
     timeout=600,
-    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
   )
   assert (done.returncode != 0) == fails, done.stdout + done.stderr
   return done.stdout + done.stderr
@@ -146,6 +147,36 @@ def test_evaluate_repeats_the_numbers_of_the_run(finished):
   assert result["adapter"]["accuracy"] == recorded["after"]["accuracy"]
 
 
+def test_a_run_is_evaluated_on_its_mesh_and_in_chunks_of_positions_with_the_same_numbers(
+  finished, tmp_path
+):
+  """Four devices, and prompts that are cut to what training cut them to."""
+  workdir = tmp_path / "run"
+  shutil.copytree(finished[0], workdir)
+  config = json.loads((workdir / "config.json").read_text())
+  config["train"]["loss_chunk"] = 1
+  config["data"]["max_length"], config["data"]["buckets"] = 4, [4]
+  (workdir / "config.json").write_text(json.dumps(config))
+  arguments = f"--workdir={workdir}", "--examples=16", "--nobase", "--beams=1", "--max_tokens=2"
+  found = [
+    json.loads(_json_line(run("evaluate", *arguments, *mesh, JAX_NUM_CPU_DEVICES=devices)))
+    for mesh, devices in (([], "1"), (["--mesh"], "4"))
+  ]
+  one, four = (each["adapter"] for each in found)
+  assert four["loss"] == pytest.approx(one["loss"], rel=1e-5)
+  assert four["accuracy"] == one["accuracy"]
+  assert four["beams 1"]["bleu"] == one["beams 1"]["bleu"]
+
+
+def test_a_model_that_no_run_trained_is_evaluated_on_the_data_of_a_config(config_file, finished):
+  arguments = f"--config={config_file}", "--examples=16"
+  found = json.loads(_json_line(run("evaluate", *arguments)))
+  recorded = json.loads((finished[0] / "eval.json").read_text())
+  assert found.keys() == {"split", "base"}
+  assert found["base"]["loss"] == pytest.approx(recorded["before"]["loss"], rel=1e-5)
+  assert "give either --workdir or --config" in run("evaluate", fails=True)
+
+
 def _json_line(printed):
   (line,) = [line for line in printed.splitlines() if line.startswith("{")]
   return line
@@ -200,8 +231,15 @@ def test_an_unknown_field_is_refused_by_name(config_file, tmp_path):
     ("model.remat", "some", "model.remat 'some' is unknown"),
     ("evaluation.split", "dev", "evaluation.split 'dev'.*train, validation, test"),
     ("optimizer.warmup_steps", 50, "warm-up"),
-    ("train.accumulate", 3, "train.batch_size 8 has no 3 equal parts"),
-    ("train.loss_chunk", -1, "chunk is -1; it must be at least 1 position"),
+    (
+      "train.accumulate",
+      3,
+      "train.batch_size 8 is no multiple of 1 devices .* times train.accumulate 3",
+    ),
+    ("train.loss_chunk", -1, "train.loss_chunk is -1; it must be 0 or more"),
+    ("train.checkpoint_every", 0, "train.checkpoint_every is 0; it must be 1 or more"),
+    ("train.keep", 0, "train.keep is 0; it must be 1 or more"),
+    ("seed", -1, "seed is -1; it must be 0 or more"),
     ("data.packed_length", 2, "more than a row of 2; make rows of at least"),
   ],
 )

@@ -13,7 +13,7 @@ from main_programs import imported
 
 import lora_jax
 from configs import heal
-from experiments import compression
+from experiments import compression, parts
 from lora_jax import exchange, tree
 from lora_jax.compress import storage
 from lora_jax.io import pretrained, safetensors
@@ -108,6 +108,44 @@ def test_it_is_healed_and_the_healed_one_is_measured(run, program):
   steps = steps_of(folder)
   assert [row["step"] for row in steps][-2:] == ["quantize", "heal"]
   assert steps[-1]["parameters"] > steps[-2]["parameters"]
+
+
+def test_a_run_that_heals_another_model_is_refused_and_so_is_the_folder_as_a_run(
+  program, tiny, run, adapted
+):
+  folder, config = run
+  with pytest.raises(ValueError, match=r"was trained on .*, and not on .*/run/model"):
+    program.add_healed(config, folder, str(adapted))
+  (tiny[0] / "beside").mkdir()
+  (tiny[0] / "beside/config.json").write_text(json.dumps(config.to_dict()))
+  with pytest.raises(ValueError, match=r"holds a compression and no run; its model is .*/model"):
+    parts.open_run(tiny[0] / "beside")
+
+
+def test_a_teacher_is_the_model_before_its_compression(run, tiny):
+  folder, config = run
+  assert heal.get_config(f"compressed={folder},distill").distill.teacher == config.model.source
+  told = config.to_dict() | {"adapter": "runs/x"}
+  (tiny[0] / "merged").mkdir()
+  (tiny[0] / "merged/config.json").write_text(json.dumps(told))
+  with pytest.raises(ValueError, match="adapter of runs/x was part of the model"):
+    heal.get_config(f"compressed={tiny[0] / 'merged'},distill")
+
+
+def test_a_compression_that_is_refused_leaves_the_workdir_free(tiny, tmp_path):
+  def call(*arguments):
+    done = subprocess.run(
+      [
+        sys.executable, "-m", "experiments.compress", "--config=configs/compress.py:steps=prune",
+        f"--workdir={tmp_path / 'run'}", f"--config.model.source={tiny[0] / 'nowhere'}", *arguments,
+      ],
+      capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode
+    return done.stderr
+
+  assert "5 of 3 is no pattern" in call("--config.prune.of=3", "--config.prune.n=5")
+  assert "nowhere: no such file" in call()
 
 
 @pytest.fixture(scope="module")
@@ -282,6 +320,7 @@ def test_the_adapter_beside_the_model_becomes_a_run_that_evaluates_as_the_report
 
 
 def test_a_budget_is_of_numbers_of_operations_or_of_measured_time():
-  assert compression.UNITS["parameters"](8, 4, rows=3).at(2) == 24
-  assert compression.UNITS["flops"](8, 4, rows=3).dense == 2 * 3 * 32
-  assert compression.UNITS["milliseconds"](8, 4, rows=3).dense > 0
+  of = {"rows": 3, "dtype": np.dtype("float32")}
+  assert compression.UNITS["parameters"](8, 4, **of).at(2) == 24
+  assert compression.UNITS["flops"](8, 4, **of).dense == 2 * 3 * 32
+  assert compression.UNITS["milliseconds"](8, 4, **of).dense > 0

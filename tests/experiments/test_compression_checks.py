@@ -89,6 +89,9 @@ def test_steps_in_any_sensible_order_are_taken_in_one_run_or_in_several():
     ("quantize", "model.scan_layers", True, "layers are compressed one by one"),
     ("quantize", "keep_adapter", True, "there is no adapter to keep"),
     ("quantize", "text.calibration", 0, "must be 1 or more"),
+    ("factorize", "factorize.damping", -1.0, "factorize.damping -1.0 must be 0 or more"),
+    ("channels", "channels.damping", -1.0, "channels.damping -1.0 must be 0 or more"),
+    ("quantize", "report.prompt", 0, "report: prompt, repeats and batches must be 1 or more"),
   ],
 )
 def test_settings_are_refused_before_the_model_is_loaded(

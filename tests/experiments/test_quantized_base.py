@@ -16,7 +16,7 @@ import lora_jax
 from experiments import parts
 from lora_jax import exchange, tree
 from lora_jax.train import workdir as workdir_lib
-from lora_jax.weights import Quantized, is_weight
+from lora_jax.weights import Factored, Pruned, Quantized, is_weight
 
 train = imported("experiments.train")
 
@@ -143,3 +143,19 @@ def test_a_merge_that_cannot_be_quantised_is_refused_before_the_model_is_loaded(
   config.model.source = "nowhere"
   with pytest.raises(ValueError, match=words):
     train.train(config, run=None)
+
+
+def test_a_merge_that_would_undo_a_compression_is_refused(tmp_path, smollm2):
+  path = tiny_experiment.write(tmp_path, smollm2.tokenizer, train={"quantize_merge": "nf4"})
+  config = runpy.run_path(str(path))["get_config"]()
+  base = parts.load_model(config.model)
+  leaves = tree.flatten(base.params)
+  kernel = "blocks/mlp/up/kernel"
+  kept = Pruned.of(leaves[kernel], leaves[kernel] > 0, kernel)
+  pruned = tree.replace(base.params, {kernel: kept})
+  axes = parts.trace_axes(train.llama.Llama(base.config), base.params)
+  assert kernel in train.methods.merge_formats(config, pruned, axes)
+  a, b = leaves[kernel][..., :2], leaves[kernel][:, :2]
+  factored = tree.replace(base.params, {kernel: Factored(a, b, path=kernel)})
+  with pytest.raises(ValueError, match=f"{kernel} is compressed already, and its merge is dense"):
+    train.methods.merge_formats(config, factored, axes)

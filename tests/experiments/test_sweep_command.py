@@ -205,6 +205,8 @@ def test_the_command_on_four_devices_trains_the_same_members(finished, config_fi
   )
   assert done.returncode == 0, done.stderr
   assert "mesh: data 2, fsdp 1, tensor 2" in done.stdout
+  told = (tmp_path / "sweep/members/0/README.md").read_text()
+  assert told.count("--config.sweep.members=") == told.count("--config.sweep.members=()") == 1
   for n in range(DIVERGES):
     place = pathlib.Path("members", str(n))
     found, wanted = (

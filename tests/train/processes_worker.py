@@ -79,18 +79,31 @@ def what_one_mesh_saved_another_restores_bit_for_bit(folder):
     assert whole[name].tobytes() == value.tobytes(), name
 
 
-def a_bit_that_flipped_is_found_by_all_processes_and_the_one_before_is_restored(folder):
-  mesh = make_mesh((2, 1, 2))
-  state, values = a_state(mesh)
+def flip(path):
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 0x10
+  path.write_bytes(content)
+
+
+def truncate(path):
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def what_one_process_finds_damaged_all_pass_over_for_the_one_before(folder):
+  for sizes in [(2, 1, 2), (1, 4, 1)]:  # the second has shards that only one process reads
+    for damage in (flip, truncate, pathlib.Path.unlink):
+      passed_over(folder / f"{sizes}_{damage.__name__}", sizes, damage)
+
+
+def passed_over(folder, sizes, damage):
+  state, values = a_state(make_mesh(sizes))
   with Checkpoints(folder, keep=2, fingerprint="f") as checkpoints:
     checkpoints.save(state, {"position": 1})
     checkpoints.save(state._replace(step=state.step + 1), {"position": 2})
   if processes.is_first():
-    files = [path for path in (folder / "4" / "state").rglob("*") if path.is_file()]
-    damaged = max(files, key=lambda path: path.stat().st_size)
-    content = bytearray(damaged.read_bytes())
-    content[len(content) // 2] ^= 0x10
-    damaged.write_bytes(content)
+    files = [path for path in (folder / "4/state").rglob("d/*") if path.is_file()]
+    written = [path for path in files if "process_1" in str(path)]
+    damage(max(written or files, key=lambda path: path.stat().st_size))
   multihost_utils.sync_global_devices("damaged")
   with Checkpoints(folder, keep=2, fingerprint="f") as checkpoints:
     restored = checkpoints.restore(state)

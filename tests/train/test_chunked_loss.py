@@ -10,6 +10,7 @@ from tolerances import assert_close
 
 import lora_jax
 from lora_jax.models import llama
+from lora_jax.train import evaluation
 from lora_jax.train.chunked_loss import chunked_completion_objective
 from lora_jax.train.step import completion_objective
 
@@ -111,6 +112,22 @@ def test_a_batch_in_which_nothing_counts_has_loss_zero_and_no_gradient():
   (loss, tokens), grads = jax.jit(value_and_grad(objective, frozen))(trainable, batch)
   assert (loss, tokens) == (0, 0)
   assert not any(np.any(grad) for grad in jax.tree.leaves(grads))
+
+
+def test_an_evaluation_in_chunks_has_the_numbers_of_one_of_the_whole_logits():
+  apply, trainable, frozen = make_case("tied and adapted")
+  weights, batch = lora_jax.join(trainable, frozen), make_batch()
+  batch["weights"][:, 0] = 1  # a row whose first is no target only fills the batch
+  choices = sorted(set(batch["targets"][:, 0].tolist()))
+  whole = evaluation.evaluate(evaluation.make_eval_step(apply, choices), weights, [batch])
+  step = evaluation.make_eval_step(apply, choices, CHUNK)
+  assert evaluation.evaluate(step, weights, [batch]) == pytest.approx(whole, rel=1e-6)
+  shapes = {
+    var.aval.shape
+    for equation in equations(jax.make_jaxpr(step)(weights, batch))
+    for var in equation.outvars
+  }
+  assert (ROWS, CHUNK, VOCAB) in shapes and (ROWS, LENGTH, VOCAB) not in shapes
 
 
 def test_a_chunk_that_holds_all_positions_is_the_plain_loss():

@@ -21,7 +21,7 @@ STATEMENTS = [
   "each_process_reads_its_own_rows_and_together_they_are_the_batch",
   "a_mesh_that_leaves_devices_of_some_process_unused_is_refused",
   "what_one_mesh_saved_another_restores_bit_for_bit",
-  "a_bit_that_flipped_is_found_by_all_processes_and_the_one_before_is_restored",
+  "what_one_process_finds_damaged_all_pass_over_for_the_one_before",
 ]
 
 
@@ -107,6 +107,9 @@ def test_two_processes_leave_one_run_and_speak_with_one_voice(alone, together):
   assert {path.name for path in workdir.iterdir()} == {path.name for path in alone.iterdir()}
   assert printed.count("before: accuracy") == printed.count("after:  accuracy") == 1
   assert "mesh: data 2, fsdp 1, tensor 1" in printed
+  told = (workdir / "README.md").read_text()
+  assert "python -m experiments.launch --processes=2 -- experiments.train --config=" in told
+  assert "coordinator" not in told and "process_id" not in told
   assert "train: 100%" in bars and bars.count("read the data ...") == 1
   # Both wrote their part of the checkpoint.
   parts = {path.name for path in (workdir / "checkpoints" / "20" / "state").glob("ocdbt.process_*")}
@@ -142,7 +145,7 @@ def test_an_error_of_one_process_ends_the_run_with_its_message(config_file, tmp_
   _, errors = train(
     config_file, tmp_path / "run", "--config.train.batch_size=7", processes=2, fails=True
   )
-  assert "train.batch_size has 7 rows, which the mesh shares out over 2 devices" in errors
+  assert "train.batch_size 7 is no multiple of 2 devices on data and fsdp" in errors
 
 
 def test_flags_that_belong_together_are_asked_for_together(config_file, tmp_path):
@@ -214,3 +217,27 @@ def test_two_processes_stop_together_save_and_go_on_to_the_same_end(config_file,
     (folder / "adapter" / "adapter_model.safetensors").read_bytes() for folder in (stopped, whole)
   ]
   assert adapters[0] == adapters[1]
+
+
+DEAF = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("deaf", flush=True)
+time.sleep(120)
+"""
+
+
+def test_a_second_signal_ends_processes_that_do_not_heed_the_first(tmp_path):
+  (tmp_path / "deaf.py").write_text(DEAF)
+  line, environment = command("deaf", processes=2)
+  environment["PYTHONPATH"] = str(tmp_path)
+  with subprocess.Popen(
+    line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+  ) as launch:
+    for _ in range(2):
+      assert launch.stdout.readline() == "deaf\n"
+    launch.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    assert launch.poll() is None
+    launch.send_signal(signal.SIGTERM)
+    assert launch.wait(timeout=30) == 128 + signal.SIGKILL

@@ -76,13 +76,15 @@ def test_what_a_killed_run_left_half_written_is_gone_when_the_folder_is_opened_a
   with open_workdir(tmp_path, CONFIG) as workdir:
     (tmp_path / ".adapter.4711").mkdir()
     (tmp_path / ".adapter.4711" / "adapter_config.json").write_text("{")
+    (tmp_path / "members/3/.adapter.4711").mkdir(parents=True)
     (tmp_path / "eval.json.tmp").write_text("{")
     workdir.adapter.mkdir()
     workdir.evaluation.write_text("{}")
     (tmp_path / "notes.tmp").write_text("not the run's own")
   with open_workdir(tmp_path, CONFIG):
     names = {path.name for path in tmp_path.iterdir()}
-  assert names == {"adapter", "config.json", "eval.json", "lock", "notes.tmp"}
+  assert names == {"adapter", "config.json", "eval.json", "lock", "members", "notes.tmp"}
+  assert not any((tmp_path / "members/3").iterdir())
 
 
 HOLDER = """
