@@ -173,6 +173,12 @@ def test_a_budget_goes_where_ranks_are_worth_most_and_is_met():
     sensitivity.allocate(losses, costs, 63, multiple=2)
 
 
+def test_a_budget_of_times_that_no_rank_meets_is_refused_and_not_overrun():
+  losses, costs = {"k": np.linspace(8, 0, 9)}, {"k": sensitivity.Cost(1.0, 0.0, 0.4)}
+  with pytest.raises(ValueError, match=r"the budget 0\.5 cannot be met: the kernels cost 1 at"):
+    sensitivity.allocate(losses, costs, 0.5, multiple=16)  # of ranks up to 8 none is one
+
+
 def test_the_costs_of_operations_count_rows_and_those_of_time_are_measured():
   assert sensitivity.flops(2, 8, 4, rows=3) == sensitivity.Cost(2 * 3 * 2 * 32, 2 * 3 * 2 * 12)
   cost = sensitivity.milliseconds(1, 256, 256, rows=256, repeats=3)
