@@ -74,12 +74,14 @@ def command(*, without: Sequence[str] = (), more: Sequence[str] = ()) -> str:
     without: the names of flags to leave out.
     more: arguments to add.
   """
-  local, own = "--coordinator=127.0.0.1:", ("coordinator", "num_processes", "process_id")
-  launched = any(argument.startswith(local) for argument in sys.argv)
-  program = ["experiments.train", *_without(sys.argv[1:], (*without, *own * launched)), *more]
+  given = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
+  own = ("coordinator", "num_processes", "process_id")
+  # As experiments.launch writes them; by hand the flags stay, for there is no other command.
+  launched = given.get("--coordinator", "").startswith("127.0.0.1:") and "--num_processes" in given
+  left_out = (*without, *own) if launched else without
+  program = ["experiments.train", *_without(sys.argv[1:], left_out), *more]
   if launched:
-    [count] = [x.partition("=")[2] for x in sys.argv if x.startswith("--num_processes=")]
-    program = ["experiments.launch", f"--processes={count}", "--", *program]
+    program = ["experiments.launch", f"--processes={given['--num_processes']}", "--", *program]
   return shlex.join(["python", "-m", *program])
 
 
