@@ -235,10 +235,10 @@ def _next(batches: Batches, step: int, steps: int) -> Batch:
 def _describe_divergence(step: int, metrics: dict[str, float], checkpoints: Checkpoints) -> str:
   latest = checkpoints.latest()
   kept = f"the last good checkpoint is {latest}" if latest else "no checkpoint was saved before it"
-  return (
-    f"step {step}: the loss is {metrics['loss']} and the gradient norm {metrics['grad_norm']}; "
-    f"{kept}; try a lower learning rate or clip_norm in a new workdir"
-  )
+  what = f"the loss is {metrics['loss']} and the gradient norm {metrics['grad_norm']}"
+  if np.ndim(metrics["loss"]):
+    what = "the loss or the gradient of the last member that was left is not finite"
+  return f"step {step}: {what}; {kept}; try a lower learning rate or clip_norm in a new workdir"
 
 
 @contextlib.contextmanager

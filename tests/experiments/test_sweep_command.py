@@ -216,6 +216,15 @@ def test_the_command_on_four_devices_trains_the_same_members(finished, config_fi
       np.testing.assert_allclose(found[name], wanted[name], atol=2e-5, err_msg=name)
 
 
+def test_a_sweep_of_which_no_member_is_left_ends_with_the_reason(config, tmp_path):
+  config.sweep.members = ({"optimizer.peak": 1e30}, {"optimizer.peak": 1e31})
+  words = (
+    r"step \d: the loss or the gradient of the last member that was left is not finite"
+  )
+  with pytest.raises(FloatingPointError, match=words):
+    run(sweep, config, tmp_path / "run")
+
+
 def test_the_programs_for_one_run_say_what_to_do_with_a_sweep(finished, config):
   with pytest.raises(ValueError, match=r"holds a sweep.*members/0"):
     parts.open_run(str(finished.path))
