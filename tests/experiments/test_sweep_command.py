@@ -218,9 +218,7 @@ def test_the_command_on_four_devices_trains_the_same_members(finished, config_fi
 
 def test_a_sweep_of_which_no_member_is_left_ends_with_the_reason(config, tmp_path):
   config.sweep.members = ({"optimizer.peak": 1e30}, {"optimizer.peak": 1e31})
-  words = (
-    r"step \d: the loss or the gradient of the last member that was left is not finite"
-  )
+  words = r"step \d: the loss or the gradient of the last member that was left is not finite"
   with pytest.raises(FloatingPointError, match=words):
     run(sweep, config, tmp_path / "run")
 
