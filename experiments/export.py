@@ -32,7 +32,7 @@ from absl import app, flags, logging
 import lora_jax
 from experiments import methods, parts
 from lora_jax import exchange
-from lora_jax.compress import artifact, merging, storage
+from lora_jax.compress import artifact, merging
 from lora_jax.io import export, gguf_model, pretrained
 from lora_jax.models import llama
 
@@ -91,7 +91,7 @@ def main(argv):
   to, output, dtype = _TO.value, pathlib.Path(_OUTPUT.value), _DTYPE.value
 
   if _MODEL.value:
-    found = load_model(_MODEL.value)
+    found = parts.load_source(_MODEL.value)
     weights = found.params
   else:
     run, config = parts.open_run(_WORKDIR.value)
@@ -131,13 +131,6 @@ def main(argv):
     names = ", ".join(name for name in wider if wider[name] == stored)
     print(f"wider than asked, in {stored}: {names}")
   print(f"wrote the model to {output}, {size(output):,} bytes")
-
-
-def load_model(source: str) -> pretrained.Pretrained:
-  """A compressed model, or a dense one from wherever it lies."""
-  if storage.is_compressed(source):
-    return storage.load(source)
-  return pretrained.load(source, scan_layers=True)
 
 
 def export_adapters(output, adapters, found: pretrained.Pretrained, axes, *, base_model: str):

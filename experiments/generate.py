@@ -19,8 +19,7 @@ from absl import app, flags, logging
 import lora_jax
 from experiments import methods, parts
 from lora_jax import exchange
-from lora_jax.compress import merging, storage
-from lora_jax.io import pretrained
+from lora_jax.compress import merging
 from lora_jax.io.tokenizer import Tokenizer
 from lora_jax.models import decode, llama
 
@@ -84,10 +83,7 @@ def main(argv):
 def load() -> tuple[llama.LlamaConfig, Tokenizer, PyTree]:
   """The config, the tokenizer and the weights of what the flags name, as they are used."""
   if _SOURCE.value:
-    if storage.is_compressed(_SOURCE.value):
-      found = storage.load(_SOURCE.value)
-    else:
-      found = pretrained.load(_SOURCE.value, scan_layers=True)
+    found = parts.load_source(_SOURCE.value)
     weights = found.params
   else:
     run, config = parts.open_run(_WORKDIR.value)

@@ -144,6 +144,13 @@ def load_model(model: ConfigDict, mesh: Mesh | None = None) -> pretrained.Pretra
   )
 
 
+def load_source(source: str) -> pretrained.Pretrained:
+  """A model without a config, in float32: a compressed one, or a dense one from wherever it is."""
+  if storage.is_compressed(source):
+    return storage.load(source)
+  return pretrained.load(source, scan_layers=True)
+
+
 def _load_compressed(model: ConfigDict, mesh: Mesh | None = None) -> pretrained.Pretrained:
   if model.quantize != "none":
     raise ValueError(

@@ -202,11 +202,10 @@ class Checkpoints:
     alone = ocp.options.MultiprocessingOptions(
       primary_host=None, active_processes={process}, barrier_sync_key_prefix=f"process_{process}"
     )
+    reader = ocp.Checkpointer(handler(multiprocessing_options=alone), multiprocessing_options=alone)
     found = problem = None
     try:
-      with ocp.Checkpointer(
-        handler(multiprocessing_options=alone), multiprocessing_options=alone
-      ) as reader:
+      with reader:
         found = reader.restore(self.path(step) / item, args=how)
     # Orbax tells damage by many types, bare Exception among them.
     except Exception as error:

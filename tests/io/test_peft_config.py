@@ -15,7 +15,7 @@ def parse(**fields):
 
 
 def test_absent_fields_have_the_defaults_of_peft():
-  peft = pytest.importorskip("peft")
+  peft = pytest.importorskip("peft", reason="peft, which reads these files, is not installed")
   for kind, config in {
     "LORA": peft.LoraConfig(), "ADALORA": peft.AdaLoraConfig(total_step=9),
     "LOHA": peft.LoHaConfig(), "LOKR": peft.LoKrConfig(), "VERA": peft.VeraConfig(),
@@ -29,7 +29,7 @@ def test_absent_fields_have_the_defaults_of_peft():
 
 
 def test_every_default_config_of_peft_is_read():
-  peft = pytest.importorskip("peft")
+  peft = pytest.importorskip("peft", reason="peft, which reads these files, is not installed")
   for config in (
     peft.LoraConfig(), peft.AdaLoraConfig(total_step=9), peft.LoHaConfig(), peft.LoKrConfig(),
     peft.VeraConfig(), peft.LNTuningConfig(), peft.TrainableTokensConfig(),
