@@ -2,7 +2,10 @@
 
 Its array is a temporary of the product that uses it, and the backward pass forms it again. Of
 layers that are scanned, one layer's kernels are formed at a time. Of layers that are unrolled it is
-for the compiler to say when: XLA on a CPU forms all of them early.
+for the compiler to say when. XLA on a CPU forms all of them early, unless its scheduler is told to
+spare memory (`xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED`, as XLA_FLAGS or among
+the `compiler_options` of `jax.jit`), and keeps them for the backward pass all the same: it takes
+what is formed again for what was formed before.
 """
 
 import dataclasses

@@ -1,6 +1,7 @@
 """Quantized Weights: codes against qwix, the law over the programs, and what is never kept."""
 
 import dataclasses
+from importlib.metadata import version
 
 import jax
 import jax.numpy as jnp
@@ -184,6 +185,26 @@ def test_one_decoded_layer_at_a_time_is_in_memory():
   step = jax.jit(jax.grad(loss)).lower(trainable, frozen, x).compile()
   kernel = 4 * d * d
   assert step.memory_analysis().temp_size_in_bytes < 3 * kernel
+
+
+def test_the_flag_of_the_readme_decodes_unrolled_layers_one_at_a_time():
+  count, d = 16, 256
+  weights, x = [qlora(normal(d, d), "io") for _ in range(count)], normal(4, d)
+
+  def f(weights, x):
+    for w in weights:
+      x = jnp.tanh(x @ w)
+    return x
+
+  # The option had another name before jaxlib 0.9.1.
+  options = (
+    {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    if [int(part) for part in version("jaxlib").split(".")[:3]] >= [0, 9, 1]
+    else {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+  )
+  forward = jax.jit(adapt(f, strict=True), compiler_options=options).lower(weights, x).compile()
+  kernel = 4 * d * d
+  assert forward.memory_analysis().temp_size_in_bytes < 3 * kernel
 
 
 # ---- what stays coded
