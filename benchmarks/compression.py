@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +26,6 @@ from lora_jax import compress, tree
 from lora_jax.compress import gptq, loftq
 from lora_jax.data import records
 from lora_jax.io import assets, pretrained
-from lora_jax.models import llama
 from lora_jax.weights import Format, GGUFBlocks, is_weight
 
 PyTree = Any
@@ -52,7 +52,7 @@ class Case(NamedTuple):
   """
 
   source: str
-  model: llama.Llama
+  model: nn.Module
   params: PyTree
   axes: Mapping[str, lora_jax.Axes]
   calibration: np.ndarray
@@ -133,7 +133,7 @@ def main(argv: Sequence[str]) -> None:
 def load(source: str, calibration: int, held_out: int) -> tuple[Case, np.ndarray]:
   """The model with windows for calibration, and those to measure by."""
   found = pretrained.load(source, scan_layers=True)
-  model = llama.Llama(found.config)
+  model = found.family.make_model(found.config)
   axes = lora_jax.trace_axes(
     lambda params, tokens: model.apply({"params": params}, tokens),
     found.params, jax.ShapeDtypeStruct((1, 2), jnp.int32),

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 from absl import app, flags
 from ml_collections import ConfigDict
@@ -32,9 +33,8 @@ from configs import adapters as presets
 from configs import methods as config_file
 from experiments import methods, parts
 from lora_jax import exchange
-from lora_jax.data import batches
-from lora_jax.data.examples import Example, choice_ids
-from lora_jax.models import llama
+from lora_jax.data.examples import Example
+from lora_jax.tasks import Task
 from lora_jax.train import evaluation, step, workdir
 
 PyTree = Any
@@ -88,35 +88,35 @@ def main(argv: Sequence[str]) -> None:
   publish(report, _OUTPUT.value)
 
 
-class Task(NamedTuple):
+class Shared(NamedTuple):
   """What all runs share: the model and the data."""
 
-  model: llama.Llama
+  task: Task
+  model: nn.Module
   params: PyTree
   axes: Mapping[str, lora_jax.Axes]
   examples: list[Example]
   held_out: list[Example]
-  choices: list[int]
-  pad_id: int
 
 
-def load_task(config: ConfigDict) -> Task:
+def load(config: ConfigDict) -> Shared:
   """The model and the data of a config."""
-  records = parts.load_records(config.data)
+  task = parts.make_task(config)
+  records = parts.load_records(config.data, task)
   pretrained = parts.load_model(config.model)
-  model = llama.Llama(pretrained.config)
+  model = pretrained.family.make_model(pretrained.config)
+  task = task.of_model(pretrained)
   train, held_out = (
-    parts.encode(config.data, parts.pick(records, split, field), pretrained.tokenizer)
+    task.examples(parts.pick(records, split, field))
     for split, field in (("train", "data.train"), (config.evaluation.split, "evaluation.split"))
   )
-  return Task(
+  return Shared(
+    task=task,
     model=model,
     params=pretrained.params,
     axes=parts.trace_axes(model, pretrained.params),
     examples=train,
     held_out=held_out[: config.evaluation.examples or None],
-    choices=choice_ids(pretrained.tokenizer, config.data.choices),
-    pad_id=pretrained.tokenizer.pad_id,
   )
 
 
@@ -124,49 +124,49 @@ def sweep(runs: Sequence[tuple[str, ConfigDict]], results: Path) -> list[dict[st
   """Makes the runs whose lines are not in the results yet; returns the lines of all.
 
   Args:
-    runs: the method's name, or `BASE`, and the config of each; all have one model and one task.
+    runs: the method's name, or `BASE`, and the config of each; all have one model and one shared.
     results: the file of lines; created with its folder when it is not there.
   """
   results.parent.mkdir(parents=True, exist_ok=True)
   known = (
     [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
   )
-  task, lines = None, []
+  shared, lines = None, []
   for name, config in tqdm(runs, desc="runs"):
     key = {"method": name, "seed": config.seed, "peak": config.optimizer.peak}
     key["config"] = workdir.fingerprint(config.to_dict())
     line = next((old for old in known if key.items() <= old.items()), None)
     if line is None:
-      task = task or load_task(config)
-      line = key | (measure_base(config, task) if name == BASE else measure(config, task))
+      shared = shared or load(config)
+      line = key | (measure_base(config, shared) if name == BASE else measure(config, shared))
       with open(results, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     lines.append(line)
   return lines
 
 
-def measure_base(config: ConfigDict, task: Task) -> dict[str, Any]:
+def measure_base(config: ConfigDict, shared: Shared) -> dict[str, Any]:
   """The accuracy and the loss of the model as it is."""
-  scores = _evaluate(config, task, task.params)
+  scores = _evaluate(config, shared, shared.params)
   return {"accuracy": scores["accuracy"], "loss": scores["loss"]}
 
 
-def measure(config: ConfigDict, task: Task) -> dict[str, Any]:
+def measure(config: ConfigDict, shared: Shared) -> dict[str, Any]:
   """One run: what it reaches and what it costs, or the step at which it diverged."""
   started = time.perf_counter()
   tx, _ = methods.make_optimizer(config)
-  specs = lora_jax.match(task.params, methods.rules_of(config.adapter), task.axes)
-  dataset = batches.train_batches(
-    task.examples, config.train.batch_size, seed=config.seed, **_shapes(config, task)
-  )
+  specs = lora_jax.match(shared.params, methods.rules_of(config.adapter), shared.axes)
+  dataset = shared.task.train_batches(shared.examples, config.train.batch_size, seed=config.seed)
   base, adapters = methods.start(
-    config.adapter, jax.random.key(config.seed), task.params, specs, task.axes, task.model.apply,
-    dataset,
+    config.adapter, jax.random.key(config.seed), shared.params, specs, shared.axes,
+    shared.task.run(shared.model.apply), shared.task.mask, dataset,
   )  # fmt: skip
   weights = lora_jax.attach(base, adapters)
   trainable, frozen = lora_jax.partition(weights, lora_jax.trainable_mask(weights))
   state = step.init_state(trainable, tx)
-  train_step = methods.make_train_step(config, lora_jax.adapt(task.model.apply), tx, adapters)
+  train_step = methods.make_train_step(
+    config, shared.task, lora_jax.adapt(shared.model.apply), tx, adapters
+  )
   # All batches have one shape, so it is compiled once, here, and can say what memory it needs.
   train_step = train_step.lower(state, frozen, dataset[0]).compile()
   memory = train_step.memory_analysis()
@@ -179,7 +179,7 @@ def measure(config: ConfigDict, task: Task) -> dict[str, Any]:
       return {"diverged": number + 1}
     seconds.append(time.perf_counter() - begin)
   weights = lora_jax.join(state.trainable, frozen)
-  scores = _evaluate(config, task, weights)
+  scores = _evaluate(config, shared, weights)
   result = {
     "accuracy": scores["accuracy"],
     "loss": scores["loss"],
@@ -189,20 +189,16 @@ def measure(config: ConfigDict, task: Task) -> dict[str, Any]:
     + memory.output_size_in_bytes
     - memory.alias_size_in_bytes
     + memory.temp_size_in_bytes,
-    "adapter_bytes": _bytes_on_disk(lora_jax.detach(weights, adapters), base, task.axes),
+    "adapter_bytes": _bytes_on_disk(lora_jax.detach(weights, adapters), base, shared.axes),
     "seconds": time.perf_counter() - started,
   }
   jax.clear_caches()
   return result
 
 
-def _shapes(config: ConfigDict, task: Task) -> dict[str, Any]:
-  return {"buckets": config.data.buckets, "pad_id": task.pad_id}
-
-
-def _evaluate(config: ConfigDict, task: Task, weights: PyTree) -> dict[str, float]:
-  eval_step = evaluation.make_eval_step(lora_jax.adapt(task.model.apply), task.choices)
-  data = batches.eval_batches(task.held_out, config.evaluation.batch_size, **_shapes(config, task))
+def _evaluate(config: ConfigDict, shared: Shared, weights: PyTree) -> dict[str, float]:
+  eval_step = shared.task.make_eval_step(lora_jax.adapt(shared.model.apply))
+  data = shared.task.eval_batches(shared.held_out, config.evaluation.batch_size)
   return evaluation.evaluate(eval_step, weights, data)
 
 

@@ -17,6 +17,7 @@ import optax
 from jax.typing import DTypeLike
 
 import lora_jax
+from lora_jax import families
 from lora_jax.io import pretrained
 from lora_jax.models import llama
 
@@ -45,7 +46,7 @@ class Case:
   @property
   def is_language_model(self) -> bool:
     """Whether `transformers` knows the model."""
-    return isinstance(self.module, llama.Llama)
+    return hasattr(self.module.config, "vocab_size")
 
   def keeping_products(self) -> nn.Module:
     """The module when each block keeps its matrix products only and computes the rest again.
@@ -180,12 +181,12 @@ def tiny(dtype: DTypeLike, batch: int, length: int, scan_layers: bool) -> Case:
 
 
 def _language_model(
-  config: llama.LlamaConfig, params: PyTree | None, batch: int, length: int
+  config: families.Config, params: PyTree | None, batch: int, length: int
 ) -> Case:
-  """A Llama with the loss of the next token at every position; params None makes random ones."""
+  """A decoder with the loss of the next token at every position; params None makes random ones."""
   keys = jax.random.split(jax.random.key(0), 2)
   tokens = jax.random.randint(keys[0], (batch, length + 1), 0, config.vocab_size)
-  module = llama.Llama(config)
+  module = families.family_of(config).make_model(config)
   if params is None:
     params = jax.jit(module.init)(keys[1], tokens[:, :-1])["params"]
   return Case(

@@ -23,7 +23,6 @@ from benchmarks.reporting import define_output, publish
 from configs import quickstart
 from experiments import methods, parts
 from lora_jax.data import batches, packing
-from lora_jax.models import llama
 from lora_jax.train import step
 
 _BATCH = flags.DEFINE_integer("batch", 16, "Examples of a step, about as many when packed.", 1)
@@ -39,9 +38,11 @@ def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
   config = quickstart.get_config()
-  records = parts.load_records(config.data)
+  task = parts.make_task(config)
+  records = parts.load_records(config.data, task)
   pretrained = parts.load_model(config.model)
-  examples = parts.encode(config.data, records["train"], pretrained.tokenizer)
+  task = task.of_model(pretrained)
+  examples = task.examples(records["train"])
   mean = statistics.mean(len(example.tokens) - 1 for example in examples)
   rows = max(1, round(_BATCH.value * mean / _LENGTH.value))
   shapes = {"seed": config.seed, "pad_id": pretrained.tokenizer.pad_id}
@@ -58,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
     ),
   }
   ways = {name: [dataset[n] for n in range(_STEPS.value)] for name, dataset in ways.items()}
-  seconds = run_in_turns(ways, make_run(config, pretrained), _ROUNDS.value)
+  seconds = run_in_turns(ways, make_run(config, task, pretrained), _ROUNDS.value)
   report = "\n".join([
     "## Packing short examples: SmolLM2-135M, LoRA of rank 8, layers scanned",
     "",
@@ -72,16 +73,16 @@ def main(argv: Sequence[str]) -> None:
   publish(report, _OUTPUT.value)
 
 
-def make_run(config, pretrained) -> Callable[[Batches], None]:
+def make_run(config, task, pretrained) -> Callable[[Batches], None]:
   """What takes a step on each of some batches, and waits until all are done."""
-  model = llama.Llama(pretrained.config)
+  model = pretrained.family.make_model(pretrained.config)
   axes = parts.trace_axes(model, pretrained.params)
   specs = lora_jax.match(pretrained.params, methods.rules_of(config.adapter), axes)
   adapters = lora_jax.init(jax.random.key(config.seed), pretrained.params, specs, axes)
   weights = lora_jax.attach(pretrained.params, adapters)
   trainable, frozen = lora_jax.partition(weights, lora_jax.trainable_mask(weights))
   tx, _ = methods.make_optimizer(config)
-  train_step = methods.make_train_step(config, lora_jax.adapt(model.apply), tx, adapters)
+  train_step = methods.make_train_step(config, task, lora_jax.adapt(model.apply), tx, adapters)
   state = step.init_state(trainable, tx)
 
   def run(data: Batches) -> None:

@@ -25,7 +25,7 @@ from benchmarks.models import Case
 from benchmarks.rows import LEARNING_RATE, WEIGHT_DECAY, Adapters, trace_axes
 from lora_jax import exchange
 from lora_jax.io import configs, names, safetensors
-from lora_jax.models import llama
+from lora_jax.models import layers
 
 _ROOT = Path(__file__).parents[1]
 
@@ -53,7 +53,7 @@ class TorchSpec:
 def write_case(case: Case, folder: Path) -> TorchSpec:
   """Writes a language model and its batch; returns the spec of its full fine-tuning."""
   config = case.module.config
-  params = llama.unstack_layers(case.params) if config.scan_layers else case.params
+  params = layers.unstack_layers(case.params) if config.scan_layers else case.params
   flat = traverse_util.flatten_dict(params, sep="/")
   named = names.file_names(flat, names.LLAMA_HF)
   tensors = {

@@ -1,7 +1,14 @@
-"""What stands behind the colon of `--config=file.py:smoke,rank=8`."""
+"""What configs are given: the text after the colon of `--config=file.py:smoke,rank=8`, and data."""
 
 import ast
+import os
+import pathlib
 from typing import Any
+
+
+def data_folder() -> pathlib.Path:
+  """The folder of public data sets: LORA_JAX_DATA, else ../shared/data."""
+  return pathlib.Path(os.environ.get("LORA_JAX_DATA", "../shared/data"))
 
 
 def parse(text: str, **defaults: Any) -> dict[str, Any]:

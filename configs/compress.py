@@ -11,6 +11,7 @@ measure by, the rest for healing (configs/heal.py).
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 from configs import arguments, quickstart
 
@@ -34,6 +35,9 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   config.text = source = ml_collections.ConfigDict()
   source.source = _EDITORIALS
   source.format, source.columns = "tsv", ("id", "rating", "text")
+  source.encoding = "utf-8-sig"  # that of the file, as in utf-16 or latin-1
+  source.quoted = config_dict.placeholder(bool)  # as in configs/quickstart.py
+  source.special_tokens = False  # read special tokens that are written out as tokens
   source.column = "text"  # whose records are joined by spaces
   source.length = 256  # tokens of a window
   source.calibration, source.held_out = 64, 40  # windows, from the beginning
@@ -70,6 +74,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   quantize.double = False  # quantise the scales of blocks too
 
   config.task = task = ml_collections.ConfigDict()  # whose accuracy is reported
+  task.name = reviews.task.name
   task.data = reviews.data
   task.split = "test"
   task.examples = 400  # at most, as in the quickstart; 0 for no task

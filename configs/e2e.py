@@ -20,14 +20,11 @@ together again.
     :rank=4     another rank
 """
 
-import os
-import pathlib
-
 import ml_collections
 
 from configs import arguments, quickstart
 
-_DATA = pathlib.Path(os.environ.get("LORA_JAX_DATA", "../shared/data")) / "e2e"
+_DATA = arguments.data_folder() / "e2e"
 
 
 def get_config(text: str = "") -> ml_collections.ConfigDict:

@@ -9,12 +9,12 @@ python -m experiments.train --config=configs/heal.py:compressed=runs/small --wor
 :smoke                   a few steps
 """
 
-import json
 import pathlib
 
 import ml_collections
 
 from configs import arguments, quickstart
+from lora_jax.io import json_files
 
 
 def get_config(text: str = "") -> ml_collections.ConfigDict:
@@ -47,10 +47,17 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
 
 def _before(folder: pathlib.Path) -> str:
   """The model that a workdir of experiments.compress started from."""
-  compressed = json.loads((folder / "config.json").read_text())
+  compressed = json_files.read_json(folder / "config.json", what="the config of a compression")
+  model = compressed.get("model")
+  source = model.get("source") if isinstance(model, dict) else None
+  if not isinstance(source, str) or not isinstance(compressed.get("adapter"), str):
+    raise ValueError(
+      f"{folder / 'config.json'}: names no model.source or no adapter; restore it, or name the "
+      "model by --config.distill.teacher"
+    )
   if compressed["adapter"]:
     raise ValueError(
       f"{folder}: the adapter of {compressed['adapter']} was part of the model before its "
       "compression; export that run with --to=merged, and name it by --config.distill.teacher"
     )
-  return compressed["model"]["source"]
+  return source

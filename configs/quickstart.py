@@ -16,6 +16,7 @@ SmolLM2-135M-Instruct (93 MB) learns to answer " positive" or " negative" to
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 from configs import adapters, arguments
 
@@ -42,6 +43,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   model.scan_layers = True  # one compiled layer instead of 30: compiles four times as fast
   model.quantize = "none"  # nf4, int4, int8 or fp8; gguf: the blocks of the file as they are
   model.quantize_targets = ("all-linear",)  # of a format; with adapters it makes QLoRA
+  model.new_tokens = ()  # texts that become tokens; of the embedding their rows alone train
   model.remat = "none"  # what the forward pass keeps: none, everything, dots, nothing
 
   config.mesh = mesh = ml_collections.ConfigDict()  # devices on each axis; -1: what is left
@@ -53,15 +55,22 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   adapter.targets = method.targets  # presets or patterns for whole paths, perhaps (pattern, {…})
   adapter.also_train = ()  # patterns of leaves trained in full beside the adapters
 
+  config.task = task = ml_collections.ConfigDict()  # one of lora_jax.tasks.TASKS, and its fields
+  task.name = "completion"  # of prompts; what they are stands in `data`
+
   config.data = data = ml_collections.ConfigDict()
   data.source = _RATED
   data.format = "tsv"  # jsonl, csv or tsv
   data.columns = ("id", "rating", "text")  # of a file without a header line; else ()
+  data.encoding = "utf-8-sig"  # that of the file, as in utf-16 or latin-1; skips a byte-order mark
+  # Whether a double quote opens a field of CSV and TSV, or is a character. None: in CSV it does.
+  data.quoted = config_dict.placeholder(bool)
   data.detokenise = ()  # columns of text that was published with its tokens apart
   data.sign_of = "rating"  # a column of numbers whose sign is the label; "" for none
   data.neutral = 0.5  # smaller ratings are left out
   data.prompt = "Review: {text}\nSentiment:"
   data.completion = " {label}"
+  data.special_tokens = False  # read special tokens written out in a column as tokens
   data.choices = (" positive", " negative")  # for the accuracy; () for none
   data.append_eos = False  # the answer is one token; text that is generated needs an end
   data.split_by = "text"  # the column whose hash decides the split

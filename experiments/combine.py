@@ -9,8 +9,12 @@ The methods have PEFT's names and results; `lora_jax.combiners` says what each d
 `svd` are the weighted sum of what the adapters change; `svd` and the methods that end in `_svd`
 take --rank, the others keep the adapters' own, which must then be one. --density is the share of
 numbers that stay, for the methods that drop some.
+
+The base is the one that the adapters' configs name, where that is on this machine. An adapter may
+come from a stranger, so nothing is fetched for it unasked: --base names a model, --fetch allows it.
 """
 
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -18,11 +22,10 @@ import jax
 from absl import app, flags, logging
 
 import lora_jax
-from experiments import parts
-from lora_jax import combiners, exchange
-from lora_jax.io import peft
+from experiments import inputs, parts, programs
+from lora_jax import checks, combiners, exchange
+from lora_jax.io import outputs, peft
 from lora_jax.io import pretrained as pretrained_lib
-from lora_jax.models import llama
 
 ELECT = {"total": combiners.by_total, "frequency": combiners.by_frequency}
 MIXES: dict[str, tuple[Callable, tuple[str, ...]]] = {
@@ -39,10 +42,13 @@ _WEIGHTS = flags.DEFINE_list("weights", None, "A number for each, of either sign
 _METHOD = flags.DEFINE_enum("method", None, METHODS, "As PEFT names them.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "The folder to write.", required=True)
 _BASE = flags.DEFINE_string("base", None, "The model, where the adapters do not say it.")
+_FETCH = flags.DEFINE_bool(
+  "fetch", False, "Download the model that the adapters name, where it is not on this machine."
+)
 _RANK = flags.DEFINE_integer("rank", None, "Of an SVD's result, by default the largest one's.", 1)
 _DENSITY = flags.DEFINE_float("density", None, "The share of numbers that stay.")
 _ELECT = flags.DEFINE_enum("elect", None, list(ELECT), "How TIES elects a sign, by default total.")
-_SEED = flags.DEFINE_integer("seed", None, "Of DARE's dropping, by default 0.")
+_SEED = flags.DEFINE_integer("seed", None, "Of DARE's dropping, by default 0.", 0, checks.MAX_SEED)
 
 
 def main(argv):
@@ -51,7 +57,7 @@ def main(argv):
   logging.set_verbosity(logging.WARNING)
   options = {"density": _DENSITY.value, "elect": _ELECT.value, "seed": _SEED.value}
   try:
-    weights = [float(weight) for weight in _WEIGHTS.value]
+    weights = [checks.finite("--weights:", float(weight)) for weight in _WEIGHTS.value]
     method = make_combiner(_METHOD.value, _RANK.value, **options)
   except ValueError as error:
     raise app.UsageError(str(error)) from None
@@ -59,15 +65,19 @@ def main(argv):
     raise app.UsageError(
       f"there are {len(weights)} --weights for {len(_ADAPTERS.value)} --adapters; give one for each"
     )
-  base = _BASE.value or common_base(_ADAPTERS.value)
+  if _BASE.value and _FETCH.value:
+    raise app.UsageError("--fetch is for the model that the adapters name; --base names another")
+  outputs.new_folder(_OUTPUT.value)
+  base = _BASE.value or common_base(_ADAPTERS.value, fetch=_FETCH.value)
 
   # Every layer is a leaf of its own: it may be adapted in one layer and not in another.
   pretrained = pretrained_lib.load(base)
   params = pretrained.params
-  axes = parts.trace_axes(llama.Llama(pretrained.config), params)
-  adapters = [exchange.load(folder, params, axes) for folder in _ADAPTERS.value]
+  axes = parts.trace_axes(parts.make_model(pretrained.config), params)
+  table = pretrained.table
+  adapters = [exchange.load(folder, params, axes, table=table) for folder in _ADAPTERS.value]
   combined = lora_jax.combine(adapters, weights, method, key=jax.random.key(_SEED.value or 0))
-  exchange.save(_OUTPUT.value, combined, params, axes, base_model=base)
+  exchange.save(_OUTPUT.value, combined, params, axes, base_model=base, table=table)
   print(f"combined {len(adapters)} adapters of {len(combined)} kernels into {_OUTPUT.value}")
 
 
@@ -104,18 +114,31 @@ def make_combiner(method: str, rank: int | None, **options: Any) -> combiners.Co
   return combiners.on_factors(mix) if method == name else combiners.on_delta(mix, rank)
 
 
-def common_base(folders: list[str]) -> str:
+def common_base(folders: list[str], *, fetch: bool = False) -> str:
   """The model that all adapters say they were trained on.
+
+  Args:
+    folders: of the adapters.
+    fetch: whether it may be downloaded, where it is not on this machine.
 
   Raises:
     ValueError: when they do not, or say nothing.
+    FileNotFoundError: when it is not on this machine.
   """
   bases = {folder: peft.read(folder).config["base_model_name_or_path"] for folder in folders}
-  if len(set(bases.values())) != 1 or not bases[folders[0]]:
-    each = ", ".join(f"{folder}: {base!r}" for folder, base in bases.items())
+  base = bases[folders[0]]
+  if len(set(bases.values())) != 1 or not base:
+    each = ", ".join(f"{folder}: {base!r:.200}" for folder, base in bases.items())
     raise ValueError(f"the adapters name no common model ({each}); give it, --base=...")
-  return bases[folders[0]]
+  file = pathlib.Path(folders[0]) / peft.CONFIG
+  try:
+    inputs.require(file, {"base_model_name_or_path": base}, fetch=fetch)
+  except FileNotFoundError as error:
+    raise FileNotFoundError(
+      f"{error}; or name the model, --base=... (hf://owner/name for one of the Hugging Face hub)"
+    ) from None
+  return base
 
 
 if __name__ == "__main__":
-  app.run(main)
+  programs.run(main)

@@ -24,6 +24,7 @@ What cannot be done, or makes no sense, is refused before anything is computed o
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shlex
@@ -38,14 +39,23 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 import lora_jax
-from experiments import compression, compression_checks, methods, parts
+from experiments import (
+  compression,
+  compression_checks,
+  config_checks,
+  inputs,
+  methods,
+  parts,
+  programs,
+)
 from experiments.compression import Model
-from lora_jax import exchange, tree
+from lora_jax import exchange, families, tasks, tree
 from lora_jax.compress import make_windows, merging, perplexity, report, storage
-from lora_jax.data import batches, records
-from lora_jax.data.examples import choice_ids
-from lora_jax.io import assets
+from lora_jax.data import records
+from lora_jax.io import assets, outputs
+from lora_jax.io.pretrained import Pretrained
 from lora_jax.io.tokenizer import Tokenizer
+from lora_jax.tasks import texts
 from lora_jax.train import evaluation, workdir
 from lora_jax.weights import Pruned, is_weight
 
@@ -62,15 +72,11 @@ def main(argv):
   logging.set_verbosity(logging.WARNING)
   config = _CONFIG.value
   with workdir.open_workdir(_WORKDIR.value, config.to_dict()) as run:
-    try:
-      if _HEALED.value:
-        add_healed(config, run.path, _HEALED.value)
-      else:
-        compress(config, run.path)
-    except BaseException:
-      if not (run.path / "model").exists():
-        run.config.unlink()  # so that a config that is mended has the workdir free
-      raise
+    workdir.settle_inputs(run, inputs.of_compression(config))
+    if _HEALED.value:
+      add_healed(config, run.path, _HEALED.value)
+    else:
+      compress(config, run.path)
 
 
 def compress(config: ConfigDict, folder: pathlib.Path):
@@ -81,13 +87,21 @@ def compress(config: ConfigDict, folder: pathlib.Path):
   if (folder / "model").exists():
     raise FileExistsError(f"{folder / 'model'}: is there already; use another workdir")
   pretrained = parts.load_model(config.model)
+  most, prompt = pretrained.config.max_length, config.report.prompt
+  texts.check_positions(
+    pretrained.config, config.text.length, f"text.length {config.text.length}", most
+  )
+  texts.check_positions(
+    pretrained.config, prompt + 1, f"report.prompt {prompt} and a token after it", most - 1
+  )
+  task = task_on(config, pretrained)
   calibration_NT, held_out_NT, rest_NT = read_windows(config.text, pretrained.tokenizer)
   model = Model(pretrained.config, pretrained.params, adapters={})
   if config.adapter:
     model = with_adapter(config, model)
   compression_checks.check_model(config, model, calibration_NT)
 
-  measure = make_measure(config, held_out_NT, pretrained.tokenizer)
+  measure = make_measure(config, held_out_NT, task)
   rows = [report.Row("+".join(done) or "dense", measure(model))]
   print(rows[-1])
   for step in config.steps:
@@ -101,8 +115,9 @@ def compress(config: ConfigDict, folder: pathlib.Path):
   storage.save(target, model.params, model.config, pretrained.tokenizer, steps=steps)
   if model.adapters:
     exchange.save(
-      folder / "adapter", model.adapters, model.params, model.axes, base_model=str(target)
-    )
+      folder / "adapter", model.adapters, model.params, model.axes, base_model=str(target),
+      table=families.tensor_names(model.config),
+    )  # fmt: skip
   write_rest(folder / "rest.jsonl", rest_NT, pretrained.tokenizer)
   report.write(folder, rows, about())
   print(report.table(rows))
@@ -114,7 +129,7 @@ def with_adapter(config: ConfigDict, model: Model) -> Model:
   Raises:
     ValueError: when the adapter is LoftQ's, or does not fit, or there is no merging it.
   """
-  run, trained = parts.open_run(config.adapter)
+  run, trained = parts.open_run(config.adapter, config_checks.ADAPTED)
   if trained.adapter.method == "loftq":
     raise ValueError(
       f"{run.path}: LoftQ's adapter belongs to the quantised base that it made; export the run "
@@ -130,7 +145,8 @@ def with_adapter(config: ConfigDict, model: Model) -> Model:
       f"the adapter was trained on a base in {trained.model.quantize}, whose rounding it may have "
       "made up for; here the base is not rounded"
     )
-  adapters = exchange.load(run.adapter, model.params, model.axes)
+  table = families.tensor_names(model.config)
+  adapters = exchange.load(run.adapter, model.params, model.axes, table=table)
   undropped = {
     path: dataclasses.replace(adapter, dropout=0.0) if adapter.drops else adapter
     for path, adapter in adapters.items()
@@ -171,36 +187,32 @@ def add_healed(config: ConfigDict, folder: pathlib.Path, healed: str):
   That is with the adapter merged where the model stays as small by it.
 
   Raises:
-    ValueError: when the run trained on another model.
+    FileNotFoundError: when there is no report yet.
+    ValueError: when the run trained on another model, or the report is damaged.
   """
-  run, trained = parts.open_run(healed)
+  run, trained = parts.open_run(healed, config_checks.ADAPTED)
   if pathlib.Path(trained.model.source).absolute() != (folder / "model").absolute():
     raise ValueError(
       f"{run.path}: was trained on {trained.model.source}, and not on {folder / 'model'}; name a "
       "run that heals this model"
     )
+  run, trained = parts.open_run(healed)  # and how it was trained
+  written, rows = report.read(folder)
+  before = [row for row in rows if row.step != "heal"]
   trained.model.scan_layers = False
   small = methods.load_base(trained)
   model = Model(small.config, small.params, adapters={})
-  adapters = exchange.load(run.adapter, model.params, model.axes)
+  table = families.tensor_names(model.config)
+  adapters = exchange.load(run.adapter, model.params, model.axes, table=table)
   if methods.merge_format(trained):
     model = model._replace(params=methods.finish(trained, model.params, adapters, model.axes))
   else:
     model = absorb(model._replace(adapters=adapters))
   _, held_out_NT, _ = read_windows(config.text, small.tokenizer)
-  measures = make_measure(config, held_out_NT, small.tokenizer)(model)
-  found = json.loads((folder / "report.json").read_text())
-  rows = [row for row in map(_row, found["steps"]) if row.step != "heal"]
-  rows.append(report.Row("heal", measures))
-  report.write(folder, rows, f"{found['about']}\n\n{about()}")
+  measures = make_measure(config, held_out_NT, task_on(config, small))(model)
+  rows = [*before, report.Row("heal", measures)]
+  report.write(folder, rows, f"{written}\n\n{about()}")
   print(report.table(rows))
-
-
-def _row(fields: dict[str, Any]) -> report.Row:
-  fields = dict(fields)
-  for name in ("prefill", "token"):
-    fields[name] = {int(rows): value for rows, value in fields[name].items()}
-  return report.Row(fields.pop("step"), report.Measures(**fields))
 
 
 def about() -> str:
@@ -221,10 +233,19 @@ def read_windows(text: ConfigDict, tokenizer: Tokenizer) -> tuple[np.ndarray, ..
   Raises:
     ValueError: when there are too few.
   """
-  rows = records.read(assets.resolve(text.source), format=text.format, columns=text.columns or None)
+  rows = records.read(
+    assets.resolve(text.source),
+    format=text.format,
+    columns=text.columns or None,
+    quoted=text.quoted,
+    encoding=text.encoding,
+  )
   records.require(rows, [text.column], "config.text.column")
+  records.check_values(rows, [text.column], f"{text.source}: config.text.column")
   windows_NT = make_windows(
-    " ".join(str(row[text.column]) for row in rows), tokenizer.encode, text.length
+    " ".join(str(row[text.column]) for row in rows),
+    functools.partial(tokenizer.encode, special_tokens=text.special_tokens),
+    text.length,
   )
   needed = text.calibration + text.held_out
   if len(windows_NT) < needed:
@@ -238,32 +259,37 @@ def read_windows(text: ConfigDict, tokenizer: Tokenizer) -> tuple[np.ndarray, ..
 def write_rest(path: pathlib.Path, rest_NT: np.ndarray, tokenizer: Tokenizer):
   """The windows that are left as records: the first token's text, and what follows it."""
   lines = [
-    json.dumps({"first": tokenizer.decode(ids[:1]), "rest": tokenizer.decode(ids[1:])})
+    json.dumps(
+      {"first": tokenizer.decode(ids[:1]), "rest": tokenizer.decode(ids[1:], after=ids[:1])}
+    )
     for ids in rest_NT.tolist()
   ]
-  path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+  outputs.write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 # ---- measures
 
 
-def make_measure(config: ConfigDict, held_out_NT: np.ndarray, tokenizer: Tokenizer) -> Callable:
-  """Makes the function from a Model to its `report.Measures`."""
-  task = None
-  if config.task.examples:
-    rows = parts.pick(parts.load_records(config.task.data), config.task.split, "task.split")
-    data = config.task.data
-    examples = parts.encode(data, rows, tokenizer)[: config.task.examples]
-    task = batches.eval_batches(
-      examples, config.task.batch_size, buckets=data.buckets, pad_id=tokenizer.pad_id
-    )
-    choices = choice_ids(tokenizer, data.choices)
+def task_on(config: ConfigDict, found: Pretrained) -> tasks.Task | None:
+  """The task that a model is measured by, on the model; None where the config asks for none."""
+  if not config.task.examples:
+    return None
+  task = tasks.make({"name": config.task.name}, config.task.data, loss_chunk=0)
+  return task.of_model(found)
+
+
+def make_measure(config: ConfigDict, held_out_NT: np.ndarray, task: tasks.Task | None) -> Callable:
+  """Makes the function from a Model to its `report.Measures`; of a task, the accuracy too."""
+  if task is not None:
+    records = parts.load_records(config.task.data, task)
+    rows = parts.pick(records, config.task.split, "task.split")
+    data = task.eval_batches(task.examples(rows)[: config.task.examples], config.task.batch_size)
 
   def measure(model: Model) -> report.Measures:
     weights, accuracy = merging.without_masks(model.weights), None
     if task is not None:
-      eval_step = evaluation.make_eval_step(model.apply, choices)
-      accuracy = evaluation.evaluate(eval_step, weights, task)["accuracy"]
+      eval_step = task.make_eval_step(model.apply)
+      accuracy = evaluation.evaluate(eval_step, weights, data, task.metrics)["accuracy"]
     section = config.report
     times = {
       rows: report.latency(
@@ -288,4 +314,4 @@ def make_measure(config: ConfigDict, held_out_NT: np.ndarray, tokenizer: Tokeniz
 
 if __name__ == "__main__":
   flags.mark_flags_as_required(["config", "workdir"])
-  app.run(main)
+  programs.run(main)

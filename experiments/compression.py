@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 import lora_jax
 from experiments import parts
-from lora_jax import calibration, tree
+from lora_jax import calibration, families, tree
 from lora_jax.compress import (
   attention,
   factorize,
@@ -31,7 +31,6 @@ from lora_jax.compress import (
   structured,
 )
 from lora_jax.compress.quantize import quantize_leaf
-from lora_jax.models import llama
 from lora_jax.weights import Factored, Pruned, is_weight
 from lora_jax.weights.quantized import Format
 
@@ -47,7 +46,7 @@ class Model(NamedTuple):
   adapters: `{path: adapter}` on it that stay as they are.
   """
 
-  config: llama.LlamaConfig
+  config: families.Config
   params: PyTree
   adapters: Mapping[str, lora_jax.Adapted]
 
@@ -58,11 +57,11 @@ class Model(NamedTuple):
 
   @property
   def apply(self) -> Callable:
-    return lora_jax.adapt(llama.Llama(self.config).apply)
+    return lora_jax.adapt(parts.make_model(self.config).apply)
 
   @property
   def axes(self) -> dict[str, lora_jax.Axes]:
-    return parts.trace_axes(llama.Llama(self.config), self.params)
+    return parts.trace_axes(parts.make_model(self.config), self.params)
 
 
 @dataclasses.dataclass(frozen=True)

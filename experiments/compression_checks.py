@@ -16,11 +16,10 @@ import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from experiments import compression
+from experiments import compression, config_checks
 from experiments.compression import Model
-from lora_jax import tree
-from lora_jax.compress import factorize, sensitivity
-from lora_jax.models import llama
+from lora_jax import families, tree
+from lora_jax.compress import factorize, sensitivity, structured
 from lora_jax.weights import DoRA, Factored, Full, Pruned, TokenRows, is_weight
 
 # ---- in which order
@@ -103,6 +102,7 @@ def check_config(config: ConfigDict, done: Sequence[str] = ()) -> None:
       raise ValueError(f"{step}.damping {config[step].damping} must be 0 or more")
     if step in _SETTINGS:
       _SETTINGS[step](config[step])
+  config_checks.check(config, config_checks.COMPRESSION)
 
 
 def _check_factorize_settings(section: ConfigDict) -> None:
@@ -161,6 +161,7 @@ def check_model(config: ConfigDict, model: Model, windows_NT: np.ndarray) -> Non
   for step in config.steps:
     section, tokens = config[step], windows_NT.size
     if step in _STRUCTURED:
+      structured.check_separate(model.params, step)
       _check_inputs(step, model, compression.fitted(model, step), tokens)
       model = _shrunk(step, section, model)
       continue
@@ -207,7 +208,7 @@ def _shrunk(step: str, section: ConfigDict, model: Model) -> Model:
   new = dataclasses.replace(old, **{name: count})
   if step == "heads":
     new = dataclasses.replace(new, num_heads=count * (old.num_heads // old.num_kv_heads))
-  before, after = llama.param_shapes(old), llama.param_shapes(new)
+  before, after = families.param_shapes(old), families.param_shapes(new)
   for path in model.adapters:
     if before[path] != after[path]:
       raise ValueError(

@@ -9,9 +9,9 @@ r"""Exports a run, or a model without one, for other programs: this package is n
 
 --to=merged writes a model's folder for `transformers`, the adapter merged in: model.safetensors,
 config.json, generation_config.json and the tokenizer's files. --to=merged_gguf writes the same
-model as one file for llama.cpp, its matrices in --dtype. Both are dense: what was quantised or
-factored is decoded; channels and heads that were taken out stay out. The merge is computed in
-float32 and rounded once.
+model as one file for llama.cpp. Both have --dtype, by default that of the base's own files, float32
+where these are quantised. Both are dense: what was quantised or factored is decoded; channels and
+heads that were taken out stay out. The merge is computed in float32 and rounded once.
 
 --to=artifact writes the forward pass as a program with its numbers, which runs with nothing but JAX
 and safetensors (`lora_jax.compress.artifact` says how). There codes and factors stay what they are,
@@ -19,22 +19,21 @@ and so does an adapter on top of them; on a dense base it is merged.
 
 --to=peft writes the adapter of a run alone, as its adapter/ has it already; with --rank, whatever
 its method, as the nearest plain LoRA of that rank, and says what that loses. --to=gguf writes it as
-one file that llama.cpp loads beside its base (`--lora adapter.gguf`).
+one file that llama.cpp loads beside its base (`--lora adapter.gguf`), by default in float32, as
+adapters are trained.
 """
 
 import dataclasses
 import pathlib
 
-import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
 
 import lora_jax
-from experiments import methods, parts
-from lora_jax import exchange
+from experiments import inputs, methods, parts, programs
+from lora_jax import exchange, tree
 from lora_jax.compress import artifact, merging
-from lora_jax.io import export, gguf_model, pretrained
-from lora_jax.models import llama
+from lora_jax.io import casting, export, gguf_model, outputs, pretrained
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "A run's folder: its model with its adapter.")
 _MODEL = flags.DEFINE_string("model", None, "Or a model alone, compressed or not, by its address.")
@@ -44,9 +43,12 @@ _OUTPUT = flags.DEFINE_string(
   "output", None, "What to write: a new or empty folder, or, of GGUF, a new file.", required=True
 )
 _DTYPE = flags.DEFINE_enum(
-  "dtype", "float32", list(gguf_model.KINDS), "Of what is merged, and of gguf's."
+  "dtype", None, list(gguf_model.KINDS), "Of what is merged (by default the base's) and of gguf's."
 )
 _RANK = flags.DEFINE_integer("rank", None, "Of PEFT's: convert to a plain LoRA of this rank.", 1)
+_FETCH = flags.DEFINE_bool(
+  "fetch", False, "Download what the run's config.json names, where it is not on this machine."
+)
 _ROWS = flags.DEFINE_integer("rows", 1, "How many texts the artifact takes at once.", 1)
 _LENGTH = flags.DEFINE_integer("length", 128, "How many tokens of each it takes.", 1)
 _PLATFORMS = flags.DEFINE_list("platforms", "cpu", "What the artifact is for: cpu, cuda, tpu.")
@@ -60,6 +62,8 @@ def check_flags():
   to = _TO.value
   if (_WORKDIR.value is None) == (_MODEL.value is None):
     raise app.UsageError("give either --workdir or --model")
+  if _MODEL.value and _FETCH.value:
+    raise app.UsageError("--fetch is for a --workdir; a --model is fetched as it stands")
   if _MODEL.value and to in ("peft", "gguf"):
     raise app.UsageError(f"--to={to} writes the adapter of a run; give its --workdir")
   meant_for = {
@@ -72,15 +76,13 @@ def check_flags():
   for name, formats in meant_for.items():
     if flags.FLAGS[name].present and to not in formats:
       raise app.UsageError(f"--{name} has no meaning for --to={to}, only for {', '.join(formats)}")
-  if to != "merged_gguf" and _DTYPE.value not in _FLOATS:
+  if to != "merged_gguf" and _DTYPE.value not in (None, *_FLOATS):
     floats = ", ".join(_FLOATS)
     raise app.UsageError(f"--dtype={_DTYPE.value} is for --to=merged_gguf alone; use {floats}")
   if unknown := sorted(set(_PLATFORMS.value) - set(_KNOWN_PLATFORMS)):
     raise app.UsageError(f"--platforms: {unknown} are not among {', '.join(_KNOWN_PLATFORMS)}")
-  output = pathlib.Path(_OUTPUT.value)
   is_file = to in ("gguf", "merged_gguf")
-  if output.exists() and (is_file or not output.is_dir() or any(output.iterdir())):
-    raise FileExistsError(f"{output}: holds something already; name what is not there yet")
+  (outputs.new_file if is_file else outputs.new_folder)(_OUTPUT.value)
 
 
 def main(argv):
@@ -88,63 +90,76 @@ def main(argv):
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
   check_flags()
   logging.set_verbosity(logging.WARNING)
-  to, output, dtype = _TO.value, pathlib.Path(_OUTPUT.value), _DTYPE.value
+  to, output = _TO.value, outputs.absolute(_OUTPUT.value)
 
   if _MODEL.value:
     found = parts.load_source(_MODEL.value)
     weights = found.params
   else:
     run, config = parts.open_run(_WORKDIR.value)
+    inputs.require_of(run, config, ["model.source"], fetch=_FETCH.value)
+    inputs.warn_of_changes(run, config, ["model.source"])
     if config.adapter.method == "loftq" and to in ("peft", "gguf"):
       raise ValueError(
         f"{run.path}: LoftQ's adapter belongs to the quantised base that it made, which is no "
         "model that another program has; use --to=merged"
       )
     found = methods.load_base(config)
-    axes = parts.trace_axes(llama.Llama(found.config), found.params)
-    adapters = exchange.load(run.adapter, found.params, axes)
+    axes = parts.trace_axes(parts.make_model(found.config), found.params)
+    table = found.table
+    adapters = exchange.load(run.adapter, found.params, axes, table=table)
     if to in ("peft", "gguf"):
       export_adapters(output, adapters, found, axes, base_model=config.model.source)
+      if to == "peft" and parts.new_tokens_of(config.model):
+        found.tokenizer.save(output)  # the base's own has not the tokens that these rows are of
       return
     weights = methods.finish(config, found.params, adapters, axes)
 
   wider: dict[str, str] = {}
+  dtype = _DTYPE.value or found.stored_dtype
   if to == "merged":
-    arrays = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), merging.to_arrays(weights))
-    export.save(output, arrays, found.config, found.tokenizer)
+    arrays = merging.to_arrays(weights)
+    cast = casting.cast(tree.flatten(arrays), jnp.dtype(dtype))
+    export.save(output, tree.replace(arrays, cast), found.config, found.tokenizer)
   elif to == "merged_gguf":
     arrays = merging.to_arrays(weights)
     wider = gguf_model.save(output, arrays, found.config, found.tokenizer, dtype=dtype)
   else:
+    smaller = merging.keep_smaller(weights)
+    casting.check_finite(tree.flatten(smaller))
     # A forward pass keeps nothing for a backward pass.
-    model = llama.Llama(dataclasses.replace(found.config, remat_policy=None))
+    model = parts.make_model(dataclasses.replace(found.config, remat_policy=None))
     artifact.save(
       output,
       lora_jax.adapt(model.apply),
-      merging.keep_smaller(weights),
+      smaller,
       rows=_ROWS.value,
       length=_LENGTH.value,
       platforms=_PLATFORMS.value,
       tokenizer=found.tokenizer,
     )
   for stored in sorted(set(wider.values())):
-    names = ", ".join(name for name in wider if wider[name] == stored)
-    print(f"wider than asked, in {stored}: {names}")
-  print(f"wrote the model to {output}, {size(output):,} bytes")
+    listed = ", ".join(name for name in wider if wider[name] == stored)
+    print(f"wider than asked, in {stored}: {listed}")
+  described = "" if to == "artifact" else f" in {dtype}"
+  print(f"wrote the model{described} to {output}, {size(output):,} bytes")
 
 
 def export_adapters(output, adapters, found: pretrained.Pretrained, axes, *, base_model: str):
   """Writes adapters without their base, for `peft` or for llama.cpp."""
   if _TO.value == "gguf":
     exchange.save_gguf(
-      output, adapters, found.params, axes, config=found.config, dtype=_DTYPE.value
+      output, adapters, found.params, axes, config=found.config, dtype=_DTYPE.value or "float32"
     )
   else:
     if _RANK.value:
       adapters, lost = lora_jax.to_lora(adapters, found.params, rank=_RANK.value)
       worst = max(lost, key=lambda path: lost[path].max())
       print(f"of the change of a kernel at most {lost[worst].max():.2%} is lost ({worst})")
-    exchange.save(output, adapters, found.params, axes, base_model=base_model)
+    exchange.save(
+      output, adapters, found.params, axes, base_model=base_model, table=found.table,
+      task_type=found.peft_task,
+    )  # fmt: skip
   print(f"wrote the adapters of {len(adapters)} leaves to {output}, {size(output):,} bytes")
 
 
@@ -155,4 +170,4 @@ def size(path: pathlib.Path) -> int:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  programs.run(main)

@@ -12,12 +12,11 @@ before that.
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from experiments import parts
+from experiments import inputs, parts, programs
 from lora_jax import exchange, tables
 from lora_jax.io import peft
-from lora_jax.models import llama
 from lora_jax.train import workdir
 
 _ADAPTER = flags.DEFINE_string("adapter", None, "The folder that peft wrote.", required=True)
@@ -30,22 +29,31 @@ def main(argv):
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
   logging.set_verbosity(logging.WARNING)
   config = _CONFIG.value
-  file = peft.read(_ADAPTER.value)  # refuses what is damaged before the model is loaded
-  pretrained = parts.load_model(config.model)
-  params = pretrained.params
-  axes = parts.trace_axes(llama.Llama(pretrained.config), params)
-  adapters = exchange.load(_ADAPTER.value, params, axes)
-  print(describe(adapters))
-  base = file.config["base_model_name_or_path"]
-  if base != config.model.source:
-    print(f"the adapter was trained on {base!r}, and its base here is {config.model.source!r}")
-
+  file = peft.read(_ADAPTER.value)  # refuses what is damaged before anything else is done
   # In the place of the section on adapters, so that no training takes this run for one of its own.
   imported = {"adapter": {"method": "imported", "from": _ADAPTER.value}}
   with workdir.open_workdir(_WORKDIR.value, config.to_dict() | imported) as run:
     if run.adapter.exists():
       raise FileExistsError(f"{run.adapter}: is there already; name another workdir")
-    exchange.save(run.adapter, adapters, params, axes, base_model=config.model.source)
+    workdir.settle_inputs(run, inputs.of_import(config, _ADAPTER.value))
+    import_into(run, config, file)
+
+
+def import_into(run: workdir.Workdir, config: ConfigDict, file: peft.AdapterFile):
+  """Reads the adapter, as a whole or not at all, and writes it into the run's folder."""
+  pretrained = parts.extend(parts.load_model(config.model), parts.make_task(config), config)
+  params = pretrained.params
+  axes = parts.trace_axes(parts.make_model(pretrained.config), params)
+  table = pretrained.table
+  adapters = exchange.load(_ADAPTER.value, params, axes, table=table)
+  print(describe(adapters))
+  base = file.config["base_model_name_or_path"]
+  if base != config.model.source:
+    print(f"the adapter was trained on {base!r}, and its base here is {config.model.source!r}")
+  exchange.save(
+    run.adapter, adapters, params, axes, base_model=config.model.source, table=table,
+    task_type=pretrained.peft_task,
+  )  # fmt: skip
   print(f"imported the adapters of {len(adapters)} leaves into {run.path}")
 
 
@@ -64,4 +72,4 @@ def describe(adapters) -> str:
 
 if __name__ == "__main__":
   flags.mark_flag_as_required("config")
-  app.run(main)
+  programs.run(main)

@@ -7,9 +7,9 @@ They talk over the loopback interface. On a CPU each has one device, or as many 
 XLA_FLAGS=--xla_force_host_platform_device_count says. A machine with several accelerators needs no
 second process: one drives them all.
 
-Ctrl-C and SIGTERM are handed on to the processes, which save and stop at the end of a step; a
-second one ends them at once. When one of them fails, the others are stopped, and the exit code is
-its own.
+Ctrl-C and SIGTERM are handed on to the processes, which save and stop at the end of a step, and
+before they have begun at once; a second one ends them at once. When one of them fails, the others
+are stopped, and the exit code is its own. Exit codes are those of `experiments.programs`.
 """
 
 import contextlib
@@ -21,6 +21,8 @@ import time
 from collections.abc import Sequence
 
 from absl import app, flags
+
+_STOPPED = 130
 
 _PROCESSES = flags.DEFINE_integer("processes", 2, "How many processes to start.", lower_bound=1)
 
@@ -34,14 +36,7 @@ def main(argv):
 def launch(command: Sequence[str], count: int) -> int:
   """Runs `python -m command...` as processes that know each other; returns the exit code."""
   shared = [f"--coordinator=127.0.0.1:{_free_port()}", f"--num_processes={count}"]
-  # In sessions of their own, or Ctrl-C would reach them as well as this process.
-  processes = [
-    subprocess.Popen(
-      [sys.executable, "-m", *command, *shared, f"--process_id={n}"], start_new_session=True
-    )
-    for n in range(count)
-  ]
-
+  processes: list[subprocess.Popen] = []
   told = []
 
   def hand_on(*_):
@@ -53,11 +48,22 @@ def launch(command: Sequence[str], count: int) -> int:
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, hand_on)
   try:
-    codes = [None]
+    while len(processes) < count and not told:
+      one = [sys.executable, "-m", *command, *shared, f"--process_id={len(processes)}"]
+      # In a session of its own, or Ctrl-C would reach it as well as this process.
+      processes.append(subprocess.Popen(one, start_new_session=True))
+    if told:  # maybe while the last of them was being started
+      for process in processes:
+        process.terminate()
+    codes = [None] * len(processes)
     while None in codes and not any(codes):
       time.sleep(0.1)
       codes = [process.poll() for process in processes]
     code = next(filter(None, codes), 0)
+    # Until they listen, SIGTERM ends them as it ends any program.
+    if told and (len(processes) < count or code == -signal.SIGTERM):
+      print("stopped before it began", file=sys.stderr)
+      return _STOPPED
     return code if code >= 0 else 128 - code  # as a shell does for one that a signal ended
   finally:
     for process in processes:

@@ -10,20 +10,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import lora_jax
 from experiments import parts, teachers
-from lora_jax import calibration, sharding, tree
+from lora_jax import calibration, new_tokens, sharding, tree
 from lora_jax.adapters import Method, eva
 from lora_jax.compress import FORMATS, loftq, quantize, straight_through
 from lora_jax.io import pretrained
-from lora_jax.models import llama
+from lora_jax.tasks import Task
 from lora_jax.train import adalora, optimizer, step
-from lora_jax.train.chunked_loss import chunked_completion_objective
 from lora_jax.weights import Format, Pruned, is_weight
 
 PyTree = Any
@@ -101,6 +99,26 @@ def rules_of(adapter: ConfigDict) -> list[tuple[str, Method | None]]:
   return rules
 
 
+def all_rules(adapter: ConfigDict, task: Task) -> list[tuple[str, Method | None]]:
+  """The rules of a run: those of its adapter section, after what the task trains in full."""
+  return [*((pattern, lora_jax.Full()) for pattern in task.TRAINS), *rules_of(adapter)]
+
+
+def specs_of(
+  base: pretrained.Pretrained,
+  model: ConfigDict,
+  rules: Sequence[tuple[str, Method | None]],
+  axes: Mapping[str, lora_jax.Axes],
+) -> dict[str, Method]:
+  """The specs by path of a run's leaves: rows of `model.new_tokens` first, then by the rules.
+
+  Raises:
+    ValueError: as `lora_jax.match` does.
+  """
+  own = new_tokens.rules(base, parts.new_tokens_of(model))
+  return lora_jax.match(base.params, [*own, *rules], axes)
+
+
 def spec_of(where: str, settings: Mapping[str, Any]) -> Method:
   """The spec of a method's name and settings; `where` is for errors.
 
@@ -131,7 +149,8 @@ def start(
   params: PyTree,
   specs: Mapping[str, Method],
   axes: Mapping[str, lora_jax.Axes],
-  apply: Callable,
+  run: Callable[[PyTree, step.Batch], Any],
+  mask: Callable[[step.Batch], jax.Array],
   dataset: Sequence[step.Batch],
 ) -> tuple[PyTree, dict[str, lora_jax.Adapted]]:
   """The base and the adapters at their start; the base is `params`, unless the method is LoftQ.
@@ -139,7 +158,8 @@ def start(
   Args:
     adapter: the config's section.
     key, params, specs, axes: as `lora_jax.init` takes them.
-    apply: `apply({"params": params}, tokens, segments_BT=...)`, the model.
+    run: `(params, batch) -> outputs`, the model.
+    mask: True for each token of a batch that is no padding, [rows, tokens].
     dataset: the training batches by step, for a method that starts from the first of them.
   """
   from_inputs = {path: spec for path, spec in specs.items() if isinstance(spec, EVA)}
@@ -151,12 +171,8 @@ def start(
     adapters |= own
   if from_inputs:
     moments = calibration.second_moments(
-      lambda params, batch: apply(
-        {"params": params}, batch["tokens"], segments_BT=batch.get("segments")
-      ),
-      params, from_inputs, (dataset[n] for n in range(adapter.batches)), axes=axes,
-      mask=_real_tokens,
-    )  # fmt: skip
+      run, params, from_inputs, (dataset[n] for n in range(adapter.batches)), axes=axes, mask=mask
+    )
     moments = sharding.gather(moments)  # eigenvectors are sought on the host
     adapters |= eva.start(
       params, from_inputs, moments, rho=adapter.rho, iterations=adapter.iterations, axes=axes
@@ -169,11 +185,12 @@ def load_base(config: ConfigDict, mesh: Mesh | None = None) -> pretrained.Pretra
 
   With a mesh, each part of it where it belongs there.
   """
-  found = parts.load_model(config.model, mesh)
+  task = parts.make_task(config)
+  found = parts.extend(parts.load_model(config.model, mesh), task, config)
   if config.adapter.method != "loftq":
     return found
-  axes = parts.trace_axes(llama.Llama(found.config), found.params)
-  specs = lora_jax.match(found.params, rules_of(config.adapter), axes)
+  axes = parts.trace_axes(parts.make_model(found.config), found.params)
+  specs = specs_of(found, config.model, all_rules(config.adapter, task), axes)
   quantised = {path: spec for path, spec in specs.items() if isinstance(spec, LoftQ)}
   base, _ = _start_loftq(config.adapter, found.params, quantised, axes)
   return dataclasses.replace(found, params=base)
@@ -194,12 +211,6 @@ def _start_loftq(adapter: ConfigDict, params: PyTree, specs: Mapping[str, LoftQ]
     )
   formats = dict.fromkeys(specs, FORMATS[adapter.format])
   return loftq.start(params, specs, formats, axes, iterations=adapter.iterations)
-
-
-def _real_tokens(batch: step.Batch) -> jax.Array:
-  """True [rows, tokens] up to the last position of a row whose next token is learnt."""
-  last_B = jnp.where(batch["weights"] > 0, batch["at"], -1).max(axis=1)
-  return jnp.arange(batch["tokens"].shape[1]) <= last_B[:, None]
 
 
 def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -282,9 +293,9 @@ def merge_formats(config: ConfigDict, params: PyTree, axes) -> dict[str, Format]
   return lora_jax.match(params, rules, axes)
 
 
-def make_apply(config: ConfigDict, model: llama.Llama, params: PyTree, axes) -> Callable:
-  """The adapted `model.apply` that a run trains: on the merge as it will be, if it is quantised."""
-  apply = lora_jax.adapt(model.apply)
+def make_apply(config: ConfigDict, forward: Callable, params: PyTree, axes) -> Callable:
+  """The adapted function that a run trains: on the merge as it will be, if it is quantised."""
+  apply = lora_jax.adapt(forward)
   formats = merge_formats(config, params, axes)
   if not formats:
     return apply
@@ -307,14 +318,13 @@ def finish(
 
 
 def make_objective(
-  config: ConfigDict, apply: Callable, teacher: teachers.Teacher | None = None
+  config: ConfigDict, task: Task, apply: Callable, teacher: teachers.Teacher | None = None
 ) -> step.Objective:
-  """What a config's training minimises; `apply` as `completion_objective` takes it."""
-  objective = step.completion_objective(apply)
+  """What a config's training minimises; `apply` is the adapted model."""
   if teacher:
-    objective = teachers.make_objective(config.distill, apply, teacher)
-  elif config.train.loss_chunk:
-    objective = chunked_completion_objective(apply, config.train.loss_chunk)
+    objective = teachers.make_objective(config.distill, task, apply, teacher)
+  else:
+    objective = task.objective(apply)
   if config.adapter.method == "adalora":
     objective = adalora.with_orthogonality(objective, config.adapter.orthogonality)
   return objective
@@ -322,14 +332,15 @@ def make_objective(
 
 def make_train_step(
   config: ConfigDict,
+  task: Task,
   apply: Callable,
   tx: optax.GradientTransformation,
   adapters: Mapping[str, lora_jax.Adapted],
   shardings: step.State | None = None,
   teacher: teachers.Teacher | None = None,
 ) -> Callable:
-  """The training step of a whole config; `apply` as `completion_objective` takes it."""
-  objective = make_objective(config, apply, teacher)
+  """The training step of a whole config; `apply` is the adapted model."""
+  objective = make_objective(config, task, apply, teacher)
   drops = any(adapter.drops for adapter in adapters.values())
   dropout_key = jax.random.key(config.seed) if drops else None
   train_step = step.make_train_step(

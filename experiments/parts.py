@@ -6,18 +6,19 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import lora_jax
-from lora_jax import compress, sharding, tree, weights
+from experiments import config_checks
+from lora_jax import checks, compress, families, new_tokens, sharding, tasks, tree, weights
 from lora_jax.compress import storage
 from lora_jax.compress.quantize import quantize_leaf
-from lora_jax.data import detokenise, examples, labels, records, splits, templates
+from lora_jax.data import detokenise, labels, records, splits
 from lora_jax.io import assets, pretrained
-from lora_jax.models import llama
 from lora_jax.train import progress, workdir
 
 PyTree = Any
@@ -29,19 +30,33 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
   "nothing": jax.checkpoint_policies.nothing_saveable,
 }
 
+# What configs of earlier runs, which lack a field of the data section, meant without it.
+_BEFORE_THE_FIELD = {"encoding": "utf-8-sig", "quoted": None}
+_BEFORE_THE_TASK = {"name": "completion"}
+
+# Folded into the run's seed, which the adapters use as it is.
+_OF_THE_TASK = 1
+
 # Adapters that are stored as what they make of the base, and not beside it.
 _SAVED_WITH_BASE = (weights.Full, weights.TokenRows)
 
 
-def open_run(path: str) -> tuple[workdir.Workdir, ConfigDict]:
-  """A finished run: its folder and its config.
+def open_run(
+  path: str, rules: Mapping[str, config_checks.Rule] = config_checks.FINISHED
+) -> tuple[workdir.Workdir, ConfigDict]:
+  """A finished run: its folder and its config, whose fields are held against the rules.
 
   Raises:
     FileNotFoundError: when the folder holds no run, or one that has not come to its end.
-    ValueError: when it holds a sweep, or a compression.
+    PermissionError: when its config may not be read.
+    ValueError: when it holds a sweep, or a compression, or its config is damaged.
   """
-  run = workdir.Workdir(pathlib.Path(path))
-  config = ConfigDict(workdir.read_config(path))
+  run = workdir.Workdir(pathlib.Path(path).expanduser())
+  found = workdir.read_config(path)
+  try:
+    config = ConfigDict(found)
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise ValueError(f"{run.config}: is no config ({error}); restore it") from None
   if "steps" in config:
     raise ValueError(
       f"{path}: holds a compression and no run; its model is {run.path / 'model'}, and an adapter "
@@ -56,11 +71,45 @@ def open_run(path: str) -> tuple[workdir.Workdir, ConfigDict]:
       f"{run.adapter}: not there, so the run has not come to its end; start the same "
       "experiments.train command again to finish it"
     )
+  try:
+    config_checks.check(config, rules, may_lack=config_checks.ADDED_LATER)
+    if rules is config_checks.FINISHED:
+      config_checks.check_task(config)
+  except ValueError as error:
+    raise ValueError(f"{run.config}: {error}; restore it") from None
   return run, config
 
 
-def load_records(data: ConfigDict) -> dict[str, list[records.Record]]:
-  """`{split: records}` of a data config, with the templates checked against them.
+def go_on(batches: Any, data_state: Mapping[str, Any], checkpoint: pathlib.Path) -> None:
+  """Puts an iterator of batches where a checkpoint says.
+
+  Raises:
+    ValueError: when the checkpoint has no position of such batches.
+  """
+  kinds = {name: type(value) for name, value in batches.get_state().items()}
+  try:
+    if kinds != {name: type(value) for name, value in data_state.items()}:
+      raise ValueError
+    batches.set_state(dict(data_state))
+  except (IndexError, KeyError, TypeError, ValueError):
+    raise ValueError(
+      f"{checkpoint}: {checks.shown(dict(data_state))} is no position of these data; delete this "
+      "checkpoint, and the same command goes on from the one before it"
+    ) from None
+
+
+def make_task(config: ConfigDict) -> tasks.Task:
+  """The task of a whole config; runs from before there were others name none.
+
+  Raises:
+    ValueError: as `lora_jax.tasks.make` does.
+  """
+  section = config.task if "task" in config else _BEFORE_THE_TASK
+  return tasks.make(section, config.data, loss_chunk=config.train.loss_chunk)
+
+
+def load_records(data: ConfigDict, task: tasks.Task) -> dict[str, list[records.Record]]:
+  """`{split: records}` of a data config, checked for the task.
 
   With a `data.test_source` the test split is that file, and no record of `data.source` has a text
   in common with it.
@@ -73,8 +122,8 @@ def load_records(data: ConfigDict) -> dict[str, list[records.Record]]:
       f"data.test {data.test} is a share of data.source, and data.test_source names a file for the "
       "test split; set one of them to 0 or to ''"
     )
-  rows = _read_records(data, data.source)
-  held_out = _read_records(data, data.test_source) if data.test_source else []
+  rows = _read_records(data, data.source, task)
+  held_out = _read_records(data, data.test_source, task) if data.test_source else []
   if held_out:
     rows = splits.without(rows, held_out, data.split_by)
   shares = {name: data[name] for name in ("train", "validation", "test") if data[name]}
@@ -82,14 +131,28 @@ def load_records(data: ConfigDict) -> dict[str, list[records.Record]]:
   return found | {"test": held_out} if held_out else found
 
 
-def _read_records(data: ConfigDict, source: str) -> list[records.Record]:
-  rows = records.read(assets.resolve(source), format=data.format, columns=data.columns or None)
-  rows = detokenise.detokenise_columns(rows, data.detokenise)
-  if data.sign_of:
-    rows = labels.sign_label(rows, data.sign_of, neutral=data.neutral)
-  for name in ("prompt", "completion"):
-    templates.check(data[name], rows, name)
+def _read_records(data: ConfigDict, source: str, task: tasks.Task) -> list[records.Record]:
+  rows = records.read(
+    assets.resolve(source),
+    format=data.format,
+    columns=data.columns or None,
+    quoted=_setting(data, "quoted"),
+    encoding=_setting(data, "encoding"),
+  )
+  try:
+    # Before records are left out, so that their numbers are those in the file.
+    task.check_values(rows)
+    rows = detokenise.detokenise_columns(rows, data.detokenise)
+    if data.sign_of:
+      rows = labels.sign_label(rows, data.sign_of, neutral=data.neutral)
+    task.check(rows)
+  except ValueError as error:
+    raise ValueError(f"{source}: {error}") from None
   return rows
+
+
+def _setting(data: ConfigDict, name: str) -> Any:
+  return data[name] if name in data else _BEFORE_THE_FIELD[name]
 
 
 def pick(rows: Mapping[str, list[records.Record]], split: str, field: str) -> list[records.Record]:
@@ -103,45 +166,51 @@ def pick(rows: Mapping[str, list[records.Record]], split: str, field: str) -> li
   return rows[split]
 
 
-def encode(data: ConfigDict, rows: list[records.Record], tokenizer) -> list[examples.Example]:
-  """The tokenised examples of some records."""
-  return examples.encode(
-    rows,
-    tokenizer,
-    prompt=data.prompt,
-    completion=data.completion,
-    max_length=data.max_length,
-    append_eos=data.append_eos,
-  )
-
-
 def inspect_model(model: ConfigDict) -> pretrained.Pretrained:
   """The base that a model config names, shapes in the place of its arrays.
 
   A compressed one is loaded for it.
   """
   if storage.is_compressed(model.source):
-    found = _load_compressed(model)
+    found = load_model(model)
     return dataclasses.replace(found, params=jax.eval_shape(lambda: found.params))
   if model.quantize != "none":
     raise ValueError(
       f"model.quantize {model.quantize}: a plan is of a base as it is stored in model.dtype; give "
       "--config.model.quantize=none, and take the difference of the base's bytes"
     )
-  return pretrained.inspect(model.source, **_model_options(model))
+  found = pretrained.inspect(model.source, **_model_options(model))
+  return new_tokens.add(found, new_tokens_of(model))
+
+
+def new_tokens_of(model: ConfigDict) -> tuple[str, ...]:
+  """The texts that become tokens of the base; of a run before there was the field, none."""
+  return tuple(model.new_tokens) if "new_tokens" in model else ()
 
 
 def load_model(model: ConfigDict, mesh: Mesh | None = None) -> pretrained.Pretrained:
   """The base that a model config names; with a mesh, each part of it where it belongs there."""
   if storage.is_compressed(model.source):
-    return _load_compressed(model, mesh)
-  return pretrained.load(
-    model.source,
-    **_model_options(model),
-    constrain=sharding.keep_rows(mesh) if mesh else None,
-    **_quantization(model, mesh),
-    watch=functools.partial(progress.watched, what="load", disable=jax.process_index() > 0),
-  )
+    found = _load_compressed(model, mesh)
+  else:
+    found = pretrained.load(
+      model.source,
+      **_model_options(model),
+      constrain=sharding.keep_rows(mesh) if mesh else None,
+      **_quantization(model, mesh),
+      watch=functools.partial(progress.watched, what="load", disable=jax.process_index() > 0),
+    )
+  if not new_tokens_of(model):
+    return found
+  found = new_tokens.add(found, new_tokens_of(model))
+  return _laid_out(found, mesh) if mesh else found
+
+
+def extend(
+  found: pretrained.Pretrained, task: tasks.Task, config: ConfigDict
+) -> pretrained.Pretrained:
+  """A run's base with the leaves that its task adds, which start from the run's seed."""
+  return task.extend(found, jax.random.fold_in(jax.random.key(config.seed), _OF_THE_TASK))
 
 
 def load_source(source: str) -> pretrained.Pretrained:
@@ -160,9 +229,11 @@ def _load_compressed(model: ConfigDict, mesh: Mesh | None = None) -> pretrained.
   found = storage.load(
     model.source, **_model_options(model), constrain=sharding.keep_rows(mesh) if mesh else None
   )
-  if not mesh:
-    return found
-  params = jax.device_put(found.params, lay_out(found.params, mesh).shardings)
+  return _laid_out(found, mesh) if mesh else found
+
+
+def _laid_out(found: pretrained.Pretrained, mesh: Mesh) -> pretrained.Pretrained:
+  params = jax.device_put(found.params, lay_out(found.params, found.config, mesh).shardings)
   return dataclasses.replace(found, params=params)
 
 
@@ -174,14 +245,18 @@ def _quantization(model: ConfigDict, mesh: Mesh | None) -> dict[str, Any]:
   """
   if model.quantize == "gguf":
     return {"keep_blocks": weights.GGUFBlocks.of}
-  laid_out = {"shardings": (lambda shapes: lay_out(shapes, mesh).shardings) if mesh else None}
+
+  def shardings(shapes: PyTree, rules: families.Rules) -> PyTree:
+    return sharding.lay_out(shapes, mesh, rules).shardings
+
+  laid_out = {"shardings": shardings if mesh else None}
   if model.quantize == "none":
     return laid_out
   if model.quantize not in compress.FORMATS:
     known = ", ".join(["none", *compress.FORMATS, "gguf"])
     raise ValueError(f"model.quantize {model.quantize!r} is unknown; use {known}")
   shapes = pretrained.inspect(model.source, **_model_options(model))
-  axes = trace_axes(llama.Llama(shapes.config), shapes.params)
+  axes = trace_axes(make_model(shapes.config), shapes.params)
   format = compress.FORMATS[model.quantize]
   formats = lora_jax.match(shapes.params, [(x, format) for x in model.quantize_targets], axes)
 
@@ -201,24 +276,9 @@ def _model_options(model: ConfigDict) -> dict[str, Any]:
   }
 
 
-def lay_out(params: PyTree, mesh: Mesh) -> sharding.Layout:
-  """Where a Llama, with or without adapters, lies on a mesh."""
-  return sharding.lay_out(params, mesh, sharding.LLAMA_RULES)
-
-
-def check_numbers(config: ConfigDict) -> None:
-  """Raises ValueError for numbers of a config that no run can have."""
-  least = {
-    "seed": 0, "train.steps": 1, "train.batch_size": 1, "train.accumulate": 1, "train.keep": 1,
-    "train.log_every": 1, "train.checkpoint_every": 1, "train.evaluate_every": 0,
-    "train.loss_chunk": 0, "evaluation.batch_size": 1, "evaluation.examples": 0,
-    "evaluation.samples": 0,
-  }  # fmt: skip
-  for field, value in least.items():
-    section, _, name = field.rpartition(".")
-    found = (config[section] if section else config)[name]
-    if found < value:
-      raise ValueError(f"{field} is {found}; it must be {value} or more")
+def lay_out(params: PyTree, config: families.Config, mesh: Mesh) -> sharding.Layout:
+  """Where a model, with or without adapters, lies on a mesh."""
+  return sharding.lay_out(params, mesh, families.family_of(config).sharding)
 
 
 def check_rows(config: ConfigDict, shares: int) -> None:
@@ -261,14 +321,15 @@ def gather(adapters: Mapping[str, lora_jax.Adapted], params: PyTree) -> tuple:
   return adapters, tree.replace(params, saved)
 
 
-def trace_axes(model: llama.Llama, params: PyTree) -> dict[str, lora_jax.Axes]:
+def make_model(config: families.Config) -> nn.Module:
+  """The module of a model's config."""
+  return families.family_of(config).make_model(config)
+
+
+def trace_axes(model: nn.Module, params: PyTree) -> dict[str, lora_jax.Axes]:
   """The roles of the axes of every parameter, by tracing one short call."""
-  tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+  inputs = families.family_of(model.config).example_inputs(model.config)
   shapes = jax.eval_shape(weights.materialize, params)  # of a compressed model as of a dense one
-  return lora_jax.trace_axes(lambda p, t: model.apply({"params": p}, t), shapes, tokens)
-
-
-def describe(metrics: Mapping[str, float]) -> str:
-  """One line of evaluation metrics for people."""
-  accuracy = f"accuracy {metrics['accuracy']:.1%}, " if "accuracy" in metrics else ""
-  return f"{accuracy}loss {metrics['loss']:.3f} on {metrics['rows']} examples"
+  return lora_jax.trace_axes(
+    lambda p, *inputs: model.apply({"params": p}, *inputs), shapes, *inputs
+  )

@@ -19,10 +19,10 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from jax.experimental import topologies
@@ -30,10 +30,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from ml_collections import ConfigDict, config_flags
 
 import lora_jax
-from experiments import methods, parts, sweep, sweep_config, teachers
-from lora_jax import sharding
-from lora_jax.data import batches, packing
-from lora_jax.models import llama
+from experiments import config_checks, methods, parts, programs, sweep_config, teachers
+from lora_jax import families, sharding
+from lora_jax.tasks import Task
 from lora_jax.train import plan, step
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config.", lock_config=True)
@@ -71,28 +70,32 @@ class Case:
   """A config's model and data, as far as a plan needs them.
 
   Attributes:
+    task: on the model.
     model: the configuration of the base.
     params: the base, shapes alone.
     axes: the roles of its axes.
     specs: what is adapted, and how.
     adapters: `{path: adapter}`, shapes alone.
-    data: as `lora_jax.data.batches.summary` returns it.
+    data: the summary of a pass over the task's examples.
+    lines: about the examples, for people.
   """
 
-  model: llama.LlamaConfig
+  task: Task
+  model: families.Config
   params: plan.PyTree
   axes: Mapping[str, lora_jax.Axes]
   specs: Mapping[str, lora_jax.adapters.Method]
   adapters: Mapping[str, lora_jax.Adapted]
   data: Mapping
+  lines: Sequence[str]
 
   @property
   def weights(self) -> plan.PyTree:
     return lora_jax.attach(self.params, self.adapters)
 
   @property
-  def largest(self) -> tuple[int, int]:
-    """The tokens and the targets of a row of the largest batch."""
+  def largest(self) -> Any:
+    """The shape of the largest batch."""
     return max(self.data["shapes"])
 
 
@@ -101,7 +104,7 @@ def largest_member(config: ConfigDict) -> tuple[ConfigDict, int]:
   of a single run its own."""
   if not sweep_config.is_sweep(config):
     return config, 1
-  sweep.check_shapes_of_batches(config)
+  parts.make_task(config).check_stackable()
   configs = sweep_config.member_configs(config, sweep_config.list_members(config))
   ranks = [each.adapter.rank if "rank" in each.adapter else 0 for each in configs]
   return configs[ranks.index(max(ranks))], len(configs)
@@ -122,23 +125,23 @@ def read(config: ConfigDict) -> Case:
       "a plan is of one model; give --config.distill.teacher=none, and add the teacher's bytes and "
       "the FLOPs of its forward pass"
     )
-  parts.check_numbers(config)
-  rules = methods.rules_of(config.adapter)
-  records = parts.pick(parts.load_records(config.data), "train", "data.train")
-  base = parts.inspect_model(config.model)
-  examples = parts.encode(config.data, records, base.tokenizer)
-  if config.data.packed_length:
-    data = packing.summary(examples, config.train.batch_size, config.data.packed_length)
-  else:
-    data = batches.summary(examples, config.train.batch_size, config.data.buckets)
-  axes = parts.trace_axes(llama.Llama(base.config), base.params)
-  specs = lora_jax.match(base.params, rules, axes)
+  config_checks.check_run(config)
+  task = parts.make_task(config)
+  rules = methods.all_rules(config.adapter, task)
+  records = parts.pick(parts.load_records(config.data, task), "train", "data.train")
+  base = parts.extend(parts.inspect_model(config.model), task, config)
+  task = task.of_model(base)
+  examples = task.examples(records)
+  axes = parts.trace_axes(parts.make_model(base.config), base.params)
+  specs = methods.specs_of(base, config.model, rules, axes)
   adapters = jax.eval_shape(
     lambda key, params: lora_jax.init(key, params, specs, axes), jax.random.key(0), base.params
   )
   return Case(
-    model=base.config, params=base.params, axes=axes, specs=specs, adapters=adapters, data=data
-  )
+    task=task, model=base.config, params=base.params, axes=axes, specs=specs, adapters=adapters,
+    data=task.summary(examples, config.train.batch_size),
+    lines=task.lines(task.describe(training=examples)),
+  )  # fmt: skip
 
 
 def abstract_mesh(sizes: Mapping[str, int], devices: int | None) -> AbstractMesh:
@@ -166,15 +169,17 @@ def whole_run(config: ConfigDict, case: Case, mesh: Mesh | AbstractMesh) -> plan
   model = case.model
   if isinstance(mesh, Mesh):
     model = dataclasses.replace(model, constrain=sharding.keep_rows(mesh))
-  layout = parts.lay_out(case.weights, mesh)
+  layout = parts.lay_out(case.weights, model, mesh)
   trainable, frozen = _split(_placed(case.weights, layout.shardings))
   state = jax.eval_shape(lambda trainable: step.init_state(trainable, tx), trainable)
   places = layout.follow(state)
-  apply = methods.make_apply(config, llama.Llama(model), case.params, case.axes)
-  train_step = methods.make_train_step(
-    config, apply, tx, case.adapters, places if isinstance(mesh, Mesh) else None
+  apply = methods.make_apply(
+    config, case.task.forward(parts.make_model(model)), case.params, case.axes
   )
-  batch = _batch(config, case, config.train.batch_size)
+  train_step = methods.make_train_step(
+    config, case.task, apply, tx, case.adapters, places if isinstance(mesh, Mesh) else None
+  )
+  batch = case.task.batch_of(case.largest, config.train.batch_size)
   rows = jax.tree.map(lambda _: NamedSharding(mesh, sharding.ROWS), batch)
   return plan.Run(train_step, _placed(state, places), frozen, _placed(batch, rows))
 
@@ -187,13 +192,17 @@ def share_of_a_device(config: ConfigDict, case: Case, mesh: Mesh | AbstractMesh)
   """
   tx, _ = methods.make_optimizer(config)
   count, model = mesh.shape["tensor"], case.model
-  cuts_heads = model.num_heads % count == 0 and model.num_kv_heads % count == 0
-  heads = ("num_heads", "num_kv_heads") if cuts_heads else ()
-  fields = [x for x in (*heads, "mlp_width", "vocab_size") if getattr(model, x) % count == 0]
+  heads = [x for x in ("num_heads", "num_kv_heads") if hasattr(model, x)]
+  cuts_heads = all(getattr(model, x) % count == 0 for x in heads)
+  sizes = (*(heads if cuts_heads else ()), "mlp_width", "vocab_size")
+  fields = [x for x in sizes if getattr(model, x) % count == 0]
   model = dataclasses.replace(model, **{x: getattr(model, x) // count for x in fields})
   alone = AbstractMesh((1, 1, count), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
   whole_heads = () if cuts_heads else ((r"(.*/)?attn/.*", jax.P()),)
-  layout = sharding.lay_out(case.weights, alone, (*whole_heads, *sharding.LLAMA_RULES))
+  # Whole on a device of the mesh, but of a smaller model it has those of its own outputs.
+  biases = (r"(.*/)?(attn/(query|key|value|qkv)|mlp/(gate|up))/bias", jax.P("tensor"))
+  rules = (*whole_heads, biases, *families.family_of(model).sharding)
+  layout = sharding.lay_out(case.weights, alone, rules)
   weights = jax.tree.map(
     lambda x, place: jax.ShapeDtypeStruct(place.shard_shape(x.shape), x.dtype),
     case.weights,
@@ -201,12 +210,14 @@ def share_of_a_device(config: ConfigDict, case: Case, mesh: Mesh | AbstractMesh)
   )
   trainable, frozen = _split(weights)
   state = jax.eval_shape(lambda trainable: step.init_state(trainable, tx), trainable)
-  apply = methods.make_apply(config, llama.Llama(model), case.params, case.axes)
-  train_step = methods.make_train_step(config, apply, tx, case.adapters)
+  apply = methods.make_apply(
+    config, case.task.forward(parts.make_model(model)), case.params, case.axes
+  )
+  train_step = methods.make_train_step(config, case.task, apply, tx, case.adapters)
   shares = mesh.shape["data"] * mesh.shape["fsdp"]
   parts.check_rows(config, shares)
   return plan.Run(
-    train_step, state, frozen, _batch(config, case, config.train.batch_size // shares)
+    train_step, state, frozen, case.task.batch_of(case.largest, config.train.batch_size // shares)
   )
 
 
@@ -218,15 +229,6 @@ def _placed(tree: plan.PyTree, shardings: plan.PyTree) -> plan.PyTree:
   return jax.tree.map(
     lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, shardings
   )
-
-
-def _batch(config: ConfigDict, case: Case, rows: int) -> step.Batch:
-  length, targets = case.largest
-  tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-  at = jax.ShapeDtypeStruct((rows, targets), jnp.int32)
-  weights = jax.ShapeDtypeStruct((rows, targets), jnp.float32)
-  packed = {"segments": tokens} if config.data.packed_length else {}
-  return {"tokens": tokens, "at": at, "targets": at, "weights": weights} | packed
 
 
 def compile_step(
@@ -257,14 +259,14 @@ def compile_step(
 
 
 def describe_data(config: ConfigDict, case: Case) -> str:
-  """One line about the batches."""
-  length, targets = case.largest
+  """Lines about the batches and the lengths of the examples."""
   data, rows = case.data, config.train.batch_size
   epochs = config.train.steps / data["batches"]
   return (
     f"data: {data['examples']:,} examples in {data['batches']:,} batches, {data['padding']:.0%} "
     f"padding; {config.train.steps:,} steps are {epochs:.2g} epochs\n"
-    f"largest batch: {rows} rows of {length} tokens, {targets} of them learnt at most\n"
+    + "".join(f"{line}\n" for line in case.lines)
+    + f"largest batch: {rows} rows of {case.task.words_of(case.largest)}\n"
   )
 
 
@@ -307,4 +309,4 @@ def own_memory() -> int:
 
 if __name__ == "__main__":
   flags.mark_flag_as_required("config")
-  app.run(main)
+  programs.run(main)

@@ -9,7 +9,6 @@ these flags a run is of one process. `experiments.launch` starts several on one 
 
 import contextlib
 import os
-import pathlib
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
+from lora_jax.io import outputs
 from lora_jax.train import metrics, workdir
 
 _DISTRIBUTED = flags.DEFINE_boolean(
@@ -108,7 +108,7 @@ def open_workdir(
   """
   if is_first():
     return workdir.open_workdir(path, config)
-  return contextlib.nullcontext(workdir.Workdir(pathlib.Path(path).absolute()))
+  return contextlib.nullcontext(workdir.Workdir(outputs.absolute(path)))
 
 
 def metrics_writer(run: workdir.Workdir, step: int) -> contextlib.AbstractContextManager:

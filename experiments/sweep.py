@@ -16,11 +16,9 @@ stopped and goes on, and one table:
 
 import copy
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,188 +26,113 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 import lora_jax
-from experiments import methods, parts, processes, samples, sweep_config, sweep_results
-from lora_jax import exchange, sharding, tables
-from lora_jax.data import batches, packing
-from lora_jax.data.examples import choice_ids
-from lora_jax.models import llama
-from lora_jax.train import evaluation, loop, members, metrics, progress, report, workdir
-from lora_jax.train.checkpoint import Checkpoints
+from experiments import methods, parts, processes, program, sweep_config, sweep_results
+from experiments.preparation import Case
+from lora_jax import exchange, families, sharding, tables
+from lora_jax.data import batches
+from lora_jax.train import members, metrics, progress, report, workdir
 
 PyTree = Any
 
 
-def train(config: ConfigDict, run: workdir.Workdir) -> None:
-  """Runs a config's sweep in its workdir."""
-  # Everything that can be wrong with a member is found before the model is loaded, or, where it is
-  # a matter of the model's shapes, before anything is computed.
-  fields = sweep_config.list_members(config)
-  configs = sweep_config.member_configs(config, fields)
-  for each in configs:
-    parts.check_numbers(each)
-  mesh = sharding.make_mesh(**config.mesh)
-  own_rows = parts.process_rows(config, mesh)
-  check_shapes_of_batches(config)
-  quiet = not processes.is_first()
-  rules = [methods.rules_of(each.adapter) for each in configs]
-  rates = [methods.make_optimizer(each)[1] for each in configs]
-  with progress.stage("read the data", disable=quiet):
-    records = parts.load_records(config.data)
-  train_records = parts.pick(records, "train", "data.train")
-  held_out_records = parts.pick(records, config.evaluation.split, "evaluation.split")
-  pretrained = parts.load_model(config.model, mesh)
-  encode = functools.partial(parts.encode, config.data, tokenizer=pretrained.tokenizer)
-  with progress.stage("tokenise", disable=quiet):
-    train_examples = encode(train_records)
-    held_out = encode(held_out_records)[: config.evaluation.examples or None]
-  choices = choice_ids(pretrained.tokenizer, config.data.choices)
-  print(f"data: {len(train_examples):,} to train on, {len(held_out):,} held out")
-
-  model = llama.Llama(pretrained.config)
-  axes = parts.trace_axes(model, pretrained.params)
-  specs = [lora_jax.match(pretrained.params, each, axes) for each in rules]
-  check_starts(pretrained.params, specs, axes)
-  targets = [lora_jax.summary(pretrained.params, each, axes) for each in specs]
-  print(f"{targets[0]}\n{len(configs)} members, of which this is the first:")
+def start(
+  case: Case, run: workdir.Workdir, fields: Sequence[sweep_config.Fields]
+) -> program.Program:
+  """The members on their base, at the start; `fields` are those that each of them changes."""
+  configs, base = case.configs, case.base
+  members.check(case.axes)
+  check_starts(base.params, case.specs, case.axes)
+  print(f"{case.tables[0]}\n{len(configs)} members; the table shows the first:")
   print("\n".join(f"  {n}: {sweep_config.label(each)}" for n, each in enumerate(fields)))
-
-  shapes = {"buckets": config.data.buckets, "pad_id": pretrained.tokenizer.pad_id}
-
-  def train_batches(seed: int, **rows: int) -> grain.MapDataset:
-    size = config.train.batch_size
-    if config.data.packed_length:
-      return packing.packed_batches(
-        train_examples, size, seed=seed, length=config.data.packed_length,
-        pad_id=pretrained.tokenizer.pad_id, **rows,
-      )  # fmt: skip
-    return batches.train_batches(train_examples, size, seed=seed, **shapes, **rows)
-
-  train_data = iter(
-    batches.stacked([train_batches(each.seed, **own_rows) for each in configs])
-    .map(functools.partial(sharding.put_rows, mesh=mesh, axis=1))
-    .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
-  )
-  eval_data = batches.eval_batches(
-    held_out, batch_size=config.evaluation.batch_size, **shapes, **own_rows
-  ).map(functools.partial(sharding.put_rows, mesh=mesh))
-
-  with progress.stage("start the adapters", disable=quiet):
+  with progress.stage("start the adapters", disable=case.quiet):
     starts = [
       methods.start(
-        each.adapter, jax.random.key(each.seed), pretrained.params, spec, axes, model.apply,
-        train_batches(each.seed),
+        each.adapter, jax.random.key(each.seed), base.params, specs, case.axes,
+        case.task.run(case.forward), case.task.mask, case.train_batches(each.seed),
       )[1]
-      for each, spec in zip(configs, specs, strict=True)
+      for each, specs in zip(configs, case.specs, strict=True)
     ]  # fmt: skip
-  exchange.check(starts[0], pretrained.params, axes)  # that the run can end with adapters
+  exchange.check(starts[0], base.params, case.axes, table=case.table)  # that the run can end so
   adapters = members.stack(starts)
   like = jax.eval_shape(lambda x: x, starts)
   del starts
   make_tx = functools.partial(methods.optimizer_at, configs[0])
-  settings = make_settings(configs, rates, adapters)
-  state, frozen = members.init(pretrained.params, adapters, settings, make_tx)
+  settings = make_settings(configs, case.learning_rates, adapters)
+  state, frozen = members.init(base.params, adapters, settings, make_tx)
   del adapters  # what trains is in the state
-  shardings = lay_out(state, frozen, mesh)
+  shardings = lay_out(state, frozen, base.config, case.mesh)
   state, frozen = jax.device_put((state, frozen), shardings)
-  apply = lora_jax.adapt(model.apply)
-  train_step = members.make_train_step(
-    methods.make_objective(config, apply), make_tx,
-    parts=config.train.accumulate, shardings=shardings[0],
-  )  # fmt: skip
-  eval_step = evaluation.make_eval_step(apply, choices, config.train.loss_chunk)
-  watched = functools.partial(progress.watched, compiled=set(), disable=quiet)
-  chosen = samples.choose(held_out, config.evaluation.samples)
-  answer = samples.make_answer(apply, pretrained, chosen, mesh) if chosen else lambda weights: []
+  apply = lora_jax.adapt(case.forward)
+  each_data = [case.train_batches(each.seed, **case.own_rows) for each in configs]
 
-  with Checkpoints(
-    run.checkpoints, keep=config.train.keep, fingerprint=workdir.fingerprint(config.to_dict())
-  ) as checkpoints:
-    start_weights = members.member_weights(state, frozen, 0)
-    restored = checkpoints.restore(state)
-    if restored:
-      state = restored.state
-      train_data.set_state(restored.data_state)
-      print(f"restored: step {int(state.step)} of {settings.rates.shape[1]}")
+  def validate(
+    measure: program.Measure, state: members.Members, frozen: members.Frozen
+  ) -> dict[str, np.ndarray]:
+    """The metrics of the members that made the last step; NaN for the others."""
+    steps, made = sharding.gather((state.step, state.states.step))
+    found = {}
+    for n in np.flatnonzero(made == steps):
+      weights = members.member_weights(state, frozen, n)
+      what = f"validate member {n}"
+      scores = measure.evaluate(weights, case.validation_data, what, leave=False)
+      for name, score in scores.items():
+        found.setdefault(name, np.full(len(configs), np.nan))[n] = score
+    return found
 
-    # Every method of a sweep starts as the base, so one member's start stands for all.
-    if processes.agree(run.evaluation.exists()):
-      common = json.loads(run.evaluation.read_text())
-    else:
-      common = {
-        "split": config.evaluation.split,
-        "before": evaluation.evaluate(eval_step, start_weights, watched(eval_data, "evaluate")),
-        "samples": samples.describe(chosen, pretrained.tokenizer),
-      }
-      with progress.stage("answer", disable=quiet):
-        samples.add(common["samples"], "before", answer(start_weights))
-      if processes.is_first():
-        workdir.write_json(run.evaluation, common)
-    del start_weights
-    print(f"before: {parts.describe(common['before'])}")
-
-    steps = settings.rates.shape[1]
-    with (
-      processes.metrics_writer(run, step=int(state.step)) as writer,
-      progress.Progress(start=int(state.step), total=steps, disable=quiet) as bar,
-    ):
-      state = loop.fit(
-        state,
-        frozen,
-        train_step,
-        train_data,
-        steps=steps,
-        learning_rate=lambda step: settings.rates[:, step],
-        log_every=config.train.log_every,
-        log_at={each.train.steps for each in configs},
-        checkpoint_every=config.train.checkpoint_every,
-        evaluate_every=0,
-        evaluate=None,
-        checkpoints=checkpoints,
-        writer=writer,
-        progress=bar,
-      )
-
-  rows, changed = [], sweep_config.settings(configs, fields)
-  diverged, made = sharding.gather((state.diverged, state.states.step))
-  for n, each in enumerate(configs):
-    row = {"member": n, **changed[n], "updates": int(made[n])}
-    if diverged[n]:
-      rows.append(row | {"outcome": f"diverged at step {made[n] + 1}"})
-      continue
-    weights = members.member_weights(state, frozen, n)
-    results = copy.deepcopy(common)
-    results["after"] = evaluation.evaluate(
-      eval_step, weights, watched(eval_data, f"evaluate member {n}")
-    )
-    with progress.stage(f"answer as member {n}", disable=quiet):
-      samples.add(results["samples"], "after", answer(weights))
-    rows.append(row | {"outcome": "finished", **results["after"]})
-    with progress.stage(f"save member {n}", disable=quiet):
-      trained, base = parts.gather(members.unstack(state, frozen, n, like[n]), pretrained.params)
-      if processes.is_first():
-        folder = workdir.Workdir(run.path / "members" / str(n))
+  def finish(
+    measure: program.Measure,
+    state: members.Members,
+    frozen: members.Frozen,
+    common: program.Results,
+  ) -> None:
+    rows, changed = [], sweep_config.settings(configs, fields)
+    diverged, made = sharding.gather((state.diverged, state.states.step))
+    for n, each in enumerate(configs):
+      row = {"member": n, **changed[n], "updates": int(made[n])}
+      if diverged[n]:
+        rows.append(row | {"outcome": f"diverged at step {made[n] + 1}"})
+        continue
+      weights, results = members.member_weights(state, frozen, n), copy.deepcopy(common)
+      measure.add(results, "after", weights, case, of=f"member {n}")
+      rows.append(row | {"outcome": "finished", **results["after"]})
+      folder = workdir.Workdir(run.path / "members" / str(n))
+      with progress.stage(f"save member {n}", disable=case.quiet):
+        if processes.is_first():
+          with workdir.writing(folder.path):
+            folder.path.mkdir(parents=True, exist_ok=True)
         with workdir.writing(folder.path):
-          folder.path.mkdir(parents=True, exist_ok=True)
-          exchange.save(folder.adapter, trained, base, axes, base_model=config.model.source)
-        lines = sweep_results.lines_of(metrics.read_metrics(run.metrics), each, n, len(configs))
-        sweep_results.write_member(folder, each, results, lines)
-        report.write_report(
-          folder, targets=str(targets[n]), command=sweep_results.command_of(fields[n])
-        )
-  if processes.is_first():
-    sweep_results.write_results(run, fields, common, rows)
-  print(f"after, on {config.evaluation.split}:\n{sweep_results.format_rows(rows, tables.rendered)}")
-  print(f"everything is in {run.path}: results.md is the table, members/ has a folder of each")
+          adapters = members.unstack(state, frozen, n, like[n])
+          program.save(case, each, folder, adapters, base.params)
+        if processes.is_first():
+          lines = sweep_results.lines_of(metrics.read_metrics(run.metrics), each, n, len(configs))
+          sweep_results.write_member(folder, each, results, lines)
+          command = sweep_results.command_of(fields[n])
+          report.write_report(
+            folder, targets=case.tables[n], command=command, lines=case.task.lines
+          )
+    if processes.is_first():
+      sweep_results.write_results(run, fields, common, rows, case.task.line)
+    table = sweep_results.format_rows(rows, tables.rendered)
+    print(f"after, on {case.config.evaluation.split}:\n{table}")
+    print(f"everything is in {run.path}: results.md is the table, members/ has a folder of each")
 
-
-def check_shapes_of_batches(config: ConfigDict) -> None:
-  """Raises ValueError when members' batches of one step may differ in shape."""
-  if not config.data.packed_length and len(config.data.buckets) > 1:
-    raise ValueError(
-      f"data.buckets {tuple(config.data.buckets)}: members draw batches of their own, which must "
-      f"have one length in one program; keep one, as ({config.data.buckets[-1]},), or set "
-      "data.packed_length"
-    )
+  return program.Program(
+    state=state,
+    frozen=frozen,
+    apply=apply,
+    train_step=members.make_train_step(
+      methods.make_objective(case.config, case.task, apply), make_tx,
+      parts=case.config.train.accumulate, shardings=shardings[0],
+    ),
+    steps=settings.rates.shape[1],
+    log_at={each.train.steps for each in configs},
+    learning_rate=lambda step: settings.rates[:, step],
+    data=case.iterate(batches.stacked(each_data), axis=1),
+    weights=lambda state, frozen: members.member_weights(state, frozen, 0),
+    validate=validate,
+    write_report=lambda: None,  # there is one for each member, at the end
+    finish=finish,
+  )  # fmt: skip
 
 
 def check_starts(
@@ -241,11 +164,11 @@ def make_settings(
 
 
 def lay_out(
-  state: members.Members, frozen: members.Frozen, mesh: Mesh
+  state: members.Members, frozen: members.Frozen, config: families.Config, mesh: Mesh
 ) -> tuple[members.Members, members.Frozen]:
   """The sharding of every array: a member's arrays lie as those of a run of its own would."""
   first = jax.eval_shape(lambda *of: members.member_weights(*of, 0), state, frozen)
-  layout = parts.lay_out(first, mesh)
+  layout = parts.lay_out(first, config, mesh)
   if mesh.size > 1:
     print(layout)
   whole = NamedSharding(mesh, jax.P())

@@ -68,11 +68,6 @@ def member_configs(config: ConfigDict, fields: Sequence[Fields]) -> list[ConfigD
     ValueError: when a field is none of the config, or of another type; or the members' method or
       the config's other options cannot be in a sweep.
   """
-  if config.train.evaluate_every:
-    raise ValueError(
-      f"train.evaluate_every {config.train.evaluate_every}: a sweep validates at its end alone; "
-      "set it to 0"
-    )
   if config.distill.teacher != "none":
     raise ValueError(
       f"distill.teacher {config.distill.teacher}: the members of a sweep learn from their texts "
@@ -89,7 +84,7 @@ def member_configs(config: ConfigDict, fields: Sequence[Fields]) -> list[ConfigD
     member.sweep.grid, member.sweep.members = (), ()
     try:
       member.update_from_flattened_dict(each)
-    except (KeyError, TypeError) as error:
+    except (KeyError, OverflowError, TypeError) as error:
       raise ValueError(f"sweep: member {n}, {each}: {error}") from None
     found.append(member)
   if config.adapter.method == "loftq":

@@ -5,7 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments import parts, processes
+from experiments import processes
 from experiments.sweep_config import Fields, label
 from lora_jax import tables
 from lora_jax.train import metrics, plot, workdir
@@ -17,11 +17,18 @@ def lines_of(
   """One member's lines of the log, as those of a run of its own; the speed is its share of all."""
   end, train = f"/{member}", config.train
   return [
-    {"step": line["step"]}
-    | {name.removesuffix(end): x for name, x in line.items() if name.endswith(end)}
-    | {"tokens_per_second": line["tokens_per_second"] / of}
+    {
+      name.removesuffix(end): x / of if name == "tokens_per_second" else x
+      for name, x in line.items()
+      if name.endswith(end) or name in ("step", "tokens_per_second")
+    }
     for line in logged
-    if f"loss{end}" in line and (line["step"] % train.log_every == 0 or line["step"] == train.steps)
+    if f"loss{end}" in line
+    and (
+      line["step"] % train.log_every == 0
+      or line["step"] == train.steps
+      or f"validation/loss{end}" in line
+    )
   ]
 
 
@@ -60,11 +67,13 @@ def write_results(
   fields: Sequence[Fields],
   common: Mapping[str, Any],
   rows: Sequence[Mapping[str, Any]],
+  line: Callable[[Mapping[str, float]], str],
 ) -> None:
-  """Writes the table, for people and for programs, and draws the members' losses."""
+  """Writes the table, for people and for programs, and draws the members' losses; `line` says
+  figures in one line."""
   page = [
     f"# {run.path.name}: {len(rows)} adapters, trained in one program",
-    f"On {common['split']}, before: {parts.describe(common['before'])}. After:",
+    f"On {common['split']}, before: {line(common['before'])}. After:",
     format_rows(rows, tables.markdown),
   ]
   finished = [row for row in rows if row["outcome"] == "finished"]

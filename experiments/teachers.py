@@ -5,7 +5,6 @@ config.distill.teacher = "base"       # the model without its adapter; it lies t
 config.distill.teacher = "pypi://…"   # another model of the same vocabulary, by its address
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,9 +15,9 @@ import lora_jax
 from experiments import parts
 from lora_jax.compress import storage
 from lora_jax.io.pretrained import Pretrained
-from lora_jax.models import llama
+from lora_jax.tasks import Task
 from lora_jax.train.distillation import Reading, distillation_objective, without_adapters
-from lora_jax.train.step import Batch, Objective, model_options
+from lora_jax.train.step import Batch, Objective
 
 PyTree = Any
 
@@ -42,7 +41,7 @@ def is_taught(config: ConfigDict) -> bool:
   return config.distill.teacher != "none"
 
 
-def check(config: ConfigDict) -> None:
+def check(config: ConfigDict, task: Task) -> None:
   """Refuses what cannot be, before a model is loaded.
 
   Raises:
@@ -60,20 +59,16 @@ def check(config: ConfigDict) -> None:
       f"distill.teacher base: {', '.join(sorted(methods & set(_WITHOUT_BASE)))} keeps a residual "
       f"in the base's place; name the model, --config.distill.teacher={config.model.source}"
     )
-  if config.train.loss_chunk:
-    raise ValueError(
-      f"train.loss_chunk {config.train.loss_chunk}: what a teacher says is compared logit by "
-      "logit, all at once; set it to 0, and train.accumulate to hold fewer rows"
-    )
-  make_objective(config.distill, lambda *_: None, Teacher(lambda *_: None, None))
+  make_objective(config.distill, task, lambda *_: None, Teacher(lambda *_: None, None))
 
 
-def load(config: ConfigDict, student: Pretrained, mesh: Mesh) -> Teacher | None:
+def load(config: ConfigDict, student: Pretrained, task: Task, mesh: Mesh) -> Teacher | None:
   """The teacher of a config, its weights laid out on the mesh as the student's are.
 
   Args:
     config: of the run.
     student: the base, as it was loaded.
+    task: of the run.
     mesh: of the run.
 
   Raises:
@@ -83,7 +78,7 @@ def load(config: ConfigDict, student: Pretrained, mesh: Mesh) -> Teacher | None:
   if not is_taught(config):
     return None
   if config.distill.teacher == "base":
-    return Teacher(lora_jax.adapt(llama.Llama(student.config).apply), None)
+    return Teacher(lora_jax.adapt(task.forward(parts.make_model(student.config))), None)
   section = config.model.copy_and_resolve_references()
   section.source, section.quantize, section.remat = config.distill.teacher, "none", "none"
   section.scan_layers = not storage.is_compressed(section.source)  # whose layers may differ
@@ -94,35 +89,29 @@ def load(config: ConfigDict, student: Pretrained, mesh: Mesh) -> Teacher | None:
       f"distill.teacher {config.distill.teacher}: its tokens are not those of {student.source}; "
       "a teacher says how likely each of the student's tokens is"
     )
+  task.of_model(found)  # that it can be used for it too
   if config.distill.hidden and found.config.width != student.config.width:
     raise ValueError(
       f"distill.hidden {config.distill.hidden}: the teacher's hidden states have "
       f"{found.config.width} features, the student's {student.config.width}; set it to 0"
     )
-  return Teacher(lora_jax.adapt(llama.Llama(found.config).apply), found.params)
+  return Teacher(lora_jax.adapt(task.forward(parts.make_model(found.config))), found.params)
 
 
-def make_objective(distill: ConfigDict, apply: Callable, teacher: Teacher) -> Objective:
+def make_objective(distill: ConfigDict, task: Task, apply: Callable, teacher: Teacher) -> Objective:
   """The objective of the student; beside the batch it takes `teacher.params`, unless it is None."""
-  read = functools.partial(_read, hidden=bool(distill.hidden))
+  hidden = bool(distill.hidden)
+  taught = task.reading(teacher.apply, hidden)
 
   def teach(weights: PyTree, batch: Batch) -> Reading:
     if teacher.params is None:
       weights = without_adapters(weights)
-    return read(teacher.apply, weights, batch)
+    return taught(weights, batch)
 
   return distillation_objective(
-    functools.partial(read, apply),
+    task.reading(apply, hidden),
     teach,
     temperature=distill.temperature,
     hard=distill.hard,
     hidden=distill.hidden,
   )
-
-
-def _read(apply: Callable, weights: PyTree, batch: Batch, *, hidden: bool) -> Reading:
-  options = model_options(batch)
-  if not hidden:
-    return apply({"params": weights}, batch["tokens"], **options)
-  hidden_BCD = apply({"params": weights}, batch["tokens"], method="hidden", **options)
-  return apply({"params": weights}, hidden_BCD, method="logits"), hidden_BCD

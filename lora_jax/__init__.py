@@ -40,8 +40,10 @@ from lora_jax.transform import attach as attach
 from lora_jax.transform import detach as detach
 from lora_jax.transform import init as init
 from lora_jax.transform import merge as merge
+from lora_jax.transform import seal as seal
 from lora_jax.transform import trainable_mask as trainable_mask
 from lora_jax.transform import unmerge as unmerge
+from lora_jax.transform import unseal as unseal
 from lora_jax.transform import with_dropout as with_dropout
 from lora_jax.tree import join as join
 from lora_jax.tree import partition as partition

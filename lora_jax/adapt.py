@@ -7,22 +7,26 @@ resulting jaxpr is evaluated again with the Weights themselves. Only the equatio
 Weight are interpreted (`rules.py`, `control_flow.py`); every other equation runs unchanged.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import primitives
 
 from lora_jax import compat, control_flow, rules, tree
 from lora_jax.weights import NotFactored, Weight, is_weight, materialize
+from lora_jax.weights.broadcast import Broadcast
 
 RULES: dict[jex.Primitive, Callable] = rules.RULES | control_flow.RULES
 
 
 class MaterializationError(ValueError):
-  """Strict mode: a Weight would have had to be materialised."""
+  """Strict mode: a Weight would have had to be materialized."""
 
 
 def adapt(
@@ -47,7 +51,7 @@ def adapt(
 
   Args:
     f: a function of pytrees, for instance a Flax `model.apply`.
-    strict: raise instead of materialising a Weight.
+    strict: raise instead of materializing a Weight.
     rules: what to do with a primitive that meets a Weight, `{primitive: rule}`. Extend the default
       by `adapt(f, rules=RULES | {p: rule})`; `rules.py` says what a rule is.
 
@@ -84,47 +88,95 @@ def adapt(
 
 def evaluate(
   jaxpr: jex.ClosedJaxpr,
-  args: list[Any],
+  args: Sequence[Any],
   *,
   rules: Mapping[jex.Primitive, Callable],
   strict: bool,
 ) -> list[Any]:
   """Evaluates a jaxpr on arrays and Weights; its results may be Weights too."""
-  recur = functools.partial(evaluate, rules=rules, strict=strict)
-  env = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
-  env.update(zip(jaxpr.jaxpr.invars, args, strict=True))
+  return _Evaluate(rules, strict)(jaxpr, args)
 
-  def read(v):
-    return v.val if compat.is_literal(v) else env[v]
 
-  for eqn in jaxpr.eqns:
-    ins = [read(v) for v in eqn.invars]
-    if any(map(is_weight, ins)):
+@dataclasses.dataclass(frozen=True)
+class _Evaluate:
+  """The interpreter, as rules are handed it."""
+
+  rules: Mapping[jex.Primitive, Callable]
+  strict: bool
+
+  def __call__(self, jaxpr: jex.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
+    env = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
+    env.update(zip(jaxpr.jaxpr.invars, args, strict=True))
+    waiting: list[jex.JaxprEqn] = []  # equations that meet no Weight, and are evaluated together
+
+    def evaluate_waiting():
+      if waiting:
+        env.update(compat.evaluated(waiting, env))
+        waiting.clear()
+
+    for eqn in jaxpr.jaxpr.eqns:
+      if not any(is_weight(env.get(v)) for v in eqn.invars if not compat.is_literal(v)):
+        waiting.append(eqn)
+        continue
+      evaluate_waiting()
       with compat.name_scope(eqn):
-        outs = _interpret(eqn, ins, rules, strict, recur)
-    else:
-      outs = compat.bind_unchanged(eqn, ins)
-    env.update(zip(eqn.outvars, outs, strict=True))
-  return [read(v) for v in jaxpr.jaxpr.outvars]
+        outs = self._interpret(eqn, [_read(env, v) for v in eqn.invars], jaxpr, env)
+      env.update(zip(eqn.outvars, outs, strict=True))
+    evaluate_waiting()
+    return [_read(env, v) for v in jaxpr.jaxpr.outvars]
+
+  def array(self, x: Any, reason: str) -> jax.Array:
+    """The operand, materialized where it is a Weight: for rules that cannot keep it.
+
+    Raises:
+      NotFactored: in strict mode.
+    """
+    if self.strict and is_weight(x):
+      raise NotFactored(reason, x)
+    return materialize(x)
+
+  def _interpret(self, eqn, ins, jaxpr, env) -> list[Any]:
+    """Evaluates an equation that meets a Weight: by its rule, or by materializing."""
+    try:
+      if eqn.primitive not in self.rules:
+        raise NotFactored(f"there is no rule for {eqn.primitive.name}")
+      rule, operands = self.rules[eqn.primitive], ins
+      if eqn.primitive in _BY_VECTORS and rule is RULES[eqn.primitive]:
+        operands = [
+          x if is_weight(x) else _unbroadcast(v, x, eqn.outvars[0].aval.shape, jaxpr, env)
+          for v, x in zip(eqn.invars, ins, strict=True)
+        ]
+      outs = rule(*operands, evaluate=self, **eqn.params)
+      return list(outs) if isinstance(outs, list | tuple) else [outs]
+    except NotFactored as reason:
+      if self.strict:
+        weight = reason.weight or next(filter(is_weight, ins))
+        raise _refusal(weight, eqn.primitive.name, str(reason)) from None
+    return compat.bind_unchanged(eqn, materialize(ins))
 
 
-def _interpret(eqn, ins, rules, strict, recur) -> list[Any]:
-  """Evaluates an equation that meets a Weight: by its rule, or by materialising."""
-  name = eqn.primitive.name
-  try:
-    if eqn.primitive not in rules:
-      raise NotFactored(f"there is no rule for {name}")
-    outs = rules[eqn.primitive](*ins, evaluate=recur, **eqn.params)
-    return list(outs) if isinstance(outs, list | tuple) else [outs]
-  except NotFactored as reason:
-    if strict:
-      raise _refusal(next(filter(is_weight, ins)), name, str(reason)) from None
-  return compat.bind_unchanged(eqn, materialize(ins))
+# Their rules take a vector as it was before it was broadcast; a user's own rule takes arrays.
+_BY_VECTORS = frozenset({primitives.mul_p, primitives.div_p})
+
+
+def _unbroadcast(v, x, shape, jaxpr, env) -> Any:
+  """An operand as the vector that it was before it was broadcast to a shape, where it was."""
+  if jnp.ndim(x) and jnp.shape(x) != shape:
+    return Broadcast.of(x, shape, tuple(range(len(shape))))
+  for eqn in jaxpr.jaxpr.eqns:
+    if v in eqn.outvars and eqn.primitive is primitives.broadcast_in_dim_p and len(eqn.invars) == 1:
+      vector = jnp.asarray(_read(env, eqn.invars[0]))
+      return Broadcast.of(vector, shape, tuple(eqn.params["broadcast_dimensions"]))
+  return x
+
+
+def _read(env, v):
+  return v.val if compat.is_literal(v) else env[v]
 
 
 def _refusal(weight: Weight, primitive: str, reason: str) -> MaterializationError:
   return MaterializationError(
-    f"{weight.path}: {primitive} would materialise this {type(weight).__name__} of shape "
+    f"{weight.path}: {primitive} would materialize this {type(weight).__name__} of shape "
     f"{weight.shape}: {reason}. Leave this path out of the targets, give adapt a rule "
     f"(rules=RULES | {{primitive: rule}}), or use strict=False."
   )
@@ -144,4 +196,5 @@ def _formed(x: Any) -> Any:
 
 
 def _is_array(x: Any) -> bool:
-  return isinstance(x, jax.Array | np.ndarray | np.generic)
+  # Not NumPy's scalars: like Python's numbers they may be sizes, counts or axes.
+  return isinstance(x, jax.Array | np.ndarray)

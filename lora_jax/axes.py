@@ -4,7 +4,8 @@ A shape does not say it: (512, 8, 64) may be a query projection (in; out, out), 
 projection (in, in; out), or eight stacked layers. The function does: `dot_general` contracts the
 inputs of a leaf and batches over its stacks, `scan` slices stacks, `gather` picks rows by an
 input, a convolution's dimension numbers say the rest. So the function is traced once, abstractly
-(no FLOPs, no memory), and every leaf is followed from the arguments to its uses.
+(no FLOPs, no memory), and every leaf is followed from the arguments to its uses: through the
+primitives of `STEPS`, through functions within functions, and through elementwise operations.
 
     >>> axes = trace_axes(lambda p, x: x @ p["kernel"], params, x)
     >>> axes["kernel"]
@@ -12,17 +13,17 @@ input, a convolution's dimension numbers say the rest. So the function is traced
 """
 
 import dataclasses
-import itertools
-import math
-import operator
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import jax
 import jax.extend.core as jex
 from jax.extend.core import primitives
 
-from lora_jax import compat, tables, tree
+from lora_jax import compat, steps, tables, tree
+from lora_jax.views import PLAIN, Notes, Source, Value, View, either
 from lora_jax.weights import is_weight
 
 PyTree = Any
@@ -35,23 +36,46 @@ class Axes:
   Attributes:
     roles: a letter an axis: `i` input, `o` output, `s` stack. Empty where the function never
       contracts or gathers the leaf (biases, norm scales), or leaves it no input or no output.
-    uses: the primitives that contract or gather the leaf, in order of first use.
+    uses: the primitives that contract or gather the leaf, in order of first use, but first the one
+      that gave the roles.
     rows: how many rows meet each of its matrices, over all uses: tokens for a linear layer,
       positions of the result for a convolution, ids for a lookup. So the products of a leaf cost
       2 · rows · its size FLOPs forward. A loop of unknown length counts once, a cond each branch.
+    not_followed: the primitives behind which it is not known what becomes of the leaf.
+    joined: the primitives by which the leaf is added to activations, or multiplies them.
   """
 
   roles: str
   uses: tuple[str, ...]
   rows: int = 0
+  not_followed: tuple[str, ...] = dataclasses.field(default=(), repr=False, compare=False)
+  joined: tuple[str, ...] = dataclasses.field(default=(), repr=False, compare=False)
+
+  @property
+  def reason(self) -> str:
+    """Why there are no roles; empty where there are."""
+    if self.roles:
+      return ""
+    if self.not_followed:
+      return f"not followed: {', '.join(self.not_followed)}"
+    if self.uses:
+      return f"{', '.join(self.uses)} leaves it no input or no output"
+    if self.joined:
+      return f"joined with activations ({', '.join(self.joined)})"
+    return "the function never contracts it"
 
 
 class AxesReport(dict[str, Axes]):
   """What `trace_axes` returns, `{path: Axes}`; `str` of it is a table."""
 
+  @property
+  def reasons(self) -> dict[str, str]:
+    """`{path: why it has no roles}`, of the leaves that have none."""
+    return {path: axes.reason for path, axes in self.items() if not axes.roles}
+
   def __str__(self) -> str:
     kinds = tables.grouped((path, (axes,)) for path, axes in self.items())
-    return tables.rendered(
+    table = tables.rendered(
       ("path", "leaves", "axes", "used by", "rows"),
       [
         (
@@ -64,6 +88,8 @@ class AxesReport(dict[str, Axes]):
         for (path, axes), n in kinds.items()
       ],
     )
+    lost = [f"{path}: {axes.reason}" for path, axes in kinds if axes.not_followed and axes.reason]
+    return "\n".join([table, *lost])
 
 
 _NAMES = {"s": "stack", "i": "in", "o": "out"}
@@ -74,16 +100,19 @@ def trace_axes(f: Callable, params: PyTree, *args, **kwargs) -> AxesReport:
 
   `print` it for a table.
 
-  Where a leaf is used more than once (tied embeddings are gathered, then used transposed as the
-  head) the first use gives the roles.
+  Where a leaf is used more than once, the first use that leaves it inputs and outputs gives the
+  roles (tied embeddings are gathered, then used transposed as the head). A use that meets the
+  arguments goes before one that meets parameters alone (a spectral norm's power iteration).
 
   Args:
     f: the function that uses the parameters.
     params: a pytree of arrays, `jax.ShapeDtypeStruct`s or Weights, of which the shape is looked at.
-    *args, **kwargs: what `f` takes besides; arrays may be `jax.ShapeDtypeStruct`s.
+    *args, **kwargs: the other arguments of `f`; arrays may be `jax.ShapeDtypeStruct`s. Pass the
+      inputs here and do not close over them: an array that depends on them is an activation, an
+      array that depends on the parameters alone is a parameter still.
   """
   params = jax.tree.map(lambda x: x.aval if is_weight(x) else x, params, is_leaf=is_weight)
-  leaves = tree.flatten(params)
+  ndims = {path: len(jax.numpy.shape(x)) for path, x in tree.flatten(params).items()}
   dynamic, static = _split_arguments((args, kwargs))
 
   def g(params, dynamic):
@@ -91,46 +120,17 @@ def trace_axes(f: Callable, params: PyTree, *args, **kwargs) -> AxesReport:
     return f(params, *args, **kwargs)
 
   jaxpr = jax.make_jaxpr(g)(params, dynamic)
-  found = {path: _Found({}) for path in leaves}
-  views = [_View(path, tuple((n,) for n in range(len(x.shape)))) for path, x in leaves.items()]
-  rest = [None] * (len(jaxpr.jaxpr.invars) - len(views))
-  _follow(jaxpr, [*views, *rest], found)
-  return AxesReport({path: _axes(len(leaf.shape), found[path]) for path, leaf in leaves.items()})
+  views = [Value((View.whole(path, ndim),)) for path, ndim in ndims.items()]
+  rest = [PLAIN[_source(v.aval)] for v in jaxpr.jaxpr.invars[len(views) :]]
+  notes = Notes()
+  _follow(jaxpr, [*views, *rest], notes)
+  return AxesReport({path: _axes(notes, path, ndim) for path, ndim in ndims.items()})
 
 
-@dataclasses.dataclass(frozen=True)
-class _View:
-  """A value that is a leaf with some of its axes moved or sliced away.
-
-  Attributes:
-    path: the leaf.
-    axes: the leaf's axes behind each axis of the value: one as a rule, none for a new axis, several
-      for axes that were joined.
-    stacks: the leaf's axes that a scan or an index has sliced away.
-    times: how often the loops around it use the value.
-  """
-
-  path: str
-  axes: tuple[tuple[int, ...], ...]
-  stacks: tuple[int, ...] = ()
-  times: int = 1
-
-  def pick(self, order) -> "_View":
-    return dataclasses.replace(self, axes=tuple(self.axes[n] for n in order))
-
-  def without(self, gone) -> "_View":
-    """The view of one slice: the axes that are gone are stacks."""
-    kept = self.pick([n for n in range(len(self.axes)) if n not in gone])
-    stacks = tuple(axis for n in gone for axis in self.axes[n])
-    return dataclasses.replace(kept, stacks=(*self.stacks, *stacks))
-
-
-@dataclasses.dataclass
-class _Found:
-  """How a leaf is used: the roles of its axes by primitive, and how many rows meet it."""
-
-  uses: dict[str, dict[int, str]]
-  rows: int = 0
+def _source(argument) -> Source:
+  """A random key is no input: what it makes may multiply a kernel (DropConnect)."""
+  is_key = jax.dtypes.issubdtype(argument.dtype, jax.dtypes.prng_key)
+  return Source.PARAMETERS if is_key else Source.INPUTS
 
 
 def _split_arguments(arguments):
@@ -138,142 +138,203 @@ def _split_arguments(arguments):
   return tree.partition(arguments, is_array)
 
 
-def _axes(ndim: int, found: _Found) -> Axes:
-  first = next(iter(found.uses.values()), {})
-  roles = "".join(first.get(n, "o") for n in range(ndim))
-  return Axes(roles if {"i", "o"} <= set(roles) else "", tuple(found.uses), found.rows)
+def _axes(notes: Notes, path: str, ndim: int) -> Axes:
+  uses = notes.uses.get(path, ())
+  told = [use for use in uses if {"i", "o"} <= {use.roles.get(n, "o") for n in range(ndim)}]
+  first = max(told, key=lambda use: use.source, default=None)  # the first of the greatest
+  names = dict.fromkeys(use.primitive for use in (*([first] if first else ()), *uses))
+  return Axes(
+    "".join(first.roles.get(n, "o") for n in range(ndim)) if first else "",
+    tuple(names),
+    round(sum(use.rows for use in uses)),
+    tuple(dict.fromkeys(notes.not_followed.get(path, ()))),
+    tuple(dict.fromkeys(notes.joined.get(path, ()))),
+  )
 
 
-def _follow(jaxpr: jex.ClosedJaxpr, views: list, found: dict[str, _Found]) -> list:
-  """Follows views through a jaxpr, noting in `found` how each leaf is used."""
-  env = dict(zip(jaxpr.jaxpr.invars, views, strict=True))
-  for eqn in jaxpr.jaxpr.eqns:
-    ins = [None if compat.is_literal(v) else env.get(v) for v in eqn.invars]
-    if any(ins):
-      outs = _step(eqn, ins, found)
-      env.update(zip(eqn.outvars, outs, strict=False))
-  return [None if compat.is_literal(v) else env.get(v) for v in jaxpr.jaxpr.outvars]
+# ---- what is known without a trace
+
+_CONVOLUTION = re.compile(
+  r"((?:.*/)?(?!\w*(?:transpose|local))conv\w*/)(kernel|w)(/(?:raw_)?value)?", re.IGNORECASE
+)
 
 
-def _step(eqn, ins, found) -> list:
-  """What the results of one equation are views of; notes uses."""
-  params = eqn.params
-  if eqn.primitive in _SAME_AXES:
-    return [ins[0]]
-  if eqn.primitive in _PRODUCTS and any(v.aval.ndim == 0 for v in eqn.invars):
-    return [ins[0] or ins[1]]  # times or by a single number
-  if eqn.primitive is primitives.transpose_p:
-    return [ins[0].pick(params["permutation"])]
-  if eqn.primitive is primitives.squeeze_p:
-    return [ins[0].without(params["dimensions"])]
-  if eqn.primitive is primitives.reshape_p:
-    return [_reshape(ins[0], eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape)]
-  if eqn.primitive is primitives.broadcast_in_dim_p:
-    behind = dict(zip(params["broadcast_dimensions"], ins[0].axes, strict=True))
-    axes = tuple(behind.get(n, ()) for n in range(len(params["shape"])))
-    return [dataclasses.replace(ins[0], axes=axes)]
-  if eqn.primitive is primitives.dot_general_p:
-    contracting, batch = params["dimension_numbers"]
-    for n, (view, contracted, stacks) in enumerate(zip(ins, contracting, batch, strict=True)):
-      other = eqn.invars[1 - n].aval
-      paired = (*contracting[1 - n], *batch[1 - n])
-      rows = other.size // math.prod(other.shape[axis] for axis in paired)
-      _note(found, view, "dot_general", contracted, stacks, rows)
-    return []
-  if eqn.primitive is compat.ragged_dot_general_p and ins[1] is not None:
-    d = params["ragged_dot_dimension_numbers"]
-    (_, contracted), (_, stacks) = d.dot_dimension_numbers
-    groups = (*stacks, *d.rhs_group_dimensions)
-    # Each row meets one group's matrix, so a matrix meets its share of them.
-    count = math.prod(eqn.invars[1].aval.shape[axis] for axis in groups)
-    rows = eqn.invars[0].aval.size // eqn.invars[0].aval.shape[-1] // count
-    _note(found, ins[1], "ragged_dot_general", contracted, groups, rows)
-    return []
-  if eqn.primitive is primitives.gather_p and ins[0] is not None:
-    numbers = params["dimension_numbers"]
-    batched = numbers.operand_batching_dims
-    rows = eqn.invars[1].aval.size // eqn.invars[1].aval.shape[-1]
-    _note(found, ins[0], "gather", numbers.start_index_map, batched, rows)
-    return []
-  if eqn.primitive is primitives.conv_general_dilated_p and ins[1] is not None:
-    spec = params["dimension_numbers"].rhs_spec
-    out = eqn.outvars[0].aval
-    rows = out.size // out.shape[params["dimension_numbers"].out_spec[1]]
-    _note(found, ins[1], "conv_general_dilated", spec[1:], (), rows)
-    return []
-  if eqn.primitive is compat.scan_p:
-    return _scan(ins, params, found)
-  if eqn.primitive is compat.cond_p:
-    outs = [_follow(branch, ins[1:], found) for branch in params["branches"]]
-    return [views[0] if len(set(views)) == 1 else None for views in zip(*outs, strict=True)]
-  if eqn.primitive is compat.while_p:
-    consts = params["cond_nconsts"]
-    return _follow(params["body_jaxpr"], ins[consts:], found)
-  for value in params.values():  # jit, remat, custom_jvp, custom_vjp, shard_map …
-    if isinstance(value, jex.Jaxpr | jex.ClosedJaxpr):
-      inner = compat.closed(value)
-      if len(inner.jaxpr.invars) == len(ins):
-        return _follow(inner, ins, found)
-  return []
+def convolution_roles(path: str, leaves: Mapping[str, Any]) -> str:
+  """The roles of a convolution's kernel, (*window, in, out), as its name and its bias tell them.
 
+  They do where the leaf is called `kernel` or `w`, has three to five axes, and is in a module whose
+  name begins with `conv` (Conv_0, conv1, conv2_d, but no ConvTranspose or ConvLocal), and where the
+  bias next to it has the one axis (out,). The bias proves that the first axis is no stack: layers
+  that are stacked by a scan or a vmap have a stack of biases. Depthwise and grouped kernels are
+  (*window, in / groups, out), and so no exception.
 
-def _scan(ins, params, found) -> list:
-  consts, carry, length = params["num_consts"], params["num_carry"], params["length"]
-  whole = [
-    view and dataclasses.replace(view, times=view.times * length) for view in ins[: consts + carry]
-  ]
-  xs = [view and view.without((0,)) for view in ins[consts + carry :]]
-  outs = _follow(params["jaxpr"], [*whole, *xs], found)
-  kept = [view and dataclasses.replace(view, times=view.times // length) for view in outs[:carry]]
-  return [*kept, *[None] * (len(outs) - carry)]
+  Empty where that is not so, as without a bias.
 
-
-def _note(found, view, primitive, inputs, stacks, rows: int) -> None:
-  """Notes a use of the leaf behind a view, if there is one.
-
-  inputs, stacks: axes of the view.
-  rows: how many rows meet the leaf in one use.
+  Args:
+    path: the leaf's.
+    leaves: all leaves of the tree, by path.
   """
-  if view is None:
-    return
-  roles = {axis: "i" for n in inputs for axis in view.axes[n]}
-  roles |= {axis: "s" for n in stacks for axis in view.axes[n]} | dict.fromkeys(view.stacks, "s")
-  found[view.path].uses.setdefault(primitive, roles)
-  found[view.path].rows += rows * view.times
+  found, shape = _CONVOLUTION.fullmatch(path), tuple(leaves[path].shape)
+  if found is None or not 3 <= len(shape) <= 5:
+    return ""
+  module, name, box = found.groups(default="")
+  bias = leaves.get(f"{module}{'bias' if name == 'kernel' else 'b'}{box}")
+  proven = bias is not None and tuple(bias.shape) == shape[-1:]
+  return "i" * (len(shape) - 1) + "o" if proven else ""
 
 
-def _reshape(view: _View, before: Sequence[int], after: Sequence[int]) -> _View:
-  """The view behind a reshape: axes split or joined in one go share what is behind them."""
-  starts, new_starts = (
-    list(itertools.accumulate(x, operator.mul, initial=1)) for x in (before, after)
-  )
-  common = set(starts) & set(new_starts)
-
-  def group(start: int) -> int:
-    return sum(boundary <= start for boundary in common)
-
-  def behind(start: int) -> tuple[int, ...]:
-    old = zip(starts, before, view.axes, strict=False)
-    return tuple(n for s, size, axis in old if size > 1 and group(s) == group(start) for n in axis)
-
-  return dataclasses.replace(
-    view,
-    axes=tuple(
-      behind(start) if size > 1 else () for start, size in zip(new_starts, after, strict=False)
-    ),
-  )
+def candidates(shape: tuple[int, ...]) -> str:
+  """The roles that a leaf of this shape may have if its stacks lead, with what they mean."""
+  found = []
+  for stacks in range(len(shape) - 1):
+    for outputs in range(1, len(shape) - stacks):
+      inputs = len(shape) - stacks - outputs
+      parts = shape[:stacks], shape[stacks : stacks + inputs], shape[stacks + inputs :]
+      stacked, d, k = ("×".join(map(str, part)) for part in parts)
+      roles = "s" * stacks + "i" * inputs + "o" * outputs
+      found.append(f"{roles!r} ({stacked + ' stacked, ' if stacks else ''}{d} in, {k} out)")
+  return ", ".join(found)
 
 
-_PRODUCTS = {primitives.mul_p, primitives.div_p}
+# ---- the walk
 
-_SAME_AXES = {
-  primitives.convert_element_type_p,
-  primitives.copy_p,
-  primitives.dynamic_slice_p,
-  primitives.neg_p,
-  primitives.sharding_constraint_p,
-  primitives.slice_p,
-  compat.stop_gradient_p,
-  compat.name_p,
-  compat.pvary_p,
+
+def _follow(jaxpr: jex.ClosedJaxpr, ins: Sequence[Value], notes: Notes) -> list[Value]:
+  """Follows values through a jaxpr, noting how each leaf is used."""
+  env = dict.fromkeys(jaxpr.jaxpr.constvars, PLAIN[Source.CONSTANTS])
+  env.update(zip(jaxpr.jaxpr.invars, ins, strict=True))
+
+  def read(v) -> Value:
+    if compat.is_literal(v):
+      return PLAIN[Source.CONSTANTS if v.aval.shape else Source.PARAMETERS]
+    return env.get(v, PLAIN[Source.PARAMETERS])
+
+  for eqn in jaxpr.jaxpr.eqns:
+    env.update(zip(eqn.outvars, _step(eqn, list(map(read, eqn.invars)), notes), strict=False))
+  return list(map(read, jaxpr.jaxpr.outvars))
+
+
+def _step(eqn: jex.JaxprEqn, ins: list[Value], notes: Notes) -> list[Value]:
+  """What is known of the results of one equation; notes uses."""
+  lost = [PLAIN[max((x.source for x in ins), default=Source.PARAMETERS)]] * len(eqn.outvars)
+  if not lost or not any(x.views for x in ins):
+    return lost
+  step = STEPS.get(eqn.primitive) or (_call if _functions(eqn) else steps.elementwise)
+  try:
+    return step(eqn, ins, notes) or lost
+  except steps.NotFollowed as reason:
+    notes.stop(ins, f"{eqn.primitive.name}{reason}")
+    return lost
+
+
+# ---- functions that hold functions
+
+
+def _functions(eqn) -> list[jex.ClosedJaxpr]:
+  """The functions that a jit, remat, custom_jvp, custom_vjp, shard_map … holds."""
+  held = eqn.params.values()
+  return [compat.closed(x) for x in held if isinstance(x, jex.Jaxpr | jex.ClosedJaxpr)]
+
+
+def _call(eqn, ins, notes):
+  for inner in _functions(eqn):
+    if len(inner.jaxpr.invars) == len(ins):
+      return _follow(inner, ins, notes)
+  raise steps.NotFollowed
+
+
+def _scan(eqn, ins, notes):
+  try:
+    consts, carry = compat.scan_counts(**eqn.params)
+  except KeyError as missing:
+    raise steps.NotFollowed(f" (it has no parameter {missing})") from None
+  length, body = steps.parameter(eqn, "length"), steps.parameter(eqn, "jaxpr")
+  whole = [x.repeated(length) for x in ins[: consts + carry]]
+  xs = ins[consts + carry :]
+  slices = [x.map(lambda view: view.without((0,))) for x in xs]
+  state, ys = _loop(body, whole[:consts], whole[consts:], slices, notes)
+  sliced = {(v.path, axis) for x in xs for v in x.views for axis in v.axes[0]}
+
+  def stacked(view):
+    return view.inserted(0, tuple(n for n in view.stacks if (view.path, n) in sliced))
+
+  return [
+    *(x.repeated(Fraction(1, length or 1)) for x in state),
+    *(y.map(stacked) for y in ys),
+  ]
+
+
+def _while(eqn, ins, notes):
+  first, second = steps.parameter(eqn, "cond_nconsts"), steps.parameter(eqn, "body_nconsts")
+  consts, carry = ins[first : first + second], ins[first + second :]
+  state, _ = _loop(steps.parameter(eqn, "body_jaxpr"), consts, carry, [], notes)
+  _follow(steps.parameter(eqn, "cond_jaxpr"), [*ins[:first], *state], notes)
+  return state
+
+
+def _loop(body, consts, carry, xs, notes) -> tuple[list[Value], list[Value]]:
+  """The carry of a loop, at its start and after any step, and what else the body returns.
+
+  A loop may exchange its state, or turn it into a leaf, so what the body returns is what it is
+  given next, until nothing is new.
+  """
+  while True:
+    own = Notes()
+    outs = _follow(body, [*consts, *carry, *xs], own)
+    after = [either(pair) for pair in zip(carry, outs, strict=False)]
+    if after == carry:
+      notes.extend(own)
+      return carry, outs[len(carry) :]
+    carry = after
+
+
+def _cond(eqn, ins, notes):
+  outs = [_follow(branch, ins[1:], notes) for branch in steps.parameter(eqn, "branches")]
+  index = PLAIN[ins[0].source]
+  return [either((*values, index)) for values in zip(*outs, strict=True)]
+
+
+STEPS = {
+  primitives.dot_general_p: steps.dot_general,
+  primitives.conv_general_dilated_p: steps.conv_general_dilated,
+  compat.ragged_dot_general_p: steps.ragged_dot_general,
+  primitives.gather_p: steps.gather,
+  primitives.transpose_p: steps.each(steps.transpose),
+  primitives.reshape_p: steps.each(steps.reshape),
+  primitives.squeeze_p: steps.each(steps.squeeze),
+  primitives.broadcast_in_dim_p: steps.each(steps.broadcast_in_dim),
+  primitives.slice_p: steps.each(steps.cut),
+  primitives.dynamic_slice_p: steps.each(steps.cut),
+  primitives.dynamic_update_slice_p: steps.update,
+  primitives.concatenate_p: steps.concatenate,
+  primitives.pad_p: steps.same,
+  primitives.select_n_p: steps.elementwise,
+  primitives.mul_p: steps.elementwise,
+  primitives.div_p: steps.elementwise,
+  primitives.add_p: steps.elementwise,
+  primitives.add_jaxvals_p: steps.elementwise,
+  primitives.sub_p: steps.elementwise,
+  primitives.neg_p: steps.same,
+  primitives.rev_p: steps.same,
+  primitives.copy_p: steps.same,
+  primitives.convert_element_type_p: steps.same,
+  primitives.device_put_p: steps.same,
+  primitives.sharding_constraint_p: steps.same,
+  compat.optimization_barrier_p: steps.same,
+  compat.reshard_p: steps.same,
+  compat.stop_gradient_p: steps.same,
+  compat.name_p: steps.same,
+  compat.pvary_p: steps.same,
+  compat.split_p: steps.split,
+  compat.jit_p: _call,
+  compat.remat_p: _call,
+  compat.shard_map_p: _call,
+  compat.cond_p: _cond,
+  compat.while_p: _while,
+  compat.scan_p: _scan,
+  # Primitives of their own since JAX 0.10; before, a jit and steps that are known.
+  compat.stack_p: steps.stack,
+  compat.unstack_p: steps.unstack,
+  compat.tile_p: steps.each(steps.tile),
 }
+STEPS.pop(None, None)

@@ -25,6 +25,7 @@ from lora_jax import compat, tree
 from lora_jax.adapt import RULES, adapt
 from lora_jax.adapters import Method
 from lora_jax.axes import Axes
+from lora_jax.targets import axes_of
 from lora_jax.transform import roles_of
 from lora_jax.weights import is_weight
 from lora_jax.weights.factors import part_sizes
@@ -56,7 +57,7 @@ def second_moments(
     paths: the kernels: leaves that are multiplied by, convolved with or chosen by groups of rows
       (`lax.ragged_dot`), all of their inputs at once. No embeddings, whose rows are looked up.
     batches: what `f` takes, one after another; each is read once.
-    axes: what `trace_axes` found. Kernels of two axes (in, out) do not need it.
+    axes: what `trace_axes` found; by default what `match` was given for `paths`.
     diagonal: sum x² and not x xᵀ: d numbers for a kernel.
     mask: from a batch, the rows that count: ones, and zeros where there is padding. Its shape is
       that of the leading axes of the rows of every kernel's input, or of all rows in one axis:
@@ -67,11 +68,12 @@ def second_moments(
       mask has other rows than a kernel's input, and when no row counted.
   """
   leaves = tree.flatten(params, is_leaf=is_weight)
-  paths = tuple(paths)
+  paths = paths if isinstance(paths, Mapping) else tuple(paths)
+  axes = axes_of(paths, axes, leaves)
   missing = sorted(set(paths) - set(leaves))
   if missing:
     raise ValueError(f"the tree has no leaf at {', '.join(missing)}, whose inputs are asked for")
-  roles = {path: roles_of(Method(), path, leaves[path], axes) for path in paths}
+  roles = {path: roles_of(Method(), path, leaves, axes) for path in paths}
 
   @functools.partial(jax.jit, donate_argnums=0)
   def add(totals, params, batch):

@@ -4,7 +4,10 @@ Only public names are used (`jax.core`, `jax.extend.core`); the private ones are
 libraries of this kind stop importing.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -13,6 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import primitives
+
+VERSION = metadata.version("jax")
 
 cond_p = primitives.cond_p
 while_p = primitives.while_p
@@ -51,33 +56,81 @@ ragged_dot_general_p = _equation(
   jax.ShapeDtypeStruct((1, 1, 1), jnp.float32),
   jax.ShapeDtypeStruct((1,), jnp.int32),
 ).primitive
+optimization_barrier_p = _equation(lax.optimization_barrier, _scalar).primitive
+_vector = jax.ShapeDtypeStruct((2,), jnp.float32)
+split_p = _equation(lambda x: lax.split(x, (1, 1)), _vector).primitive
+# What joins arrays along a new axis: a primitive of its own since JAX 0.10.
+_stack = jax.make_jaxpr(lambda x: jnp.stack([x, x]))(_vector).eqns[-1].primitive
+stack_p = None if _stack is primitives.concatenate_p else _stack
+# Its inverse, and what repeats an array, are since then as well.
+_unstack, _tile = (_equation(f, _vector).primitive for f in (jnp.unstack, lambda x: jnp.tile(x, 2)))
+unstack_p = None if _unstack is jit_p else _unstack
+tile_p = None if _tile in (primitives.reshape_p, primitives.broadcast_in_dim_p) else _tile
+_explicit = jax.sharding.AbstractMesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+_replicated = jax.sharding.NamedSharding(_explicit, jax.P(None))
+reshard_p = _equation(lambda x: jax.sharding.reshard(x, _replicated), _vector).primitive
 _DebugInfo = type(jax.make_jaxpr(lax.sin)(_scalar).jaxpr.debug_info)
 _mapped = _equation(_on_mesh, jax.ShapeDtypeStruct((1,), jnp.float32))
 shard_map_p = _mapped.primitive
 pvary_p = _mapped.params["jaxpr"].eqns[0].primitive
 
 
-def bind_unchanged(eqn: jex.JaxprEqn, args: list[Any]) -> list[Any]:
-  """Evaluates one equation as JAX itself would, whatever its primitive and parameters are.
+def bind_unchanged(eqn: jex.JaxprEqn, args: Sequence[Any]) -> list[Any]:
+  """Evaluates one equation as JAX itself would, whatever its primitive and parameters are."""
+  env = {v: x for v, x in zip(eqn.invars, args, strict=True) if not is_literal(v)}
+  values = evaluated([eqn], env)
+  return [values[v] for v in eqn.outvars]
 
-  The equation is run as a jaxpr of its own: how a primitive's parameters are turned into those of
-  its `bind` differs between primitives and releases, and `eval_jaxpr` knows.
+
+def evaluated(eqns: Sequence[jex.JaxprEqn], env: Mapping[Any, Any]) -> dict[Any, Any]:
+  """The values of the variables that some equations define, as JAX itself would evaluate them.
+
+  The equations are run as a jaxpr of their own: how a primitive's parameters are turned into those
+  of its `bind` differs between primitives and releases, and `eval_jaxpr` knows.
+
+  Args:
+    eqns: equations in order.
+    env: the values of the variables that they read and do not define.
   """
-  pairs = [(v, x) for v, x in zip(eqn.invars, args, strict=True) if not is_literal(v)]
+  defined = {v: None for eqn in eqns for v in eqn.outvars}
+  read = {v: None for eqn in eqns for v in eqn.invars if not is_literal(v) and v not in defined}
   jaxpr = jex.Jaxpr(
     constvars=(),
-    invars=[v for v, _ in pairs],
-    outvars=eqn.outvars,
-    eqns=[eqn],
-    effects=eqn.effects,
-    debug_info=_DebugInfo("equation", eqn.primitive.name, (), ()),
+    invars=list(read),
+    outvars=list(defined),
+    eqns=list(eqns),
+    effects=frozenset().union(*(eqn.effects for eqn in eqns)),
+    debug_info=_DebugInfo("equations", "equations", (), ()),
   )
-  return jax.core.eval_jaxpr(jaxpr, (), *(x for _, x in pairs))
+  return dict(zip(defined, jax.core.eval_jaxpr(jaxpr, (), *(env[v] for v in read)), strict=True))
 
 
-def manual_axes(*, newly_manual_axes=None, manual_axes=None) -> frozenset[str]:
-  """The mesh axes that a `shard_map` is over, from its parameters."""
-  return manual_axes if newly_manual_axes is None else newly_manual_axes  # JAX 0.10
+def scan_counts(
+  num_consts: int | None = None, num_carry: int | None = None, ft_in: Any = None, **_: Any
+) -> tuple[int, int]:
+  """How many of a scan's operands are constants and how many are its carry, from its parameters.
+
+  Raises:
+    KeyError: when the parameters do not say it.
+  """
+  if num_consts is not None and num_carry is not None:
+    return num_consts, num_carry
+  if ft_in is None:
+    raise KeyError("num_consts")
+  consts, carry, _ = ft_in.unpack()  # JAX 0.12
+  return len(consts.vals), len(carry.vals)
+
+
+def on_devices(sharding: jax.sharding.NamedSharding) -> jax.sharding.NamedSharding:
+  """The sharding on the devices of `jax.set_mesh`, which a traced function leaves abstract."""
+  if not isinstance(sharding.mesh, jax.sharding.AbstractMesh):
+    return sharding
+  if not hasattr(jax.sharding, "get_mesh"):  # JAX 0.8
+    return sharding
+  mesh = jax.sharding.get_mesh()
+  if mesh.abstract_mesh.shape != sharding.mesh.shape:
+    return sharding
+  return jax.sharding.NamedSharding(mesh, sharding.spec)
 
 
 def is_literal(v: Any) -> bool:
@@ -89,6 +142,15 @@ def closed(jaxpr: jex.Jaxpr | jex.ClosedJaxpr) -> jex.ClosedJaxpr:
   return jaxpr if isinstance(jaxpr, jex.ClosedJaxpr) else jex.ClosedJaxpr(jaxpr, ())
 
 
-def name_scope(eqn: jex.JaxprEqn):
-  """Re-enters the named scope in which an equation was traced, so that profiles stay readable."""
-  return jax.named_scope(str(eqn.source_info.name_stack))
+@contextlib.contextmanager
+def name_scope(eqn: jex.JaxprEqn) -> Iterator[None]:
+  """Re-enters the named scope and the mesh in which an equation was traced.
+
+  The scope keeps profiles readable. The mesh has other axis types inside `jax.sharding.auto_axes`.
+  """
+  mesh = getattr(getattr(eqn, "ctx", None), "cur_abstract_mesh", None)
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(jax.named_scope(str(eqn.source_info.name_stack)))
+    if mesh is not None and mesh != jax.sharding.get_abstract_mesh():
+      stack.enter_context(jax.sharding.use_abstract_mesh(mesh))
+    yield

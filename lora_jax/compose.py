@@ -17,7 +17,7 @@ from lora_jax import factorization, tree
 from lora_jax.batching import Adapters, check_same_leaf, low_rank
 from lora_jax.combiners import Combiner
 from lora_jax.transform import key_of
-from lora_jax.weights import Adapted, LowRank, NotFactored, is_weight, materialize
+from lora_jax.weights import Adapted, LowRank, NotFactored, is_weight, materialize, promotion
 
 PyTree = Any
 
@@ -158,7 +158,7 @@ def _nearest(delta: jax.Array, roles: str, rank: int) -> tuple[LowRank, jax.Arra
 def _change(path: str, adapter: Adapted, leaf: Any) -> jax.Array:
   """What an adapter changes a leaf by, in at least float32."""
   w = materialize(leaf)
-  w = w.astype(jnp.promote_types(w.dtype, jnp.float32))
+  w = w.astype(promotion.at_least_float32(w.dtype))
   return adapter.attach(w, path).materialize() - w
 
 
@@ -185,7 +185,7 @@ def _as_matrices(adapter: LowRank) -> LowRank:
   stack, inputs, outputs = _sizes(adapter)
   a = adapter.a.reshape(math.prod(stack), math.prod(inputs), adapter.rank)
   b = adapter.b.reshape(math.prod(stack), adapter.rank, math.prod(outputs))
-  dtype = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
+  dtype = promotion.joint(a.dtype, b.dtype, jnp.float32)
   return LowRank(None, a.astype(dtype), b.astype(dtype), adapter.scale)
 
 

@@ -197,7 +197,7 @@ def _operation(eqn, name: str, inputs, outputs) -> _Operation:
   inner, carried = 0, ()
   if name == "scan":
     inner = _scan_body(eqn.params)
-    carried = outputs[: eqn.params["num_carry"]]
+    carried = outputs[: compat.scan_counts(**eqn.params)[1]]
   elif name == "while":
     body = eqn.params["body_jaxpr"]
     inner = _peak(body, [_Value(_bytes(v), counts=False) for v in body.jaxpr.invars], [], True)
@@ -211,7 +211,7 @@ def _operation(eqn, name: str, inputs, outputs) -> _Operation:
 
 def _scan_body(params) -> int:
   """The memory of one step of a scan; the slices that it takes are operations of their own."""
-  body, first = params["jaxpr"], params["num_consts"] + params["num_carry"]
+  body, first = params["jaxpr"], sum(compat.scan_counts(**params))
   arguments = [_Value(_bytes(v), counts=False) for v in body.jaxpr.invars]
   slices = []
   for n in range(first, len(arguments)):

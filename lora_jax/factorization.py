@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.weights.factors import part_sizes
+from lora_jax.weights import explicit, promotion
+from lora_jax.weights.factors import A, B, part_sizes
 
 
 class Svd(NamedTuple):
@@ -38,10 +39,16 @@ def factorized(w: jax.Array, roles: str, factorize: Callable[[jax.Array], Factor
   """
   order = [n for role in "sio" for n, each in enumerate(roles) if each == role]
   stack, inputs, outputs = (part_sizes(w.shape, roles, role, 0) for role in "sio")
-  matrix = lax.transpose(w, order).reshape(*stack, math.prod(inputs), math.prod(outputs))
-  a, b = factorize(matrix.astype(jnp.promote_types(w.dtype, jnp.float32)))
-  rank = a.shape[-1]
-  return a.reshape(*stack, *inputs, rank), b.reshape(*stack, rank, *outputs)
+
+  def factors(w):
+    matrix = lax.transpose(w, order).reshape(*stack, math.prod(inputs), math.prod(outputs))
+    a, b = factorize(matrix.astype(promotion.at_least_float32(w.dtype)))
+    rank = a.shape[-1]
+    return a.reshape(*stack, *inputs, rank), b.reshape(*stack, rank, *outputs)
+
+  sharding = explicit.sharding_of(w)
+  parts = tuple(explicit.part_sharding(sharding, roles, layout) for layout in (A, B))
+  return explicit.laid_out(factors, parts)(w)
 
 
 def svd(matrix: jax.Array, rank: int) -> Svd:

@@ -1,7 +1,7 @@
 """From one device to many: a mesh, and rules that say how the arrays of a tree lie on it.
 
     mesh = make_mesh(data=-1, fsdp=1, tensor=2)
-    layout = lay_out(weights, mesh, LLAMA_RULES)
+    layout = lay_out(weights, mesh, families.family_of(config).sharding)
     print(layout)                                  # where every array lies, and what could not
     weights = jax.device_put(weights, layout.shardings)
     state = jax.device_put(state, layout.follow(state))
@@ -35,23 +35,6 @@ Rules = Sequence[tuple[str, jax.P]]
 AXES = ("data", "fsdp", "tensor")
 ROWS = jax.P(("data", "fsdp"))
 """How the rows of a batch are shared out."""
-
-LLAMA_RULES: Rules = (
-  (r"(.*/)?attn/(query|key|value)/kernel", jax.P("fsdp", "tensor")),
-  (r"(.*/)?attn/out/kernel", jax.P("tensor", "fsdp")),
-  (r"(.*/)?mlp/(gate|up)/kernel", jax.P("fsdp", "tensor")),
-  (r"(.*/)?mlp/down/kernel", jax.P("tensor", "fsdp")),
-  ("head/kernel", jax.P("fsdp", "tensor")),
-  # Not over fsdp: a table that is cut so is gathered whole, over tensor too, where rows are
-  # looked up for a batch that is itself shared out over fsdp.
-  ("embed/embedding", jax.P("tensor", None)),
-  (".*", jax.P()),
-)
-"""The Llama tree, layers stacked or not.
-
-Where the devices of `tensor` do not divide the heads of queries and of keys, the result is the
-same, but attention's activations are gathered in each layer.
-"""
 
 
 def make_mesh(*, data: int, fsdp: int, tensor: int) -> Mesh:

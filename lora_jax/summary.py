@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from lora_jax import tables, tree
 from lora_jax.adapters import Method
 from lora_jax.axes import Axes
+from lora_jax.targets import Targets, axes_of
 from lora_jax.transform import roles_of
 from lora_jax.weights import is_weight
 
@@ -36,11 +37,14 @@ class Summary:
     rows: the adapted leaves, in the tree's order.
     parameters: all parameters of the base.
     trainable: the parameters of the adapters.
+    left_out: `{path: reason}` of the leaves that look like kernels and that the presets of `match`
+      left out.
   """
 
   rows: tuple[Row, ...]
   parameters: int
   trainable: int
+  left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   @property
   def share(self) -> float:
@@ -56,8 +60,10 @@ class Summary:
         for (path, shape, spec, trainable), n in kinds.items()
       ],
     )
+    lost = tables.grouped((path, (reason,)) for path, reason in self.left_out.items())
+    left_out = [f"left out: {path} ({n}): {reason}\n" for (path, reason), n in lost.items()]
     total = f"{self.trainable:,} of {self.parameters:,} parameters train ({self.share:.2%})"
-    return f"{table}\n{total}"
+    return f"{table}\n{''.join(left_out)}{total}"
 
 
 def summary(
@@ -67,22 +73,28 @@ def summary(
 
   Args:
     params: the base; `jax.ShapeDtypeStruct`s will do.
-    specs: what `match` returned.
-    axes: what `trace_axes` found; see `init`.
+    specs: what `match` returned; a copy of it as a plain dict does not know what was left out.
+    axes: what `trace_axes` found; by default what `match` was given.
 
   Raises:
     ValueError: as `init` does.
   """
   leaves = tree.flatten(params, is_leaf=is_weight)
+  axes = axes_of(specs, axes, leaves)
   trainable: dict[tuple, int] = {}  # of each kind of leaf: a model has thousands of a few kinds
   rows = []
   for path, spec in specs.items():
     leaf = leaves[path]
-    kind = spec, tuple(leaf.shape), roles_of(spec, path, leaf, axes)
+    kind = spec, tuple(leaf.shape), roles_of(spec, path, leaves, axes)
     if kind not in trainable:
       trainable[kind] = _trainable(spec, path, leaf, kind[2])
     rows.append(Row(path, tuple(leaf.shape), spec, _size(leaf), trainable[kind]))
-  return Summary(tuple(rows), sum(map(_size, leaves.values())), sum(row.trainable for row in rows))
+  return Summary(
+    tuple(rows),
+    sum(map(_size, leaves.values())),
+    sum(row.trainable for row in rows),
+    specs.left_out if isinstance(specs, Targets) else {},
+  )
 
 
 def _trainable(spec: Method, path: str, leaf, roles: str) -> int:

@@ -8,23 +8,31 @@ match(params, [
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lora_jax import tree
+from lora_jax import checks, tree
 from lora_jax.adapters import Full, LoRA, Method
 from lora_jax.axes import Axes
-from lora_jax.weights import is_weight
+from lora_jax.weights import Format, is_weight
 
 PyTree = Any
 
-# What the presets go by when no traced axes tell: the names that Flax, Haiku and PyTorch give.
-_KERNEL = re.compile(r"(.*/)?(kernel|w|weight)")
-_ATTENTION = re.compile(r"(.*/)?([^/]*(attn|attention)[^/]*|att)(/.*)?", re.IGNORECASE)
-_MLP = re.compile(r"(.*/)?([^/]*(mlp|ffn|feed_?forward|intermediate)[^/]*|ff)(/.*)?", re.IGNORECASE)
-# Contracted leaves that are no layers of the body: what reads tokens in and out, and what routes.
+# What the presets go by when no traced axes tell: the names that Flax, Haiku, Equinox and PyTorch
+# give.
+_KERNEL = re.compile(r"(.*/)?(kernel|w|w_[ih]|weight|weight_[ih]h)")
+# Of one component of a path: the block that it names.
+_BLOCKS = {
+  "attention": re.compile(r".*(attn|attention).*|att", re.IGNORECASE),
+  "mlp": re.compile(r".*(mlp|ffn|feed_?forward|intermediate).*|ffw?(_?\d+)?", re.IGNORECASE),
+}
+# Leaves that are no layers of the body, of what reads tokens or pixels in, reads out, and routes. A
+# dense layer below an embedding (of the time, or a label) is one of the body; an attention of many
+# heads is no head.
 _APART = re.compile(
-  r"(^|.*/)(embed\w*|\w*embed|\w*embeddings?|wte|wpe|head|\w*_head|router|\w*_router)(/.*|$)",
+  r"(.*/)?((\w*patch_embed\w*|embeddings|head|(?!(\w*_)?(multi|single|attn|attention|self|cross|query|key|kv)"
+  r"_head(/|$))\w*_head|router|\w*_router)(/.*)?|(embed\w*|\w*embed|\w*embeddings?|wte|wpe)(/[^/]*)?)",
   re.IGNORECASE,
 )
 
@@ -44,37 +52,109 @@ _KERNELS = LoRA(rank=1, alpha=1.0)
 _BY_NAME = {"bias": _BIAS, "norm": _NORM}
 _FLOATS = Full()
 
-PRESETS = ("all-linear", "attention", "mlp", *_BY_NAME)
+_EXAMPLE = '[("all-linear", LoRA(rank=8, alpha=16.0))]'
+
+PRESETS = ("all-linear", *_BLOCKS, *_BY_NAME)
+
+
+class Targets(dict[str, Method]):
+  """What `match` returns: the dict `{path: spec}`, which remembers what it was matched with.
+
+  So `init`, `summary` and the others that take specs need not be given the axes again. A copy as a
+  plain dict (`{**specs}`, `specs | more`, a comprehension) holds the specs alone; give the axes
+  with it.
+
+  Attributes:
+    axes: the axes that `match` was given, or None.
+    left_out: `{path: reason}` of the leaves that look like kernels of the presets that were asked
+      for, and were left out by them.
+  """
+
+  def __init__(
+    self,
+    specs: Mapping[str, Method],
+    axes: Mapping[str, Axes] | None,
+    left_out: Mapping[str, str],
+  ):
+    super().__init__(specs)
+    self.axes = axes
+    self.left_out = dict(left_out)
+
+
+def axes_of(
+  specs: Iterable[str], axes: Mapping[str, Axes] | None, leaves: Mapping[str, Any]
+) -> Mapping[str, Axes] | None:
+  """The axes that were given, or else those that the specs remember.
+
+  Args:
+    specs: what `match` returned, or any paths.
+    axes: what `trace_axes` found, or None.
+    leaves: the tree's leaves, by path.
+
+  Raises:
+    ValueError: when the axes are those of another tree.
+  """
+  if axes is None and isinstance(specs, Targets):
+    axes = specs.axes
+  if axes is not None:
+    _check_same_tree(axes, (path for path in specs if path in leaves), leaves)
+  return axes
+
+
+def _check_same_tree(axes: Mapping[str, Axes], paths: Iterable[str], leaves: Mapping[str, Any]):
+  missing = next((path for path in paths if path not in axes), None)
+  if missing is not None:
+    raise ValueError(
+      f"{missing}: is not among the axes, which were traced for another tree: its first path is "
+      f"{next(iter(axes), None)!r}, and that of these parameters {next(iter(leaves), None)!r}; "
+      "call lora_jax.trace_axes with the same tree"
+    )
 
 
 def match(
   params: PyTree,
   rules: Sequence[tuple[str, Method | None]],
   axes: Mapping[str, Axes] | None = None,
-) -> dict[str, Method]:
-  """Returns `{path: spec}` of the leaves to adapt, in the tree's order.
+) -> Targets:
+  """Returns `{path: spec}` of the leaves to adapt, in the tree's order; it remembers the axes.
+
+  Warns, with the paths and the reasons, when a preset leaves out leaves that look like kernels
+  because `trace_axes` could not follow them. All that a preset leaves out is in `left_out` of the
+  result, and in the table of `summary`.
 
   Args:
     params: the base, a pytree of arrays, Weights or `jax.ShapeDtypeStruct`s.
     rules: ordered (pattern, spec) pairs; the first whose pattern matches a leaf decides. A pattern
       is a regular expression for the whole path, or a preset: "all-linear" (every linear layer
-      but embeddings, heads and routers), "attention" and "mlp" (those of them in such blocks),
-      "bias" and "norm" (all biases; all parameters of normalisation layers; for `Full`).
+      but embeddings, heads and routers), "attention" and "mlp" (those of them in such blocks: the
+      last part of the path that names one of the two decides), "bias" and "norm" (all biases; all
+      parameters of normalisation layers; for `Full`).
       The spec None leaves a leaf as it is.
     axes: what `trace_axes` found. With it the presets of linear layers take what the model
       multiplies by, whatever the name; without it, as "bias" and "norm" always, they go by the
-      usual names.
+      usual names. A collection of Linen's variables other than "params" holds no kernels.
 
   Raises:
+    TypeError: when the rules are not a list of pairs, a pattern is not a string, or a spec is not a
+      spec (its class, for example).
     ValueError: when a pattern matches no leaf (the nearest paths are listed), or matches one that
-      cannot be adapted (with the reason).
+      cannot be adapted (with the reason); and when the axes are those of another tree.
   """
+  rules = checks.rules(rules, Method | Format | None, "spec", _EXAMPLE)
   leaves = tree.flatten(params, is_leaf=is_weight)
-  specs, taken = {}, set()
+  if axes is not None:
+    _check_same_tree(axes, leaves, leaves)
+  states = _states(leaves)
+  specs, taken, left_out = {}, set(), {}
   for pattern, spec in rules:
-    hits = _select(pattern, leaves, axes)
+    reasons = _reasons(pattern, leaves, states, axes)
+    hits = _select(pattern, leaves, states, reasons)
+    if spec is not None:
+      left_out |= {path: reason for path, reason in reasons.items() if reason}
     if not hits and pattern in PRESETS:
-      raise ValueError(f"the preset {pattern!r} matches no leaf of these parameters")
+      raise ValueError(
+        f"the preset {pattern!r} matches no leaf of these parameters{_listed(left_out)}"
+      )
     if not hits:
       nearest = difflib.get_close_matches(pattern, leaves, n=5, cutoff=0.0)
       raise ValueError(
@@ -93,23 +173,105 @@ def match(
             "narrow the pattern, or put (pattern, None) for this path before it"
           )
         specs[path] = spec
-  return {path: specs[path] for path in leaves if path in specs}
+  left_out = {path: left_out[path] for path in leaves if path in left_out and path not in taken}
+  lost = {path: reason for path, reason in left_out.items() if _is_lost(path, reason, axes)}
+  if lost:
+    warnings.warn(
+      f"{len(lost)} that look like kernels are left out, for trace_axes cannot tell how they are "
+      f"used{_listed(lost)}. Name them in a pattern of their own, or leave them out by (pattern, "
+      "None)",
+      stacklevel=2,
+    )
+  return Targets({path: specs[path] for path in leaves if path in specs}, axes, left_out)
 
 
-def _select(pattern: str, leaves: Mapping[str, Any], axes) -> list[str]:
+def _select(pattern: str, leaves: Mapping[str, Any], states, reasons) -> list[str]:
   if pattern not in PRESETS:
     return tree.matching(pattern, leaves)
   if pattern in _BY_NAME:
     named = _BY_NAME[pattern]
-    return [x for x in leaves if named.fullmatch(x) and not _FLOATS.unfit(leaves[x])]
-  linear = [path for path in leaves if _is_linear(path, leaves[path], axes)]
-  block = {"attention": _ATTENTION, "mlp": _MLP}.get(pattern)
-  return [path for path in linear if block is None or block.fullmatch(path)]
+    return [
+      x
+      for x in leaves
+      if named.fullmatch(_unboxed(x)) and not _FLOATS.unfit(leaves[x]) and x not in states
+    ]
+  return [path for path in leaves if reasons.get(path) == ""]
 
 
-def _is_linear(path: str, leaf, axes) -> bool:
-  if _APART.fullmatch(path) or _KERNELS.unfit(leaf):
+def _reasons(pattern: str, leaves: Mapping[str, Any], states, axes) -> dict[str, str]:
+  """What a preset of linear layers says of the leaves that look like kernels.
+
+  An empty reason takes the leaf, any other leaves it out.
+  """
+  if pattern not in PRESETS or pattern in _BY_NAME:
+    return {}
+  reasons = {}
+  for path, leaf in leaves.items():
+    reason = _reason(path, leaf, states.get(path), axes)
+    if reason is not None and (pattern == "all-linear" or pattern in _blocks(path)):
+      reasons[path] = reason
+  return reasons
+
+
+def _reason(path: str, leaf: Any, state: str | None, axes) -> str | None:
+  """Why a leaf that looks like a kernel is no linear layer of the body; empty where it is one.
+
+  None for a leaf that does not look like a kernel, by its name or its use.
+  """
+  named = _KERNEL.fullmatch(_unboxed(path)) is not None
+  found = None if axes is None else axes[path]
+  unfit = _KERNELS.unfit(leaf)
+  if not named and (unfit or found is None or not (found.roles or found.not_followed)):
+    return None
+  if unfit:
+    return unfit if len(getattr(leaf, "shape", ())) > 1 else None
+  if state:
+    return f"it is in the collection {state!r}, which holds no parameters"
+  if _APART.fullmatch(_unboxed(path)):
+    return "its path says that it embeds, reads out or routes"
+  if found is None or (_PRODUCTS.intersection(found.uses) and found.roles):
+    return ""
+  return found.reason or f"it is no factor of a product ({', '.join(found.uses)})"
+
+
+def _is_lost(path: str, reason: str, axes: Mapping[str, Axes] | None) -> bool:
+  """Whether a leaf is left out because the trace met it, and cannot tell how it is used."""
+  if axes is None or reason != axes[path].reason:
     return False
-  if axes is None:
-    return _KERNEL.fullmatch(path) is not None
-  return bool(axes[path].roles) and _PRODUCTS.intersection(axes[path].uses) != set()
+  found = axes[path]
+  named = _KERNEL.fullmatch(_unboxed(path)) is not None
+  return bool(found.not_followed or (named and (found.uses or found.joined)))
+
+
+def _blocks(path: str) -> set[str]:
+  """Which blocks the deepest part of a path names that names any."""
+  for part in reversed(path.split("/")):
+    if named := {block for block, name in _BLOCKS.items() if name.fullmatch(part)}:
+      return named
+  return set()
+
+
+def _states(leaves: Mapping[str, Any]) -> dict[str, str]:
+  """`{path: collection}` of the leaves in collections of variables that are no parameters."""
+  collections = {path: path.split("/") for path in leaves}
+  of_linen = any(parts[0] == "params" and parts[1:] for parts in collections.values())
+  states = {}
+  for path, parts in collections.items():
+    if of_linen and parts[0] != "params":
+      states[path] = parts[0]
+    elif "batch_stats" in parts[:-1]:  # of NNX, in the module itself
+      states[path] = "batch_stats"
+  return states
+
+
+def _unboxed(path: str) -> str:
+  """The path of what a box of Flax holds: kernel/value is the kernel."""
+  return re.sub(r"(?<=.)/(value|raw_value)$", "", path)
+
+
+def _listed(reasons: Mapping[str, str], most: int = 5) -> str:
+  """The first reasons, to end a sentence."""
+  if not reasons:
+    return ""
+  shown = "; ".join(f"{path}: {reason}" for path, reason in [*reasons.items()][:most])
+  return f": {shown}{' …' if len(reasons) > most else ''}"

@@ -53,8 +53,11 @@ def matching(pattern: str, paths: Iterable[str]) -> list[str]:
   """The paths that a regular expression matches as a whole.
 
   Raises:
+    TypeError: when the pattern is not a string.
     ValueError: when the pattern is no regular expression.
   """
+  if not isinstance(pattern, str):
+    raise TypeError(f"the pattern {pattern!r} is a {type(pattern).__name__} and not a string")
   try:
     regex = re.compile(pattern)
   except re.error as error:

@@ -1,7 +1,43 @@
 """What several rooms' tests share: the real model, loaded once."""
 
+import importlib.util
+import os
+import pathlib
+
 import jax
 import pytest
+
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+
+
+def _needs_torch(error: BaseException | None) -> bool:
+  """Whether an error comes down to PyTorch not being installed."""
+  while error is not None and not HAS_TORCH:
+    if isinstance(error, ImportError) and ("torch" in str(error) or "PyTorch" in str(error)):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
+
+
+def _skip_without_torch():
+  try:
+    return (yield)
+  except Exception as error:
+    if not _needs_torch(error):
+      raise
+    pytest.skip("needs torch, which the README's test command installs on Python 3.11 alone")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+  """Skips a test that calls a part of transformers which needs PyTorch, where there is none."""
+  return (yield from _skip_without_torch())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+  """As above, for the fixtures of a test."""
+  return (yield from _skip_without_torch())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -18,3 +54,13 @@ def smollm2():
   from lora_jax.io import pretrained
 
   return pretrained.load(pretrained.DEFAULT)
+
+
+@pytest.fixture(scope="session")
+def public_data():
+  """The folder of public data sets; it is no part of the repository."""
+  beside = pathlib.Path(__file__).parents[1] / ".." / "shared" / "data"
+  folder = pathlib.Path(os.environ.get("LORA_JAX_DATA", beside))
+  if not folder.is_dir():
+    pytest.skip(f"no public data sets at {folder}; set LORA_JAX_DATA to their folder")
+  return folder

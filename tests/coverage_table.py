@@ -4,11 +4,27 @@
 """
 
 import pathlib
+import sys
 
+# The folders of the tests, which pytest finds by itself.
+sys.path += [str(pathlib.Path(__file__).parent / room) for room in ("models", "io", "experiments")]
+
+import test_families
+import test_family_commands
+import test_family_exchange
+import test_gguf_families
+import test_gguf_model
+from families import KINDS
 from programs import PROGRAMS
 from test_frameworks import LINEN
 from test_transformers_flax import MODELS
 from weight_table import WEIGHTS
+
+from lora_jax import families as library
+
+# What the tests of `test_adapt.py` run every day, among them.
+EVERYDAY = ("float32", "bfloat16-base")
+SOME = ("bfloat16-model", "gated", "dora", "factored", "nf4", "gguf", "lokr", "nested", "masked")
 
 FILE = pathlib.Path(__file__).parents[1] / "COVERAGE.md"
 
@@ -18,22 +34,115 @@ HEADER = f"""\
 Written by `python tests/coverage_table.py` from the tables that the tests run; do not edit.
 
 Every program below is run on these weights: {", ".join(WEIGHTS)}.
-Its values under `adapt`, and its values and gradients under `jit`, equal those of the materialised
+At every commit on {", ".join(EVERYDAY)}, and every fifth program, other ones for each weight, on
+{", ".join(SOME)}.
+All the other pairs run on request, by `pytest -m slow`, as do the rarer pairs of a method and a
+kernel, runs that are killed, healed and compared over many steps, and every command of the README.
+Its values under `adapt`, and its values and gradients under `jit`, equal those of the materialized
 oracle, `adapt(f)(tree, x) == f(materialize(tree), x)`, a second call compiles nothing, and `vmap`
 over adapters gives what each gives alone (but where JAX has no `vmap` of the program itself).
-*Factored*: strict mode succeeds, and no value of the full matrix's shape is formed, forward or
-backward. *Materialised*: the full matrix is formed, or, in strict mode, refused for the reason.
-What is coded or pruned ({", ".join(name for name, kind in WEIGHTS.items() if kind.is_formed)})
-is formed for one use at a time, whatever the program is.
+*Factored*: strict mode succeeds, and no value of the full matrix's shape is made, forward or
+backward. *Materialized*: the full matrix is made, or, in strict mode, refused for the reason.
+Quantized and pruned weights ({", ".join(name for name, kind in WEIGHTS.items() if kind.is_formed)})
+are materialized temporarily at each use, whatever the program is.
+
+Explicit mesh axes (`tests/explicit_worker.py`): column, row, FSDP and sequence sharding, tied
+heads, look-ups, scans and `vmap`, for every kind of Weight, with the types and values of the bare
+function. Dtypes and axes of size zero: `tests/weights/test_promotion.py`.
+Tokenizers (`tests/data/test_boundaries.py`, `tests/io/test_tokenizer_files.py`): byte-level,
+SentencePiece with a prefix, Metaspace, unigram, against `tokenizers` and `transformers`. From GGUF
+files (`tests/io/test_gguf_tokenizers.py`): byte-level BPE by the names of its ways to cut text, and
+SentencePiece's BPE and unigram, with the ids of `transformers` and llama.cpp.
+Gemma 3 270M, by `pytest -m slow tests/io/test_gemma.py` where `LORA_JAX_GEMMA` names its GGUF file:
+ids, perplexity and greedy tokens of `transformers`.
+New tokens (`tests/test_new_tokens.py`): rows to and from `peft`, and its resized vocabularies.
 
 | program | |
 | --- | --- |
 """
 
+FAMILIES = """\
+Families of decoders, by the `model_type` of a config.json
+
+Against `transformers` and `peft`, on tiny random models (`tests/models/test_families.py`,
+`tests/test_family_exchange.py`, `tests/io/test_family_configs.py`, `tests/test_gpt2_files.py`):
+logits, greedy tokens with a cache and without, adapters in and out, presets, merging, nf4, factors,
+the merged model exported. On a mesh (`tests/sharding_worker.py`): Llama, models that have their
+switches together, one with experts, and GPT-2. Rotary frequencies, linear, dynamic, YaRN, LongRoPE
+and Llama 3.1's, at lengths up to and beyond the first context: `tests/models/test_rope.py`. Experts
+(`tests/models/test_experts.py`, `tests/test_experts_exchange.py`): their router's loss is not
+computed, sweeps refuse them, for JAX has no `vmap` of `ragged_dot` over adapters alone, and MXFP4
+files are refused.
+
+Y: a test of the family holds it, every day or by `pytest -m slow`. –: no test of its own; it is the
+program of a family that has one. R: refused by name, with the reason. In GGUF windows of `mistral`
+and scores and activations that are not GPT-2's own are refused too. A column's tests:
+
+"""
+
+# Besides the families that a test is parametrized by.
+LLAMA = {"llama"}  # in tests of its own: test_llama_parity.py, test_command_line.py and others
+COLUMNS = {
+  "safetensors": ([test_families.test_logits_and_greedy_tokens_are_those_of_transformers], LLAMA),
+  "GGUF": (
+    [
+      test_gguf_families.test_a_file_is_read_alike_here_in_transformers_and_in_llama_cpp,
+      test_family_exchange.test_a_gguf_file_is_read_back_here_and_by_transformers,
+      test_gguf_model.test_llama_cpp_goes_on_from_a_text_as_a_relative_of_llama_does,
+    ],
+    {"qwen3_moe"},  # test_expert_tensors.py
+  ),
+  "trained by a command": (
+    [test_family_commands.test_a_family_is_planned_trained_evaluated_and_exported],
+    LLAMA,
+  ),
+  "PEFT in": (
+    [test_family_exchange.test_an_adapter_of_peft_on_all_linear_layers_and_biases_is_read],
+    LLAMA,
+  ),
+  "PEFT out": (
+    [
+      test_family_exchange.test_an_adapter_made_here_with_norms_in_full_gives_the_same_logits_in_peft
+    ],
+    LLAMA,
+  ),
+  "generate": ([test_families.test_logits_and_greedy_tokens_are_those_of_transformers], LLAMA),
+  "nf4, factors": (
+    [test_family_exchange.test_a_model_in_nf4_and_one_in_factors_are_stored_and_the_same_when_read],
+    LLAMA,
+  ),
+  "export merged": (
+    [
+      test_family_exchange.test_a_merged_model_is_read_back_by_transformers_as_the_family_that_it_was
+    ],
+    LLAMA,
+  ),
+  # sharding_worker.py, whose models have the switches of these.
+  "mesh": (
+    [],
+    {
+      "llama",
+      "mistral",
+      "qwen2",
+      "qwen3",
+      "gemma2",
+      "gemma3_text",
+      "phi3",
+      "smollm3",
+      "granite",
+      "ministral3",
+      "qwen3_moe",
+      "gpt2",
+    },
+  ),
+}
+"""What is claimed of a family: the tests that hold it, and families that they have beside their own
+parameters."""
+
 
 def table() -> str:
   rows = [
-    f"| {name} | {f'materialised: {program.refused}' if program.refused else 'factored'} |"
+    f"| {name} | {f'materialized: {program.refused}' if program.refused else 'factored'} |"
     for name, program in PROGRAMS.items()
   ]
   models = [
@@ -41,7 +150,52 @@ def table() -> str:
     "- NNX, by split state or by `lora_jax.nnx.split`; Haiku; Equinox.",
     f'- transformers 4.57, untouched, with the preset "all-linear": {", ".join(MODELS)}.',
   ]
-  return HEADER + "\n".join(rows) + "\n\nModels\n\n" + "\n".join(models) + "\n"
+  parts = ["\n".join(rows), "Models", "\n".join(models), FAMILIES + "\n".join(families())]
+  return HEADER + "\n\n".join(parts) + "\n"
+
+
+def parameters(test) -> set[str]:
+  """The families that a test is parametrized by, by their names or those of their kinds."""
+  found = set()
+
+  def add(value):
+    if isinstance(value, str):
+      found.update({KINDS[value].family} if value in KINDS else {value} & library.FAMILIES.keys())
+    elif isinstance(value, dict):
+      add(list(value.values()))
+    elif isinstance(value, list | tuple):
+      for each in getattr(value, "values", value):  # of pytest.param
+        add(each)
+
+  for mark in getattr(test, "pytestmark", ()):
+    if mark.name == "parametrize":
+      add(list(mark.args[1]))
+  return found
+
+
+def families() -> list[str]:
+  """The tests of each column, and a row for each family that is read."""
+  held = {}
+  lines = []
+  for column, (tests, others) in COLUMNS.items():
+    held[column] = set().union(others, *map(parameters, tests))
+    names = [f"`{x.__module__}.{x.__name__}`" for x in tests] or ["`sharding_worker`"]
+    lines.append(f"- {column}: {', '.join(names)}")
+  header = ["family", "shapes of config", *COLUMNS]
+  rows = [header, ["---"] * len(header)]
+  for family, parts in library.FAMILIES.items():
+    kinds = [name for name, kind in KINDS.items() if kind.family == family]
+    shapes = "; ".join(kinds) or "SmolLM2-135M, and tiny ones of every test"
+    cells = [
+      "Y"
+      if family in held[column]
+      else "R"
+      if column == "GGUF" and "gguf" not in parts.names
+      else "–"
+      for column in COLUMNS
+    ]
+    rows.append([f"`{family}`", shapes, *cells])
+  return [*lines, "", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
-"""Main programs as modules, for tests of the functions in them."""
+"""Main programs, run as a user runs them, and as modules for tests of the functions in them."""
 
 import importlib
+import os
+import pathlib
+import subprocess
+import sys
 import types
 
 from absl import flags
@@ -12,3 +16,20 @@ def imported(name: str) -> types.ModuleType:
   for flag in list(flags.FLAGS.flags_by_module_dict().get(name, [])):  # the list is the live one
     delattr(flags.FLAGS, flag.name)
   return module
+
+
+def run(program: str, *arguments, fails: bool = False, **environment: str) -> str:
+  """Runs `python -m experiments.<program>`; returns what it printed, errors last.
+
+  fails: whether it must end with an error; otherwise it must not.
+  """
+  done = subprocess.run(
+    [sys.executable, "-m", f"experiments.{program}", *map(str, arguments)],
+    cwd=pathlib.Path(__file__).parents[1],
+    capture_output=True,
+    text=True,
+    timeout=600,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
+  )
+  assert (done.returncode != 0) == fails, done.stdout + done.stderr
+  return done.stdout + done.stderr

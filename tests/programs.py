@@ -29,6 +29,10 @@ LAYERS = {"up": normal(3, 11, 13), "down": normal(3, 13, 11)}
 LAYERS_ROLES = {"up": "sio", "down": "sio"}
 NESTED = {"up": normal(2, 3, 11, 13), "down": normal(2, 3, 13, 11)}
 NESTED_ROLES = {"up": "ssio", "down": "ssio"}
+PAIR, PAIR_ROLES = (
+  {"first": normal(11, 13), "second": normal(11, 13) + 1},
+  {"first": "io", "second": "io"},
+)
 EMBED, EMBED_ROLES = {"embed": normal(17, 7)}, {"embed": "io"}
 IDS = jnp.array([[3, 0, 16, 3, 5], [1, 2, 3, 4, 16]])
 HEADS = {name: normal(11, 3, 5) for name in ("query", "key", "value")} | {"out": normal(3, 5, 11)}
@@ -44,6 +48,8 @@ class Program(NamedTuple):
   x: the input.
   refused: words of the reason for which strict mode refuses; empty where it must succeed.
   reverse: False where JAX has no reverse gradient of `f` (a while loop).
+  parts: how many values of a matrix's size are made where the bare function makes one of the size
+    of several joined.
   vmap: False where JAX has no vmap of `f` over its parameters, or there is nothing to map over.
   """
 
@@ -54,6 +60,7 @@ class Program(NamedTuple):
   refused: str = ""
   reverse: bool = True
   vmap: bool = True
+  parts: int = 0
 
 
 def wrong_jvp(f):
@@ -113,6 +120,13 @@ def on_mesh(p, x):
   mesh = jax.make_mesh((1,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
   specs = (jax.P(), jax.P("batch"))
   return jax.shard_map(dense, mesh=mesh, in_specs=specs, out_specs=jax.P("batch"))(p, x)
+
+
+def constrained(p, x):
+  """Parameters with a hint where they shall lie, as Linen's `with_partitioning` gives one."""
+  mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  spec = jax.sharding.NamedSharding(mesh, jax.P(None, "model"))
+  return x @ lax.with_sharding_constraint(p["w"], spec)
 
 
 def trained_inside(p, x):
@@ -296,16 +310,98 @@ PROGRAMS = {
     EMBED_ROLES,
     IDS,
   ),
-  # Without a factored form: materialised, or refused
+  # Without a factored form: materialized, or refused
   "function of the weight": Program(lambda p, x: x @ jnp.sin(p["w"]), refused="no rule for sin"),
   "norm of the weight": Program(lambda p, x: x @ p["w"] + jnp.sum(p["w"] ** 2), refused="no rule"),
   "stop_gradient": Program(lambda p, x: x @ lax.stop_gradient(p["w"])),
   "named": Program(lambda p, x: x @ checkpoint_name(p["w"], "kernel")),
   "scaled": Program(lambda p, x: x @ (0.5 * p["w"])),
   "scaled by a traced number": Program(lambda p, x: x @ (-p["w"] / (1 + x[0, 0] ** 2))),
-  "multiplied by a mask": Program(
-    lambda p, x: x @ (p["w"] * (jnp.arange(13) % 2)), refused="more than a single number"
+  "multiplied by a row": Program(lambda p, x: x @ (p["w"] * jnp.cos(jnp.arange(13.0)))),
+  "multiplied by a column": Program(lambda p, x: x @ (jnp.cos(jnp.arange(11.0))[:, None] * p["w"])),
+  "divided by a row of the input": Program(
+    lambda p, x: x @ (p["w"] / (2 + jnp.sin(x[0, :, None])))
   ),
+  "multiplied by a matrix": Program(
+    lambda p, x: x @ (p["w"] * (jnp.arange(143.0).reshape(11, 13) % 2)), refused="by a matrix"
+  ),
+  "a stack, each layer times a number": Program(
+    lambda p, x: jnp.einsum("nd,edk->nek", x, p["w"] * jnp.arange(1.0, 4)[:, None, None]),
+    STACK,
+    STACK_ROLES,
+  ),
+  # Sums
+  "plus an array": Program(lambda p, x: x @ (p["w"] + jnp.arange(143.0).reshape(11, 13) / 99)),
+  "minus a step": Program(trained_inside),
+  "sum of two weights": Program(
+    lambda p, x: x @ (p["first"] - 0.5 * p["second"]), PAIR, PAIR_ROLES
+  ),
+  "interpolated and transposed": Program(
+    lambda p, x: x @ (0.3 * p["first"] + 0.7 * p["second"]).T, PAIR, PAIR_ROLES, normal(3, 13)
+  ),
+  "rows of a sum": Program(
+    lambda p, i: jnp.take(p["first"] + p["second"], i, axis=0, fill_value=0.5),
+    PAIR,
+    PAIR_ROLES,
+    jnp.array([0, 10, 44]),
+  ),
+  # Several weights as one
+  "joined outputs": Program(
+    lambda p, x: jnp.sin(x @ jnp.concatenate([p["first"], p["second"]], 1)), PAIR, PAIR_ROLES
+  ),
+  "joined inputs": Program(
+    lambda p, x: x @ jnp.concatenate([p["first"], p["second"]]), PAIR, PAIR_ROLES, normal(3, 22)
+  ),
+  "joined with an array": Program(
+    lambda p, x: x @ jnp.concatenate([p["w"], jnp.ones((11, 2))], 1).T,
+    x=normal(3, 15),
+    parts=1,
+  ),
+  "joined and cut": Program(
+    lambda p, x: [
+      x @ w for w in jnp.split(jnp.concatenate([p["first"], p["second"]], 1), [6, 13], axis=1)
+    ],
+    PAIR,
+    PAIR_ROLES,
+  ),
+  "joined, with axes of heads": Program(
+    lambda p, x: jnp.einsum(
+      "bd,dnh->bnh", x, jnp.concatenate([p["first"], p["second"]], 1).reshape(11, 26, 1)[:, ::1]
+    ),
+    PAIR,
+    PAIR_ROLES,
+    parts=2,
+  ),
+  "joined as a stack": Program(
+    lambda p, x: jnp.einsum("nd,edk->enk", x, jnp.stack([p["first"], p["second"]])),
+    PAIR,
+    PAIR_ROLES,
+  ),
+  "joined as a stack on a middle axis": Program(
+    lambda p, x: jnp.einsum("nd,dek->enk", x, jnp.stack([p["first"], p["second"]], 1)),
+    PAIR,
+    PAIR_ROLES,
+    parts=1,
+  ),
+  "stacked, then scanned": Program(
+    lambda p, x: scanned(jax.tree.map(lambda *ws: jnp.stack(ws), *p.values()), x),
+    {"first": LAYER, "second": jax.tree.map(lambda w: w[::-1], LAYER)},
+    {f"{layer}/{name}": "io" for layer in ("first", "second") for name in LAYER},
+  ),
+  "split": Program(lambda p, x: [x @ w for w in jnp.split(p["w"], [4, 9], axis=1)]),
+  "reversed": Program(lambda p, x: x @ p["w"][::-1, ::-1]),
+  "padded": Program(
+    lambda p, x: x @ jnp.pad(p["w"], ((1, 0), (0, 2)), constant_values=0.5), x=normal(3, 12)
+  ),
+  "padded with zeros between": Program(
+    lambda p, x: x @ lax.pad(p["w"], jnp.zeros((), p["w"].dtype), ((0, 0, 0), (1, -2, 1)))
+  ),
+  "copied": Program(lambda p, x: x @ jnp.copy(p["w"])),
+  "put on a device": Program(lambda p, x: x @ jax.device_put(p["w"], jax.devices()[0])),
+  "behind a barrier": Program(
+    lambda p, x: jnp.matmul(*lax.optimization_barrier((x, p["w"]))), vmap=False
+  ),
+  "constrained to a sharding": Program(constrained, vmap=False),
   "axes joined": Program(
     lambda p, x: x @ p["w"].reshape(11, 15), {"w": normal(11, 3, 5)}, {"w": "ioo"}
   ),
@@ -325,8 +421,21 @@ PROGRAMS = {
   "one weight for every row": Program(
     lambda p, x: jnp.einsum("bd,bdk->bk", x, jnp.broadcast_to(p["w"], (3, 11, 13)))
   ),
-  "rows of a stack": Program(
-    lambda p, i: p["w"][i], STACK, STACK_ROLES, jnp.array([0, 2]), "rows of a stack"
+  "experts by token": Program(
+    lambda p, x: jnp.einsum("td,tdf->tf", x, p["w"][jnp.array([0, 2, 2])]), STACK, STACK_ROLES
+  ),
+  "experts by token, two each": Program(
+    lambda p, x: jnp.einsum(
+      "td,tedf->tef", x, p["w"].at[jnp.arange(6).reshape(3, 2) % 4].get(mode="fill", fill_value=0.5)
+    ),
+    STACK,
+    STACK_ROLES,
+  ),
+  "embedding by a vmapped index": Program(
+    lambda p, i: jnp.sin(jax.vmap(lambda i: p["embed"][i])(i[0])) @ p["embed"].T,
+    EMBED,
+    EMBED_ROLES,
+    IDS,
   ),
   "single elements": Program(lambda p, i: p["w"][i, i], x=jnp.arange(3), refused="whole rows"),
   "cast to integers": Program(
@@ -365,6 +474,25 @@ PROGRAMS = {
     {"w": normal(7, 3, 5)},
     {"w": "oii"},
     normal(2, 3, 9),
+  ),
+  "gradient by the input of a convolution": Program(
+    lambda p, x: jax.grad(lambda x: jnp.sum(jnp.sin(convolve(p, x, strides=2))))(x),
+    {"w": normal(5, 3, 7)},
+    {"w": "iio"},
+    normal(2, 9, 3),
+  ),
+  "transposed convolution": Program(
+    lambda p, x: lax.conv_transpose(
+      x,
+      p["w"].astype(x.dtype),
+      (2,),
+      "SAME",
+      transpose_kernel=True,
+      dimension_numbers=("NWC", "WIO", "NWC"),
+    ),
+    {"w": normal(5, 3, 7)},
+    {"w": "iio"},
+    normal(2, 9, 7),
   ),
   "experts by ragged_dot": Program(experts, STACK, STACK_ROLES, normal(5, 11), vmap=False),
   "the weight itself": Program(lambda p, x: (p["w"], x @ p["w"]), refused="returns the weight"),
@@ -413,21 +541,39 @@ PROGRAMS = {
     lambda p, x: lax.scan(lambda h, row: (h + row, None), jnp.zeros(13), p["w"])[0] + jnp.sum(x),
     refused="no stack",
   ),
+  "loop in a jitted step with the weights in its carry": Program(
+    lambda p, x: lax.fori_loop(
+      0, 3, jax.jit(lambda _, state: (state[0], jax.checkpoint(up_down)(*state))), (p, x)
+    )[1],
+    LAYER,
+    LAYER_ROLES,
+  ),
+  "loop whose step is a remat": Program(
+    lambda p, x: lax.scan(
+      jax.checkpoint(lambda s, _: ((s[0], up_down(*s)), None)), (p, x), length=2
+    )[0][1],
+    LAYER,
+    LAYER_ROLES,
+  ),
+  "loop in a loop": Program(
+    lambda p, x: lax.fori_loop(
+      0, 2, lambda _, s: lax.fori_loop(0, 2, lambda _, s: (s[0], up_down(*s)), s), (p, x)
+    )[1],
+    LAYER,
+    LAYER_ROLES,
+  ),
   "scan that returns slices": Program(
-    lambda p, x: lax.scan(lambda h, w: (h + jnp.sum(jnp.sin(h @ w)), w.T), x, p["w"]),
+    lambda p, x: lax.scan(lambda h, w: (h + 0.1 * jnp.sum(jnp.sin(h @ w)), w.T), x, p["w"]),
     STACK,
     STACK_ROLES,
-    refused="returns a slice",
+    refused="returns the weight",
   ),
-  "scan that changes weights": Program(
-    shrinking_params, LAYER, LAYER_ROLES, refused="a loop changes it"
-  ),
+  "scan that changes weights": Program(shrinking_params, LAYER, LAYER_ROLES),
   "loop that turns into a weight": Program(becomes_params, refused="the weight itself"),
   "loop that exchanges weights": Program(
     exchanged_params,
     {"first": normal(11, 11), "second": normal(11, 11) + 1},
     {"first": "io", "second": "io"},
-    refused="a loop changes it",
   ),
   "fori": Program(functools.partial(loop, body=up_down), LAYER, LAYER_ROLES),
   "fori with the weights in its carry": Program(loop_with_params, LAYER, LAYER_ROLES),
@@ -446,9 +592,8 @@ PROGRAMS = {
   ),
   "cond that returns a weight": Program(
     chosen_weight,
-    {"first": normal(11, 13), "second": normal(11, 13) + 1},
-    {"first": "io", "second": "io"},
-    refused="a branch returns",
+    PAIR,
+    PAIR_ROLES,
   ),
   "custom_jvp": Program(wrong_jvp(dense), refused="custom_jvp"),
   "custom_vjp": Program(wrong_vjp(dense), refused="custom_vjp"),
@@ -463,7 +608,6 @@ PROGRAMS = {
   "grad by the weights inside": Program(
     lambda p, x: jax.grad(lambda p: jnp.sum(dense(p, x) ** 2))(p)
   ),
-  "training step inside": Program(trained_inside, refused="no rule"),
   "jvp inside": Program(lambda p, x: jax.jvp(lambda x: dense(p, x), (x,), (jnp.cos(x),))),
   "jacfwd inside": Program(lambda p, x: jax.jacfwd(lambda t: dense(p, t @ x))(x[:, 0])),
   "jacrev inside": Program(lambda p, x: jax.jacrev(lambda x: dense(p, x)[:2])(x[0])),

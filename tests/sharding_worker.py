@@ -17,9 +17,9 @@ from collectives import collectives, moved
 from jax.sharding import SingleDeviceSharding
 
 import lora_jax
-from lora_jax import compress, sharding, tree
+from lora_jax import compress, families, sharding, tree
 from lora_jax.io import shards
-from lora_jax.models import llama
+from lora_jax.models import gpt2, llama
 from lora_jax.train import optimizer, parallel, step
 
 # No two kernels have the same axes, whole or cut in 2, 4 or 8.
@@ -29,7 +29,27 @@ CONFIG = llama.LlamaConfig(
 )  # fmt: skip
 STEPS, ROWS, LENGTH, TARGETS, RANK = 20, 16, 12, 4, 4
 UNTIED = dataclasses.replace(CONFIG, tie_embeddings=False, scan_layers=False)
+# What the relatives of Llama have, all at once.
+RELATIVE = dataclasses.replace(
+  CONFIG, qkv_bias=True, qk_norm=True, window=5, local_layers=(True, False),
+  local_rope_theta=500.0, activation="gelu_tanh", unit_offset=True, post_norms=True,
+  scale_embeddings=True, query_divisor=12.0, attn_softcap=20.0, logit_softcap=10.0,
+)  # fmt: skip
+EXPERTS = dataclasses.replace(
+  CONFIG, qk_norm=True,
+  experts=llama.ExpertConfig(num_experts=6, per_token=2, width=80, normalized=True),
+)  # fmt: skip
+OF_EXPERTS = {(6, 64, 160), (6, 80, 64), (6, 64, 80), (6, 160, 64)}
+FUSED = dataclasses.replace(
+  CONFIG, fused=True, rotary_dim=6, rotated_layers=(True, False), pre_norms=False, post_norms=True,
+  residual_multiplier=0.5, query_growth=0.1, query_length=4,
+)  # fmt: skip
+GPT2 = gpt2.GPT2Config(
+  vocab_size=112, width=64, mlp_width=160, num_layers=2, num_heads=8, head_dim=8, max_length=32,
+  scan_layers=True,
+)  # fmt: skip
 KERNELS = {(64, 96), (32, 64), (64, 160), (64, 112)}
+GPT2_KERNELS = {(64, 192), (64, 64), (64, 160), (64, 112)}
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 1, 4), (2, 2, 2)]
 
 
@@ -50,7 +70,7 @@ def adapted(config, format=None):
   With a format the base of every linear layer is quantised so.
   """
   tokens = jnp.zeros((1, 2), jnp.int32)
-  model = llama.Llama(config)
+  model = families.family_of(config).make_model(config)
   params = model.init(jax.random.key(0), tokens)["params"]
   axes = lora_jax.trace_axes(lambda p, t: model.apply({"params": p}, t), params, tokens)
   if format:
@@ -76,13 +96,14 @@ def start(config, format=None, mesh=None):
     trainable, frozen = lora_jax.partition(weights, mask)
     state = step.init_state(trainable, tx)
   else:
-    layout = sharding.lay_out(weights, mesh, sharding.LLAMA_RULES)
+    layout = sharding.lay_out(weights, mesh, families.family_of(config).sharding)
     trainable, frozen = lora_jax.partition(jax.device_put(weights, layout.shardings), mask)
     state = step.init_state(trainable, tx)
     places = layout.follow(state)
     state = jax.device_put(state, places)
     config = dataclasses.replace(config, constrain=sharding.keep_rows(mesh))
-  objective = step.completion_objective(lora_jax.adapt(llama.Llama(config).apply, strict=True))
+  model = families.family_of(config).make_model(config)
+  objective = step.completion_objective(lora_jax.adapt(model.apply, strict=True))
   return state, frozen, step.make_train_step(objective, tx, shardings=places)
 
 
@@ -162,6 +183,38 @@ def the_losses_over_two_devices_on_tensor_are_those_of_one_device():
 
 def the_losses_over_four_devices_on_tensor_are_those_of_one_device():
   assert_same_losses((2, 1, 4))
+
+
+def the_losses_of_a_relative_of_llama_are_those_of_one_device():
+  assert_same_losses((2, 2, 2), RELATIVE)
+  *_, ops = trained((2, 1, 4), RELATIVE)
+  assert not gathered(ops) & KERNELS
+
+
+def the_losses_of_a_model_with_experts_are_those_of_one_device():
+  assert_same_losses((2, 2, 2), EXPERTS)
+  assert_same_losses((2, 1, 4), EXPERTS)
+  *_, ops = trained((2, 1, 4), EXPERTS)
+  assert not gathered(ops) & (KERNELS | OF_EXPERTS)
+  mesh = sharding.make_mesh(data=2, fsdp=1, tensor=4)
+  _, frozen, _ = start(EXPERTS, mesh=mesh)
+  shards = {path: x.addressable_shards[0].data.shape for path, x in tree.flatten(frozen).items()}
+  assert shards["blocks/mlp/experts/gate_up/kernel/w"] == (2, 6, 64, 40)
+  assert shards["blocks/mlp/experts/down/kernel/w"] == (2, 6, 20, 64)
+
+
+def the_losses_with_fused_kernels_are_those_of_one_device():
+  assert_same_losses((2, 2, 2), FUSED)
+  *_, ops = trained((2, 1, 4), FUSED)
+  assert not gathered(ops) & {(64, 96), (64, 160), (64, 320)}  # out, down, qkv and gate_up
+
+
+def the_losses_of_gpt_2_are_those_of_one_device():
+  assert_same_losses((2, 2, 2), GPT2)
+  *_, ops = trained((2, 1, 4), GPT2)
+  assert not gathered(ops) & GPT2_KERNELS
+  *_, ops = trained((1, 8, 1), GPT2)
+  assert (64, 192) in gathered(ops)  # else the line above could not fail
 
 
 def the_losses_over_all_three_axes_are_those_of_one_device():

@@ -4,6 +4,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -12,6 +14,7 @@ def run_benchmark(*arguments: str) -> subprocess.CompletedProcess:
   return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.slow
 def test_each_number_of_adapters_has_its_rows_beside_the_one_adapter(tmp_path):
   output = tmp_path / "results.md"
   output.write_text("# Results\n")

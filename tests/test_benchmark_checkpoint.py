@@ -5,9 +5,12 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_steps_with_a_checkpoint_stand_beside_those_without_and_its_size_beside_what_trains(
   tmp_path,
 ):

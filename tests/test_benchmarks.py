@@ -45,12 +45,14 @@ def test_rows_that_train_the_same_reach_the_same_loss_in_jax_in_qwix_and_in_pyto
   table = read_table(report)
   full, ours = table["full fine-tuning"], table["ours, rank 8"]
   assert losses(full)[0] > losses(ours)[-1] > losses(full)[-1]
-  assert losses(table["PyTorch, full"]) == pytest.approx(losses(full), abs=1e-3)
+  has_torch = importlib.util.find_spec("torch") is not None
+  if has_torch:
+    assert losses(table["PyTorch, full"]) == pytest.approx(losses(full), abs=1e-3)
   dora = table.pop("DoRA, rank 8")
   assert losses(dora)[0] == losses(ours)[0]
   assert int(dora["trains"].replace(",", "")) > int(ours["trains"].replace(",", ""))
   same = [name for name in table if name.endswith(", rank 8")]
-  assert len(same) == 5 + (importlib.util.find_spec("qwix") is not None)
+  assert len(same) == 4 + has_torch + (importlib.util.find_spec("qwix") is not None)
   for name in same:
     assert losses(table[name]) == pytest.approx(losses(ours), abs=1e-3), name
     assert table[name]["trains"] == ours["trains"]
@@ -70,13 +72,16 @@ def test_the_report_names_the_command_the_versions_and_every_cell_of_the_baselin
   assert "ours, rank 8 / PyTorch + peft, rank 8: " in report
 
 
+@pytest.mark.slow
 def test_pytorch_s_rows_are_left_out_of_a_model_that_it_does_not_have():
   done = run_benchmark(
     "--model=small", "--scan_layers", "--batch=1", "--length=8", "--ranks=1",
     "--rows=naive,torch_peft", "--rounds=2", "--compilations=1",
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
-  assert "- Left out: PyTorch + peft: for the language models only" in done.stdout
+  has_torch = importlib.util.find_spec("torch") is not None
+  reason = "for the language models only" if has_torch else "torch, peft not installed"
+  assert f"- Left out: PyTorch + peft: {reason}" in done.stdout
   expected = ["floor: base frozen", "full fine-tuning", "hand-written layer, rank 1"]
   assert list(read_table(done.stdout)) == expected
 

@@ -3,10 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft
 import pytest
-import torch
 from combiner_table import COMBINERS, DENSITY, RANK, WEIGHTS, deltas
+from peers import peft, torch
 from tolerances import assert_close
 
 from lora_jax import LowRank, combine, combiners

@@ -138,13 +138,13 @@ def test_equations_keep_their_named_scope():
     with jax.named_scope("attention"):
       return x @ p["w"]
 
-  jaxpr = jax.make_jaxpr(adapt(f))({"w": W}, X)
-  scopes = {
-    str(eqn.source_info.name_stack)
-    for eqn in equations(jaxpr)
-    if eqn.primitive.name == "dot_general"
-  }
-  assert scopes == {"layer/attention"}
+  products = [
+    eqn
+    for eqn in jax.make_jaxpr(adapt(f))({"w": W}, X).eqns
+    if eqn.primitive.name in ("dot_general", "jit")
+  ]
+  assert {str(eqn.source_info.name_stack) for eqn in products} == {"layer/attention"}
+  assert len(products) == 2, "x w; and (x a) b, a function of its own"
 
 
 @pytest.mark.parametrize("index", range(-1, 4))
@@ -189,13 +189,13 @@ def test_a_refusal_inside_a_loop_names_path_primitive_reason_and_remedy():
   layers = {"block": {name: low_rank(w, "sio") for name, w in LAYERS.items()}}
   with pytest.raises(
     MaterializationError,
-    match=r"block/up: sin would materialise this LowRank of shape \(11, 13\): there is no rule for "
+    match=r"block/up: sin would materialize this LowRank of shape \(11, 13\): there is no rule for "
     r"sin\. Leave this path out of the targets, give adapt a rule .*, or use strict=False",
   ):
     adapt(lambda p, x: f(p["block"], x), strict=True)(layers, X)
 
 
-def test_what_a_branch_cannot_keep_factored_is_materialised_in_that_branch_alone():
+def test_what_a_branch_cannot_keep_factored_is_materialized_in_that_branch_alone():
   def f(p, x):
     return lax.cond(jnp.sum(x) > 0, lambda x: x @ jnp.sin(p["w"]), lambda x: jnp.tan(x @ p["w"]), x)
 
@@ -207,3 +207,107 @@ def test_what_a_branch_cannot_keep_factored_is_materialised_in_that_branch_alone
   (materialized,) = [branch for branch in names if "sin" in branch]
   assert factored.count("dot_general") == 3
   assert materialized.count("dot_general") == 2, "a @ b, and x with the sine of the sum"
+
+
+def test_a_leaf_that_a_scan_cannot_follow_is_materialized_alone_and_strict_mode_names_it():
+  layers = {name: low_rank(w, "sio") for name, w in LAYERS.items()}
+  layers["zz_shift"] = low_rank(normal(3, 11), "io")
+
+  def f(p, x):
+    return lax.scan(lambda h, layer: (up_down(layer, h) + layer["zz_shift"], None), x, p)[0]
+
+  assert_close(adapt(f)(layers, X), f(materialize(layers), X))
+  products = [
+    eqn
+    for eqn in equations(jax.make_jaxpr(adapt(f))(layers, X))
+    if eqn.primitive.name == "dot_general"
+  ]
+  assert len(products) == 1 + 3 + 3, "a @ b of the shift; x w, x a and (x a) b of the others"
+  with pytest.raises(MaterializationError, match=r"^0/zz_shift: scan .* that is no stack"):
+    adapt(f, strict=True)(layers, X)
+
+
+def test_a_loop_materializes_what_it_changes_and_not_what_it_passes_on():
+  def f(p, x):
+    def step(_, state):
+      p, x = state
+      return {**p, "up": jnp.sin(p["up"])}, jax.jit(up_down)(p, x)
+
+    return lax.fori_loop(0, 3, jax.checkpoint(step), (p, x))[1]
+
+  weights = {name: low_rank(w, "io") for name, w in LAYER.items()}
+  assert_close(adapt(f)(weights, X), f(materialize(weights), X))
+  (scan,) = [
+    eqn for eqn in equations(jax.make_jaxpr(adapt(f))(weights, X)) if eqn.primitive.name == "scan"
+  ]
+  carried = [v.aval.shape for v in scan.outvars]
+  assert (11, 13) in carried and (13, 11) not in carried
+  with pytest.raises(MaterializationError, match=r"^0/up: sin would materialize"):
+    adapt(f, strict=True)(weights, X)
+
+
+def test_a_branch_that_returns_another_weight_materializes_what_is_returned_alone():
+  def f(p, x):
+    w = lax.cond(jnp.sum(x) > 0, lambda p: p["up"], lambda p: p["down"].T, p)
+    return x @ w + x @ p["up"]
+
+  weights = {"up": low_rank(LAYER["up"], "io"), "down": LAYER["down"]}
+  assert_close(adapt(f)(weights, X), f(materialize(weights), X))
+  with pytest.raises(MaterializationError, match=r"^0/up: cond .* a branch returns the weight"):
+    adapt(f, strict=True)(weights, X)
+
+
+@pytest.mark.parametrize("prevent_cse", [True, False])
+def test_a_remat_in_a_gradient_inside_recomputes_as_it_does_without_adapters(prevent_cse):
+  """JAX puts a barrier before what it recomputes, or the compiler would not recompute it."""
+  block = jax.checkpoint(lambda p, x: jnp.sin(up_down(p, x)), prevent_cse=prevent_cse)
+
+  def gradient(p, x):
+    return jax.grad(lambda x: jnp.sum(block(p, block(p, x)) ** 2))(x)
+
+  def barriers(f, p):
+    lines = jax.jit(f).lower(p, X).as_text().splitlines()
+    values = [line.count("tensor<") for line in lines if "optimization_barrier" in line]
+    return sum(count > 1 for count in values)  # that of a product has one value
+
+  weights = {name: low_rank(w, "io") for name, w in LAYER.items()}
+  assert barriers(adapt(gradient), weights) == barriers(gradient, LAYER) == 2 * prevent_cse
+
+
+def test_an_inner_jit_keeps_the_shardings_of_its_arguments_and_results():
+  mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+  def on(*spec):
+    return jax.sharding.NamedSharding(mesh, jax.P(*spec))
+
+  inner = jax.jit(
+    lambda w, x: x @ w, in_shardings=(on(None, "model"), on("data")), out_shardings=on("data")
+  )
+  jaxpr = jax.make_jaxpr(adapt(lambda p, x: inner(p["w"], x), strict=True))({"w": W}, X)
+  found = {
+    (eqn.invars[0].aval.shape, tuple(eqn.params["sharding"].spec))
+    for eqn in equations(jaxpr)
+    if eqn.primitive.name == "sharding_constraint"
+  }
+  assert found == {
+    ((11, 13), (None, "model")),
+    ((11, 2), (None, None)),
+    ((2, 13), (None, "model")),
+    ((3, 11), ("data",)),
+    ((3, 13), ("data",)),
+  }
+
+
+def test_a_device_and_a_sharding_reach_every_part_of_a_weight():
+  mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+  sharding = jax.sharding.NamedSharding(mesh, jax.P(None, "model"))
+  for device in (jax.devices()[0], sharding):
+    f = adapt(lambda p, x, device=device: x @ jax.device_put(p["w"], device), strict=True)
+    assert_close(f({"w": W}, X), X @ W.materialize())
+  specs = [
+    tuple(place.spec)
+    for eqn in equations(jax.make_jaxpr(f)({"w": W}, X))
+    if eqn.primitive.name == "device_put"
+    for place in eqn.params["devices"]
+  ]
+  assert sorted(map(str, specs)) == ["(None, 'model')", "(None, 'model')", "(None, None)"]

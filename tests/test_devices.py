@@ -20,7 +20,11 @@ def done():
     text=True,
     timeout=300,
     env=os.environ
-    | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+    | {
+      "JAX_PLATFORMS": "cpu",
+      "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+      "PYTHONPATH": os.pathsep.join(sys.path),  # the checkout that the tests are of
+    },
   )
 
 

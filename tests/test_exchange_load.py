@@ -1,9 +1,11 @@
 """Adapters made by `peft` give the same results here."""
 
+import json
+
 import numpy as np
-import peft
 import pytest
-from torch_models import gpt2_twins, image_twins, llama_twins, made_by_peft
+from peers import peft
+from torch_models import gpt2_twins, image_twins, in_peft, llama_twins, made_by_peft
 
 from lora_jax.weights import (
   AdaLoRA,
@@ -251,3 +253,44 @@ def test_an_adapter_made_by_peft_gives_the_same_logits(case, model, n, tmp_path)
   assert np.abs(expected - twins.logits({})).max() > 1e-3  # the adapter does something
   assert len(adapters) == counts[n]
   assert {type(adapter) for adapter in adapters.values()} == kinds
+
+
+@pytest.mark.parametrize("model", ["tied", "scanned and tied"])
+def test_an_embedding_and_the_head_tied_to_it_may_both_be_saved_if_they_are_equal(model, tmp_path):
+  twins, options = TWINS[model], {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj"]}
+  tied = peft.LoraConfig(
+    **options, modules_to_save=["embed_tokens", "lm_head"], ensure_weight_tying=True
+  )
+  expected = made_by_peft(twins, tied, tmp_path)
+  config = tmp_path / "adapter_config.json"
+  fields = json.loads(config.read_text())
+  # As without ensure_weight_tying, where the two stay equal if both were trained alike.
+  fields |= {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": False}
+  config.write_text(json.dumps(fields))
+  np.testing.assert_allclose(twins.logits(twins.load(tmp_path)), expected, atol=1e-4)
+
+
+ZERO_ALPHAS = {
+  "lora": lora(lora_alpha=0),
+  "one layer's lora": lora(alpha_pattern={"layers.0.self_attn.q_proj": 0}),
+  "all but one layer's lora": lora(lora_alpha=0, alpha_pattern={"layers.1.self_attn.q_proj": 6}),
+  "adalora": lambda: peft.AdaLoraConfig(
+    total_step=9, init_r=6, lora_alpha=0, target_modules=["q_proj", "down_proj"]
+  ),
+  "loha": lambda: peft.LoHaConfig(r=2, alpha=0, target_modules=["q_proj"]),
+  "lokr": lambda: peft.LoKrConfig(r=2, alpha=0, target_modules=["q_proj"]),
+}
+
+
+@pytest.mark.parametrize("model", LLAMAS)
+@pytest.mark.parametrize("case", ZERO_ALPHAS)
+def test_an_alpha_of_zero_is_read_written_and_read_again(case, model, tmp_path):
+  twins = TWINS[model]
+  expected = made_by_peft(twins, ZERO_ALPHAS[case](), tmp_path / "theirs")
+  adapters = twins.load(tmp_path / "theirs")
+  np.testing.assert_allclose(twins.logits(adapters), expected, atol=1e-4)
+  twins.save(tmp_path / "ours", adapters)
+  np.testing.assert_allclose(in_peft(twins, tmp_path / "ours"), expected, atol=1e-4)
+  again = twins.load(tmp_path / "ours")
+  np.testing.assert_allclose(twins.logits(again), expected, atol=1e-4)
+  assert again.keys() == adapters.keys()

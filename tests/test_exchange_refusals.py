@@ -7,11 +7,11 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch_models import CONV1D, gpt2_twins, image_twins, llama_twins, made_by_peft
+from peers import peft
+from torch_models import gpt2_twins, image_twins, llama_twins, made_by_peft
 
 import lora_jax
 from lora_jax import exchange, weights
@@ -163,6 +163,11 @@ def test_projections_that_are_too_small_are_refused(tmp_path):
   [
     (TIED, {"target_modules": ["embed_tokens"]}, "embed_tokens.weight is the head too .lm_head"),
     (TIED, {"target_modules": ["lm_head"]}, "the adapter treats the two differently"),
+    (
+      TIED,
+      {"modules_to_save": ["embed_tokens", "lm_head"]},
+      "treats the two differently, where the model here has one array for both",
+    ),
     (TIED, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, "is the head too"),
     (IMAGES, {"target_modules": ["first"], "lora_bias": True}, "B has a bias of its own"),
   ],
@@ -203,13 +208,9 @@ def test_a_base_of_shapes_alone_serves_where_no_values_are_needed(folder):
   assert len(exchange.load(folder, shapes, LLAMA.axes)) == 6
 
 
-def test_axes_and_tables_of_something_else_are_refused(folder):
+def test_axes_of_something_else_are_refused(folder):
   with pytest.raises(ValueError, match=r"blocks/attn/key/kernel: has no axes; trace them"):
     exchange.load(folder, SCANNED.params, LLAMA.axes)
-  with pytest.raises(
-    ValueError, match=r"fan_in_fan_out: .*c_attn.weight.*: no such name in the tab"
-  ):
-    exchange.load(folder, LLAMA.params, LLAMA.axes, fan_in_fan_out=CONV1D)
 
 
 # ---- in, damaged
@@ -341,7 +342,7 @@ def test_what_peft_cannot_say_is_refused_and_nothing_is_written(twins, rules, wo
   with pytest.raises(ValueError, match=words):
     twins.save(tmp_path / "adapter", adapters)
   assert not list(tmp_path.iterdir())
-  settings = {x: twins.settings[x] for x in ("table", "fan_in_fan_out") if x in twins.settings}
+  settings = {x: twins.settings[x] for x in ("table",) if x in twins.settings}
   with pytest.raises(ValueError, match=words):
     exchange.check(adapters, twins.params, twins.axes, **settings)
 

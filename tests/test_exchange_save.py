@@ -57,6 +57,11 @@ CASES = {
     [("mlp", AdaLoRA(rank=4, alpha=4.0)), ("attention", AdaLoRA(rank=2, alpha=5.0))],
     False,
   ),
+  "adalora of a negative scale, and of none": (
+    ALL,
+    [("mlp", AdaLoRA(rank=4, alpha=-4.0)), (".*/query/kernel", AdaLoRA(rank=2, alpha=0))],
+    False,
+  ),
   "adalora and lora": (
     ALL, [("mlp", AdaLoRA(rank=2, alpha=3.0)), ("attention", LoRA(rank=3, alpha=3.0))], False,
   ),

@@ -3,9 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft
 import pytest
-import torch
+from peers import peft, torch
 from torch_models import llama_twins, made_by_peft, shaken
 
 import lora_jax

@@ -328,3 +328,75 @@ def test_layers_stacked_for_nnx_scan_have_an_adapter_each():
   assert adapters["layers/kernel"].a.shape == (3, 11, 2)
   weights = lora_jax.attach(params, adapters)
   assert_close(adapt(f, strict=True)(weights, x), f(lora_jax.materialize(weights), x), "float32")
+
+
+class Spectral(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.SpectralNorm(nn.Dense(7))(x, update_stats=True)
+
+
+# name: the model, its input, how many kernels it has, or those that "all-linear" is to take.
+FOUND = {
+  "OptimizedLSTMCell": (nn.RNN(nn.OptimizedLSTMCell(7)), normal(3, 4, 11), 8),
+  "LSTMCell": (nn.RNN(nn.LSTMCell(7)), normal(3, 4, 11), 8),
+  "GRUCell": (nn.RNN(nn.GRUCell(7)), normal(3, 4, 11), 6),
+  "MGUCell": (nn.RNN(nn.MGUCell(7)), normal(3, 4, 11), 4),
+  "WeightNorm": (nn.WeightNorm(nn.Dense(7)), normal(3, 11), 1),
+  "SpectralNorm": (Spectral(), normal(3, 11), 1),
+}
+
+
+@pytest.mark.parametrize(("model", "x", "kernels"), FOUND.values(), ids=FOUND)
+def test_all_linear_takes_every_kernel_by_its_use_as_by_its_name(model, x, kernels):
+  variables = jax.eval_shape(model.init, KEY, x)
+
+  def f(variables, x):
+    return model.apply(variables, x, mutable=["batch_stats"])[0]
+
+  axes = lora_jax.trace_axes(f, variables, x)
+  rules = [("all-linear", SPEC)]
+  specs = lora_jax.match(variables, rules, axes)
+  assert len(specs) == kernels and {axes[path].roles for path in specs} == {"io"}
+  assert specs == lora_jax.match(variables, rules)
+  assert all(path.startswith("params/") for path in specs)
+
+
+@pytest.mark.parametrize("cell", [nnx.OptimizedLSTMCell, nnx.GRUCell])
+def test_all_linear_takes_every_kernel_of_a_recurrent_nnx_module(cell):
+  rnn, x = nnx.RNN(cell(11, 7, rngs=nnx.Rngs(0))), normal(3, 4, 11)
+  f, params = lora_nnx.split(rnn)
+  carry = rnn.cell.initialize_carry((3, 11), nnx.Rngs(0))
+  axes = lora_jax.trace_axes(lambda p, x: f(p, x, initial_carry=carry), params, x)
+  specs = lora_jax.match(params, [("all-linear", SPEC)], axes)
+  assert len(specs) == 2 and specs == lora_jax.match(params, [("all-linear", SPEC)])
+
+
+class StackedList(nnx.Module):
+  """A list of layers that are stacked for a scan, at every call."""
+
+  def __init__(self, rngs):
+    self.layers = nnx.List([nnx.Linear(11, 11, rngs=rngs) for _ in range(3)])
+
+  def __call__(self, x):
+    states = [nnx.split(layer) for layer in self.layers]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(state for _, state in states))
+    return jax.lax.scan(lambda h, s: (jnp.sin(nnx.merge(states[0][0], s)(h)), None), x, stacked)[0]
+
+
+def test_a_list_of_nnx_layers_that_is_stacked_and_scanned_is_followed():
+  f, params = lora_nnx.split(StackedList(nnx.Rngs(0)))
+  axes = lora_jax.trace_axes(f, params, normal(2, 11))
+  specs = lora_jax.match(params, [("all-linear", SPEC)], axes)
+  assert {path: (axes[path].roles, axes[path].rows) for path in specs} == {
+    f"layers/{n}/kernel": ("io", 2) for n in range(3)
+  }
+
+
+def test_boxed_kernels_of_linen_are_found_by_name_and_by_use():
+  init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+  model, x = nn.Dense(13, kernel_init=init), normal(3, 11)
+  params = jax.eval_shape(model.init, KEY, x)
+  axes = lora_jax.trace_axes(model.apply, params, x)
+  for found in (None, axes):
+    assert list(lora_jax.match(params, [("all-linear", SPEC)], found)) == ["params/kernel/value"]

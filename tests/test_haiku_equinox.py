@@ -78,3 +78,46 @@ def test_all_linear_adapts_every_layer_of_the_model_untouched(make):
   assert full_size_values(apply, (weights, x), matrices) <= full_size_values(
     f, (params, x), matrices
   )
+
+
+@pytest.mark.parametrize(("cell", "kernels"), [(hk.LSTM, 1), (hk.GRU, 2), (hk.VanillaRNN, 2)])
+def test_all_linear_takes_every_kernel_of_a_recurrent_haiku_network(cell, kernels):
+  def network(x):
+    core = cell(7)
+    return hk.dynamic_unroll(core, x, core.initial_state(3))[0]
+
+  transformed, x = hk.without_apply_rng(hk.transform(network)), normal(4, 3, 11)
+  params = jax.eval_shape(transformed.init, KEY, x)
+  axes = lora_jax.trace_axes(transformed.apply, params, x)
+  specs = lora_jax.match(params, [("all-linear", SPEC)], axes)
+  assert len(specs) == kernels and {axes[path].roles for path in specs} == {"io"}
+  assert specs == lora_jax.match(params, [("all-linear", SPEC)])
+
+
+@pytest.mark.parametrize("cell", [eqx.nn.LSTMCell, eqx.nn.GRUCell])
+def test_all_linear_takes_every_kernel_of_a_recurrent_equinox_cell(cell):
+  params, static = eqx.partition(cell(11, 7, key=KEY), eqx.is_array)
+  state = jnp.ones(7)
+
+  def f(params, x):
+    carry = (state, state) if cell is eqx.nn.LSTMCell else state
+    return eqx.combine(params, static)(x, carry)
+
+  axes = lora_jax.trace_axes(f, params, normal(11))
+  specs = lora_jax.match(params, [("all-linear", SPEC)], axes)
+  assert {path: axes[path].roles for path in specs} == {"weight_hh": "oi", "weight_ih": "oi"}
+  assert specs == lora_jax.match(params, [("all-linear", SPEC)])
+
+
+def test_an_equinox_embedding_that_is_tied_to_the_head_has_roles():
+  embed = eqx.nn.Embedding(17, 12, key=KEY)
+
+  def f(embed, ids):
+    return jnp.sin(jax.vmap(embed)(ids)) @ embed.weight.T
+
+  axes = lora_jax.trace_axes(f, embed, jnp.arange(5))
+  assert axes["weight"] == lora_jax.Axes("io", ("gather", "dot_general"), 10)
+  adapters = lora_jax.init(KEY, embed, {"weight": SPEC}, axes)
+  weights = lora_jax.attach(embed, jax.tree.map(lambda leaf: leaf + 0.3, adapters))
+  y = lora_jax.adapt(f)(weights, jnp.arange(5))
+  assert_close(y, f(lora_jax.materialize(weights), jnp.arange(5)), "float32")

@@ -1,19 +1,23 @@
 """The README's own code and commands."""
 
+import configparser
+import json
+import os
 import pathlib
 import re
+import subprocess
+import sys
+from importlib import metadata
 
 import jax
-
-README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
-
-
-def blocks(language):
-  return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+import numpy as np
+import pytest
+from readme_commands import README, ROOT, blocks, commands, short
 
 
-def test_the_flow_runs_as_printed_in_fifteen_lines_and_learns():
-  code, _ = blocks("python")
+def test_the_flow_runs_as_printed_in_fifteen_lines_learns_and_is_saved(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  code, save_and_load, _ = blocks("python")
   scope = {}
   exec(code, scope)
   lines = [line for line in code.splitlines() if line.strip() and not line.startswith("import")]
@@ -22,6 +26,10 @@ def test_the_flow_runs_as_printed_in_fifteen_lines_and_learns():
   start = scope["lora_jax"].init(jax.random.key(2), params, scope["specs"])
   assert scope["loss"](scope["adapters"]) < 0.2 * scope["loss"](start)
   assert (model.apply({"params": scope["merged"]}, x).argmax(-1) == y).mean() > 0.9
+  trained = scope["adapters"]
+  exec(save_and_load, scope)
+  assert scope["adapters"] is not trained
+  jax.tree.map(np.testing.assert_array_equal, scope["adapters"], trained)
 
 
 def test_the_set_up_is_two_commands():
@@ -36,3 +44,98 @@ def test_every_program_and_file_that_is_named_exists():
     assert (root / name[0] / f"{name[1]}.py").is_file(), name
   for path in re.findall(r"(?:configs|notebooks|lora_jax)/[\w/]+\.(?:py|ipynb)", README):
     assert (root / path).is_file(), path
+
+
+PARSE = """
+import json, runpy, sys
+from absl import flags
+import experiments.processes  # whose flags are several programs' own
+for name, arguments in json.load(sys.stdin):
+  before = set(flags.FLAGS)
+  runpy.run_module(name, run_name="readme")
+  flags.FLAGS.unparse_flags()
+  sys.argv = [name, *arguments]  # where a config looks for its fields
+  left = flags.FLAGS(sys.argv)
+  assert len(left) == 1 or name == "experiments.launch", (name, left)
+  for flag in set(flags.FLAGS) - before:
+    delattr(flags.FLAGS, flag)
+"""
+
+
+def test_every_command_has_flags_and_a_config_that_its_program_knows():
+  given = [[words[0], words[1:]] for words in commands()]
+  assert len(given) >= 23
+  done = subprocess.run(
+    [sys.executable, "-c", PARSE],
+    input=json.dumps(given), text=True, capture_output=True, cwd=ROOT, timeout=600,
+    env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+
+
+def test_what_the_first_command_installs_is_all_that_the_main_programs_import():
+  setup = configparser.ConfigParser()
+  setup.read(ROOT / "setup.cfg")
+  extra = setup["options.extras_require"]["experiments"]
+  # jax.export, by which artifacts are written, imports it when it serialises.
+  assert "flatbuffers" in extra.split()
+
+
+# A chip or a cluster of them is wanted, or the machine's own hours.
+_NOT_HERE = ("--distributed", "--config.mesh.tensor=4", "benchmarks.")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+  """A tiny model's folder, and beside it the same as a GGUF file."""
+  import tiny_experiment  # not installed everywhere that the flow above is tried
+
+  from lora_jax.io import gguf_model, pretrained
+
+  folder = tmp_path_factory.mktemp("readme")
+  tiny_experiment.write(folder, pretrained.inspect(pretrained.DEFAULT).tokenizer)
+  model = pretrained.load(folder / "model")
+  gguf_model.save(
+    f"{folder / 'model'}.gguf", model.params, model.config, model.tokenizer, dtype="q8_0"
+  )
+  return folder / "model"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_every_command_runs_to_its_end_in_the_order_of_the_page(tiny, tmp_path):
+  run = [words for words in commands() if not any(x in " ".join(words) for x in _NOT_HERE)]
+  assert len(run) >= 19
+  for words in run:
+    done = subprocess.run(
+      [sys.executable, "-m", *short(words, tmp_path, tiny)],
+      cwd=ROOT, text=True, capture_output=True, timeout=600,
+      env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
+    if words[0] == "experiments.generate":
+      (text,) = [json.loads(line) for line in done.stdout.splitlines() if line[:1] == "{"]
+      assert len(text["completion"].split()) <= 3  # an answer, and not the same one sixty times
+  code = blocks("python")[1].replace("runs/", f"{tmp_path}/")
+  scope = {}
+  exec(code, scope)
+  assert scope["logits"].shape == (49152,)
+
+
+def test_the_table_of_versions_is_written_between_its_marks(tmp_path):
+  """By a script that .ci/run calls at its end."""
+  script, file, page = (
+    ROOT / ".ci" / "versions.py",
+    tmp_path / "versions.json",
+    tmp_path / "page.md",
+  )
+  page.write_text(README)
+  for name in ("one", "two"):
+    subprocess.run([sys.executable, script, "record", file, name, f"part {name}"], check=True)
+  subprocess.run([sys.executable, script, "write", file, page], check=True)
+  (before, after), (old, new) = (
+    re.split("<!-- (?:versions|end).*-->\n", text)[::2] for text in (README, page.read_text())
+  )
+  assert (before, after) == (old, new)
+  rows = [line for line in page.read_text().splitlines() if "| part " in line]
+  assert len(rows) == 2 and all(f"| {metadata.version('jax')} |" in row for row in rows)

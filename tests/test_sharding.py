@@ -14,7 +14,7 @@ from collectives import collectives
 from jax.sharding import AbstractMesh, AxisType
 
 import lora_jax
-from lora_jax import sharding, tree
+from lora_jax import families, sharding, tree
 from lora_jax.models import llama
 from lora_jax.weights import Weight
 
@@ -33,6 +33,10 @@ STATEMENTS = [
   "pieces_are_read_once_and_each_device_gets_its_own_part",
 ]
 SLOW_STATEMENTS = [
+  "the_losses_of_a_model_with_experts_are_those_of_one_device",
+  "the_losses_of_a_relative_of_llama_are_those_of_one_device",
+  "the_losses_with_fused_kernels_are_those_of_one_device",
+  "the_losses_of_gpt_2_are_those_of_one_device",
   "the_losses_over_two_devices_on_tensor_are_those_of_one_device",
   "the_losses_of_layers_apart_and_a_head_of_its_own_are_those_of_one_device",
   "the_losses_on_a_quantised_base_are_those_of_one_device",
@@ -47,7 +51,12 @@ def on_eight_devices(statements):
     capture_output=True,
     text=True,
     timeout=900,
-    env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+    env=os.environ
+    | {
+      "JAX_PLATFORMS": "cpu",
+      "XLA_FLAGS": flags,
+      "PYTHONPATH": os.pathsep.join(sys.path),  # the checkout that the tests are of
+    },
   )
 
 
@@ -104,7 +113,7 @@ def test_the_factors_of_a_kernel_are_cut_as_the_axes_that_they_share_with_it(sta
     }
   }
   s = (None,) * len(stack)
-  assert specs_of(sharding.lay_out(params, mesh(), sharding.LLAMA_RULES)) == {
+  assert specs_of(sharding.lay_out(params, mesh(), families.DECODER_SHARDING)) == {
     "attn/query/kernel/w": jax.P(*s, "fsdp", "tensor"),
     "attn/query/kernel/a": jax.P(*s, "fsdp"),
     "attn/query/kernel/b": jax.P(*s, None, "tensor"),
@@ -126,13 +135,13 @@ def test_every_adapter_method_of_a_llama_can_be_laid_out():
     pattern = "embed/embedding"
     specs = lora_jax.match(params, [(pattern, spec)])
     adapters = jax.eval_shape(lambda p, s=specs: lora_jax.init(jax.random.key(0), p, s), params)
-    layout = sharding.lay_out(lora_jax.attach(params, adapters), mesh(), sharding.LLAMA_RULES)
+    layout = sharding.lay_out(lora_jax.attach(params, adapters), mesh(), families.DECODER_SHARDING)
     assert not any(p.why for p in layout.placements)
 
 
 def test_a_size_that_does_not_divide_stays_whole_and_the_table_says_so():
   params = {"attn": {"key": {"kernel": low_rank((16, 6))}}, "norm": {"scale": abstract((16,))}}
-  layout = sharding.lay_out(params, mesh(), sharding.LLAMA_RULES)
+  layout = sharding.lay_out(params, mesh(), families.DECODER_SHARDING)
   specs = specs_of(layout)
   assert specs["attn/key/kernel/w"] == jax.P("fsdp")
   assert specs["attn/key/kernel/b"] == jax.P()
@@ -149,7 +158,7 @@ def test_a_size_that_does_not_divide_stays_whole_and_the_table_says_so():
 
 def test_the_table_counts_the_bytes_that_a_device_holds():
   params = {"a": {"mlp": {"up": {"kernel": abstract((2, 1000, 2000), jnp.bfloat16)}}}}
-  layout = sharding.lay_out(params, mesh(), sharding.LLAMA_RULES)
+  layout = sharding.lay_out(params, mesh(), families.DECODER_SHARDING)
   assert "1.00" in str(layout).splitlines()[2].split()  # 2 · 1000 · 2000 · 2 bytes on 8 devices
 
 
@@ -163,7 +172,7 @@ def test_a_weight_that_does_not_say_how_it_is_sharded_stays_whole_and_the_table_
       return self.w
 
   layout = sharding.lay_out(
-    {"mlp": {"up": {"kernel": Silent(abstract((8, 8)))}}}, mesh(), sharding.LLAMA_RULES
+    {"mlp": {"up": {"kernel": Silent(abstract((8, 8)))}}}, mesh(), families.DECODER_SHARDING
   )
   assert specs_of(layout) == {"mlp/up/kernel/w": jax.P()}
   assert "its kind does not say" in str(layout)
@@ -184,7 +193,7 @@ def test_rules_that_cannot_be_followed_are_refused(rules, words):
 
 def test_what_an_optimiser_keeps_lies_where_its_parameter_lies():
   params = {"mlp": {"up": {"kernel": low_rank((16, 8))}}, "norm": {"kernel": abstract((16,))}}
-  rules = [("norm/kernel", jax.P("fsdp")), *sharding.LLAMA_RULES]
+  rules = [("norm/kernel", jax.P("fsdp")), *families.DECODER_SHARDING]
   layout = sharding.lay_out(params, mesh(), rules)
   mask = lora_jax.trainable_mask(params, also=["norm/kernel"])
   trainable, _ = lora_jax.partition(params, mask)

@@ -69,7 +69,7 @@ def test_importing_the_package_adds_little_to_importing_jax_and_flax():
     "import time, jax, flax; start = time.process_time(); import lora_jax;"
     "print(time.process_time() - start)"
   )
-  assert min(float(python(code)) for _ in range(3)) <= 0.3, "seconds"
+  assert min(float(python(code)) for _ in range(5)) <= 0.3, "seconds"
 
 
 def test_importing_the_package_starts_no_backend():

@@ -125,3 +125,14 @@ def test_a_weight_counts_as_the_array_that_it_stands_for():
   healed = lora_jax.attach(params, lora_jax.init(jax.random.key(0), params, spec))
   report = lora_jax.summary(healed, spec)
   assert (report.parameters, report.trainable) == (30, 22)
+
+
+def test_the_table_lists_what_the_presets_left_out_with_the_reasons():
+  params = transformer(2, 16) | {"lm_head": {"kernel": jax.ShapeDtypeStruct((16, 99), jnp.float32)}}
+  specs = lora_jax.match(params, [("all-linear", LoRA(rank=2, alpha=4.0))])
+  report = lora_jax.summary(params, specs)
+  assert report.left_out == {"lm_head/kernel": "its path says that it embeds, reads out or routes"}
+  assert str(report).splitlines()[-2] == (
+    "left out: lm_head/kernel (1): its path says that it embeds, reads out or routes"
+  )
+  assert lora_jax.summary(params, {**specs}).left_out == {}

@@ -240,3 +240,48 @@ def test_adapters_are_a_pytree_that_can_be_stacked():
   stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *two)
   assert isinstance(stacked[PATHS[0]], LowRank)
   assert stacked[PATHS[0]].a.shape == (2, 11, 2)
+
+
+def partly_trained(also):
+  """A tree in which the adapters and further leaves have moved, and the adapters of its start."""
+  adapters = init(KEY, PARAMS, SPECS)
+  weights = attach(PARAMS, adapters)
+  train, frozen = lora_jax.partition(weights, trainable_mask(weights, also=also))
+  moved = jax.jit(lambda train: jax.tree.map(lambda x: x + normal(*x.shape), train))(train)
+  return lora_jax.join(moved, frozen), adapters
+
+
+def test_detach_does_not_drop_what_the_mask_trains_in_full():
+  weights, adapters = partly_trained([r".*/bias", "head/kernel"])
+  leaves = "block_0/query/bias, block_1/query/bias, head/kernel"
+  for asked in (adapters, list(adapters)):
+    with pytest.raises(
+      ValueError, match=f"{leaves}: trained in full, and would be dropped.*params"
+    ):
+      lora_jax.detach(weights, asked)
+  found = lora_jax.detach(weights, adapters, PARAMS)
+  assert found.keys() == {*adapters, *leaves.split(", ")}
+  jax.tree.map(assert_close, merge(PARAMS, found), lora_jax.materialize(weights))
+  traced = jax.jit(lambda weights, params: lora_jax.detach(weights, adapters, params))
+  jax.tree.map(assert_close, traced(weights, PARAMS), found)
+
+
+def test_detach_with_the_base_finds_what_was_trained_in_full_without_a_mask():
+  adapters = init(KEY, PARAMS, SPECS)
+  weights = attach(PARAMS, adapters)
+  assert lora_jax.detach(weights, adapters, PARAMS).keys() == adapters.keys()
+  weights["head"]["kernel"] = weights["head"]["kernel"] + 1
+  found = lora_jax.detach(weights, adapters, PARAMS)
+  assert found.keys() == {*adapters, "head/kernel"}
+  jax.tree.map(assert_close, merge(PARAMS, found), lora_jax.materialize(weights))
+
+
+def test_detach_does_not_drop_an_adapter_that_is_not_asked_for():
+  weights, _ = partly_trained([])
+  with pytest.raises(ValueError, match=f"{PATHS[1]}: has an adapter that would be dropped"):
+    lora_jax.detach(weights, PATHS[:1])
+
+
+def test_a_mask_that_trains_nothing_in_full_leaves_detach_as_it_was():
+  weights, adapters = partly_trained([])
+  assert lora_jax.detach(weights, adapters).keys() == adapters.keys()

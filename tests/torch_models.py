@@ -8,16 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft
-import torch
-import transformers
 from flax import traverse_util
 from jax import lax
+from peers import peft, torch, transformers
 
 import lora_jax
 from lora_jax import exchange
 from lora_jax.io import names
-from lora_jax.models import llama
+from lora_jax.models import layers, llama
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +118,7 @@ def llama_twins(tie: bool = False, scan: bool = False) -> Twins:
   params = _params(make(), table)
   return Twins(
     make,
-    llama.stack_layers(params) if scan else params,
+    layers.stack_layers(params) if scan else params,
     lambda params, tokens: llama.Llama(config).apply({"params": params}, tokens),
     np.array([[5, 6, 7, 8, 9, 10]]),
     {},
@@ -132,21 +130,20 @@ GPT2 = {
   "transformer.wpe.weight": "wpe/embedding",
   "transformer.h.{i}.ln_1.weight": "h_{i}/ln_1/scale",
   "transformer.h.{i}.ln_1.bias": "h_{i}/ln_1/bias",
-  "transformer.h.{i}.attn.c_attn.weight": "h_{i}/attn/c_attn/kernel",
+  "transformer.h.{i}.attn.c_attn.weight": names.InOut("h_{i}/attn/c_attn/kernel"),
   "transformer.h.{i}.attn.c_attn.bias": "h_{i}/attn/c_attn/bias",
-  "transformer.h.{i}.attn.c_proj.weight": "h_{i}/attn/c_proj/kernel",
+  "transformer.h.{i}.attn.c_proj.weight": names.InOut("h_{i}/attn/c_proj/kernel"),
   "transformer.h.{i}.attn.c_proj.bias": "h_{i}/attn/c_proj/bias",
   "transformer.h.{i}.ln_2.weight": "h_{i}/ln_2/scale",
   "transformer.h.{i}.ln_2.bias": "h_{i}/ln_2/bias",
-  "transformer.h.{i}.mlp.c_fc.weight": "h_{i}/mlp/c_fc/kernel",
+  "transformer.h.{i}.mlp.c_fc.weight": names.InOut("h_{i}/mlp/c_fc/kernel"),
   "transformer.h.{i}.mlp.c_fc.bias": "h_{i}/mlp/c_fc/bias",
-  "transformer.h.{i}.mlp.c_proj.weight": "h_{i}/mlp/c_proj/kernel",
+  "transformer.h.{i}.mlp.c_proj.weight": names.InOut("h_{i}/mlp/c_proj/kernel"),
   "transformer.h.{i}.mlp.c_proj.bias": "h_{i}/mlp/c_proj/bias",
   "transformer.ln_f.weight": "ln_f/scale",
   "transformer.ln_f.bias": "ln_f/bias",
   "lm_head.weight": "head/kernel",
 }
-CONV1D = [name for name in GPT2 if ".c_" in name and name.endswith("weight")]
 
 
 def gpt2_twins() -> Twins:
@@ -162,9 +159,8 @@ def gpt2_twins() -> Twins:
       )
     )  # fmt: skip
 
-  params = _params(make(), GPT2, as_they_are=CONV1D)
-  settings = {"table": GPT2, "fan_in_fan_out": CONV1D}
-  return Twins(make, params, _gpt2, np.array([[5, 6, 7, 8, 9, 10]]), settings)
+  params = _params(make(), GPT2)
+  return Twins(make, params, _gpt2, np.array([[5, 6, 7, 8, 9, 10]]), {"table": GPT2})
 
 
 def _gpt2(params, tokens):
@@ -256,7 +252,7 @@ def _filled(model: torch.nn.Module) -> torch.nn.Module:
   return model.eval()
 
 
-def _params(model: torch.nn.Module, table, as_they_are=()):
+def _params(model: torch.nn.Module, table):
   """The parameters of a PyTorch model as a tree, the weights of its linear layers as (in, out)."""
   flat = {}
   for template, path in table.items():
@@ -265,6 +261,6 @@ def _params(model: torch.nn.Module, table, as_they_are=()):
       if path is None or name not in model.state_dict():
         continue
       tensor = jnp.asarray(model.state_dict()[name].numpy())
-      is_out_in = path.endswith("/kernel") and template not in as_they_are
-      flat[path.replace("{i}", str(layer))] = tensor.T if is_out_in else tensor
+      is_transposed = names.is_transposed(name, table)
+      flat[path.replace("{i}", str(layer))] = tensor.T if is_transposed else tensor
   return traverse_util.unflatten_dict(flat, sep="/")

@@ -94,7 +94,7 @@ def gguf_blocks(w, roles: str) -> GGUFBlocks:
   rows = np.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, -rows.shape[-1] % 32)])
   blocks = gguf.quants.quantize(rows, gguf.GGMLQuantizationType.Q8_0)
   sizes = tuple(w.shape[n] for n in columns)
-  return GGUFBlocks(jnp.asarray(blocks), kind="Q8_0", columns=columns, sizes=sizes)
+  return GGUFBlocks(jnp.asarray(blocks), kind="Q8_0", columns=columns, sizes=sizes, to=w.dtype.name)
 
 
 def inputs_of(roles: str) -> tuple[int, ...]:
@@ -129,6 +129,39 @@ WEIGHTS = {
   "gguf": Kind(gguf_blocks, is_formed=True),
   "adapted-pruned": Kind(pruned, is_formed=True),
 }
+
+
+def method(spec) -> Callable[[jax.Array, str], Any]:
+  """The weight of an adapter method, with noise on every part."""
+
+  def make(w, roles):
+    adapter = spec.init(jax.random.key(0), "", w, roles)
+    noise = jax.tree.map(lambda x: 0.3 * jnp.sin(jnp.arange(x.size)).reshape(x.shape), adapter)
+    return jax.tree.map(jnp.add, adapter, noise).attach(w, "")
+
+  return make
+
+
+def dropping(w, roles: str) -> LowRank:
+  """A LoRA that drops half of its inputs."""
+  a, b = factors(w.shape, roles)
+  stack = w.shape[: roles.count("s")]
+  key = jax.random.split(jax.random.key(1), stack) if stack else jax.random.key(1)
+  return LowRank(w, a, b, 0.5, 0.5, key, roles=roles.lstrip("s"))
+
+
+MAKERS: dict[str, Callable[[jax.Array, str], Any]] = {
+  **{name: kind.make for name, kind in WEIGHTS.items() if kind.dtype == "float32"},
+  "loha": method(lora_jax.LoHa(rank=2, alpha=1.0)),
+  "vera": method(lora_jax.VeRA(rank=2, seed=0)),
+  "adalora": method(lora_jax.AdaLoRA(rank=2, alpha=1.0)),
+  "pissa": method(lora_jax.PiSSA(rank=2, alpha=1.0)),
+  "token rows": method(lora_jax.TokenRows(ids=(3, 1))),
+  "full": method(lora_jax.Full()),
+  "dropout": dropping,
+  "adapted dora": lambda w, roles: low_rank(dora(w, roles), roles, seed=2),
+}
+"""Every kind of weight, as in `Kind.make`, on a base of any dtype."""
 
 
 def with_weights(params, roles: dict[str, str], kind: Kind):

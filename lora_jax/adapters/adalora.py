@@ -18,7 +18,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lora_jax import weights
+from lora_jax import checks, weights
 from lora_jax.adapters.base import Method, sizes
 from lora_jax.adapters.lora import check_rank, check_rank_fits
 
@@ -40,6 +40,8 @@ class AdaLoRA(Method):
 
   def __post_init__(self):
     check_rank(self)
+    self.settle("alpha", checks.finite)
+    self.settle("deviation", checks.finite, least=0)
 
   def init(self, key, path, w, roles):
     """As in `Method`; raises when the rank exceeds that of the kernel."""

@@ -1,6 +1,7 @@
 """What an adapter method's spec is."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -15,6 +16,15 @@ class Method:
 
   NEEDS_ROLES: ClassVar[bool] = True
   """Whether it asks which axes are inputs, outputs and stacks; else `init` gets no roles."""
+
+  def settle(self, name: str, check: Callable, **options: Any) -> None:
+    """Checks one setting, for `__post_init__`, by a function of `lora_jax.checks`; None is kept
+    where it is the setting's default."""
+    value = getattr(self, name)
+    if value is None and getattr(type(self), name, value) is None and hasattr(type(self), name):
+      return
+    checked = check(f"{type(self).__name__}: {name}", value, **options)
+    object.__setattr__(self, name, checked)
 
   def init(self, key: jax.Array, path: str, w: Any, roles: str) -> Adapted:
     """The adapter of one leaf at its start.

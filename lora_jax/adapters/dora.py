@@ -14,7 +14,7 @@ Defined for every kernel that is multiplied by, convolved or gathered, with any 
 starts from the base's values, so `init` needs arrays or Weights, not shapes. It is no sum of the
 base and a change: it has no low-rank form, and cannot be scaled. `unmerge` finds the base again if
 no output has turned by more than a right angle and no magnitude is zero. A kernel whose inputs
-`shard_map` splits is materialised, for the norm is over all of them. There is no dropout.
+`shard_map` splits is materialized, for the norm is over all of them. There is no dropout.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from lora_jax import initializers, weights
+from lora_jax import checks, initializers, weights
 from lora_jax.adapters.base import Method, sizes
 from lora_jax.adapters.lora import check_rank, check_rank_fits, scale_of
 
@@ -49,6 +49,10 @@ class DoRA(Method):
 
   def __post_init__(self):
     check_rank(self)
+    self.settle("alpha", checks.finite)
+    self.settle("rslora", checks.flag)
+    self.settle("constant_norm", checks.flag)
+    self.settle("initializer", checks.function)
 
   @property
   def scale(self) -> float:

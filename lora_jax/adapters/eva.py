@@ -29,10 +29,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import factorization, tree
-from lora_jax.adapters.base import sizes
+from lora_jax import checks, factorization, tree
+from lora_jax.adapters.base import Method, sizes
 from lora_jax.adapters.lora import LoRA, check_leaves_start, check_rank_fits
 from lora_jax.axes import Axes
+from lora_jax.targets import axes_of
 from lora_jax.transform import roles_of
 from lora_jax.weights import LowRank, is_weight
 from lora_jax.weights.probe import Moments
@@ -59,17 +60,21 @@ def start(
     rho: how many times its spec's rank a kernel may get; at least 1.
     iterations: subspace iterations of a randomised decomposition, 8 say, for kernels of thousands
       of inputs: what needs d³ operations exactly needs rank * d² for each. None is exact.
-    axes: what `trace_axes` found. Kernels of two axes (in, out) do not need it.
+    axes: what `trace_axes` found; by default what `match` was given for `specs`.
 
   Raises:
     ValueError: when a spec is no LoRA or has an initializer of its own, when a kernel's moments are
       missing, diagonal, not finite or of other inputs, when a rank exceeds its kernel's, and when
       rho is below 1.
   """
-  if rho < 1:
+  if checks.finite("EVA: rho", rho) < 1:
     raise ValueError(f"EVA: rho {rho} is below 1, which would leave a part of the ranks unused")
+  if iterations is not None:
+    checks.whole("EVA: iterations", iterations, least=0)
   leaves = tree.flatten(params, is_leaf=is_weight)
-  kernels = {path: _kernel(path, spec, leaves[path], axes) for path, spec in specs.items()}
+  checks.by_path(specs, Method, "spec", leaves)
+  axes = axes_of(specs, axes, leaves)
+  kernels = {path: _kernel(path, spec, leaves, axes) for path, spec in specs.items()}
   spectra = {
     path: _spectrum(path, kernel, moments, round(specs[path].rank * rho), iterations)
     for path, kernel in kernels.items()
@@ -77,9 +82,9 @@ def start(
   budget = sum(specs[path].rank * math.prod(kernel.stack) for path, kernel in kernels.items())
   ranks = _shared_ranks({path: spectrum.share for path, spectrum in spectra.items()}, budget)
   return {
-    path: specs[path].starting_at(
-      *_factors(kernels[path], spectra[path], ranks[path]), kernel.roles
-    )
+    path: specs[path]
+    .starting_at(*_factors(kernels[path], spectra[path], ranks[path]), kernel.roles)
+    .seal()
     for path, kernel in kernels.items()
     if ranks[path].any()
   }
@@ -105,10 +110,10 @@ class _Spectrum(NamedTuple):
   vectors: jax.Array
 
 
-def _kernel(path: str, spec: LoRA, leaf, axes) -> _Kernel:
+def _kernel(path: str, spec: LoRA, leaves, axes) -> _Kernel:
   check_leaves_start(path, spec, "EVA")
-  roles = roles_of(spec, path, leaf, axes)
-  kernel = _Kernel(roles, *sizes(leaf.shape, roles))
+  roles = roles_of(spec, path, leaves, axes)
+  kernel = _Kernel(roles, *sizes(leaves[path].shape, roles))
   check_rank_fits(path, spec.rank, kernel.inputs, kernel.outputs)
   return kernel
 

@@ -21,10 +21,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import factorization, tree
-from lora_jax.adapters.base import sizes
+from lora_jax import checks, factorization, tree
+from lora_jax.adapters.base import Method, sizes
 from lora_jax.adapters.lora import LoRA, check_leaves_start, check_rank_fits
 from lora_jax.axes import Axes
+from lora_jax.targets import axes_of
 from lora_jax.transform import roles_of
 from lora_jax.weights import LowRank, Weight, is_weight, materialize
 
@@ -47,17 +48,20 @@ def start(
     quantize: gives, of a float32 array, a Weight that stands for the quantised one, or the array
       itself rounded to what the quantised one can hold; it is then stored in the leaf's dtype.
     iterations: how often a kernel is quantised; 1 is quantisation and one SVD of what it lost.
-    axes: what `trace_axes` found. Kernels of two axes (in, out) do not need it.
+    axes: what `trace_axes` found; by default what `match` was given for `specs`.
 
   Raises:
     ValueError: when a spec is no LoRA, has an initializer of its own or a scale that is not above
       zero, when a rank exceeds its kernel's, when `quantize` changes the shape, and when
       `iterations` is below 1.
   """
-  if iterations < 1:
+  if checks.whole("LoftQ: iterations", iterations) < 1:
     raise ValueError(f"LoftQ: iterations {iterations} is below 1; nothing would be quantised")
+  checks.function("LoftQ: quantize", quantize)
   leaves = tree.flatten(params, is_leaf=is_weight)
-  roles = {path: _checked_roles(path, spec, leaves[path], axes) for path, spec in specs.items()}
+  checks.by_path(specs, Method, "spec", leaves)
+  axes = axes_of(specs, axes, leaves)
+  roles = {path: _checked_roles(path, spec, leaves, axes) for path, spec in specs.items()}
   base, adapters = {}, {}
   for path, spec in specs.items():
     base[path], adapters[path] = _alternate(
@@ -67,12 +71,12 @@ def start(
   return quantised, adapters
 
 
-def _checked_roles(path: str, spec: LoRA, leaf, axes) -> str:
+def _checked_roles(path: str, spec: LoRA, leaves, axes) -> str:
   check_leaves_start(path, spec, "LoftQ")
   if spec.scale <= 0:
     raise ValueError(f"{path}: LoftQ divides by the root of the scale, which is {spec.scale}")
-  roles = roles_of(spec, path, leaf, axes)
-  _, inputs, outputs = sizes(leaf.shape, roles)
+  roles = roles_of(spec, path, leaves, axes)
+  _, inputs, outputs = sizes(leaves[path].shape, roles)
   check_rank_fits(path, spec.rank, inputs, outputs)
   return roles
 
@@ -95,4 +99,4 @@ def _alternate(path: str, leaf, spec: LoRA, roles: str, quantize: Callable, iter
     lost = w - materialize(base).astype(jnp.float32)
     adapter = spec.starting_at(*factorization.factorized(lost, roles, principal), roles)
     left = w - adapter.attach(w, path).delta()
-  return base, adapter
+  return base, adapter.seal()

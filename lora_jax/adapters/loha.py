@@ -24,7 +24,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lora_jax import weights
+from lora_jax import checks, weights
 from lora_jax.adapters.base import Method, sizes
 from lora_jax.adapters.lora import check_rank, check_rank_fits
 
@@ -43,6 +43,7 @@ class LoHa(Method):
 
   def __post_init__(self):
     check_rank(self)
+    self.settle("alpha", checks.finite)
 
   @property
   def scale(self) -> float:

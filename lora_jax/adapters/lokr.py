@@ -14,7 +14,7 @@ PEFT (Yeh et al. 2023, LyCORIS, arXiv 2309.14859, section 3.2).
 Defined for every kernel that is multiplied by, convolved or gathered, with any number of axes.
 Products are direct: neither the Kronecker product nor a low-rank form of it is made. Convolutions,
 look-ups, slices and products over part of the inputs go by the low-rank form, whose rank is
-min(i1, o1) times that of A B; where that is not below the kernel's own the kernel is materialised.
+min(i1, o1) times that of A B; where that is not below the kernel's own the kernel is materialized.
 So it is by `shard_map` when it splits the inputs or the outputs.
 """
 
@@ -24,7 +24,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lora_jax import weights
+from lora_jax import checks, weights
 from lora_jax.adapters.base import Method, sizes
 from lora_jax.adapters.lora import check_rank
 
@@ -51,8 +51,10 @@ class LoKr(Method):
 
   def __post_init__(self):
     check_rank(self)
-    if self.factor is not None and self.factor < 1:
-      raise ValueError(f"LoKr: factor {self.factor} is below 1; use a positive number, or None")
+    self.settle("alpha", checks.finite)
+    self.settle("decompose_both", checks.flag)
+    self.settle("factor", checks.whole, least=1)
+    self.settle("channels", checks.flag)
 
   @property
   def scale(self) -> float:
@@ -71,7 +73,7 @@ class LoKr(Method):
       return jnp.zeros((*stack, *shape), jnp.float32)
 
     def uniform(key, *shape):
-      bound = 1 / math.sqrt(shape[0])
+      bound = 1 / math.sqrt(max(1, shape[0]))  # an axis of size zero has no values to bound
       return jax.random.uniform(key, (*stack, *shape), jnp.float32, -bound, bound)
 
     if self.decompose_both and rank < max(i1, o1) / 2:
@@ -93,14 +95,14 @@ def factorization(size: int, factor: int | None = None) -> tuple[int, int]:
   """A size as a product of two.
 
   The first is `factor` if that divides it, or else the largest divisor which is not above `factor`
-  nor above the square root.
+  nor above the square root. A size of zero is 1 x 0.
 
   >>> factorization(128), factorization(128, 4), factorization(128, 6), factorization(127)
   ((8, 16), (4, 32), (4, 32), (1, 127))
   """
   if factor and size % factor == 0:
     return factor, size // factor
-  limit = min(factor or size, math.isqrt(size))
+  limit = max(1, min(factor or size, math.isqrt(size)))
   first = next(n for n in range(limit, 0, -1) if size % n == 0)
   return first, size // first
 

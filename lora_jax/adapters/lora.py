@@ -16,7 +16,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-from lora_jax import initializers
+from lora_jax import checks, initializers
 from lora_jax.adapters.base import Method, sizes
 from lora_jax.weights import LowRank
 
@@ -27,7 +27,7 @@ class LoRA(Method):
 
   Attributes:
     rank: the inner dimension of A B, at least 1 and at most that of the kernel.
-    alpha: the numerator of the scale.
+    alpha: the numerator of the scale. With 0 the model stays as the base, and nothing is learnt.
     rslora: divide alpha by sqrt(rank) instead of rank.
     train_a: train A as well as B; False is LoRA-FA.
     dropout: the share of the inputs of A that a training step drops. It needs a key:
@@ -45,8 +45,11 @@ class LoRA(Method):
 
   def __post_init__(self):
     check_rank(self)
-    if not 0 <= self.dropout < 1:
-      raise ValueError(f"LoRA: dropout {self.dropout} is not in [0, 1)")
+    self.settle("alpha", checks.finite)
+    self.settle("rslora", checks.flag)
+    self.settle("train_a", checks.flag)
+    self.settle("dropout", checks.fraction)
+    self.settle("initializer", checks.function)
 
   @property
   def scale(self) -> float:
@@ -67,10 +70,8 @@ class LoRA(Method):
 
 
 def check_rank(spec) -> None:
-  """Raises ValueError when a spec's rank is below one."""
-  if spec.rank < 1:
-    name = type(spec).__name__
-    raise ValueError(f"{name}: rank {spec.rank} is below 1; use a positive whole number")
+  """Raises TypeError when a spec's rank is no whole number, ValueError when it is below one."""
+  spec.settle("rank", checks.whole, least=1)
 
 
 def scale_of(spec) -> float:
@@ -82,13 +83,15 @@ def check_rank_fits(path: str, rank: int, inputs: tuple, outputs: tuple) -> None
   """Raises ValueError when a rank exceeds that of a kernel of these axes."""
   fan_in, fan_out = math.prod(inputs), math.prod(outputs)
   if rank > min(fan_in, fan_out):
-    raise ValueError(
-      f"{path}: rank {rank} exceeds min({fan_in}, {fan_out}); use rank <= {min(fan_in, fan_out)}"
-    )
+    largest = min(fan_in, fan_out)
+    remedy = f"use rank <= {largest}" if largest else "it is empty: leave it out of the targets"
+    raise ValueError(f"{path}: rank {rank} exceeds min({fan_in}, {fan_out}); {remedy}")
 
 
 def check_leaves_start(path: str, spec, method: str) -> None:
-  """Raises ValueError for a spec that is no LoRA, or says itself what its factors start from."""
+  """Raises TypeError for what is no spec, ValueError for the spec of another method, or one that
+  says itself what its factors start from."""
+  checks.instance(f"{path}: has", spec, Method, "spec")
   if not isinstance(spec, LoRA):
     raise ValueError(f"{path}: {method} is a start of LoRA, and the spec is {spec}; use LoRA")
   if spec.initializer is not LoRA.initializer:

@@ -16,7 +16,7 @@ the base stays quantised, and the principal part is subtracted in factored form.
 
 import dataclasses
 
-from lora_jax import factorization
+from lora_jax import checks, factorization
 from lora_jax.adapters.recentred import FromKernel
 
 
@@ -38,8 +38,7 @@ class PiSSA(FromKernel):
     super().__post_init__()
     if self.alpha <= 0:
       raise ValueError(f"PiSSA: alpha {self.alpha} is not above 0; its root is divided by")
-    if self.iterations is not None and self.iterations < 0:
-      raise ValueError(f"PiSSA: iterations {self.iterations} is below 0; None decomposes exactly")
+    self.settle("iterations", checks.whole, least=0)
 
   def factorize(self, key, matrix):
     if self.iterations is None:

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from lora_jax import factorization
+from lora_jax import checks, factorization
 from lora_jax.adapters.base import Method, sizes
 from lora_jax.adapters.lora import check_rank, check_rank_fits, scale_of
 from lora_jax.weights.base import materialize
@@ -27,6 +27,8 @@ class FromKernel(Method):
 
   def __post_init__(self):
     check_rank(self)
+    self.settle("alpha", checks.finite)
+    self.settle("rslora", checks.flag)
 
   @property
   def scale(self) -> float:

@@ -16,10 +16,12 @@ them and not for convolutions.
 """
 
 import dataclasses
+from collections.abc import Iterable
+from typing import Any
 
 import jax.numpy as jnp
 
-from lora_jax import weights
+from lora_jax import checks, weights
 from lora_jax.adapters.base import Method
 
 
@@ -36,7 +38,8 @@ class TokenRows(Method):
   axis: int = 0
 
   def __post_init__(self):
-    object.__setattr__(self, "ids", tuple(int(n) for n in self.ids))
+    self.settle("ids", _tokens)
+    self.settle("axis", checks.whole)
     if not self.ids or len(set(self.ids)) != len(self.ids) or min(self.ids) < 0:
       raise ValueError(
         f"TokenRows: ids {self.ids} must be one or more tokens, each once, none below 0"
@@ -62,3 +65,10 @@ class TokenRows(Method):
       ids=self.ids,
       roles="".join("i" if n == self.axis else "o" for n in range(len(shape))),
     )
+
+
+def _tokens(name: str, value: Any) -> tuple[int, ...]:
+  """Token ids, of a sequence or an array of whole numbers."""
+  if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+    raise TypeError(f"{name} {value!r} is not a sequence of token ids")
+  return tuple(checks.whole(f"{name}: the token", token) for token in value)

@@ -27,7 +27,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lora_jax import weights
+from lora_jax import checks, weights
 from lora_jax.adapters.base import Method, sizes
 from lora_jax.adapters.lora import check_rank
 
@@ -54,8 +54,9 @@ class VeRA(Method):
 
   def __post_init__(self):
     check_rank(self)
-    if self.fan_in is not None and self.fan_in < 1:
-      raise ValueError(f"VeRA: fan_in {self.fan_in} is below 1; use a number of inputs, or None")
+    self.settle("seed", checks.whole, least=0, most=checks.MAX_SEED)
+    self.settle("d_initial", checks.finite)
+    self.settle("fan_in", checks.whole, least=1)
 
   def init(self, key, path, w, roles):
     """As in `Method`; the key is not used, since the seed is all layers' own."""

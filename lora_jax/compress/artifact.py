@@ -13,8 +13,6 @@ Whoever has JAX and safetensors runs it, on any of the platforms that it was low
     logits = program.call(params, tokens)               # int32 [rows, length], padded on the right
 """
 
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ import numpy as np
 from jax import lax
 
 from lora_jax import tree
-from lora_jax.io import safetensors
+from lora_jax.io import outputs, safetensors
 from lora_jax.io.tokenizer import Tokenizer
 
 PyTree = Any
@@ -58,9 +56,7 @@ def save(
   Raises:
     FileExistsError: when the folder holds something.
   """
-  folder = Path(folder)
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise FileExistsError(f"{folder}: holds something already; name a new or an empty folder")
+  folder = outputs.new_folder(folder)
   leaves = tree.flatten(params)
   dtypes = {name: leaf.dtype for name, leaf in leaves.items()}
   arrays = {name: _as_stored(np.asarray(leaf)) for name, leaf in leaves.items()}
@@ -73,16 +69,11 @@ def save(
   shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
   tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
   program = jax.export.export(jax.jit(forward), platforms=tuple(platforms))(shapes, tokens)
-  partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-  partial.mkdir(parents=True)
-  try:
-    (partial / PROGRAM).write_bytes(program.serialize())
+  with outputs.whole_folder(folder) as partial:
+    outputs.write_bytes(partial / PROGRAM, program.serialize())
     safetensors.save_file(arrays, partial / PARAMS)
     if tokenizer is not None:
       tokenizer.save(partial)
-    partial.replace(folder)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _as_stored(array: np.ndarray) -> np.ndarray:

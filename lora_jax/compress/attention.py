@@ -9,7 +9,7 @@ a head's features at most, so their truncation is the best that any smaller head
 Heads become smaller, and so do FLOPs and the cache of keys and values. The second is exact for
 every model. The first is for models without rotary positions: rotations stand between Wq and Wkᵀ,
 another one for each distance, and a feature that is dropped from all of them at once is no pair of
-the rotations any more. So `shrink_values` is all that a Llama takes; `refuse_rotary` says why.
+the rotations any more. So `shrink_values` is all that they take; `refuse_rotary` says why.
 """
 
 import dataclasses
@@ -22,7 +22,9 @@ import scipy.linalg
 
 from lora_jax import tree
 from lora_jax.compress.factorize import check_rows, factor_root
-from lora_jax.models import llama
+from lora_jax.compress.structured import check_separate
+from lora_jax.families import Config
+from lora_jax.models.llama_config import value_features
 from lora_jax.weights import is_weight
 from lora_jax.weights.probe import Moments
 
@@ -102,18 +104,18 @@ def _check_features(features: int, most: int) -> None:
     raise ValueError(f"a head of {most} features is shrunk to 1 to {most} of them, not {features}")
 
 
-# ---- a Llama
+# ---- a decoder
 
 
 def shrink_values(
   params: PyTree,
-  config: llama.LlamaConfig,
+  config: Config,
   value_dim: int,
   moments: Mapping[str, Moments] | None = None,
   *,
   damping: float = 1e-3,
-) -> tuple[PyTree, llama.LlamaConfig]:
-  """A Llama whose value heads have fewer features, and its configuration.
+) -> tuple[PyTree, Config]:
+  """A decoder whose value heads have fewer features, and its configuration.
 
   Args:
     params: of the model, layers unstacked, its attention dense.
@@ -129,7 +131,10 @@ def shrink_values(
   """
   if config.scan_layers:
     raise ValueError("the layers are stacked; load the model with scan_layers=False")
-  features = llama.value_features(config)
+  check_separate(params, "value_heads")
+  if config.qkv_bias:
+    raise ValueError("value_dim: values that have a bias cannot be shrunk; leave value_dim out")
+  features = value_features(config)
   _check_features(value_dim, features)
   leaves, found = tree.flatten(params, is_leaf=is_weight), {}
   groups = config.num_heads // config.num_kv_heads
@@ -157,7 +162,7 @@ def shrink_values(
 
 
 def refuse_rotary() -> NoReturn:
-  """Raises what asking for smaller queries and keys of a Llama does."""
+  """Raises what asking for smaller queries and keys of a decoder does."""
   raise ValueError(
     "queries and keys have rotary positions: a rotation stands between Wq and Wkᵀ, another for "
     "each distance, so no truncation of their product is right for all of them; shrink the values "

@@ -63,7 +63,7 @@ def select(
       )
     if not isinstance(leaf, jax.ShapeDtypeStruct) and not bool(jnp.isfinite(leaf).all()):
       raise ValueError(f"{path}: holds NaN or infinity; the model is damaged")
-    roles = roles_of(Method(), path, leaf, axes)
+    roles = roles_of(Method(), path, leaves, axes)
     if not {"i", "o"} <= set(roles):
       raise ValueError(f"{path}: its axes {roles!r} are no inputs and outputs; leave it out")
   return list(specs)
@@ -232,13 +232,14 @@ def tails(
     paths: the kernels, from `select`.
     values: `(path, matrix) -> singular values`; `Whitened.values`, `singular_values`, or for
       `pivoted_qr`, which loses more than these, `pivoted_rows`.
-    axes: what `trace_axes` found.
+    axes: what `trace_axes` found; by default what `match` was given for `paths`.
   """
   leaves = tree.flatten(params, is_leaf=is_weight)
+  axes = targets.axes_of(paths, axes, leaves)
   found = {}
   for path in paths:
     total = 0.0
-    for matrix in _matrices(leaves[path], roles_of(Method(), path, leaves[path], axes)):
+    for matrix in _matrices(leaves[path], roles_of(Method(), path, leaves, axes)):
       squares = values(path, matrix) ** 2
       total = total + np.append(squares[::-1].cumsum()[::-1], 0.0)
     found[path] = total
@@ -304,7 +305,7 @@ def factorize(
     raise ValueError("there is no kernel to factorise: the ranks are empty")
   select(params, [re.escape(path) for path in ranks], axes)
   leaves = tree.flatten(params, is_leaf=is_weight)
-  roles = {path: roles_of(Method(), path, leaves[path], axes) for path in ranks}
+  roles = {path: roles_of(Method(), path, leaves, axes) for path in ranks}
   for path, rank in ranks.items():
     _, d, k = sizes(leaves[path], roles[path])
     if not 1 <= rank <= min(d, k):

@@ -21,9 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lora_jax import tree
+from lora_jax import checks, tree
 from lora_jax.axes import Axes
 from lora_jax.compress.quantize import check_finite, columns_of
+from lora_jax.targets import axes_of
 from lora_jax.weights import is_weight
 from lora_jax.weights.coded import rows_of
 from lora_jax.weights.probe import Moments
@@ -62,7 +63,7 @@ def quantize(
     formats: `{path: Format}`, what `lora_jax.match` returned.
     moments: `{path: Moments}` of the inputs of these kernels, what `second_moments` returned. As
       many rows as a kernel has inputs, or more, tell apart what matters.
-    axes: what `trace_axes` found. Kernels of two axes (in, out) do not need it.
+    axes: what `trace_axes` found; by default what `match` was given for `formats`.
     damping: what is added to the diagonal of H, by its mean.
 
   Raises:
@@ -70,9 +71,11 @@ def quantize(
       as are not finite, or fewer rows than inputs; when an axis of outputs stands before one of
       stacks; and when damping is not above zero. Nothing is quantised then.
   """
-  if damping <= 0:
+  if checks.finite("GPTQ: damping", damping) <= 0:
     raise ValueError(f"GPTQ: damping {damping} is not above 0, and H may have no inverse")
   leaves = tree.flatten(params, is_leaf=is_weight)
+  checks.by_path(formats, Format, "format", leaves)
+  axes = axes_of(formats, axes, leaves)
   columns = {path: columns_of(path, leaves[path], axes) for path in formats}
   for path in formats:
     check_finite(path, leaves[path])

@@ -12,10 +12,11 @@ from typing import Any
 
 import jax
 
-from lora_jax import tree
-from lora_jax.adapters import LoRA, loftq
+from lora_jax import checks, tree
+from lora_jax.adapters import LoRA, Method, loftq
 from lora_jax.axes import Axes
 from lora_jax.compress.quantize import check_finite, columns_of
+from lora_jax.targets import axes_of
 from lora_jax.weights import LowRank, Quantized, is_weight
 from lora_jax.weights.quantized import Format, quantized
 
@@ -36,16 +37,19 @@ def start(
     params: a pytree of arrays.
     specs: `{path: LoRA}`, what `lora_jax.match` returned.
     formats: `{path: Format}`, of the same paths.
-    axes: what `trace_axes` found. Kernels of two axes (in, out) do not need it.
+    axes: what `trace_axes` found; by default what `match` was given for `specs`.
     iterations: how often a kernel is quantised.
 
   Raises:
     ValueError: as `adapters.loftq.start` and `compress.quantize` do; and when the paths differ.
   """
+  leaves = tree.flatten(params, is_leaf=is_weight)
+  checks.by_path(specs, Method, "spec", leaves)
+  checks.by_path(formats, Format, "format", leaves)
   if set(specs) != set(formats):
     one_sided = ", ".join(sorted(set(specs) ^ set(formats)))
     raise ValueError(f"LoftQ adapts what it quantises, and no other leaf; not so {one_sided}")
-  leaves = tree.flatten(params, is_leaf=is_weight)
+  axes = axes_of(specs, axes, leaves)
   columns = {path: columns_of(path, leaves[path], axes) for path in formats}
   for path in formats:
     check_finite(path, leaves[path])

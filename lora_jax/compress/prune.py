@@ -26,6 +26,7 @@ from lora_jax import tree
 from lora_jax.adapters import Method
 from lora_jax.axes import Axes
 from lora_jax.compress.factorize import select, sizes
+from lora_jax.targets import axes_of
 from lora_jax.transform import roles_of
 from lora_jax.weights import Pruned, is_weight
 from lora_jax.weights.probe import Moments
@@ -129,17 +130,18 @@ def prune(
     paths: the kernels, as `factorize.select` returns them.
     score: `magnitude`, `wanda(moments)`, or your own.
     pattern: `share(0.5)`, `n_of_m(2, 4)`, or your own.
-    axes: what `trace_axes` found. Kernels of two axes (in, out) do not need it.
+    axes: what `trace_axes` found; by default what `match` was given for `paths`.
 
   Raises:
     ValueError: when a path is no kernel that `select` would take, or as the score and the pattern
       do.
   """
   leaves = tree.flatten(params, is_leaf=is_weight)
+  axes = axes_of(paths, axes, leaves)
   select(params, [re.escape(path) for path in paths], axes)
   found = {}
   for path in paths:
-    leaf, roles = leaves[path], roles_of(Method(), path, leaves[path], axes)
+    leaf, roles = leaves[path], roles_of(Method(), path, leaves, axes)
     order = [n for role in "sio" for n, each in enumerate(roles) if each == role]
     stack, d, k = sizes(leaf, roles)
     moved = jnp.transpose(leaf, order)

@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import tree
+from lora_jax import checks, tree
 from lora_jax.axes import Axes
+from lora_jax.targets import axes_of
 from lora_jax.weights import is_weight
 from lora_jax.weights.quantized import FP8, INT4, INT8, NF4, Format, Quantized, quantized
 
@@ -34,13 +35,17 @@ def quantize(
     params: a pytree of arrays. It stays in memory beside what is made of it; a loop that lets go of
       each array before it takes the next calls `quantize_leaf`.
     formats: `{path: Format}`, what `lora_jax.match` returned.
-    axes: what `trace_axes` found. Kernels of two axes (in, out) do not need it; an embedding does.
+    axes: what `trace_axes` found; by default what `match` was given for `formats`. Kernels of two
+      axes (in, out) do not need it; an embedding does.
 
   Raises:
+    TypeError: when a format is none (its name, for example).
     ValueError: when a leaf is no array of floats, holds a number that is not finite, or its axes
       are not known. Nothing is quantised then.
   """
   leaves = tree.flatten(params, is_leaf=is_weight)
+  checks.by_path(formats, Format, "format", leaves)
+  axes = axes_of(formats, axes, leaves)
   columns = {path: columns_of(path, leaves[path], axes) for path in formats}
   for path in formats:
     check_finite(path, leaves[path])
@@ -57,7 +62,7 @@ def quantize_leaf(
   path: str, leaf: jax.Array, format: Format, axes: Mapping[str, Axes] | None = None
 ) -> Quantized:
   """One leaf of `quantize`, for a loop that lets go of each array before it takes the next."""
-  columns = columns_of(path, leaf, axes)
+  columns = columns_of(path, leaf, axes_of((path,), axes, {path: leaf}))
   check_finite(path, leaf)
   return _quantized(leaf, format, columns).with_path(path)
 

@@ -7,7 +7,6 @@ writes report.json, report.md with the table, and pareto.png: perplexity against
 """
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -19,11 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from lora_jax import cost
-from lora_jax.models import llama
+from lora_jax import cost, families
+from lora_jax.checks import shown
+from lora_jax.io import json_files, outputs
 from lora_jax.weights import Adapted, Factored, Pruned, is_weight
 
 PyTree = Any
+
+_REPORT = "report.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,7 +102,7 @@ def flops_per_token(apply: Callable, params: PyTree, length: int) -> int:
 def latency(
   apply: Callable,
   params: PyTree,
-  config: llama.LlamaConfig,
+  config: families.Config,
   *,
   rows: int,
   length: int,
@@ -111,7 +113,7 @@ def latency(
   The medians of `repeats` calls, after one that compiles.
   """
   tokens = jnp.ones((rows, length), jnp.int32)
-  cache = llama.init_cache(config, rows, length + 1, config.dtype)
+  cache = families.family_of(config).init_cache(config, rows, length + 1, config.dtype)
 
   @jax.jit
   def prefill(params, tokens, cache):
@@ -181,10 +183,61 @@ def write(folder: str | Path, rows: Sequence[Row], about: str) -> None:
   """
   folder = Path(folder)
   steps = [{"step": row.step} | dataclasses.asdict(row.measures) for row in rows]
-  (folder / "report.json").write_text(json.dumps({"about": about, "steps": steps}, indent=2) + "\n")
+  fields = {"about": about, "steps": steps}
+  outputs.write_text(folder / _REPORT, outputs.as_json(fields, indent=2) + "\n")
   text = f"# {folder.name}\n\n{table(rows)}\n\n![Pareto plot](pareto.png)\n\n{about}\n"
-  (folder / "report.md").write_text(text)
+  outputs.write_text(folder / "report.md", text)
   plot_pareto(rows, folder / "pareto.png")
+
+
+def read(folder: str | Path) -> tuple[str, list[Row]]:
+  """What `write` was given for `about` and for the rows.
+
+  Raises:
+    FileNotFoundError: when the folder has no report.
+    PermissionError: when it may not be read.
+    ValueError: when it is damaged.
+  """
+  path = Path(folder) / _REPORT
+  found = json_files.read_json(path, what="the report of a compression")
+  try:
+    rows = [_row(dict(fields)) for fields in found["steps"]]
+    about = found["about"]
+    if not isinstance(about, str):
+      raise TypeError(f"about is {shown(about)}")
+    if len({(*row.measures.prefill, None, *row.measures.token) for row in rows}) > 1:
+      raise ValueError("not every step was measured at the same batch sizes")
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(
+      f"{path}: is not the report of a compression ({error!r:.200}); restore it, or compress anew "
+      "into another workdir"
+    ) from None
+  return about, rows
+
+
+def _row(fields: dict[str, Any]) -> Row:
+  def number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | None):
+      raise TypeError(f"{name} is {shown(value)}")
+    return math.nan if value is None else value
+
+  step = fields.pop("step")
+  if not isinstance(step, str):
+    raise TypeError(f"step is {shown(step)}")
+  for name in ("prefill", "token"):
+    times = dict(fields[name])
+    fields[name] = {int(rows): number(name, x) for rows, x in times.items()}
+    if not times:
+      raise TypeError(f"{name} is {shown(times)}")
+  accuracy = fields.pop("accuracy")
+  numbers = {
+    name: value if name in ("prefill", "token") else number(name, value)
+    for name, value in fields.items()
+  }
+  for name in ("parameters", "memory", "disk", "flops"):
+    if not numbers.get(name, 0) > 0:
+      raise ValueError(f"{name} is {shown(numbers.get(name))}")
+  return Row(step, Measures(**numbers, accuracy=accuracy and number("accuracy", accuracy)))
 
 
 def plot_pareto(rows: Sequence[Row], path: Path) -> None:
@@ -202,4 +255,5 @@ def plot_pareto(rows: Sequence[Row], path: Path) -> None:
   axes.plot(*zip(*sorted(best), strict=True), color="#d9541e", linewidth=1.5)
   axes.set(xlabel="MB in memory", ylabel="perplexity", yscale="log")
   axes.grid(alpha=0.3)
-  figure.savefig(path)
+  with outputs.whole_file(path) as partial:
+    figure.savefig(partial)

@@ -30,6 +30,7 @@ from lora_jax import tree
 from lora_jax.adapt import adapt
 from lora_jax.adapters import Method
 from lora_jax.axes import Axes
+from lora_jax.targets import axes_of
 from lora_jax.transform import roles_of
 from lora_jax.weights import is_weight
 from lora_jax.weights.factors import part_sizes
@@ -56,18 +57,19 @@ def gradient_moments(
     params: what `loss` takes; Weights may be among the leaves.
     paths: the kernels: leaves that are multiplied by.
     batches: what `loss` takes, one after another; each is read once.
-    axes: what `trace_axes` found. Kernels of two axes (in, out) do not need it.
+    axes: what `trace_axes` found; by default what `match` was given for `paths`.
 
   Raises:
     ValueError: when a path is no leaf, when there is no batch, and when no gradient reaches the
       results of a kernel or it is used otherwise than by a product.
   """
   leaves = tree.flatten(params, is_leaf=is_weight)
-  paths = tuple(paths)
+  paths = paths if isinstance(paths, Mapping) else tuple(paths)
+  axes = axes_of(paths, axes, leaves)
   missing = sorted(set(paths) - set(leaves))
   if missing:
     raise ValueError(f"the tree has no leaf at {', '.join(missing)}, whose gradients are asked for")
-  roles = {path: roles_of(Method(), path, leaves[path], axes) for path in paths}
+  roles = {path: roles_of(Method(), path, leaves, axes) for path in paths}
   slots = {path: _slot(leaves[path].shape, roles[path]) for path in paths}
   probed = adapt(loss)
 

@@ -14,8 +14,6 @@ checked before anything is used, and a folder is loaded as a whole or not at all
 import dataclasses
 import json
 import math
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,14 +25,17 @@ import numpy as np
 from flax import traverse_util
 from jax.typing import DTypeLike
 
-from lora_jax.io import configs, safetensors
+from lora_jax import families
+from lora_jax.checks import shown
+from lora_jax.io import casting, json_files, outputs, safetensors
 from lora_jax.io.pretrained import Pretrained
 from lora_jax.io.tokenizer import Tokenizer, from_folder
-from lora_jax.models import llama
+from lora_jax.models import layers
 from lora_jax.weights import Factored, Pruned, is_weight, materialize
 from lora_jax.weights.quantized import Quantized
 
 PyTree = Any
+Stored = Mapping[str, safetensors.StoredTensor]
 
 STRUCTURE, TENSORS = "compressed.json", "compressed.safetensors"
 VERSION = 1
@@ -47,18 +48,23 @@ _DTYPES = {
   "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
 }  # fmt: skip
 _AS_BYTES = ("bool", "float8_e4m3fn")
+# What the codes of levels are.
+_CODES = {
+  "nf4": "uint8", "int4": "uint8", "int8": "int8", "uint8": "uint8", "fp8": "float8_e4m3fn",
+}  # fmt: skip
 
 
 def is_compressed(source: str | Path) -> bool:
   """Whether a source is the folder of a compressed model."""
-  return (Path(source) / STRUCTURE).is_file()
+  return (Path(source).expanduser() / STRUCTURE).exists()
 
 
 def steps_of(folder: str | Path) -> tuple[str, ...]:
   """What was done to a compressed model, in order; raises ValueError as `load` does."""
-  steps = _read_structure(Path(folder) / STRUCTURE)["steps"]
+  path = Path(folder).expanduser() / STRUCTURE
+  steps = _read_structure(path)["steps"]
   if not all(isinstance(step, str) for step in steps):
-    raise ValueError(f"{Path(folder) / STRUCTURE}: steps {str(steps)[:80]} are no names")
+    raise ValueError(f"{path}: steps {shown(steps)} are no names")
   return tuple(steps)
 
 
@@ -68,7 +74,7 @@ def steps_of(folder: str | Path) -> tuple[str, ...]:
 def save(
   folder: str | Path,
   params: Mapping[str, Any],
-  config: llama.LlamaConfig,
+  config: families.Config,
   tokenizer: Tokenizer,
   *,
   steps: Sequence[str] = (),
@@ -84,27 +90,28 @@ def save(
   Raises:
     FileExistsError: when the folder holds something.
     TypeError: when a leaf is neither an array nor one of these Weights.
+    ValueError: when values are not finite.
   """
-  folder = Path(folder)
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise FileExistsError(f"{folder}: holds something already; name a new or an empty folder")
+  folder = outputs.new_folder(folder)
   tensors: dict[str, np.ndarray] = {}
   leaves = traverse_util.flatten_dict(dict(params), sep="/")
   nodes = {path: _written(path, leaf, tensors) for path, leaf in leaves.items()}
-  partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-  partial.mkdir(parents=True)
-  try:
+  casting.check_finite(tensors)
+  with outputs.whole_folder(folder) as partial:
     safetensors.save_file(tensors, partial / TENSORS)
+    # The one size that a config.json has no field for. Families without such heads have it not.
+    value_dim = getattr(config, "value_dim", None)
     structure = {
-      "version": VERSION, "steps": list(steps), "value_dim": config.value_dim, "leaves": nodes,
+      "version": VERSION, "steps": list(steps), "value_dim": value_dim, "leaves": nodes,
     }  # fmt: skip
-    dense = dataclasses.replace(config, value_dim=None)
-    for name, fields in ((STRUCTURE, structure), ("config.json", configs.to_hugging_face(dense))):
-      (partial / name).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+    dense = config if value_dim is None else dataclasses.replace(config, value_dim=None)
+    described = dict(tokenizer.files.config) | families.family_of(dense).write_config(dense)
+    written = {STRUCTURE: structure, "config.json": described}
+    if tokenizer.files.generation is not None:
+      written["generation_config.json"] = dict(tokenizer.files.generation)
+    for name, fields in written.items():
+      outputs.write_text(partial / name, json.dumps(fields, indent=1) + "\n")
     tokenizer.save(partial)
-    partial.replace(folder)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
 
 
 def size(params: Mapping[str, Any]) -> int:
@@ -171,23 +178,27 @@ def load(
     folder: of the model.
     dtype: of the arithmetic and of what is stored as floats; codes stay as they are.
     scan_layers: stack the layers, which must then be compressed alike, with the same ranks.
-    remat_policy, constrain: as in `llama.LlamaConfig`.
+    remat_policy, constrain: fields of the model's config.
 
   Raises:
     FileNotFoundError: when a file is missing.
     ValueError: when a file is damaged, says something unknown, or does not fit the model.
   """
-  folder = Path(folder)
+  folder = Path(folder).expanduser()
   structure = _read_structure(folder / STRUCTURE)
   try:
-    config = configs.from_hugging_face(_read_json(folder / "config.json"))
+    config = families.parse_config(json_files.read_json(folder / "config.json"))
+    if structure["value_dim"] is not None:
+      if not hasattr(config, "value_dim"):
+        raise ValueError(f"value_dim {structure['value_dim']}: {config.family!r} has no such heads")
+      config = dataclasses.replace(config, value_dim=structure["value_dim"])
     config = dataclasses.replace(
-      config, value_dim=structure["value_dim"], remat_policy=remat_policy, constrain=constrain,
-      dtype=dtype, param_dtype=dtype,
-    )  # fmt: skip
+      config, remat_policy=remat_policy, constrain=constrain, dtype=dtype, param_dtype=dtype
+    )
     if not len(structure["leaves"]) >= config.num_layers:  # or the model would be traced endlessly
       raise ValueError(f"there are {config.num_layers} layers and fewer leaves")
-    leaves = _read_leaves(folder / TENSORS, structure["leaves"], llama.param_shapes(config), dtype)
+    shapes = families.param_shapes(config)
+    leaves = _read_leaves(folder / TENSORS, structure["leaves"], shapes, dtype)
     params = traverse_util.unflatten_dict(leaves, sep="/")
     if scan_layers:
       params = _stacked(params)
@@ -198,28 +209,28 @@ def load(
         f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the embedding only "
         f"{config.vocab_size} rows"
       )
-  except (ValueError, TypeError) as error:
-    raise ValueError(f"{folder}: {error}") from None
-  return Pretrained(config=config, params=params, tokenizer=tokenizer, source=str(folder))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-  try:
-    fields = json.loads(path.read_text(encoding="utf-8"))
   except ValueError as error:
-    raise ValueError(f"{path.name}: not JSON ({error})") from None
-  if not isinstance(fields, dict):
-    raise ValueError(f"{path.name}: not a JSON object")
-  return fields
+    raise ValueError(f"{folder}: {error}") from None
+  # The norms are never compressed, and were in the dtype of the model that was.
+  return Pretrained(
+    config=config,
+    family=families.family_of(config),
+    params=params,
+    tokenizer=tokenizer,
+    source=str(folder),
+    stored_dtype=structure["leaves"]["norm/scale"].get("dtype", "float32"),
+  )
 
 
 def _read_structure(path: Path) -> dict[str, Any]:
-  structure = _read_json(path)
-  wanted = {"version": int, "steps": list, "value_dim": int | None, "leaves": dict}
+  structure = json_files.read_json(path, what="the structure of a compressed model")
+  wanted = {
+    "version": (int,), "steps": (list,), "value_dim": (int, type(None)), "leaves": (dict,),
+  }  # fmt: skip
   if set(structure) != set(wanted) or structure["version"] != VERSION:
     raise ValueError(f"{path}: not the structure of a compressed model of version {VERSION}")
-  for name, kind in wanted.items():
-    if not isinstance(structure[name], kind):
+  for name, kinds in wanted.items():
+    if type(structure[name]) not in kinds:
       raise ValueError(f"{path}: {name} is a {type(structure[name]).__name__}")
   return structure
 
@@ -228,63 +239,74 @@ def _read_leaves(path: Path, nodes, shapes: Mapping[str, tuple[int, ...]], dtype
   if set(nodes) != set(shapes):
     raise ValueError(
       "the leaves are not those of the configuration; "
-      f"missing: {sorted(set(shapes) - set(nodes))[:8]}, "
-      f"unexpected: {sorted(set(nodes) - set(shapes))[:8]}"
+      f"missing: {shown(sorted(set(shapes) - set(nodes)))}, "
+      f"unexpected: {shown(sorted(set(nodes) - set(shapes)))}"
     )
-  present = set(safetensors.tensor_names(path))
+  stored = safetensors.open_file(path)
   named = [name for node in nodes.values() for name in _names(node)]
-  if sorted(named) != sorted(present):
+  if sorted(named) != sorted(stored):
     raise ValueError(
       f"{TENSORS} does not hold the tensors of {STRUCTURE}, each once; "
-      f"missing: {sorted(set(named) - present)[:8]}, unexpected: {sorted(present - set(named))[:8]}"
+      f"missing: {shown(sorted(set(named) - set(stored)))}, "
+      f"unexpected: {shown(sorted(set(stored) - set(named)))}"
     )
   leaves = {}
   for name, node in nodes.items():
-    leaf = _read(path, name, node)
-    _check_shape(name, leaf, shapes[name])
-    leaf = _cast(leaf, jnp.dtype(dtype))
+    leaf = _made(stored, name, node, shapes[name])
+    leaf = _cast(name, leaf, jnp.dtype(dtype))
     leaves[name] = leaf.with_path(name) if is_weight(leaf) else leaf
   return leaves
 
 
-def _check_shape(name: str, leaf: Any, wanted: tuple[int, ...]) -> None:
-  """That a leaf stands for an array of this shape, whatever its parts are made of."""
+def _made(stored: Stored, name: str, node: Mapping[str, Any], wanted: tuple[int, ...]) -> Any:
+  """A leaf, which must stand for an array of this shape, whatever its parts are made of."""
   try:
-    found = jax.eval_shape(materialize, leaf).shape
+    leaf = _read(stored, name, node)
+    found, shape = jax.eval_shape(materialize, leaf), tuple(leaf.shape)
   except Exception as error:  # whatever the arithmetic of parts that do not fit each other raises
-    raise ValueError(f"{name}: its parts do not fit each other: {str(error)[:200]}") from None
-  if tuple(found) != wanted or tuple(leaf.shape) != wanted:
-    raise ValueError(f"{name}: shape {tuple(found)}, the configuration says {wanted}")
+    raise ValueError(f"{name}: its parts do not fit each other: {str(error)[:300]}") from None
+  if tuple(found.shape) != wanted or shape != wanted:
+    raise ValueError(f"{name}: shape {tuple(found.shape)}, the configuration says {wanted}")
+  if not jnp.issubdtype(found.dtype, jnp.floating):
+    raise ValueError(f"{name}: its dtype {found.dtype} is none of a float's")
+  return leaf
 
 
 def _names(node: Any) -> list[str]:
   """The tensors that a description names, however deep; its form is checked on the way."""
   if not isinstance(node, dict):
-    raise ValueError(f"{STRUCTURE}: {str(node)[:40]!r} describes no leaf")
+    raise ValueError(f"{STRUCTURE}: {shown(node)} describes no leaf")
   if set(node) == {"tensor", "dtype", "shape"}:
     sizes = node["shape"]
-    if not isinstance(node["tensor"], str) or node["dtype"] not in _DTYPES:
-      raise ValueError(f"{STRUCTURE}: {str(node)[:80]} describes no tensor")
+    if not isinstance(node["tensor"], str) or str(node["dtype"]) not in _DTYPES:
+      raise ValueError(f"{STRUCTURE}: {shown(node)} describes no tensor")
     if not isinstance(sizes, list) or any(type(n) is not int or n < 0 for n in sizes):
-      raise ValueError(f"{STRUCTURE}: {node['tensor']}: {sizes!r} is no shape")
+      raise ValueError(f"{STRUCTURE}: {shown(node['tensor'])}: {shown(sizes)} is no shape")
     return [node["tensor"]]
-  if set(node) != {"kind", "settings", "parts"} or node["kind"] not in KINDS:
-    raise ValueError(f"{STRUCTURE}: {str(node)[:80]} describes no Weight of {', '.join(KINDS)}")
+  if set(node) != {"kind", "settings", "parts"} or str(node["kind"]) not in KINDS:
+    raise ValueError(f"{STRUCTURE}: {shown(node)} describes no Weight of {', '.join(KINDS)}")
+  if not isinstance(node["settings"], dict) or not isinstance(node["parts"], dict):
+    raise ValueError(f"{STRUCTURE}: {shown(node)}: its settings or its parts are no object")
   fields = {field.name: field for field in dataclasses.fields(KINDS[node["kind"]])}
   for part in node["parts"]:
     if part not in fields or fields[part].metadata.get("static"):
-      raise ValueError(f"{STRUCTURE}: a {node['kind']} has no part {part!r}")
+      raise ValueError(f"{STRUCTURE}: a {node['kind']} has no part {shown(part)}")
   for name in node["settings"]:
     if name not in fields or not fields[name].metadata.get("static") or name == "path":
-      raise ValueError(f"{STRUCTURE}: a {node['kind']} has no setting {name!r}")
+      raise ValueError(f"{STRUCTURE}: a {node['kind']} has no setting {shown(name)}")
   return [name for part in node["parts"].values() for name in _names(part)]
 
 
-def _read(path: Path, leaf: str, node: Mapping[str, Any]) -> Any:
+def _read(stored: Stored, leaf: str, node: Mapping[str, Any]) -> Any:
   if "tensor" in node:
-    return jnp.asarray(_read_array(path, node))
+    return jnp.asarray(_read_array(stored, node))
   settings = {name: _setting(leaf, name, x) for name, x in node["settings"].items()}
-  parts = {part: _read(path, leaf, x) for part, x in node["parts"].items()}
+  parts = {part: _read(stored, leaf, x) for part, x in node["parts"].items()}
+  codes = _CODES.get(settings.get("levels"))
+  for part, x in parts.items():
+    fits = {"codes": x.dtype.name == codes, "mask": x.dtype == bool}
+    if not fits.get(part, jnp.issubdtype(x.dtype, jnp.floating)):
+      raise ValueError(f"{leaf}: its part {part} is of {x.dtype}")
   if node["kind"] == "Pruned":
     _check_parts(leaf, parts, ("w", "mask"))
     if not is_weight(parts["w"]):
@@ -310,12 +332,12 @@ def _setting(leaf: str, name: str, value: Any) -> Any:
     return tuple(value)
   if type(value) in (str, int, float, bool) or value is None:
     return value
-  raise ValueError(f"{leaf}: the setting {name} is {str(value)[:40]!r}")
+  raise ValueError(f"{leaf}: the setting {name} is {shown(value)}")
 
 
-def _read_array(path: Path, node: Mapping[str, Any]) -> np.ndarray:
+def _read_array(tensors: Stored, node: Mapping[str, Any]) -> np.ndarray:
   name, dtype, shape = node["tensor"], node["dtype"], tuple(node["shape"])
-  stored = safetensors.read_tensor(path, name)
+  stored = tensors[name].load()
   size = math.prod(shape)
   if dtype == "bool":
     if stored.dtype != np.uint8 or stored.shape != (-(-size // 8),):
@@ -341,15 +363,15 @@ def _unhidden(leaf: str, kept: np.ndarray, mask: np.ndarray) -> jax.Array:
   return jnp.asarray(w)
 
 
-def _cast(leaf: Any, dtype: jnp.dtype) -> Any:
+def _cast(name: str, leaf: Any, dtype: jnp.dtype) -> Any:
   """The leaf in another dtype; what is coded keeps its codes and their scales."""
   if isinstance(leaf, Quantized):
     return leaf.astype(dtype)
   if isinstance(leaf, Factored):
-    return dataclasses.replace(leaf, a=_cast(leaf.a, dtype), b=_cast(leaf.b, dtype))
+    return dataclasses.replace(leaf, a=_cast(name, leaf.a, dtype), b=_cast(name, leaf.b, dtype))
   if isinstance(leaf, Pruned):
-    return dataclasses.replace(leaf, w=_cast(leaf.w, dtype))
-  return leaf.astype(dtype)
+    return dataclasses.replace(leaf, w=_cast(name, leaf.w, dtype))
+  return casting.cast({name: leaf}, dtype)[name]
 
 
 def _stacked(params: PyTree) -> PyTree:
@@ -362,4 +384,4 @@ def _stacked(params: PyTree) -> PyTree:
       "its layers are not compressed alike (their ranks differ, say), so they cannot be stacked; "
       "set scan_layers to False"
     )
-  return llama.stack_layers(bare)
+  return layers.stack_layers(bare)

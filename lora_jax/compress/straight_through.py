@@ -15,9 +15,10 @@ quantised model with no adapter beside it.
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax import tree
+from lora_jax import checks, tree
 from lora_jax.axes import Axes
 from lora_jax.compress.quantize import columns_of
+from lora_jax.targets import axes_of
 from lora_jax.weights import Coded, is_weight
 from lora_jax.weights.quantized import Format
 from lora_jax.weights.rounded import Rounded
@@ -33,15 +34,14 @@ def straight_through(
   Args:
     weights: what `lora_jax.attach` made; arrays are rounded too.
     formats: `{path: Format}`, that the merged model will be quantised to.
-    axes: what `trace_axes` found. Kernels of two axes (in, out) do not need it.
+    axes: what `trace_axes` found; by default what `match` was given for `formats`.
 
   Raises:
     ValueError: when a path is no leaf, or one that is quantised already; or its axes are not known.
   """
   leaves = tree.flatten(weights, is_leaf=is_weight)
-  missing = sorted(set(formats) - set(leaves))
-  if missing:
-    raise ValueError(f"the tree has no leaf at {', '.join(missing)}, which shall be rounded")
+  checks.by_path(formats, Format, "format", leaves)
+  axes = axes_of(formats, axes, leaves)
 
   def leaf_of(path, leaf):
     if path not in formats:

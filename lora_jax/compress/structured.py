@@ -1,4 +1,4 @@
-"""Structured pruning of a Llama: whole MLP channels and heads, which leave a smaller dense model.
+"""Structured pruning of a decoder: whole MLP channels and heads, which leave a smaller dense model.
 
     params, config = structured.prune_channels(params, config, mlp_width, moments)
     params, config = structured.prune_heads(params, config, num_kv_heads, moments)
@@ -24,7 +24,8 @@ import scipy.linalg
 
 from lora_jax import tree
 from lora_jax.compress.factorize import check_rows
-from lora_jax.models import llama
+from lora_jax.families import Config
+from lora_jax.models.llama_config import value_features
 from lora_jax.weights import is_weight
 from lora_jax.weights.probe import Moments
 
@@ -33,13 +34,13 @@ PyTree = Any
 
 def prune_channels(
   params: PyTree,
-  config: llama.LlamaConfig,
+  config: Config,
   mlp_width: int,
   moments: Mapping[str, Moments],
   *,
   damping: float = 1e-3,
-) -> tuple[PyTree, llama.LlamaConfig]:
-  """A Llama with fewer MLP channels in every layer, and its configuration.
+) -> tuple[PyTree, Config]:
+  """A decoder with fewer MLP channels in every layer, and its configuration.
 
   Args:
     params: of the model, layers unstacked.
@@ -52,28 +53,36 @@ def prune_channels(
     ValueError: when the layers are stacked or a kernel is compressed already, when no channel goes
       or stays, and when the calibration data are too short.
   """
-  _check(config, "mlp_width", mlp_width)
-  found = {}
+  if getattr(config, "experts", None) is not None:
+    raise ValueError(
+      "mlp_width: the MLPs are of experts, each with channels of its own, and no channel can be "
+      "taken from all of them alike; leave mlp_width out"
+    )
+  _check(config, params, "channels", "mlp_width", mlp_width)
+  found, flat = {}, tree.flatten(params, is_leaf=is_weight)
   for i in range(config.num_layers):
     block = f"block_{i}/mlp"
-    leaves = _kernels(params, block, ("gate", "up", "down"))
+    into = [x for x in ("gate", "up") if f"{block}/{x}/kernel" in flat]  # GPT-2 has no gate
+    leaves = _kernels(params, block, (*into, "down"))
     down = f"{block}/down/kernel"
     kept, fitted = _fewer_inputs(down, leaves["down"], mlp_width, 1, moments, damping)
     found[down] = fitted
-    for name in ("gate", "up"):
+    for name in into:
       found[f"{block}/{name}/kernel"] = leaves[name][:, kept]
+      if (bias := flat.get(f"{block}/{name}/bias")) is not None:
+        found[f"{block}/{name}/bias"] = bias[kept]
   return _replaced(params, found), dataclasses.replace(config, mlp_width=mlp_width)
 
 
 def prune_heads(
   params: PyTree,
-  config: llama.LlamaConfig,
+  config: Config,
   num_kv_heads: int,
   moments: Mapping[str, Moments],
   *,
   damping: float = 1e-3,
-) -> tuple[PyTree, llama.LlamaConfig]:
-  """A Llama with fewer key/value heads, and the query heads that attend to them, in every layer.
+) -> tuple[PyTree, Config]:
+  """A decoder with fewer key/value heads, and the query heads that attend to them, in every layer.
 
   Args:
     num_kv_heads: the key/value heads that stay.
@@ -83,12 +92,13 @@ def prune_heads(
   Raises:
     ValueError: as `prune_channels`.
   """
-  _check(config, "num_kv_heads", num_kv_heads)
+  _check(config, params, "heads", "num_kv_heads", num_kv_heads)
   groups, found = config.num_heads // config.num_kv_heads, {}
+  flat = tree.flatten(params, is_leaf=is_weight)
   sizes = {
     "query": groups * config.head_dim,
     "key": config.head_dim,
-    "value": llama.value_features(config),
+    "value": value_features(config),
   }
   for i in range(config.num_layers):
     block = f"block_{i}/attn"
@@ -100,6 +110,10 @@ def prune_heads(
     for name, features in sizes.items():
       columns = (heads[:, None] * features + np.arange(features)).ravel()
       found[f"{block}/{name}/kernel"] = leaves[name][:, columns]
+      if (bias := flat.get(f"{block}/{name}/bias")) is not None:
+        found[f"{block}/{name}/bias"] = bias[columns]
+    if (sinks := flat.get(f"{block}/sinks")) is not None:
+      found[f"{block}/sinks"] = sinks.reshape(-1, groups)[heads].ravel()
   config = dataclasses.replace(config, num_kv_heads=num_kv_heads, num_heads=num_kv_heads * groups)
   return _replaced(params, found), config
 
@@ -124,9 +138,29 @@ def _fewer_inputs(path, leaf, count: int, size: int, moments, damping: float):
   return kept, jnp.asarray(fitted, leaf.dtype)
 
 
-def _check(config: llama.LlamaConfig, field: str, count: int) -> None:
+SEPARATE = {"channels": "mlp/up", "heads": "attn/query", "value_heads": "attn/value"}
+"""The kernel of a layer that each of these needs as one of its own."""
+
+
+def check_separate(params: PyTree, what: str) -> None:
+  """Raises ValueError where a model has the kernel of SEPARATE fused with others."""
+  path = f"block_0/{SEPARATE[what]}/kernel"
+  if path not in tree.flatten(params, is_leaf=is_weight):
+    raise ValueError(
+      f"{what}: this model has no kernel {path}, since it is fused with others; factorize or "
+      "quantize it, and leave this step out"
+    )
+
+
+def _check(config: Config, params: PyTree, what: str, field: str, count: int) -> None:
   if config.scan_layers:
     raise ValueError("the layers are stacked; load the model with scan_layers=False")
+  check_separate(params, what)
+  if field == "num_kv_heads" and config.whole_qk_norm:
+    raise ValueError(
+      "num_kv_heads: the norms of queries and keys are over all heads, and with fewer of them are "
+      "other functions; prune channels alone"
+    )
   if not 0 < count < getattr(config, field):
     raise ValueError(
       f"{field} is {getattr(config, field)} and is to be {count}; choose a number from 1 to "

@@ -50,14 +50,13 @@ def detokenise_columns(records: Sequence[Record], columns: Sequence[str]) -> lis
     columns: the columns with text, each of which every record must have.
 
   Raises:
-    ValueError: no records, or a missing column.
-    TypeError: a column that holds no text.
+    ValueError: no records, a missing column, or one that holds no text.
   """
   require(records, columns, "detokenise")
   for number, record in enumerate(records):
     for column in columns:
       if not isinstance(record[column], str):
-        raise TypeError(
+        raise ValueError(
           f"detokenise: column {column!r} of record {number} holds a "
           f"{type(record[column]).__name__}, not text"
         )

@@ -16,10 +16,13 @@ fed to the model, as there is nothing after it to predict:
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from lora_jax.data import templates
 from lora_jax.data.records import Record
+
+Pieces = Sequence[tuple[str, bool]]
+"""Parts of a text, each with whether special tokens written out in it are meant as tokens."""
 
 
 class Tokenizer(Protocol):
@@ -33,6 +36,17 @@ class Tokenizer(Protocol):
   def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
 
 
+@runtime_checkable
+class PairTokenizer(Protocol):
+  """A tokenizer that knows where its tokens lie in a text.
+
+  `encode_pair` returns the ids of a prompt and its completion as one text, how many of them are
+  the prompt's, and whether the completion's first token begins within the prompt.
+  """
+
+  def encode_pair(self, prompt: Pieces, completion: Pieces) -> tuple[list[int], int, bool]: ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Example:
   """The tokens of a prompt followed by those of its completion.
@@ -41,11 +55,13 @@ class Example:
     tokens: token ids of both, with EOS where it was asked for.
     prompt_length: how many of them are the prompt's, at least 1.
     cut: how many tokens of the prompt were left out to keep to the maximum length.
+    shared: whether a token has characters of the prompt and of the completion, see `encode`.
   """
 
   tokens: tuple[int, ...]
   prompt_length: int
   cut: int
+  shared: bool = False
 
   @property
   def inputs(self) -> tuple[int, ...]:
@@ -70,48 +86,64 @@ def encode(
   completion: str,
   max_length: int,
   append_eos: bool,
+  special_tokens: bool = False,
 ) -> list[Example]:
   """Returns an example for each record, in their order.
+
+  Prompt and completion are tokenised as one text, so that both have the tokens of running text. A
+  token that begins in the prompt and ends in the completion is the completion's: after
+  "Sentiment: ", with a vocabulary that has the token " positive", the model learns the space too.
+  `Example.shared` says so; a completion template that begins with the space avoids it. Only where
+  the prompt would be left without a token, such a token is the prompt's.
 
   A prompt that is too long loses tokens from its left, after BOS: the end, where the question or
   the cue usually stands, is kept. `Example.cut` counts them. A completion is never shortened.
 
   Args:
     records: as `lora_jax.data.records.read` returns them.
-    tokenizer: see `Tokenizer`.
-    prompt: template of the prompt, see `lora_jax.data.templates`.
+    tokenizer: see `Tokenizer`. One that is no `PairTokenizer` has its boundary where the tokens of
+      the prompt alone and of the whole text begin to differ, and decides about special tokens
+      itself.
+    prompt: template of the prompt, see `lora_jax.data.templates`. What the tokenizer puts before
+      every text comes before it, once, even where the prompt writes it out.
     completion: template of the completion; in most vocabularies a word begins with its space.
     max_length: the most tokens that prompt and completion have together, EOS included.
     append_eos: whether EOS ends the completion and is a target. Text that is generated needs it
       to stop; a choice between a few words does not.
+    special_tokens: whether special tokens that are written out in a column are tokens, as those of
+      the templates themselves are, or plain text.
 
   Raises:
     ValueError: a template that the records cannot fill, a prompt or a completion without tokens,
-      completions that leave no room for a prompt token, or no EOS in the tokenizer.
-    TypeError: a column that holds neither text nor a number.
+      completions that leave no room for a prompt token, a column that holds neither text nor a
+      number, or no EOS in the tokenizer.
   """
   templates.check(prompt, records, "prompt")
   templates.check(completion, records, "completion")
   if append_eos and tokenizer.eos_id is None:
     raise ValueError("append_eos: this tokenizer has no EOS token")
   before = tokenizer.encode("")
-  after = [tokenizer.eos_id] if append_eos else []
 
   pairs = []
   for number, record in enumerate(records):
-    # Each part is tokenised alone. Tokenised as one text, the prompt's last characters could merge
-    # with the completion's first, and then the boundary falls inside a token, and the prompt's ids
-    # are not those that the model meets when the completion is yet to be generated.
-    asked = tokenizer.encode(templates.fill(prompt, record), add_special_tokens=False)
-    answer = tokenizer.encode(templates.fill(completion, record), add_special_tokens=False) + after
+    parts = [
+      [(text, own or special_tokens) for text, own in templates.pieces(template, record)]
+      for template in (prompt, completion)
+    ]
+    ids, boundary, shared = _encode_pair(tokenizer, *parts)
+    if shared and not before + ids[:boundary]:
+      boundary = 1
+    asked, answer = ids[:boundary], ids[boundary:]
+    if append_eos and answer[-1:] != [tokenizer.eos_id]:
+      answer = [*answer, tokenizer.eos_id]
     if not before + asked:
       raise ValueError(f"record {number}: the prompt has no tokens to predict from; add some text")
     if not answer:
       raise ValueError(f"record {number}: the completion has no tokens, so nothing to learn")
-    pairs.append((asked, answer))
+    pairs.append((asked, answer, shared))
 
   least = len(before) or 1
-  shortest = [least + len(answer) for _, answer in pairs]
+  shortest = [least + len(answer) for _, answer, _ in pairs]
   too_long = [number for number, length in enumerate(shortest) if length > max_length]
   if too_long:
     raise ValueError(
@@ -119,23 +151,33 @@ def encode(
       f"(first: record {too_long[0]}) with {least} prompt token{'s' if least > 1 else ''}; "
       f"use max_length >= {max(shortest)} or leave these records out"
     )
-  return [_join(before, asked, answer, max_length) for asked, answer in pairs]
+  return [_join(before, *pair, max_length) for pair in pairs]
 
 
-def choice_ids(tokenizer: Tokenizer, completions: Sequence[str]) -> list[int]:
+def choice_ids(
+  tokenizer: Tokenizer,
+  completions: Sequence[str],
+  prompt: str = "\n",
+  special_tokens: bool = False,
+) -> list[int]:
   """Returns the first token of each completion, whose logits decide between them.
 
   Args:
-    tokenizer: see `Tokenizer`.
+    tokenizer: as for `encode`.
     completions: the texts to choose from, just as the completion template writes them, e.g.
       [" positive", " negative"].
+    prompt: what they follow, such as the end of a prompt; a line break joins with nothing in most
+      vocabularies.
+    special_tokens: as for `encode`.
 
   Raises:
-    ValueError: a completion without tokens, or two that begin with the same token.
+    ValueError: a completion without tokens, two that begin with the same token, or that begin at
+      different places, because one shares a token with the prompt.
   """
-  owners = {}
+  owners, starts = {}, {}
   for completion in completions:
-    tokens = tokenizer.encode(completion, add_special_tokens=False)
+    ids, boundary, _ = _encode_pair(tokenizer, [(prompt, True)], [(completion, special_tokens)])
+    start, tokens = tuple(ids[:boundary]), ids[boundary:]
     if not tokens:
       raise ValueError(f"choice {completion!r} has no tokens")
     if tokens[0] in owners:
@@ -144,10 +186,48 @@ def choice_ids(tokenizer: Tokenizer, completions: Sequence[str]) -> list[int]:
         "word them so that their first tokens differ"
       )
     owners[tokens[0]] = completion
+    starts.setdefault(start, completion)
+  if len(starts) > 1:
+    first, second, *_ = starts.values()
+    raise ValueError(
+      f"after {prompt!r} the choices {first!r} and {second!r} begin at different tokens, because "
+      "one of them shares a token with the prompt; move the space from the prompt's end to the "
+      "beginning of each choice"
+    )
   return list(owners)
 
 
-def _join(before: list[int], asked: list[int], answer: list[int], max_length: int) -> Example:
+def describe(examples: Sequence[Example]) -> dict[str, Any]:
+  """Returns what became of the lengths of examples, for people.
+
+  Returns:
+    {"examples": number of them, "cut": how many of them have a shortened prompt, "shared": how many
+    have a token of prompt and completion, "longest": the most input tokens of one}.
+  """
+  return {
+    "examples": len(examples),
+    "cut": sum(example.cut > 0 for example in examples),
+    "shared": sum(example.shared for example in examples),
+    "longest": max(len(example.inputs) for example in examples),
+  }
+
+
+def _encode_pair(
+  tokenizer: Tokenizer, prompt: Pieces, completion: Pieces
+) -> tuple[list[int], int, bool]:
+  if isinstance(tokenizer, PairTokenizer):
+    return tokenizer.encode_pair(prompt, completion)
+  texts = ["".join(text for text, _ in pieces) for pieces in (prompt, completion)]
+  asked = tokenizer.encode(texts[0], add_special_tokens=False)
+  whole = tokenizer.encode("".join(texts), add_special_tokens=False)
+  same = [a == b for a, b in zip(asked, whole, strict=False)]
+  boundary = same.index(False) if False in same else len(same)
+  return whole, boundary, boundary < len(asked)
+
+
+def _join(
+  before: list[int], asked: list[int], answer: list[int], shared: bool, max_length: int
+) -> Example:
   cut = max(0, len(before) + len(asked) + len(answer) - max_length)
   start = before + asked[cut:]
-  return Example(tokens=tuple(start + answer), prompt_length=len(start), cut=cut)
+  return Example(tokens=tuple(start + answer), prompt_length=len(start), cut=cut, shared=shared)

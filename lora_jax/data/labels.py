@@ -53,8 +53,8 @@ def sign_label(
 def _number(value: object, where: str) -> float:
   try:
     number = float(value)
-  except (TypeError, ValueError):
+  except (TypeError, ValueError, OverflowError):
     number = math.nan
   if not math.isfinite(number):
-    raise ValueError(f"{where}: {value!r} is not a finite number")
+    raise ValueError(f"{where}: {value!r:.80} is not a finite number")
   return number

@@ -4,24 +4,30 @@
   records = read("ratings.txt", format="tsv", columns=("id", "rating", "text"))   # no header line
   records[0]["text"]
 
-A data set for fine-tuning fits in memory, so a file is read and checked whole: a damaged line is
-refused, with its number, before any model is loaded.
+The records of a data set for fine-tuning fit in memory, so they are read and checked as a whole: a
+damaged line is refused, with its number, before any model is loaded. The file is read as a stream.
 """
 
+import collections
 import csv
-import difflib
-import gzip
-import io
 import json
+import math
 import pathlib
-import zlib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+from lora_jax.data import text_files
 
 Record = dict[str, Any]
 
 _DELIMITERS = {"csv": ",", "tsv": "\t"}
 _FORMATS = ("jsonl", *_DELIMITERS)
+# Python holds a pair as one character, so a surrogate that remains is half of a pair.
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_MAX_RECORDS = 1 << 24  # even empty ones of as many take gigabytes
+_MAX_DEPTH = 64
+_SHOWN, _CUT = 8, 60  # how many names a message has, and how many of their characters
 
 
 def read(
@@ -46,25 +52,29 @@ def read(
 
   Raises:
     FileNotFoundError: no such file.
-    ValueError: an unknown format or an option that the format has no use for, text in another
-      encoding, damaged gzip, a malformed line, a row with too many or too few fields, no records.
+    ValueError: an unknown format or an option that the format has no use for, a folder, a pipe or
+      a device, a file that changes while it is read, text in another encoding, gzip that is damaged
+      or holds more than fifty times its size, a malformed line, a row with too many or too few
+      fields, no records, more than 16,777,216.
   """
   path = pathlib.Path(path)
   format = format or _format_of(path)
   if format not in _FORMATS:
     raise ValueError(f"{path}: unknown format {format!r}; use one of {', '.join(_FORMATS)}")
-  text = _decode(path, _contents(path), encoding)
   if format == "jsonl":
     if columns is not None or quoted is not None:
       raise ValueError(
         f"{path}: columns and quoted are for CSV and TSV; a JSONL line names its own fields"
       )
-    records = _parse_jsonl(path, text)
+    # Not every line end: JSON strings may hold U+2028 and other characters that are taken for one.
+    with text_files.lines(path, encoding, newline="\n") as (lines, size):
+      records = _parse_jsonl(path, lines)
   else:
     quoted = (format == "csv") if quoted is None else quoted
-    records = _parse_table(path, text, _DELIMITERS[format], columns, quoted)
+    with text_files.lines(path, encoding, newline="") as (lines, size):
+      records = _parse_table(path, lines, size, _DELIMITERS[format], columns, quoted)
   if not records:
-    raise ValueError(f"{path}: the data set is empty, no records in {len(text)} characters")
+    raise ValueError(f"{path}: the data set is empty, no records in {size:,} bytes")
   return records
 
 
@@ -87,13 +97,41 @@ def require(records: Sequence[Record], columns: Iterable[str], wanted_by: str) -
       if column not in record:
         raise ValueError(
           f"{wanted_by}: record {number} has no column {column!r}; "
-          f"it has {', '.join(record) or 'none'}{_nearest(column, record)}"
+          f"it has {_listed(record) or 'none'}{text_files.nearest(column, record)}"
         )
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
-  close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.4)
-  return f" (did you mean {close[0]!r}?)" if close else ""
+def check_values(records: Sequence[Record], columns: Iterable[str], wanted_by: str) -> None:
+  """Checks that what these columns hold, where a record has them, has a text.
+
+  Args:
+    records: as `read` returns them.
+    columns: the names of the columns.
+    wanted_by: who needs them, the first words of the error.
+
+  Raises:
+    ValueError: a value that is neither text nor a number, such as null, a number that is not
+      finite, or text with half of a surrogate pair.
+  """
+  columns = tuple(columns)
+  for number, record in enumerate(records):
+    for column in columns:
+      value = record.get(column, "")
+      where = f"{wanted_by}: column {column!r} of record {number}"
+      if not isinstance(value, (str, int, float)):
+        raise ValueError(
+          f"{where} holds a {type(value).__name__}, not text or a number; make it a string first"
+        )
+      if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(
+          f"{where} holds {value}, which stands for a missing value; write the text that is meant, "
+          "or leave the record out"
+        )
+      if isinstance(value, str) and (half := _LONE_SURROGATE.search(value)):
+        raise ValueError(
+          f"{where} holds U+{ord(half[0]):04X} in {value[:40]!r}, half of a surrogate pair; the "
+          "text was cut within a character, as by a limit in UTF-16: take the half out"
+        )
 
 
 def _format_of(path: pathlib.Path) -> str:
@@ -106,64 +144,91 @@ def _format_of(path: pathlib.Path) -> str:
   return suffix
 
 
-def _contents(path: pathlib.Path) -> bytes:
-  if path.is_dir():
-    raise ValueError(f"{path}: is a folder; name one of its files")
-  if not path.exists():
-    there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    raise FileNotFoundError(f"{path}: no such data file{_nearest(path.name, there)}")
-  contents = path.read_bytes()
-  if contents[:2] != b"\x1f\x8b":
-    return contents
-  try:
-    return gzip.decompress(contents)
-  except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-    raise ValueError(f"{path}: damaged gzip ({error}); fetch the file again") from error
-
-
-def _decode(path: pathlib.Path, contents: bytes, encoding: str) -> str:
-  try:
-    return contents.decode(encoding)
-  except UnicodeDecodeError as error:
-    line = contents.count(b"\n", 0, error.start) + 1
-    raise ValueError(
-      f"{path}: line {line} is not {encoding}: byte {contents[error.start]:#04x} at {error.start} "
-      f"({error.reason}); give the file's own encoding=, e.g. 'latin-1' or 'utf-16'"
-    ) from error
-
-
-def _parse_jsonl(path: pathlib.Path, text: str) -> list[Record]:
+def _parse_jsonl(path: pathlib.Path, lines: Iterable[str]) -> list[Record]:
   records = []
-  # Not `splitlines`: JSON strings may hold U+2028 and other characters it takes for line ends.
-  for number, line in enumerate(text.split("\n"), start=1):
+  for number, line in enumerate(lines, start=1):
     if not line.strip():
       continue
     try:
-      record = json.loads(line)
+      record = json.loads(line, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
       raise ValueError(
-        f"{path}: line {number} is not JSON: {error.msg} at column {error.colno}: {line[:80]!r}"
+        f"{path}: line {number} is not JSON: {error.msg} at column {error.colno}: "
+        f"{line[:80].rstrip()!r}"
+      ) from error
+    except RecursionError:
+      raise ValueError(_too_deep(path, number)) from None
+    except _RepeatedName as error:
+      raise ValueError(f"{path}: line {number} names {error} twice; take one out") from None
+    except (
+      ValueError
+    ) as error:  # Python's limit, since the time to read a number grows as its square
+      raise ValueError(
+        f"{path}: line {number} holds a whole number of thousands of digits; write it as a string"
       ) from error
     if not isinstance(record, dict):
       raise ValueError(
         f"{path}: line {number} holds a {type(record).__name__}; "
         'every line must be one object, {"column": value, ...}'
       )
-    records.append(record)
+    if line.count("[") + line.count("{") > _MAX_DEPTH and _depth(record) > _MAX_DEPTH:
+      raise ValueError(_too_deep(path, number))
+    _append(path, records, record)
   return records
 
 
+class _RepeatedName(ValueError):
+  """A name that stands twice in an object. `json` would keep the last value without a word."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  found = dict(pairs)
+  if len(found) != len(pairs):
+    counts = collections.Counter(name for name, _ in pairs)
+    raise _RepeatedName(_listed(repr(name) for name in counts if counts[name] > 1))
+  return found
+
+
+def _depth(value: Any) -> int:
+  depth, level = 0, [value]
+  while level:
+    depth += 1
+    inner = [x.values() if isinstance(x, dict) else x for x in level if isinstance(x, dict | list)]
+    level = [x for values in inner for x in values]
+  return depth - 1
+
+
+def _too_deep(path: pathlib.Path, number: int) -> str:
+  return f"{path}: line {number} is nested deeper than {_MAX_DEPTH} objects and lists; flatten it"
+
+
+def _append(path: pathlib.Path, records: list[Record], record: Record) -> None:
+  if len(records) == _MAX_RECORDS:
+    raise ValueError(
+      f"{path}: has more than {_MAX_RECORDS:,} records, which are held in memory; take a part of it"
+    )
+  records.append(record)
+
+
 def _parse_table(
-  path: pathlib.Path, text: str, delimiter: str, columns: Sequence[str] | None, quoted: bool
+  path: pathlib.Path,
+  lines: Iterable[str],
+  size: int,
+  delimiter: str,
+  columns: Sequence[str] | None,
+  quoted: bool,
 ) -> list[Record]:
   rows = csv.reader(
-    io.StringIO(text, newline=""),
+    lines,
     delimiter=delimiter,
     quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
     strict=quoted,
   )
   names = None if columns is None else _distinct(path, columns)
   records = []
+  # The module's limit on a field, 131,072 characters, guards against a stray quote: here the file
+  # itself is the limit. It belongs to the process, so it is put back.
+  limit = csv.field_size_limit(max(size, csv.field_size_limit()))
   try:
     for row in rows:
       if not row:
@@ -175,28 +240,40 @@ def _parse_table(
         remedy = (
           "quote a field that holds the delimiter"
           if quoted
-          else "a field must not hold the delimiter (fields in double quotes: quoted=True)"
+          else "a field must not hold the delimiter (fields in double quotes: quoted=True, or "
+          "data.quoted in a config)"
         )
         raise ValueError(
           f"{path}: line {rows.line_num} has {len(row)} fields, not the {len(names)} of "
-          f"{', '.join(names)}; {remedy}"
+          f"{_listed(names)}; {remedy}"
         )
       if columns is not None and not records and row == names:
         raise ValueError(f"{path}: the first line is a header that repeats columns=; leave it out")
-      records.append(dict(zip(names, row, strict=True)))
+      _append(path, records, dict(zip(names, row, strict=True)))
   except csv.Error as error:
     raise ValueError(
       f"{path}: line {rows.line_num}: {error}; if double quotes are plain characters here, "
-      "read with quoted=False"
+      "read with quoted=False (data.quoted in a config)"
     ) from error
+  finally:
+    csv.field_size_limit(limit)
   return records
 
 
 def _distinct(path: pathlib.Path, names: Sequence[str]) -> list[str]:
-  repeated = sorted({name for name in names if list(names).count(name) > 1})
+  counts = collections.Counter(names)
+  repeated = sorted(name for name in counts if counts[name] > 1)
   if repeated:
     raise ValueError(
-      f"{path}: the column {', '.join(map(repr, repeated))} is named more than once; "
+      f"{path}: the column {_listed(map(repr, repeated))} is named more than once; "
       "a file without a header line needs columns="
     )
   return list(names)
+
+
+def _listed(names: Iterable[str]) -> str:
+  """Names for a message, however many and however long they are."""
+  names = list(names)
+  shown = [name if len(name) <= _CUT else name[:_CUT] + "…" for name in names[:_SHOWN]]
+  more = [f"{len(names) - _SHOWN:,} more"] if len(names) > _SHOWN else []
+  return ", ".join(shown + more)

@@ -19,7 +19,7 @@ def by_prompt(records: Sequence[Record], prompt: str, completion: str) -> dict[s
     completion: template of the completion; the white space around one is left out.
 
   Raises:
-    ValueError, TypeError: as `lora_jax.data.templates.check`.
+    ValueError: as `lora_jax.data.templates.check`.
   """
   templates.check(prompt, records, "prompt")
   templates.check(completion, records, "completion")

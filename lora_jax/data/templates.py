@@ -11,7 +11,7 @@ literal braces are doubled, `{{` and `}}`.
 import string
 from collections.abc import Sequence
 
-from lora_jax.data.records import Record, require
+from lora_jax.data.records import Record, check_values, require
 
 
 def fields(template: str) -> tuple[str, ...]:
@@ -32,36 +32,45 @@ def check(template: str, records: Sequence[Record], name: str) -> None:
     name: what the template is, for the error's first words, e.g. "prompt".
 
   Raises:
-    ValueError: a malformed template, no records, or a column that a record lacks.
-    TypeError: a column that holds neither text nor a number.
+    ValueError: a malformed template, no records, a column that a record lacks, and as
+      `lora_jax.data.records.check_values`.
   """
   columns = fields(template)
-  require(records, columns, f"{name} template {template!r}")
-  for number, record in enumerate(records):
-    for column in columns:
-      if not isinstance(record[column], (str, int, float)):
-        raise TypeError(
-          f"{name} template {template!r}: column {column!r} of record {number} holds a "
-          f"{type(record[column]).__name__}, not text or a number; make it a string first"
-        )
+  wanted_by = f"{name} template {template!r:.200}"
+  require(records, columns, wanted_by)
+  check_values(records, columns, wanted_by)
 
 
 def fill(template: str, record: Record) -> str:
   """Returns the template with each field replaced by the record's value of that name."""
-  return "".join(
-    literal + ("" if field is None else str(record[field])) for literal, field in _parse(template)
-  )
+  return "".join(text for text, _ in pieces(template, record))
+
+
+def pieces(template: str, record: Record) -> list[tuple[str, bool]]:
+  """Returns the parts of the filled template, each with whether it is the template's own text."""
+  found = []
+  for literal, field in _parse(template):
+    found.append((literal, True))
+    if field is not None:
+      found.append((str(record[field]), False))
+  return found
+
+
+def ending(template: str) -> str:
+  """Returns the text that follows the last field of a template."""
+  texts = [literal for literal, field in _parse(template) if field is None]
+  return texts[-1] if texts else ""
 
 
 def _parse(template: str) -> list[tuple[str, str | None]]:
   try:
     parts = list(string.Formatter().parse(template))
   except ValueError as error:
-    raise ValueError(f"template {template!r}: {error}; write a literal brace twice") from error
+    raise ValueError(f"template {template!r:.200}: {error}; write a literal brace twice") from error
   for _, field, spec, conversion in parts:
     if field is not None and (not field or spec or conversion):
       raise ValueError(
-        f"template {template!r}: a field is {{column}}, a name without conversion or format; "
+        f"template {template!r:.200}: a field is {{column}}, a name without conversion or format; "
         "write a literal brace twice"
       )
   return [(literal, field) for literal, field, _, _ in parts]

@@ -5,15 +5,15 @@
     exchange.save("copy", adapters, params, axes, base_model="HuggingFaceTB/SmolLM2-135M")
 
 A table says which tensor of the PyTorch model is which leaf here, by templates with `{i}` for the
-number of a layer. `lora_jax.io.names` has those of the Llama family; another model's is a dict:
+number of a layer. `lora_jax.families.FAMILIES` has that of each family; another model's is a
+dict:
 
     GPT2 = {
       "transformer.wte.weight": "wte/embedding",
-      "transformer.h.{i}.attn.c_attn.weight": "h_{i}/attn/c_attn/kernel",
+      "transformer.h.{i}.attn.c_attn.weight": names.InOut("h_{i}/attn/c_attn/kernel"),
       ...
     }
-    conv1d = [name for name in GPT2 if ".c_" in name]
-    exchange.load("adapter", params, axes, table=GPT2, fan_in_fan_out=conv1d)
+    exchange.load("adapter", params, axes, table=GPT2)
 
 Where layers are stacked in one leaf, its path has no `{i}`, or is `blocks/...` for `block_{i}/...`.
 How a tensor lies in its leaf follows from the traced axes: what is multiplied by is (out, in) in
@@ -21,18 +21,17 @@ PyTorch with the heads of a projection joined, a convolution's channels come bef
 what is looked up is (tokens, width).
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from lora_jax import tree
+from lora_jax import families, tree
 from lora_jax.axes import Axes
 from lora_jax.exchange import gguf, modules, reading, writing
-from lora_jax.io import gguf_lora, names, peft
-from lora_jax.models import llama
+from lora_jax.io import gguf_configs, gguf_lora, names, peft
 from lora_jax.weights import Adapted, is_weight
 
 PyTree = Any
@@ -44,7 +43,6 @@ def load(
   axes: Mapping[str, Axes],
   *,
   table: names.Table = names.LLAMA_HF,
-  fan_in_fan_out: Collection[str] = (),
 ) -> dict[str, Adapted]:
   """Returns the adapters `{path: adapter}` in a folder that `peft` or `save` wrote.
 
@@ -61,15 +59,15 @@ def load(
     params: the base. Its values are needed where the file holds other values than changes (rows
       of tokens, modules to save) or starts from them (PiSSA); else shapes will do.
     axes: what `lora_jax.trace_axes` found.
-    table: {name of a tensor: path of its leaf}; a leaf that several names lead to is tied.
-    fan_in_fan_out: names of the table whose tensors are (in, out): transformers' Conv1D.
+    table: {name of a tensor: path of its leaf}; a leaf that several names lead to is tied, and
+      `names.InOut` marks tensors that are (in, out): transformers' Conv1D.
 
   Raises:
     FileNotFoundError: when a file is missing.
     ValueError: when a file is damaged, asks for what is not supported, or does not fit the model.
   """
   file = peft.read(folder)
-  found = modules.modules(params, axes, table, fan_in_fan_out)
+  found = modules.modules(params, axes, table)
   try:
     return reading.adapters(file, found, tree.flatten(params, is_leaf=is_weight))
   except ValueError as error:
@@ -84,7 +82,6 @@ def save(
   *,
   base_model: str,
   table: names.Table = names.LLAMA_HF,
-  fan_in_fan_out: Collection[str] = (),
   task_type: str | None = "CAUSAL_LM",
 ) -> None:
   """Writes adapters to a folder that `peft` loads; it appears whole or not at all.
@@ -97,7 +94,7 @@ def save(
     folder: replaced if it is an adapter's folder already.
     adapters: `{path: adapter}`.
     params: the base. Its values are needed for leaves trained in full and for rows of tokens.
-    axes, table, fan_in_fan_out: as in `load`.
+    axes, table: as in `load`.
     base_model: what the adapters belong to, the config's `base_model_name_or_path`.
     task_type: the config's; it chooses the class of PEFT's model.
 
@@ -107,7 +104,7 @@ def save(
       embedding.
     FileExistsError: when the folder holds something else.
   """
-  config, tensors = _written(folder, adapters, params, axes, table, fan_in_fan_out)
+  config, tensors = _written(folder, adapters, params, axes, table)
   common = {
     "base_model_name_or_path": base_model, "task_type": task_type, "inference_mode": True,
   }  # fmt: skip
@@ -120,7 +117,6 @@ def check(
   axes: Mapping[str, Axes],
   *,
   table: names.Table = names.LLAMA_HF,
-  fan_in_fan_out: Collection[str] = (),
 ) -> None:
   """Raises what `save` would of these adapters, so that a training need not end with it.
 
@@ -130,7 +126,7 @@ def check(
   params = jax.tree.map(
     lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), params, is_leaf=is_weight
   )
-  _written("the adapters", adapters, params, axes, table, fan_in_fan_out)
+  _written("the adapters", adapters, params, axes, table)
 
 
 def save_gguf(
@@ -139,7 +135,7 @@ def save_gguf(
   params: PyTree,
   axes: Mapping[str, Axes],
   *,
-  config: llama.LlamaConfig,
+  config: families.Config,
   dtype: str = "float32",
 ) -> None:
   """Writes adapters to a GGUF file that llama.cpp loads beside its base, `--lora adapter.gguf`.
@@ -149,22 +145,23 @@ def save_gguf(
     adapters: `{path: adapter}` that all come down to products of two factors: LoRA, PiSSA, OLoRA,
       AdaLoRA, VeRA, LoHa, LoKr.
     params, axes: the base, of which shapes will do, and its axes, as in `load`.
-    config: of the model, a Llama.
+    config: of the model, of a family that llama.cpp knows (`io.names.GGUF`).
     dtype: of the tensors: float32, float16 or bfloat16.
 
   Raises:
     ValueError: when an adapter is no such product, or of what llama.cpp cannot adapt.
   """
-  found = modules.modules(params, axes, names.LLAMA_GGUF, ())
   try:
+    architecture = gguf_configs.architecture(config)
+    found = modules.modules(params, axes, families.family_of(config).names["gguf"])
     factors, alpha = gguf.factors(adapters, found, config)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from None
-  gguf_lora.write(path, factors, alpha=alpha, architecture=gguf.ARCHITECTURE, dtype=dtype)
+  gguf_lora.write(path, factors, alpha=alpha, architecture=architecture, dtype=dtype)
 
 
-def _written(where, adapters, params, axes, table, fan_in_fan_out):
-  found = modules.modules(params, axes, table, fan_in_fan_out)
+def _written(where, adapters, params, axes, table):
+  found = modules.modules(params, axes, table)
   try:
     return writing.folder(adapters, found, tree.flatten(params, is_leaf=is_weight))
   except ValueError as error:

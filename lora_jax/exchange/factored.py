@@ -82,17 +82,20 @@ class Reader:
     names, layers, scales = module.by_layer(), {}, {}
     for layer, kinds in tensors.items():
       owner = module_of(names[layer])
-      rank = self._rank(owner)
+      rank = self._rank(module.key(layer))
       if rank > module.inputs + module.outputs and not self.format.shared:
         raise ValueError(f"{owner}: rank {rank} is out of proportion to a kernel {module.shape}")
       layers[layer] = self._parts(module, owner, kinds, rank)
-      scales[layer] = self._scale(owner, rank)
+      scales[layer] = self._scale(module.key(layer), rank)
       if self.format.kind is Recentred:
         layers[layer] |= self._start(module, leaf, layer, rank, scales[layer])
-    scale = max(scales.values(), key=list(scales.values()).count)
+    # A leaf has one scale, whose multiples the others are; zero has none but itself.
+    counted = [scale for scale in scales.values() if scale] or [0.0]
+    scale = max(counted, key=counted.count)
     parts = layers.get(None)
     if parts is None:
-      parts = self._stacked(module, leaf, layers, {n: c / scale for n, c in scales.items()})
+      ratios = {n: own / scale if scale else 1.0 for n, own in scales.items()}
+      parts = self._stacked(module, leaf, layers, ratios)
     arrays = {field: jnp.asarray(part) for field, part in parts.items()}
     settings: dict[str, Any] = {"scale": scale} if self.format.alpha else {}
     if self.format.kind is LowRank:
@@ -116,6 +119,7 @@ class Reader:
       return 1.0
     alpha = peft_patterns.first_match(self.alphas, owner, config[self.format.alpha])
     if config["peft_type"] == "ADALORA":  # the ranks that are left do not change it
+      alpha = alpha if alpha > 0 else config["init_r"]  # so PEFT takes it
       return alpha / (config["init_r"] + ADALORA_EPSILON)
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
@@ -140,7 +144,7 @@ class Reader:
       tensor = self._load(kinds[part.suffix], shape)
       if rank == 0:  # AdaLoRA has left nothing of it
         tensor = np.zeros(module.tensor_shape(part.letters, 1), np.float32)
-      layout = self.format.layout(part.field)
+      layout = self.format.layout(part.field, module)
       found[part.field] = module.to_part(tensor, part.letters, layout, max(1, rank))
     for part in self.format.shared:
       tensor = self.shared[part.field]
@@ -148,7 +152,7 @@ class Reader:
       within = tuple(map(slice, shape))
       if tensor.ndim != 2 or tensor[within].shape != shape:
         raise ValueError(f"{part.suffix}: shape {tensor.shape} is too small for {owner}, {shape}")
-      layout = self.format.layout(part.field)
+      layout = self.format.layout(part.field, module)
       found[part.field] = module.to_part(tensor[within], part.letters, layout, rank)
     return found
 
@@ -164,8 +168,8 @@ class Reader:
       b = self._load(kinds[f"hada_w{n}_a"], (rank, module.outputs))
       side = self._load(kinds[f"hada_w{n}_b"], (rank, channels))
       a = np.einsum("ij...,jn->in...", self._load(kinds[f"hada_t{n}"], core), side)
-      found[f"a{n}"] = module.to_part(a, "ri", self.format.layout(f"a{n}"), rank)
-      found[f"b{n}"] = module.to_part(b, "ro", self.format.layout(f"b{n}"), rank)
+      found[f"a{n}"] = module.to_part(a, "ri", self.format.layout(f"a{n}", module), rank)
+      found[f"b{n}"] = module.to_part(b, "ro", self.format.layout(f"b{n}", module), rank)
     return found
 
   def _start(self, module: Module, leaf, layer: Layer, rank: int, scale: float) -> Parts:

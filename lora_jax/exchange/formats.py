@@ -51,6 +51,8 @@ class Format:
 
   def parts_of(self, module: Module) -> tuple[Part, ...]:
     """The parts as a module has them; LoRA's factors are named otherwise in an embedding."""
+    if module.has_experts:
+      return _OF_EXPERTS
     names = _IN_AN_EMBEDDING if module.is_embedding else {}
     return tuple(part._replace(suffix=names.get(part.suffix, part.suffix)) for part in self.parts)
 
@@ -60,12 +62,15 @@ class Format:
     own = [part.suffix for part in self.parts]
     return [*own, *self.others, *(_IN_AN_EMBEDDING[x] for x in own if x in _IN_AN_EMBEDDING)]
 
-  def layout(self, field: str) -> str:
+  def layout(self, field: str, module: Module) -> str:
     """The axes of a part of one layer here."""
-    return self.kind.LAYOUTS[field].replace("s", "")
+    layout = self.kind.LAYOUTS[field]
+    return layout if module.has_experts else layout.replace("s", "")
 
   def unfit(self, module: Module) -> str | None:
     """Why PEFT cannot adapt a module so, or None."""
+    if module.parameter and self.kind is not LowRank:
+      return f"PEFT has no {self.kind.__name__} of {module.parameter}, a parameter: LoRA alone"
     traits = {
       "an embedding": ("embedding", module.is_embedding),
       "a convolution": ("conv", module.is_conv),
@@ -76,6 +81,7 @@ class Format:
 
 
 _FACTORS = (Part("lora_A.weight", "a", "ri"), Part("lora_B.weight", "b", "or"))
+_OF_EXPERTS = (Part("lora_A.weight", "a", "sri"), Part("lora_B.weight", "b", "ors"))
 _IN_AN_EMBEDDING = {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B"}
 _LORA = Format(
   peft_type="LORA", kind=LowRank, parts=_FACTORS, alpha="lora_alpha", scaled=("b",), window=True,

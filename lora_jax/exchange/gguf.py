@@ -1,8 +1,8 @@
 """From `{path: adapter}` to the factors of a GGUF file, for models of the Llama family.
 
-llama.cpp turns neighbouring features by a rotary angle where the model here turns features that are
-half a head apart, so the rows of the queries' and the keys' weights are in another order there, and
-so are those of their B.
+In a Llama llama.cpp turns neighbouring features by a rotary angle where the model here turns
+features that are half a head apart, so the rows of the queries' and the keys' weights are in
+another order there, and so are those of their B. In other architectures it turns as is done here.
 """
 
 from collections.abc import Mapping
@@ -11,10 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from lora_jax.exchange.modules import Module
-from lora_jax.models import llama
+from lora_jax.families import Config
+from lora_jax.io import gguf_configs
 from lora_jax.weights import Adapted, LowRank, NotFactored
-
-ARCHITECTURE = "llama"
 
 
 class Factors(NamedTuple):
@@ -25,7 +24,7 @@ class Factors(NamedTuple):
 
 
 def factors(
-  adapters: Mapping[str, Adapted], modules: Mapping[str, Module], config: llama.LlamaConfig
+  adapters: Mapping[str, Adapted], modules: Mapping[str, Module], config: Config
 ) -> Factors:
   """The adapters as llama.cpp has them; errors as in `lora_jax.exchange.save_gguf`."""
   if not adapters:
@@ -34,12 +33,15 @@ def factors(
   alphas = [x.scale * x.rank for x in low_rank.values() if x.scale]
   # A file has one alpha; what differs from it goes into b.
   alpha = float(np.float32(max(alphas, key=alphas.count))) if alphas else 1.0
-  heads = {"query": config.num_heads, "key": config.num_kv_heads}
+  architecture = gguf_configs.architecture(config)
+  heads = {}
+  if gguf_configs.rotates_neighbours(architecture):
+    heads = {"query": config.num_heads, "key": config.num_kv_heads}
   found = {}
   for path, adapter in low_rank.items():
     module = modules.get(path)
     if module is None or module.stacks_oddly or adapter.roles != module.roles.lstrip("s"):
-      raise ValueError(f"{path}: a GGUF file of {ARCHITECTURE!r} has no such matrix")
+      raise ValueError(f"{path}: a GGUF file of {architecture!r} has no such matrix")
     if module.is_head_too:
       raise ValueError(
         f"{path}: is the head too, and llama.cpp adapts the two by factors of different shapes; "

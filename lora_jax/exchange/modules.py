@@ -9,7 +9,7 @@ convolution come before its window.
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -34,6 +34,10 @@ class Module:
     uses: the primitives that contract it, as in `lora_jax.Axes`.
     tied: the name of a second tensor that is the same leaf, a head that is tied to the embedding.
     fan_in_fan_out: whether the tensor is (in, out), as in transformers' Conv1D.
+    parameter: the tensor's name where it belongs to no linear layer, as a stack of experts does
+      not, and PEFT adapts it as one of `target_parameters`. `name` is then as if it were the weight
+      of a module of its own; see `lora_jax.exchange.parameters`.
+    place: of the tensor in the table.
   """
 
   path: str
@@ -43,6 +47,8 @@ class Module:
   uses: tuple[str, ...]
   tied: str | None
   fan_in_fan_out: bool
+  parameter: str | None = None
+  place: int = 0
 
   @property
   def is_conv(self) -> bool:
@@ -62,6 +68,11 @@ class Module:
     return self.shape[self._stack] if LAYER in self.name else None
 
   @property
+  def has_experts(self) -> bool:
+    """Whether the leaf is a parameter of one kernel an expert."""
+    return self.parameter is not None and _stacks(self.name, self.roles) == 1
+
+  @property
   def inputs(self) -> int:
     return math.prod(self._sizes("i"))
 
@@ -71,14 +82,18 @@ class Module:
 
   @property
   def stacks_oddly(self) -> bool:
-    """Whether the leaf is a stack of what are no layers, of experts for example."""
-    return bool(self.roles) and self.roles.count("s") != (LAYER in self.name)
+    """Whether the leaf is a stack of what are neither layers nor the experts of a parameter."""
+    return bool(self.roles) and _stacks(self.name, self.roles) != int(self.has_experts)
 
   def by_layer(self) -> dict[int | None, str]:
     """The tensor's name in each layer; {None: name} where nothing is stacked."""
     if self.layers is None:
       return {None: self.name}
     return {n: self.name.replace(LAYER, str(n)) for n in range(self.layers)}
+
+  def key(self, layer: int | None) -> str:
+    """What PEFT holds patterns against in a layer: the module's name, or the parameter's."""
+    return (self.parameter or module_of(self.name)).replace(LAYER, str(layer))
 
   # ---- a part of an adapter, in one layer
 
@@ -88,6 +103,8 @@ class Module:
     window: whether a convolution's part has axes for the window there, and not one for all inputs.
     """
     sizes = {"i": (self.inputs,), "o": (self.outputs,), "r": (rank,), "1": (1,)}
+    sizes |= {"R": (rank * math.prod(self._sizes("s")),)}
+    letters = letters.replace("sr", "R").replace("rs", "R")  # all experts in one axis
     if not (window and self.is_conv):
       return sum((sizes[letter] for letter in letters), ())
     channels, *rest = (self._sizes("i")[n] for n in self.channels_first())
@@ -143,7 +160,7 @@ class Module:
 
   @property
   def layer_roles(self) -> str:
-    return self.roles.replace("s", "")
+    return self.roles.replace("s", "", LAYER in self.name)
 
   def leaf(self, weights: Mapping[int | None, np.ndarray]) -> np.ndarray:
     """The inverse of `weights`."""
@@ -183,7 +200,9 @@ class Module:
     return self.roles.index("s") if self.roles else 0
 
   def _sizes(self, role: str) -> list[int]:
-    return [size for size, x in zip(self.shape, self.roles, strict=True) if x == role]
+    """The sizes of the axes of a role in one layer."""
+    sizes = [size for size, x in zip(self.shape, self.roles, strict=True) if x == role]
+    return sizes[LAYER in self.name :] if role == "s" else sizes
 
   def _layer_axes(self, role: str) -> list[int]:
     """The axes of a role in a leaf of one layer."""
@@ -210,21 +229,15 @@ class Module:
     return groups
 
 
-def modules(
-  params: Any, axes: Mapping[str, Axes], table: names.Table, fan_in_fan_out: Collection[str]
-) -> dict[str, Module]:
+def modules(params: Any, axes: Mapping[str, Axes], table: names.Table) -> dict[str, Module]:
   """Returns `{path: module}` of the leaves to which the table leads.
 
   Args:
-    params, axes, table, fan_in_fan_out: as in `lora_jax.exchange.load`.
+    params, axes, table: as in `lora_jax.exchange.load`.
 
   Raises:
-    ValueError: when the axes are of other parameters, or `fan_in_fan_out` is not of the table.
+    ValueError: when the axes are of other parameters.
   """
-  unknown = sorted(set(fan_in_fan_out) - set(table))
-  if unknown:
-    raise ValueError(f"fan_in_fan_out: {', '.join(unknown)}: no such name in the table")
-  transposed = {name: table[name] for name in fan_in_fan_out}
   leaves = tree.flatten(params, is_leaf=is_weight)
   # What has a name and no leaf is computed from another one: a head tied to the embedding.
   absent = [x for x, path in table.items() if path and LAYER not in x and path not in leaves]
@@ -237,12 +250,32 @@ def modules(
       module = Module(
         path=path, name=name, shape=tuple(leaf.shape), roles=axes[path].roles,
         uses=axes[path].uses, tied=None,
-        fan_in_fan_out=bool(names.names_of(path, transposed)),
+        fan_in_fan_out=names.is_in_out(name, table),
       )  # fmt: skip
+      module = _as_parameter(module, table)
       if module.is_head_too:
         module = dataclasses.replace(module, tied=(*others, *absent, None)[0])
       found[path] = module
   return found
+
+
+def _as_parameter(module: Module, table: names.Table) -> Module:
+  """The module as a parameter of another one, if PyTorch has no linear layer for it."""
+  template = names.template_of(module.name, table)
+  is_bare = not module.name.endswith(".weight")
+  if template not in names.ROUTERS and not (is_bare and _stacks(module.name, module.roles) == 1):
+    return module
+  return dataclasses.replace(
+    module,
+    name=f"{module.name}.weight" if is_bare else module.name,
+    parameter=module.name,
+    place=list(table).index(template),
+  )
+
+
+def _stacks(name: str, roles: str) -> int:
+  """How many axes of a leaf are stacks of something else than layers."""
+  return roles.count("s") - (LAYER in name)
 
 
 def module_of(name: str) -> str:

@@ -5,24 +5,31 @@ are held against the leaf's, and only then is a tensor read.
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.exchange import parameters
 from lora_jax.exchange.factored import Layer, Reader, format_of, load
 from lora_jax.exchange.formats import IN_THE_HEAD, ROWS, ROWS_BESIDE, WHOLE, Format
 from lora_jax.exchange.modules import Module, module_of
 from lora_jax.io import peft
 from lora_jax.weights import Adapted, Full, TokenRows
 
-_ITSELF, _BASE = "", "base_layer."
+_ITSELF, _BASE, _COPY, _ORIGINAL = "", "base_layer.", "modules_to_save.", "original_module."
+_UNDER_ROWS = "token_adapter."
 _LISTED = 8
+_RESIZED = (
+  "its vocabulary was resized: give the base the same new tokens first, by model.new_tokens or "
+  "lora_jax.new_tokens.add"
+)
 
 Tensors = dict[Layer, dict[str, str]]
 """The names of a leaf's tensors in a file, by layer and by what they are of it: "lora_A.weight", or
-`_ITSELF`, or the `_BASE` that is stored with an adapted embedding."""
+`_ITSELF`, or the `_BASE` that is stored with an adapted embedding. Where a vocabulary was resized,
+`peft` stores what was trained in full a second time, the `_COPY`, and the `_ORIGINAL` as well."""
 
 
 def adapters(
@@ -30,28 +37,33 @@ def adapters(
 ) -> dict[str, Adapted]:
   """The adapters in a file, in the order of the tree; errors as in `lora_jax.exchange.load`."""
   format = format_of(file.config)
+  file = parameters.unnested(file, modules)
   places, heads = _places(file.shapes, modules, format)
-  _check_complete(file.config, modules, places)
+  _check_complete(file.config, modules, places, heads)
   reader = Reader.of(file, format) if format else None
   found = {}
+  vocabularies = {x.weight_shape()[0] for x in modules.values() if x.is_embedding}
   for path in modules:
     if path not in places and path not in heads:
       continue
     module, tensors = modules[path], places.get(path, {})
     if module.stacks_oddly:
       raise ValueError(f"{path}: its axes are {module.roles!r}, and PEFT knows no stack but layers")
+    for own in (*tensors.values(), heads.get(path, {})):
+      _check_copy(file, own)
+    _check_rows(file, module, tensors, vocabularies)
     if module.is_head_too:
       _check_head(file, module, tensors.get(None, {}), heads.get(path, {}))
-    _check_base(file, module, leaves[path], tensors)
+    bases = _check_base(file, module, leaves[path], tensors)
     kinds = set().union(*tensors.values())
     if kinds == {_ITSELF}:
       found[path] = _full(file, module, leaves[path], tensors)
     elif kinds <= {ROWS, ROWS_BESIDE}:
-      found[path] = _rows(file, module, leaves[path], tensors[None])
+      found[path] = _rows(file, module, leaves[path], tensors[None], bases.get(None))
     elif reader is None:
       raise ValueError(f"{module.name}: {file.config['peft_type']} adapts no layers")
     else:
-      found[path] = reader.adapter(module, leaves[path], tensors)
+      found[path] = reader.adapter(module, leaves[path], tensors).seal()
   return found
 
 
@@ -82,8 +94,11 @@ def _places(
     if kind:
       owner = name.removesuffix(kind) + "weight"
     else:  # a parameter of the model; that of an adapted layer lies within it
-      owner = name.replace(f".{_BASE}", ".").replace(f".{WHOLE}", ".")
-      kind = _BASE if name.endswith(f".{_BASE}weight") else _ITSELF
+      owner = name.replace(f".{_UNDER_ROWS}", ".")
+      for within in (_BASE, _COPY, _ORIGINAL, WHOLE):
+        owner = owner.replace(f".{within}", ".")
+      kind = next((x for x in (_COPY, _ORIGINAL) if f".{x}" in name), _ITSELF)
+      kind = _BASE if name.endswith(f".{_BASE}weight") else kind
     if owner in owners:
       path, layer = owners[owner]
       tensors = places[path][layer]
@@ -94,14 +109,18 @@ def _places(
       continue
     if kind in tensors:
       raise ValueError(f"{name} and {tensors[kind]} are the same parameter")
-    tensors[kind] = name
+    if kind != _ORIGINAL:  # which is not what it was trained to
+      tensors[kind] = name
   if unknown:
     raise ValueError(f"{len(unknown)} tensors fit nothing in the model: {_listed(unknown)}")
   return {path: dict(tensors) for path, tensors in places.items()}, dict(of_heads)
 
 
 def _check_complete(
-  config: Mapping[str, Any], modules: Mapping[str, Module], places: Mapping[str, Tensors]
+  config: Mapping[str, Any],
+  modules: Mapping[str, Module],
+  places: Mapping[str, Tensors],
+  heads: Mapping[str, Mapping[str, str]],
 ) -> None:
   """Raises ValueError when the config names modules of which the file holds nothing."""
   saved = config["modules_to_save"] or []
@@ -121,6 +140,11 @@ def _check_complete(
         missing.append(f"{name} of modules_to_save")
       elif countable and parameter == "weight" and not kinds and _ends(owner, targets):
         missing += [] if _ends(owner, excluded) else [f"{name} of target_modules"]
+    if module.tied:  # the head is the same leaf, and may be saved as a module of its own
+      hits = {ending for ending in saved if module_of(module.tied).endswith(ending)}
+      unmet -= hits
+      if hits and path not in heads:
+        missing.append(f"{module.tied} of modules_to_save")
   missing += [f"{name} of modules_to_save" for name in sorted(unmet)]
   if missing:
     raise ValueError(
@@ -132,6 +156,19 @@ def _ends(module: str, endings: Collection[str]) -> bool:
   """Whether one of the endings ends a module's name from a dot on, as PEFT reads lists of them."""
   parts = module.split(".")
   return any(".".join(parts[n:]) in endings for n in range(len(parts)))
+
+
+def _check_rows(file, module: Module, tensors: Tensors, vocabularies: Collection[int]) -> None:
+  """Raises ValueError for an embedding or a head, stored whole, that has other tokens."""
+  own = module.weight_shape()
+  names = [kinds[x] for kinds in tensors.values() for x in (_ITSELF, _BASE) if x in kinds]
+  for name in names if len(own) == 2 and own[0] in vocabularies else ():
+    stored = file.shapes[name]
+    if len(stored) == 2 and stored[1] == own[1] and stored[0] != own[0]:
+      remedy = _RESIZED if stored[0] > own[0] else "load the base that the adapter is for"
+      raise ValueError(
+        f"{name}: has {stored[0]} rows, and the base's {module.path} has {own[0]}; {remedy}"
+      )
 
 
 def _check_head(file, module: Module, own: Mapping[str, str], head: Mapping[str, str]) -> None:
@@ -149,8 +186,8 @@ def _check_head(file, module: Module, own: Mapping[str, str], head: Mapping[str,
     if not same:
       raise ValueError(
         f"{module.name} is the head too ({module.tied or 'not named by the table'}), and the "
-        "adapter treats the two differently; train it with ensure_weight_tying=True, or load the "
-        "model with a head of its own"
+        "adapter treats the two differently, where the model here has one array for both; train it "
+        "with ensure_weight_tying=True, or load the model with a head of its own"
       )
 
 
@@ -166,33 +203,89 @@ def _full(file, module: Module, leaf, tensors: Tensors) -> Full:
   return Full(w=None, dw=jnp.asarray(module.leaf(change)))
 
 
-def _rows(file, module: Module, leaf, kinds: Mapping[str, str]) -> TokenRows:
-  """The change of the rows of an embedding, which are stored as they stand."""
-  ((kind, name),) = kinds.items()
-  owner = module_of(module.name)
-  ids = file.config["token_indices" if kind == ROWS else "trainable_token_indices"] or []
-  if isinstance(ids, dict):
-    ids = next((rows for ending, rows in ids.items() if owner.endswith(ending)), [])
+def _rows(file, module: Module, leaf, kinds: Mapping[str, str], base: Any) -> TokenRows:
+  """The change of the rows of an embedding, which are stored as they stand.
+
+  base: the embedding that they belong to, where it is stored too.
+  """
+  (name,) = kinds.values()
+  ids = _ids(file, module, kinds)
   tokens, rest = module.weight_letters
   weight = module.weights(module.values(leaf))[None]
+  if ids and max(ids) >= len(weight):
+    raise ValueError(
+      f"{name}: has rows up to {max(ids)}, and the base's {module.path} has {len(weight)}; "
+      f"{_RESIZED}"
+    )
   if len(set(ids)) != len(ids) or not all(0 <= n < len(weight) for n in ids):
     raise ValueError(f"{name}: the rows {ids[:8]} are not each once and of the {len(weight)} there")
   rows = load(file, name, (len(ids), weight.shape[1]))
+  if base is not None:
+    # Rows that resizing made and no training has: they come with the base of the adapter.
+    others = _differing(base, weight, leaf.dtype, ignored=ids)
+    ids, rows = [*ids, *others], np.concatenate([rows, base[others]])
   change = module.to_part(rows - weight[ids], f"r{rest}", f"r{rest}", len(ids))
   roles = module.roles.translate({ord(tokens): "i", ord(rest): "o"})
   return TokenRows(w=None, dw=jnp.asarray(change), ids=tuple(ids), roles=roles)
 
 
-def _check_base(file, module: Module, leaf, tensors: Tensors) -> None:
-  """Raises ValueError when the base that is stored with an adapter is not the one that is here."""
-  for layer, name in [(n, kinds.pop(_BASE)) for n, kinds in tensors.items() if _BASE in kinds]:
+def _ids(file, module: Module, kinds: Collection[str]) -> list[int]:
+  """Which rows of an embedding are stored, by the config."""
+  if not {ROWS, ROWS_BESIDE} & set(kinds):
+    return []
+  ids = file.config["token_indices" if ROWS in kinds else "trainable_token_indices"] or []
+  if isinstance(ids, dict):
+    owner = module_of(module.name)
+    ids = next((rows for ending, rows in ids.items() if owner.endswith(ending)), [])
+  return ids
+
+
+def _check_copy(file, tensors: dict[str, str]) -> None:
+  """Raises ValueError when what was trained in full is stored twice, and not alike."""
+  if _COPY not in tensors:
+    return
+  copy = tensors.pop(_COPY)
+  name = tensors.setdefault(_ITSELF, copy)
+  if name != copy and not (
+    file.shapes[name] == file.shapes[copy] and np.array_equal(file.load(name), file.load(copy))
+  ):
+    raise ValueError(f"{name} and {copy} are the same parameter, and differ")
+
+
+def _check_base(file, module: Module, leaf, tensors: Tensors) -> dict[Layer, np.ndarray]:
+  """The bases that are stored with the adapters of a leaf.
+
+  Raises ValueError when one is not the base that is here; with rows of tokens it may have others
+  from the first of them on.
+  """
+  bases = {}
+  for layer, kinds in tensors.items():
+    if _BASE not in kinds:
+      continue
+    name = kinds.pop(_BASE)
     weight = module.weights(module.values(leaf))[layer]
-    stored = load(file, name, module.weight_shape())
-    if not np.array_equal(stored.astype(leaf.dtype).astype(np.float32), weight):
+    bases[layer] = load(file, name, module.weight_shape())
+    others = _differing(bases[layer], weight, leaf.dtype)
+    ids = _ids(file, module, kinds)
+    if len(others) and not (ids and others[0] >= min(ids)):
       raise ValueError(
         f"{name} is not the {module.path} that is here: the adapter is for a base with another "
         "one; load that base"
       )
+  return bases
+
+
+def _differing(
+  stored: np.ndarray, weight: np.ndarray, dtype: Any, ignored: Sequence[int] = ()
+) -> list[int]:
+  """The rows in which two weights differ in the dtype of the one that is here.
+
+  ignored: rows that are not compared.
+  """
+  stored = stored.astype(dtype).astype(np.float32)
+  differs = ~(stored == weight).reshape(len(weight), -1).all(axis=1)
+  differs[list(ignored)] = False
+  return np.flatnonzero(differs).tolist()
 
 
 def _listed(items: list[str]) -> str:

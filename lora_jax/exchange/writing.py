@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax.exchange import beside, lokr
+from lora_jax.exchange import beside, lokr, parameters
 from lora_jax.exchange.formats import (
   ADALORA_EPSILON,
   FORMATS,
@@ -55,12 +55,19 @@ def _check(adapters: Adapters, modules: Modules, leaves: Leaves) -> None:
   """Raises ValueError for adapters that are not those of these leaves."""
   if not adapters:
     raise ValueError("there is no adapter to save")
+  of_experts = {module_of(x.parameter or "") for x in modules.values() if x.has_experts}
   for path, adapter in adapters.items():
     if path not in modules:
       raise ValueError(f"{path}: no tensor name in the table leads to this leaf")
     module = modules[path]
     if module.stacks_oddly:
       raise ValueError(f"{path}: its axes are {module.roles!r}, and PEFT knows no stack but layers")
+    own = module.parameter if module.has_experts else module.name
+    if isinstance(adapter, Full) and module_of(own) in of_experts:
+      raise ValueError(
+        f"{path}: is trained in full, and PEFT saves a module whole, here with all its experts; "
+        "merge it into the model"
+      )
     if not dataclasses.replace(adapter, w=leaves[path]).fits():
       shapes = " and ".join(str(part.shape) for part in adapter.parts.values())
       raise ValueError(f"{path}: the adapter's parts {shapes} do not fit {module.shape}")
@@ -89,13 +96,15 @@ def _one_format(adapters: Adapters) -> tuple[Format, Adapters]:
 class _Layer(NamedTuple):
   """One layer's adapter: its parts, and what they are parts of."""
 
+  owner: str
   module: Module
   adapter: Adapted
   parts: dict[str, np.ndarray]
 
   def rank(self, format: Format) -> int:
     part = next(x for x in format.parts if "r" in x.letters)
-    return self.parts[part.field].shape[self.module.rank_axis(format.layout(part.field))]
+    layout = format.layout(part.field, self.module)
+    return self.parts[part.field].shape[self.module.rank_axis(layout)]
 
 
 def _factored(format: Format, adapters: Adapters, modules: Modules) -> beside.Folder:
@@ -112,19 +121,30 @@ def _factored(format: Format, adapters: Adapters, modules: Modules) -> beside.Fo
     parts = {name: np.asarray(part, np.float32) for name, part in adapter.parts.items()}
     for layer, name in module.by_layer().items():
       own = parts if layer is None else {field: part[layer] for field, part in parts.items()}
-      layers[module_of(name)] = _Layer(module, adapter, own)
-  for owner, layer in layers.items():
-    tensors |= {f"{owner}.{x}": tensor for x, tensor in _tensors(format, layer).items()}
+      layers[module.key(layer)] = _Layer(module_of(name), module, adapter, own)
+  for layer in layers.values():
+    tensors |= {f"{layer.owner}.{x}": tensor for x, tensor in _tensors(format, layer).items()}
   tensors |= _shared(format, layers)
-  config = {"peft_type": format.peft_type, "target_modules": beside.targets(layers, modules)}
+  config = {"peft_type": format.peft_type} | _targets(layers, modules)
+  tensors = parameters.nested(tensors, config.get("target_parameters", ()), modules)
   if format.peft_type == "LORA":
     config |= {
       "init_lora_weights": True,
-      "lora_dropout": _dropout(adapters),
-      "fan_in_fan_out": all(modules[path].fan_in_fan_out for path in adapters),
+      "lora_dropout": _dropout(adapters, modules),
+      "fan_in_fan_out": all(
+        modules[path].fan_in_fan_out and not modules[path].parameter for path in adapters
+      ),
       "use_dora": format.kind is DoRA,
     }
   return beside.Folder(config | _numbers(format, layers, tensors), tensors)
+
+
+def _targets(layers: Mapping[str, _Layer], modules: Modules) -> dict[str, Any]:
+  """The fields that say what is adapted; parameters are named apart from modules."""
+  linear = {path: module for path, module in modules.items() if not module.parameter}
+  own = {key for key, layer in layers.items() if layer.module.parameter}
+  fields = {"target_modules": beside.targets(layers.keys() - own, linear)}
+  return fields | ({"target_parameters": sorted(own)} if own else {})
 
 
 def _tensors(format: Format, layer: "_Layer") -> dict[str, np.ndarray]:
@@ -134,7 +154,8 @@ def _tensors(format: Format, layer: "_Layer") -> dict[str, np.ndarray]:
     return lokr.tensors(module, layer.adapter, parts)
   found = {}
   for part in format.parts_of(module):
-    tensor = module.to_tensor(parts[part.field], format.layout(part.field), part.letters)
+    layout = format.layout(part.field, module)
+    tensor = module.to_tensor(parts[part.field], layout, part.letters)
     shape = module.tensor_shape(part.letters, layer.rank(format), format.window)
     found[part.suffix] = tensor.reshape(shape)
   return found
@@ -144,9 +165,10 @@ def _shared(format: Format, layers: Mapping[str, "_Layer"]) -> dict[str, np.ndar
   """What all layers have in common, as large as the largest of them needs."""
   found = {}
   for part in format.shared:
-    layout = format.layout(part.field)
     own = {
-      owner: x.module.to_tensor(x.parts[part.field], layout, part.letters)
+      owner: x.module.to_tensor(
+        x.parts[part.field], format.layout(part.field, x.module), part.letters
+      )
       for owner, x in layers.items()
     }
     largest = max(own.values(), key=np.size)
@@ -191,7 +213,9 @@ def _adalora_fields(
   ranks: Mapping[str, int], scales: Mapping[str, float], tensors: dict[str, np.ndarray]
 ) -> dict[str, Any]:
   """The fields of AdaLoRA's ranks; other scales than the commonest go into the singular values."""
-  rank, scale = max(ranks.values()), _with_exceptions(scales)[0]
+  # PEFT takes an alpha that is not above zero for the rank.
+  positive = {module: own for module, own in scales.items() if own > 0}
+  rank, scale = max(ranks.values()), _with_exceptions(positive or {"": 1.0})[0]
   for module, own in scales.items():
     tensors[f"{module}.lora_E"] = tensors[f"{module}.lora_E"] * np.float32(own / scale)
   masks = {
@@ -227,7 +251,14 @@ def _with_exceptions(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
   }
 
 
-def _dropout(adapters: Adapters) -> float:
+def _dropout(adapters: Adapters, modules: Modules) -> float:
+  for path, adapter in adapters.items():
+    if modules[path].parameter and getattr(adapter, "dropout", 0.0):
+      raise ValueError(
+        f"{path}: PEFT has no dropout of {modules[path].parameter}, a parameter, nor of what is "
+        "adapted with it; it does nothing after the training, so give all adapters none, "
+        "`dataclasses.replace(adapter, dropout=0.0)`"
+      )
   shares = {getattr(adapter, "dropout", 0.0): path for path, adapter in adapters.items()}
   if len(shares) > 1:
     listed = " and ".join(f"{share} ({path})" for share, path in shares.items())

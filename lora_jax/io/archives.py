@@ -2,98 +2,238 @@
 
     extract(Path("package-1.0.tar.gz"), [("data", "tables.zip", "a.csv")], Path("a.csv"))
 
-Only members asked for by name are read, and they are written where the caller says: a name inside
-an archive is never turned into a path, so none can lead outside.
+An archive is taken for hostile. Only members asked for by name are read, and they are written where
+the caller says: a name inside an archive is never turned into a path, so none can lead outside. The
+bytes that come out are held against those that went in, and no header is larger, and no archive has
+more members, than any that is meant: a bomb is refused within seconds, in little memory.
 """
 
+import bz2
+import contextlib
 import gzip
+import io
 import lzma
-import shutil
 import stat
 import tarfile
 import tempfile
 import zipfile
-import zlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
-_DAMAGE = (
-  zipfile.BadZipFile,
-  tarfile.TarError,
-  gzip.BadGzipFile,
-  lzma.LZMAError,
-  zlib.error,
-  EOFError,
-)
-_MAX_BYTES = 1 << 36  # 64 GiB: more than any file that is meant, less than a bomb may claim
+_MAX_BYTES = 1 << 36  # 64 GiB: more than any file that is meant
+_RATIO = 100  # text is packed to a tenth, tables to a thirtieth
+_FREE = 1 << 26  # what an archive may always hold, however small it is
+_MAX_MEMBERS = 1 << 17
+_MAX_ATTRIBUTES = 1 << 10
+_MAX_HEADER = 1 << 16  # of a member of a tar, with what extends it: a path has some 4,000 bytes
+_MAX_DIRECTORY = 1 << 24  # of a zip, which is read at once
+_CHUNK = 1 << 16
+
+_PACKED = {
+  b"\x1f\x8b": gzip.open,
+  b"BZh": bz2.open,
+  b"\xfd7zXZ\x00": lzma.open,
+  b"]\x00\x00": lzma.open,
+}
+# From other methods than these, zipfile takes all that its input holds, and not what it is asked.
+_PIECEMEAL = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+_SMALLEST = 1 << 12
 
 
-def extract(archive: Path, members: Iterable[tuple[str, ...]], target: Path) -> bool:
+class _Refused(ValueError):
+  """What is refused here, and not by the library that reads an archive."""
+
+
+def extract(archive: Path, members: Sequence[tuple[str, ...]], target: Path) -> bool:
   """Copies the first of `members` that is in the archive to `target`; False where none is.
 
   members: paths as tuples of their parts; one may lead through archives.
 
-  Raises ValueError for a damaged archive, and for a member that is a link or larger than 64 GiB.
+  Raises ValueError for an archive that is damaged, encrypted or of no known kind; for a member that
+  is a link, or larger than 64 GiB; and for an archive that holds more than 64 MiB and a hundred
+  times its own size, more than 131,072 members, or a header of more than 64 KiB.
   """
-  return any(_extract(archive, member, target) for member in members)
+  limit = min(_MAX_BYTES, max(_FREE, _RATIO * archive.stat().st_size))
+  return _extract(archive, members, target, limit)
 
 
-def _extract(archive: Path, parts: tuple[str, ...], target: Path) -> bool:
-  for end in range(len(parts), 0, -1):
+def _extract(archive: Path, members: Sequence[tuple[str, ...]], target: Path, limit: int) -> bool:
+  wanted = {"/".join(parts[:end]) for parts in members for end in range(1, len(parts) + 1)}
+  with _reading("/".join(members[0])):
+    kind = _kind(archive)
+    found = kind.list(archive, wanted, limit)
+  for parts in members:
+    ends = [end for end in range(len(parts), 0, -1) if "/".join(parts[:end]) in found]
+    if not ends:
+      continue
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-      copy = Path(folder) / "copy"
-      if _copy_member(archive, "/".join(parts[:end]), copy):
-        if end < len(parts):
-          return _extract(copy, parts[end:], target)
+      copy, name = Path(folder) / "copy", "/".join(parts[: ends[0]])
+      _check(name, found[name], limit)
+      with copy.open("wb") as file:
+        for chunk in _read(kind, archive, name, found[name], limit):
+          file.write(chunk)
+      if ends[0] == len(parts):
         copy.replace(target)
+        return True
+      if _extract(copy, [parts[ends[0] :]], target, limit):
         return True
   return False
 
 
-def _copy_member(archive: Path, name: str, target: Path) -> bool:
-  with archive.open("rb") as file:  # zipfile.is_zipfile takes a tar that ends in a zip for one
-    copy = _copy_from_zip if file.read(2) == b"PK" else _copy_from_tar
+def _read(kind: type, archive: Path, name: str, info, limit: int) -> Iterator[bytes]:
+  """The content of a member. What goes wrong where it is written is no fault of the archive."""
+  chunks = kind.read(archive, info, limit)
+  while True:
+    with _reading(name):
+      chunk = next(chunks, b"")
+    if not chunk:
+      return
+    yield chunk
+
+
+@contextlib.contextmanager
+def _reading(name: str) -> Iterator[None]:
   try:
-    return copy(archive, name, target)
-  except _DAMAGE as error:
-    raise ValueError(f"{name}: cannot be read from its archive: {error}") from error
+    yield
+  except _Refused as error:
+    raise _Refused(f"{name[:200]}: {error}") from None
+  except Exception as error:  # the libraries do not say which ones they raise
+    reason = str(error)[:200] or type(error).__name__
+    raise ValueError(f"{name[:200]}: cannot be read from its archive: {reason}") from error
 
 
-def _copy_from_zip(archive: Path, name: str, target: Path) -> bool:
-  with zipfile.ZipFile(archive) as file:
-    if name not in file.NameToInfo:
-      return False
-    info = file.getinfo(name)
-    _check(name, is_link=stat.S_ISLNK(info.external_attr >> 16), size=info.file_size)
-    with file.open(info) as member:
-      _copy(member, target)
-  return True
-
-
-def _copy_from_tar(archive: Path, name: str, target: Path) -> bool:
-  with tarfile.open(archive) as file:
-    try:
-      info = file.getmember(name)
-    except KeyError:
-      return False
-    if info.isdir():
-      return False
-    _check(name, is_link=not info.isreg(), size=info.size)
-    with file.extractfile(info) as member:
-      _copy(member, target)
-    while file.fileobj.read(1 << 20):  # a compressed stream says at its end whether it was sound
-      pass
-  return True
-
-
-def _check(name: str, *, is_link: bool, size: int) -> None:
+def _check(name: str, info: zipfile.ZipInfo | tarfile.TarInfo, limit: int) -> None:
+  if isinstance(info, zipfile.ZipInfo):
+    is_link, size = stat.S_ISLNK(info.external_attr >> 16), info.file_size
+  else:
+    is_link, size = not info.isreg() or info.issparse(), info.size
   if is_link:
-    raise ValueError(f"{name}: is a link and not a regular file in its archive; refused")
-  if size > _MAX_BYTES:
-    raise ValueError(f"{name}: claims {size} bytes in its archive, over the limit of {_MAX_BYTES}")
+    raise _Refused(f"{name[:200]}: is a link and not a regular file in its archive; refused")
+  if not 0 <= size <= limit:
+    raise _Refused(f"{name[:200]}: {_claims(size, limit)}")
 
 
-def _copy(member: IO[bytes], target: Path) -> None:
-  with target.open("wb") as file:
-    shutil.copyfileobj(member, file, 1 << 20)
+def _claims(size: int, limit: int) -> str:
+  return f"claims {size} bytes in its archive, over the limit of {limit}; {_REMEDY}"
+
+
+_REMEDY = "if you trust it, unpack it yourself and give the file's path"
+
+
+def _kind(archive: Path) -> "type[_Zip] | type[_Tar]":
+  with archive.open("rb") as file:  # zipfile.is_zipfile takes a tar that ends in a zip for one
+    return _Zip if file.read(4) in (b"PK\x03\x04", b"PK\x05\x06") else _Tar
+
+
+class _Zip:
+  @staticmethod
+  def list(archive: Path, wanted: Collection[str], limit: int) -> dict[str, zipfile.ZipInfo]:
+    with _Capped(archive.open("rb", buffering=0)) as file, zipfile.ZipFile(file) as packed:
+      return {name: packed.NameToInfo[name] for name in wanted if name in packed.NameToInfo}
+
+  @staticmethod
+  def read(archive: Path, info: zipfile.ZipInfo, limit: int) -> Iterator[bytes]:
+    size = _CHUNK if info.compress_type in _PIECEMEAL else _SMALLEST
+    with (
+      _Capped(archive.open("rb", buffering=0)) as file,
+      zipfile.ZipFile(file) as packed,
+      packed.open(info) as member,
+    ):
+      while chunk := member.read(size):
+        yield chunk
+
+
+class _Capped(io.BufferedReader):
+  """A zip file that refuses any single read larger than the limit of a zip's directory."""
+
+  def read(self, size: int | None = -1) -> bytes:
+    if size is not None and size > _MAX_DIRECTORY:
+      raise _Refused(f"its directory of {size:,} bytes is over the limit of {_MAX_DIRECTORY:,}")
+    return super().read(size)
+
+
+class _Tar:
+  @staticmethod
+  def list(archive: Path, wanted: Collection[str], limit: int) -> dict[str, tarfile.TarInfo]:
+    found, count = {}, 0
+    with _unpacked(archive) as file:
+      stream = _Onwards(file, limit)
+      with tarfile.open(fileobj=stream, mode="r:") as packed:
+        while info := packed.next():
+          if info.name in wanted and not info.isdir():
+            if info.size > limit:
+              raise _Refused(_claims(info.size, limit))
+            found[info.name] = info  # of several the last, as tar itself has it
+          count += 1
+          if count > _MAX_MEMBERS:
+            raise _Refused(f"its archive has more than {_MAX_MEMBERS:,} members")
+          if len(packed.pax_headers) > _MAX_ATTRIBUTES:
+            raise _Refused(f"its archive has more than {_MAX_ATTRIBUTES:,} attributes of its own")
+          packed.members = []  # which would be kept
+          stream.start_header()
+      while stream.take(_CHUNK):  # a packed stream says at its end whether it was sound
+        pass
+    return found
+
+  @staticmethod
+  def read(archive: Path, info: tarfile.TarInfo, limit: int) -> Iterator[bytes]:
+    with _unpacked(archive) as file:
+      stream, left = _Onwards(file, limit), info.size
+      stream.seek(info.offset_data)
+      while left:
+        chunk = stream.take(min(left, _CHUNK))
+        if not chunk:
+          raise EOFError("it ends within the member")
+        left -= len(chunk)
+        yield chunk
+
+
+def _unpacked(archive: Path) -> BinaryIO:
+  with archive.open("rb") as file:
+    start = file.read(512)
+  if start[257:262] != b"ustar":
+    for magic, unpack in _PACKED.items():
+      if start.startswith(magic):
+        return unpack(archive)
+  return archive.open("rb")
+
+
+class _Onwards:
+  """A stream that is read onwards alone: so many bytes in all, and so many of one header.
+
+  A library may ask for as many bytes as a header claims, chain headers without end, or go back to
+  where it was.
+  """
+
+  def __init__(self, file: BinaryIO, limit: int):
+    self._file, self._limit, self._at = file, limit, 0
+    self.start_header()
+
+  def start_header(self) -> None:
+    self._header = _MAX_HEADER
+
+  def read(self, size: int) -> bytes:
+    """Reads bytes of a header."""
+    if not 0 <= size <= self._header:
+      raise _Refused(f"a header in its archive is over the limit of {_MAX_HEADER:,} bytes")
+    self._header -= size
+    return self.take(size)
+
+  def take(self, size: int) -> bytes:
+    """Reads bytes of whatever there is."""
+    data = self._file.read(size)
+    self._at += len(data)
+    if self._at > self._limit:
+      raise _Refused(f"its archive holds more than the limit of {self._limit} bytes; {_REMEDY}")
+    return data
+
+  def tell(self) -> int:
+    return self._at
+
+  def seek(self, offset: int) -> int:
+    if offset < self._at:
+      raise _Refused("a header in its archive claims a negative size")
+    while self._at < offset and self.take(min(offset - self._at, _CHUNK)):
+      pass
+    return self._at

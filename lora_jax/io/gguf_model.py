@@ -3,26 +3,29 @@
     wider = save("model.gguf", params, config, tokenizer, dtype="q8_0")
     wider      # {"blk.0.ffn_down.weight": "float16", ...}: what could not be stored as it was asked
 
-Norms, and whatever else has one axis, stay in float32. Queries and keys get their rows in the order
-in which llama.cpp turns them by their positions: what is half a head apart in the model are
-neighbours in the file. The formats are those of ggml (github.com/ggml-org/ggml, docs/gguf.md); the
-blocks are made by the `gguf` package, one tensor in memory at a time.
+Norms, whatever else has one axis, and learned positions stay in float32; Gemma's norms are written
+with 1 added. Queries and keys get their rows in the order in which llama.cpp turns them by their
+positions: what is half a head apart in a Llama here are neighbours in its file; in files of other
+architectures they are half a head apart too. The formats are those of ggml
+(github.com/ggml-org/ggml, docs/gguf.md); the blocks are made by the `gguf` package, one tensor in
+memory at a time.
 """
 
-import os
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
+import ml_dtypes
 import numpy as np
 from gguf import GGMLQuantizationType, LlamaFileType
 from gguf.quants import quant_shape_to_byte_shape, quantize
 
-from lora_jax.io import configs, names
+from lora_jax import families
+from lora_jax.io import casting, gguf_configs, gguf_gemma, outputs
 from lora_jax.io import tokenizer as tokenizers
 from lora_jax.io.export import file_tensors
-from lora_jax.models import llama
 
 KINDS = {
   "float32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
@@ -38,13 +41,15 @@ KINDS = {
 
 _FOUR_OR_FIVE_BITS = ("q5_1", "q5_0", "q4_1", "q4_0")
 _EMBEDDINGS = ("token_embd.weight", "output.weight")
+_ROUTER = ".ffn_gate_inp.weight"  # llama.cpp keeps it so
+_POSITIONS = "position_embd.weight"  # which llama.cpp does not quantise
 _LARGEST_HALF = float(np.finfo(np.float16).max)
 
 
 def save(
   path: str | Path,
   params: Mapping[str, Any],
-  config: llama.LlamaConfig,
+  config: families.Config,
   tokenizer: tokenizers.Tokenizer,
   *,
   dtype: str = "float32",
@@ -55,7 +60,7 @@ def save(
   where what it loses is lost at every token. A matrix whose rows no blocks divide is float16.
 
   path: of the file.
-  params: plain arrays as `llama.Llama(config)` takes them, stacked or not.
+  params: plain arrays as the config's model takes them, stacked or not.
   config, tokenizer: as `pretrained.load` returned them.
   dtype: of the matrices, one of KINDS.
 
@@ -65,43 +70,37 @@ def save(
   ValueError for values that are not finite or beyond the dtype, and where params and config do not
   fit, or the format has no words for config or tokenizer.
   """
-  path = Path(path)
-  if path.exists():
-    raise FileExistsError(f"{path}: is there already; name a file that is not")
+  path = outputs.new_file(path)
   if dtype not in KINDS:
     raise ValueError(f"dtype {dtype!r} is unknown; use one of {', '.join(KINDS)}")
-  metadata, rope_factors_R = configs.to_gguf(config)
+  architecture = gguf_configs.architecture(config)
+  metadata, rope_factors_R = gguf_configs.to_gguf(config)
   metadata |= tokenizers.to_gguf(tokenizer, config.vocab_size)
-  tensors = file_tensors(params, config, names.LLAMA_GGUF)
+  tensors = file_tensors(params, config, families.family_of(config).names["gguf"])
   if rope_factors_R is not None:
     tensors["rope_freqs.weight"] = rope_factors_R
   dtypes = {name: _dtype(name, tensor.shape, dtype) for name, tensor in tensors.items()}
 
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f".{path.name}.{os.getpid()}")
-  writer = gguf.GGUFWriter(partial, "llama")
-  writer.add_type(gguf.GGUFType.MODEL)
-  writer.add_file_type(KINDS[dtype][1])
-  writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-  for key, value in metadata.items():
-    _add(writer, key, value)
-  for name, tensor in tensors.items():
-    kind = KINDS[dtypes[name]][0]
-    size = int(np.prod(quant_shape_to_byte_shape(tensor.shape, kind)))
-    writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), size, raw_dtype=kind)
-  try:
+  with (
+    outputs.whole_file(path) as partial,
+    contextlib.closing(gguf.GGUFWriter(partial, architecture)) as writer,
+  ):
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_file_type(KINDS[dtype][1])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    for key, value in metadata.items():
+      _add(writer, key, value)
+    for name, tensor in tensors.items():
+      kind = KINDS[dtypes[name]][0]
+      size = int(np.prod(quant_shape_to_byte_shape(tensor.shape, kind)))
+      writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), size, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for name, tensor in tensors.items():
-      rows = np.ascontiguousarray(_as_rotated(name, tensor, config), np.float32)
+      rows = np.ascontiguousarray(_as_stored(name, tensor, config), np.float32)
       _check_values(name, rows, dtypes[name])
       writer.write_tensor_data(quantize(rows, KINDS[dtypes[name]][0]))
-    writer.close()
-    partial.replace(path)
-  finally:
-    writer.close()
-    partial.unlink(missing_ok=True)
   return {
     name: dtypes[name]
     for name, tensor in tensors.items()
@@ -111,7 +110,7 @@ def save(
 
 def _dtype(name: str, shape: tuple[int, ...], wanted: str) -> str:
   """What a tensor is stored as."""
-  if len(shape) < 2:
+  if len(shape) < 2 or name == _POSITIONS or name.endswith(_ROUTER):
     return "float32"
   if name in _EMBEDDINGS and wanted in _FOUR_OR_FIVE_BITS:
     wanted = "q8_0"
@@ -123,14 +122,20 @@ def _check_values(name: str, rows: np.ndarray, dtype: str) -> None:
   if not np.isfinite(rows).all():
     raise ValueError(f"{name}: holds values that are not finite; there is no sense in storing them")
   # The scales of blocks are float16 too.
-  if dtype not in ("float32", "bfloat16") and (largest := abs(rows).max()) > _LARGEST_HALF:
+  if dtype == "bfloat16":
+    casting.cast({name: rows}, ml_dtypes.bfloat16)
+  elif dtype != "float32" and (largest := abs(rows).max()) > _LARGEST_HALF:
     raise ValueError(
       f"{name}: its largest value {largest:.3g} is beyond {dtype}; use bfloat16 or float32"
     )
 
 
-def _as_rotated(name: str, tensor: np.ndarray, config: llama.LlamaConfig) -> np.ndarray:
-  """The tensor (out, in) with its rows as llama.cpp wants them: the halves of a head in turn."""
+def _as_stored(name: str, tensor: np.ndarray, config: families.Config) -> np.ndarray:
+  """The tensor (out, in) as llama.cpp wants it: 1 + a norm, a Llama's halves of heads in turn."""
+  if name.endswith("norm.weight") and gguf_gemma.is_offset("scale", config):
+    return tensor + 1
+  if not gguf_configs.rotates_neighbours(gguf_configs.architecture(config)):
+    return tensor
   heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
   projection = name.split(".")[-2]
   if projection not in heads:
@@ -150,5 +155,5 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
       writer.add_float32(key, value)
     case str():
       writer.add_string(key, value)
-    case list():
+    case list() | bytes():
       writer.add_array(key, value)

@@ -3,13 +3,23 @@
     assign(names, LLAMA_HF, expected=paths)      # {"model.norm.weight": "norm/scale", ...}
     file_names(paths, LLAMA_HF)                  # {"norm/scale": "model.norm.weight", ...}
 
-In a template `{i}` stands for the number of a layer. A name whose path is None is known and holds
-nothing that the configuration does not say; it is left out.
+HUGGING_FACE and GGUF have the table of each family. In a template `{i}` stands for the number of a
+layer. A name whose path is None is known and holds nothing that the configuration does not say; it
+is left out. A path that is `InOut(...)` is of a kernel that is stored as it is.
 """
 
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+
+class InOut(str):
+  """The path of a kernel whose tensor is (in, out), as those of transformers' Conv1D are.
+
+  Where a table has a plain path, the kernel's tensor is (out, in), and a kernel here is (in, out).
+  """
+
 
 LLAMA_GGUF = {
   "token_embd.weight": "embed/embedding",
@@ -42,6 +52,159 @@ LLAMA_HF = {
   "model.norm.weight": "norm/scale",
   "lm_head.weight": "head/kernel",
 }
+
+_BIASES_HF = {
+  "model.layers.{i}.self_attn.q_proj.bias": "block_{i}/attn/query/bias",
+  "model.layers.{i}.self_attn.k_proj.bias": "block_{i}/attn/key/bias",
+  "model.layers.{i}.self_attn.v_proj.bias": "block_{i}/attn/value/bias",
+}
+_HEAD_NORMS_HF = {
+  "model.layers.{i}.self_attn.q_norm.weight": "block_{i}/attn/query_norm/scale",
+  "model.layers.{i}.self_attn.k_norm.weight": "block_{i}/attn/key_norm/scale",
+}
+# What Llama calls the norm after attention, in the middle of a block, is here what its name says.
+_NORMS_ON_BOTH_SIDES_HF = {
+  "model.layers.{i}.post_attention_layernorm.weight": "block_{i}/attn_post_norm/scale",
+  "model.layers.{i}.pre_feedforward_layernorm.weight": "block_{i}/mlp_norm/scale",
+  "model.layers.{i}.post_feedforward_layernorm.weight": "block_{i}/mlp_post_norm/scale",
+}
+
+# Each expert's kernels are tensors of their own in files; see `lora_jax.io.expert_tensors`.
+_EXPERTS_HF = {
+  "model.layers.{i}.mlp.gate.weight": "block_{i}/mlp/router/kernel",
+  "model.layers.{i}.mlp.experts.gate_up_proj": "block_{i}/mlp/experts/gate_up/kernel",
+  "model.layers.{i}.mlp.experts.down_proj": "block_{i}/mlp/experts/down/kernel",
+}
+# gpt-oss has a kernel (in, out) for all experts, the columns of gate and up in turn.
+_GPT_OSS_HF = {
+  "model.layers.{i}.self_attn.o_proj.bias": "block_{i}/attn/out/bias",
+  "model.layers.{i}.self_attn.sinks": "block_{i}/attn/sinks",
+  "model.layers.{i}.mlp.router.weight": "block_{i}/mlp/router/kernel",
+  "model.layers.{i}.mlp.router.bias": "block_{i}/mlp/router/bias",
+  "model.layers.{i}.mlp.experts.gate_up_proj": InOut("block_{i}/mlp/experts/gate_up/kernel"),
+  "model.layers.{i}.mlp.experts.gate_up_proj_bias": "block_{i}/mlp/experts/gate_up/bias",
+  "model.layers.{i}.mlp.experts.down_proj": InOut("block_{i}/mlp/experts/down/kernel"),
+  "model.layers.{i}.mlp.experts.down_proj_bias": "block_{i}/mlp/experts/down/bias",
+}
+_HEAD_NORMS_GGUF = {
+  "blk.{i}.attn_q_norm.weight": "block_{i}/attn/query_norm/scale",
+  "blk.{i}.attn_k_norm.weight": "block_{i}/attn/key_norm/scale",
+}
+_EXPERTS_GGUF = {
+  "blk.{i}.ffn_gate_inp.weight": "block_{i}/mlp/router/kernel",
+  "blk.{i}.ffn_gate_up_exps.weight": "block_{i}/mlp/experts/gate_up/kernel",
+  "blk.{i}.ffn_down_exps.weight": "block_{i}/mlp/experts/down/kernel",
+}
+
+
+def _without_mlp(table: "Table") -> "Table":
+  return {name: path for name, path in table.items() if path is None or "/mlp/" not in path}
+
+
+_NORMS_AFTER_HF = {
+  "model.layers.{i}.post_attention_layernorm.weight": "block_{i}/attn_post_norm/scale",
+  "model.layers.{i}.post_feedforward_layernorm.weight": "block_{i}/mlp_post_norm/scale",
+}
+_FUSED_HF = {
+  "model.layers.{i}.self_attn.qkv_proj.weight": "block_{i}/attn/qkv/kernel",
+  "model.layers.{i}.mlp.gate_up_proj.weight": "block_{i}/mlp/gate_up/kernel",
+}
+
+GPT2_HF = {
+  "transformer.wte.weight": "embed/embedding",
+  "transformer.wpe.weight": "positions/embedding",
+  "transformer.h.{i}.ln_1.weight": "block_{i}/attn_norm/scale",
+  "transformer.h.{i}.ln_1.bias": "block_{i}/attn_norm/bias",
+  "transformer.h.{i}.attn.c_attn.weight": InOut("block_{i}/attn/qkv/kernel"),
+  "transformer.h.{i}.attn.c_attn.bias": "block_{i}/attn/qkv/bias",
+  "transformer.h.{i}.attn.c_proj.weight": InOut("block_{i}/attn/out/kernel"),
+  "transformer.h.{i}.attn.c_proj.bias": "block_{i}/attn/out/bias",
+  "transformer.h.{i}.attn.bias": None,  # a mask, and what it is filled with
+  "transformer.h.{i}.attn.masked_bias": None,
+  "transformer.h.{i}.ln_2.weight": "block_{i}/mlp_norm/scale",
+  "transformer.h.{i}.ln_2.bias": "block_{i}/mlp_norm/bias",
+  "transformer.h.{i}.mlp.c_fc.weight": InOut("block_{i}/mlp/up/kernel"),
+  "transformer.h.{i}.mlp.c_fc.bias": "block_{i}/mlp/up/bias",
+  "transformer.h.{i}.mlp.c_proj.weight": InOut("block_{i}/mlp/down/kernel"),
+  "transformer.h.{i}.mlp.c_proj.bias": "block_{i}/mlp/down/bias",
+  "transformer.ln_f.weight": "norm/scale",
+  "transformer.ln_f.bias": "norm/bias",
+  "lm_head.weight": "head/kernel",
+}
+
+GPT2_GGUF = {
+  "token_embd.weight": "embed/embedding",
+  "position_embd.weight": "positions/embedding",
+  "blk.{i}.attn_norm.weight": "block_{i}/attn_norm/scale",
+  "blk.{i}.attn_norm.bias": "block_{i}/attn_norm/bias",
+  "blk.{i}.attn_qkv.weight": "block_{i}/attn/qkv/kernel",
+  "blk.{i}.attn_qkv.bias": "block_{i}/attn/qkv/bias",
+  "blk.{i}.attn_output.weight": "block_{i}/attn/out/kernel",
+  "blk.{i}.attn_output.bias": "block_{i}/attn/out/bias",
+  "blk.{i}.ffn_norm.weight": "block_{i}/mlp_norm/scale",
+  "blk.{i}.ffn_norm.bias": "block_{i}/mlp_norm/bias",
+  "blk.{i}.ffn_up.weight": "block_{i}/mlp/up/kernel",
+  "blk.{i}.ffn_up.bias": "block_{i}/mlp/up/bias",
+  "blk.{i}.ffn_down.weight": "block_{i}/mlp/down/kernel",
+  "blk.{i}.ffn_down.bias": "block_{i}/mlp/down/bias",
+  "output_norm.weight": "norm/scale",
+  "output_norm.bias": "norm/bias",
+  "output.weight": "head/kernel",
+}
+
+HUGGING_FACE = {
+  "llama": LLAMA_HF,
+  "mistral": LLAMA_HF,
+  "qwen2": LLAMA_HF | _BIASES_HF,
+  "qwen3": LLAMA_HF | _HEAD_NORMS_HF,
+  "qwen3_moe": _without_mlp(LLAMA_HF) | _HEAD_NORMS_HF | _EXPERTS_HF,
+  "gpt_oss": _without_mlp(LLAMA_HF) | _BIASES_HF | _GPT_OSS_HF,
+  "gemma2": LLAMA_HF | _NORMS_ON_BOTH_SIDES_HF,
+  "gemma3_text": LLAMA_HF | _NORMS_ON_BOTH_SIDES_HF | _HEAD_NORMS_HF,
+  "phi3": LLAMA_HF | _FUSED_HF,
+  "olmo2": LLAMA_HF | _NORMS_AFTER_HF | _HEAD_NORMS_HF,
+  "olmo3": LLAMA_HF | _NORMS_AFTER_HF | _HEAD_NORMS_HF,
+  "smollm3": LLAMA_HF,
+  "granite": LLAMA_HF,
+  "ministral": LLAMA_HF,
+  "ministral3": LLAMA_HF,
+}
+"""By `LlamaConfig.family`: of safetensors and of PEFT's adapters."""
+
+_HEAD_NORMS_GGUF = {
+  "blk.{i}.attn_q_norm.weight": "block_{i}/attn/query_norm/scale",
+  "blk.{i}.attn_k_norm.weight": "block_{i}/attn/key_norm/scale",
+}
+_NORMS_ON_BOTH_SIDES_GGUF = {
+  "blk.{i}.post_attention_norm.weight": "block_{i}/attn_post_norm/scale",
+  "blk.{i}.post_ffw_norm.weight": "block_{i}/mlp_post_norm/scale",
+}
+
+GGUF = {
+  "llama": LLAMA_GGUF,
+  "mistral": LLAMA_GGUF,
+  "qwen2": LLAMA_GGUF
+  | {
+    "blk.{i}.attn_q.bias": "block_{i}/attn/query/bias",
+    "blk.{i}.attn_k.bias": "block_{i}/attn/key/bias",
+    "blk.{i}.attn_v.bias": "block_{i}/attn/value/bias",
+  },
+  "qwen3": LLAMA_GGUF | _HEAD_NORMS_GGUF,
+  "qwen3_moe": _without_mlp(LLAMA_GGUF) | _HEAD_NORMS_GGUF | _EXPERTS_GGUF,
+  "olmo2": LLAMA_GGUF
+  | _HEAD_NORMS_GGUF
+  | {
+    "blk.{i}.post_attention_norm.weight": "block_{i}/attn_post_norm/scale",
+    "blk.{i}.post_ffw_norm.weight": "block_{i}/mlp_post_norm/scale",
+  },
+  "granite": LLAMA_GGUF,
+  "gemma2": LLAMA_GGUF | _NORMS_ON_BOTH_SIDES_GGUF,
+  "gemma3_text": LLAMA_GGUF | _NORMS_ON_BOTH_SIDES_GGUF | _HEAD_NORMS_GGUF,
+}
+"""By `LlamaConfig.family`, llama.cpp's names; a family that is not here has no GGUF files here."""
+
+ROUTERS = frozenset({"model.layers.{i}.mlp.gate.weight", "model.layers.{i}.mlp.router.weight"})
+"""Weights of routers, which are no linear layers in transformers 5; PEFT has them as parameters."""
 
 Table = Mapping[str, str | None]
 
@@ -115,6 +278,34 @@ def names_of(path: str, table: Table) -> list[str]:
     if template is not None and (layer := _layer(template, wanted)) is not None:
       names.append(name.replace("{i}", layer or "{i}"))
   return names
+
+
+def is_transposed(name: str, table: Table) -> bool:
+  """Whether a tensor is a kernel that is (out, in), to be transposed to the kernel here."""
+  path = table[template_of(name, table)]
+  return path.endswith("/kernel") and not isinstance(path, InOut)
+
+
+def is_in_out(name: str, table: Table) -> bool:
+  """Whether a tensor is a kernel that is (in, out)."""
+  return isinstance(table[template_of(name, table)], InOut)
+
+
+def with_prefix(tensors: Mapping[str, Any], table: Table, prefix: str) -> dict[str, Any]:
+  """Returns the tensors by the names of a table, where a file has left out what they begin with.
+
+  tensors: by the names of the file.
+  prefix: of the body's names, as "transformer."; a file that was saved of the body has none.
+  """
+  if any(name.startswith(prefix) for name in tensors):
+    return dict(tensors)
+  known = {name for name in tensors if template_of(name, table)}
+  return {name if name in known else prefix + name: x for name, x in tensors.items()}
+
+
+def template_of(name: str, table: Table) -> str | None:
+  """The row of a table that a name is in."""
+  return next((x for x in table if _layer(x, name) is not None), None)
 
 
 def _layer(template: str, text: str) -> str | None:

@@ -11,16 +11,15 @@ the tensors, are checked before a tensor is read. What the tensors mean is not k
 """
 
 import dataclasses
+import functools
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lora_jax.io import peft_config, safetensors
+from lora_jax.io import casting, files, json_files, outputs, peft_config, safetensors
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 SHARED = ("base_model.vera_A", "base_model.vera_B")
@@ -36,16 +35,21 @@ class AdapterFile:
   Attributes:
     path: of the tensors' file, for messages.
     config: the fields that `peft_config` reads, with PEFT's defaults where they are absent.
-    shapes: `{name: shape}` of the tensors; a module's name is that in the model without adapters.
+    tensors: by name, as they are stored; a module's name is that in the model without adapters.
   """
 
   path: Path
   config: dict[str, Any]
-  shapes: dict[str, tuple[int, ...]]
+  tensors: dict[str, safetensors.StoredTensor]
+
+  @functools.cached_property
+  def shapes(self) -> dict[str, tuple[int, ...]]:
+    """`{name: shape}` of the tensors."""
+    return {name: tensor.shape for name, tensor in self.tensors.items()}
 
   def load(self, name: str) -> np.ndarray:
     """Returns a tensor as float32; raises ValueError where it holds what is not finite."""
-    tensor = safetensors.read_tensor(self.path, _key(name))
+    tensor = self.tensors[name].load()
     with np.errstate(over="ignore"):  # a float64 may be too large, and is not finite then
       tensor = tensor.astype(np.float32)
     if not np.isfinite(tensor).all():
@@ -63,31 +67,34 @@ def read(folder: str | Path) -> AdapterFile:
   """
   folder = Path(folder)
   path = folder / CONFIG
-  if not path.is_file():
+  if not path.exists() or path.is_dir():
     raise FileNotFoundError(f"{path}: no such file; an adapter's folder holds {CONFIG}")
+  content = files.read_bytes(path, json_files.MAX_BYTES)
   try:
-    config = peft_config.parse(path.read_bytes())
+    config = peft_config.parse(content)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from None
   path = folder / TENSORS
-  if not path.is_file():
+  if not path.exists():
     raise FileNotFoundError(
       f"{path}: no such file; pickled weights (adapter_model.bin) are not read: load the adapter "
       "in peft and write it again with `save_pretrained`"
     )
-  kinds = safetensors.tensor_kinds(path)
+  tensors = safetensors.open_file(path)
   strange = [
-    f"{name[:120]} ({dtype})"
-    for name, (_, dtype) in kinds.items()
-    if dtype not in _DTYPES or not (name.startswith(_PREFIX) or name in SHARED)
+    f"{name[:120]} ({tensor.dtype})"
+    for name, tensor in tensors.items()
+    if tensor.dtype not in _DTYPES or not (name.startswith(_PREFIX) or name in SHARED)
   ]
   if strange:
     raise ValueError(
       f"{path}: {len(strange)} tensors are not named {_PREFIX}… or of no dtype of "
       f"{', '.join(_DTYPES)}: {', '.join(strange[:8])}"
     )
-  shapes = {name.removeprefix(_PREFIX): shape for name, (shape, _) in kinds.items()}
-  return AdapterFile(path, config, shapes)
+  named = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+  if len(named) < len(tensors):
+    raise ValueError(f"{path}: {' or '.join(SHARED)} is there with {_PREFIX} and without")
+  return AdapterFile(path, config, named)
 
 
 def write(folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
@@ -100,26 +107,19 @@ def write(folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, n
 
   Raises:
     FileExistsError: when the folder holds something else.
+    ValueError: when values are not finite, or nothing can be written at the path.
   """
-  folder = Path(folder)
-  if folder.exists():
-    others = {path.name for path in folder.iterdir()} - {CONFIG, TENSORS, "README.md"}
-    if others:
-      raise FileExistsError(
-        f"{folder}: holds {', '.join(sorted(others)[:4])}, which is no adapter's; name another "
-        "folder"
-      )
-  partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-  partial.mkdir(parents=True)
-  try:
-    (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+  casting.check_finite(tensors)
+  folder = check_folder(folder)
+  with outputs.whole_folder(folder) as partial:
+    outputs.write_text(partial / CONFIG, json.dumps(config, indent=2) + "\n")
     named = {_key(name): tensor for name, tensor in tensors.items()}
     safetensors.save_file(named, partial / TENSORS, metadata={"format": "pt"})
-    if folder.exists():
-      shutil.rmtree(folder)
-    partial.replace(folder)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_folder(folder: str | Path) -> Path:
+  """The absolute path of a folder that `write` may write or replace; raises as it does."""
+  return outputs.replaceable_folder(folder, CONFIG, {CONFIG, TENSORS, "README.md"}, "adapter's")
 
 
 def _key(name: str) -> str:

@@ -1,20 +1,19 @@
 """adapter_config.json: what it may say, and what is refused because it would change the model.
 
-    config = parse(path.read_bytes())
+    config = parse(content)
     config["r"], config["lora_alpha"]            # checked, with PEFT's default where absent
 
 A field is read, or has no bearing on what a saved adapter computes, or is refused with the reason;
 one that is unknown is refused unless it is off. So no adapter is read as something near it.
 """
 
-import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from lora_jax.io import peft_patterns
+from lora_jax.checks import shown
+from lora_jax.io import json_files, peft_patterns
 
 MAX_RANK = 1 << 20
-_MAX_BYTES = 1 << 26
 
 
 class Field(NamedTuple):
@@ -95,7 +94,7 @@ _LYCORIS = _COMMON | {
   "alpha_pattern": _ALPHAS,
 }
 FIELDS: dict[str, dict[str, Field]] = {
-  "LORA": _LORA,
+  "LORA": _LORA | {"target_parameters": _NAMES},
   "ADALORA": _LORA | {"init_r": _RANK._replace(default=12), "rank_pattern": _MASKS},
   "LOHA": _LYCORIS,
   "LOKR": _LYCORIS,
@@ -108,8 +107,7 @@ FIELDS: dict[str, dict[str, Field]] = {
 
 _REFUSED = {
   "layer_replication": "the adapted model has other layers than the base",
-  "target_parameters": "PEFT wraps parameters that belong to no linear layer, and names them by "
-  "the nesting of its wrappers",
+  "target_parameters": "parameters that belong to no linear layer are adapted by LORA alone",
   "megatron_config": "the layers are those of Megatron",
   "alora_invocation_tokens": "the adapter acts on a part of the tokens only",
   "use_qalora": "the inputs are pooled before A",
@@ -138,15 +136,15 @@ def parse(content: bytes) -> dict[str, Any]:
     ValueError: for what is no JSON, a kind of adapter or a field that is not supported, and a value
       of another type or size than the field's.
   """
-  fields = _json(content)
+  fields = json_files.parse(content)
   kind = fields.get("peft_type")
   if not isinstance(kind, str) or kind not in FIELDS:
-    raise ValueError(f"peft_type {kind!r} is not supported; supported: {', '.join(FIELDS)}")
+    raise ValueError(f"peft_type {shown(kind)} is not supported; supported: {', '.join(FIELDS)}")
   known = FIELDS[kind]
   for name, value in fields.items():
     if name in known:
       if not known[name].accepts(value):
-        raise ValueError(f"{name} must be {known[name].words}, not {repr(value)[:80]}")
+        raise ValueError(f"{name} must be {known[name].words}, not {shown(value)}")
     elif value and name in _REFUSED:
       raise ValueError(f"{name} is not supported: {_REFUSED[name]}")
     elif value and name not in _WITHOUT_BEARING:
@@ -161,27 +159,3 @@ def parse(content: bytes) -> dict[str, Any]:
       if kind != "ADALORA":
         peft_patterns.compiled(config[name])
   return config | {"peft_type": kind, "layers_to_transform": fields.get("layers_to_transform")}
-
-
-def _json(content: bytes) -> dict[str, Any]:
-  if len(content) > _MAX_BYTES:
-    raise ValueError(f"{len(content)} bytes are over the limit of {_MAX_BYTES}")
-
-  def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = {}
-    for name, value in pairs:
-      if name in found:
-        raise ValueError(f"{name[:80]!r} is there twice")
-      found[name] = value
-    return found
-
-  def refuse(text: str) -> None:
-    raise ValueError(f"{text} is no JSON number")
-
-  try:
-    fields = json.loads(content, object_pairs_hook=unique, parse_constant=refuse)
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f"not JSON: {error}") from None
-  if not isinstance(fields, dict):
-    raise ValueError("not a JSON object")
-  return fields

@@ -15,7 +15,7 @@ from typing import Any
 
 Patterns = list[tuple[re.Pattern, Any]]
 
-_MAX_LENGTH, _MAX_WAYS, _MAX_WILD = 1000, 6400, 32
+_MAX_LENGTH, _MAX_WAYS, _MAX_WILD, _MAX_PATTERNS = 1000, 6400, 32, 10_000
 _REPEAT = 40  # a repetition costs as much as so many alternatives
 _ITEM = r"(?:\\[.\-dw]|\[[\w-]+\]|[\w.-])"  # a character, or a class of characters
 _WORD = r"(?:\\[.\-]|[\w.-])*"
@@ -27,8 +27,11 @@ def compiled(patterns: Mapping[str, Any]) -> Patterns:
   """The patterns with their values, in their order.
 
   Raises:
-    ValueError: for a pattern that is no regular expression, or one that may take long.
+    ValueError: for a pattern that is no regular expression, or one that may take long, and for more
+      patterns than an adapter has.
   """
+  if len(patterns) > _MAX_PATTERNS:
+    raise ValueError(f"there are {len(patterns)} patterns; at most {_MAX_PATTERNS} are read")
   wild = sum(_ways(pattern) > 1 for pattern in patterns)
   if wild > _MAX_WILD:
     raise ValueError(f"{wild} patterns have wildcards; at most {_MAX_WILD} are read")

@@ -5,83 +5,79 @@ tokenizer.encode("Hello world")       # [19556, 905]
 tokenizer.decode([19556, 905])        # "Hello world"
 """
 
+import functools
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
+from tokenizers import processors
 
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # token types of the GGUF format
-
-_IDS_GGUF = ("bos_token_id", "eos_token_id", "padding_token_id")
-_SPECIAL = ("bos_token", "eos_token", "pad_token")
-_REMEDY = "export the model as a folder, with its tokenizer.json"
-
-# What `tokenizer.json` of the Llama 3 models splits text by.
-_LLAMA_3 = (
-  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+from lora_jax.checks import shown
+from lora_jax.io import files, gguf_words, json_files, outputs, panics, tokenizer_files
+from lora_jax.io.special_text import Pieces, SpecialText
+from lora_jax.models import limits
 
 
-class _Split(NamedTuple):
-  """How text is cut before the merges, and the habits that go with it.
+class Pair(NamedTuple):
+  """The tokens of a prompt and its completion, encoded as one text.
 
-  ignore_merges: a piece which is a token as it stands is not cut at all.
-  add_bos: whether a file that does not say so wants the beginning-of-sequence token.
+  ids: without what stands before every text, such as BOS.
+  boundary: how many of them are the prompt's.
+  shared: whether the first token of the completion begins within the prompt.
   """
 
-  pre_tokenizer: pre_tokenizers.PreTokenizer
-  ignore_merges: bool
-  add_bos: bool
-
-
-def _byte_level(use_regex: bool = True) -> pre_tokenizers.PreTokenizer:
-  return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
-
-
-_SPLITS = {
-  "gpt-2": _Split(_byte_level(), ignore_merges=False, add_bos=False),
-  "smollm": _Split(
-    pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _byte_level()]),
-    ignore_merges=False,
-    add_bos=False,
-  ),
-  "llama-bpe": _Split(
-    pre_tokenizers.Sequence(
-      [pre_tokenizers.Split(Regex(_LLAMA_3), "isolated"), _byte_level(use_regex=False)]
-    ),
-    ignore_merges=True,
-    add_bos=True,
-  ),
-}
+  ids: list[int]
+  boundary: int
+  shared: bool
 
 
 class Tokenizer:
   """Text to token ids and back.
 
-  backend: the `tokenizers` object that does the work.
   bos_id, eos_id: the tokens that begin and end a text, or None where the model has none.
+  stop_ids: the tokens at which a generated text ends: `eos_id`, and what else one of the model's
+    files calls EOS.
   pad_id: the token that fills up a row; `eos_id` or 0 where the model names none.
-  chat_template: the Jinja template of a conversation, kept for `save`.
+  special: the same as the model names them, nothing put in the place of what it does not name.
+  chat_templates: the Jinja templates of a conversation by name, "default" for the one without.
+  files: what `save` and the writers of models write again.
+
+  backend: the `tokenizers` object that does the work; it is changed.
   """
 
   def __init__(
     self,
     backend: tokenizers.Tokenizer,
     *,
-    bos_id: int | None,
-    eos_id: int | None,
-    pad_id: int | None,
-    chat_template: str | None = None,
+    special: tokenizer_files.Special,
+    chat_templates: Mapping[str, str],
+    files: tokenizer_files.Files,
   ):
+    backend.no_truncation()
+    backend.no_padding()
+    # The library makes room for every id up to the largest.
+    ids = backend.get_vocab(with_added_tokens=True).values()
+    if not 0 <= max(ids, default=-1) < limits.LARGEST["vocab_size"]:
+      raise ValueError(
+        f"the largest id of its {len(ids)} tokens must be from 0 to "
+        f"{limits.LARGEST['vocab_size'] - 1:,}"
+      )
+    if len(set(ids)) < len(ids):
+      raise ValueError("two of its tokens have one id")
+    self._before, self._after = _around(backend)
+    if max(*self._before, *self._after, 0, 0) > max(ids):
+      raise ValueError(f"it puts tokens around a text that it has not: {self._before[:8]}")
+    # What it puts around a text is put there by `encode`. It may also trim the places of tokens,
+    # by which the end of a prompt is found.
+    backend.post_processor = processors.Sequence([])
     self._backend = backend
-    self.bos_id = bos_id
-    self.eos_id = eos_id
-    self.pad_id = pad_id if pad_id is not None else eos_id or 0
-    self.chat_template = chat_template
+    self._special_ids = {i for i, x in backend.get_added_tokens_decoder().items() if x.special}
+    self.special, self.chat_templates, self.files = special, dict(chat_templates), files
+    self.bos_id, self.eos_id, self.stop_ids = special.bos_id, special.eos_id, special.stop_ids
+    self.pad_id = special.pad_id if special.pad_id is not None else special.eos_id or 0
 
   @property
   def vocabulary(self) -> dict[str, int]:
@@ -93,132 +89,192 @@ class Tokenizer:
     """The largest token id plus one."""
     return max(self.vocabulary.values()) + 1
 
-  def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-    """Returns the ids of `text`; special tokens written out in it count as one token each.
+  @property
+  def chat_template(self) -> str | None:
+    """The template without a name."""
+    return self.chat_templates.get("default")
 
-    add_special_tokens: whether what the model's own settings put around a text (a BOS in Llama 3,
-      nothing in SmolLM2) is added; False for text that continues another.
+  def with_tokens(self, tokens: Sequence[str]) -> "Tokenizer":
+    """Returns the tokenizer with more tokens, each of which is one token wherever a text has it.
+
+    tokens: their texts; their ids follow the largest that there is. They are no special tokens, and
+      `decode` writes them.
+
+    Raises ValueError for a text that is empty or is a token already, and one that is there twice.
     """
-    return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+    fields = json.loads(self.to_json())
+    ids = {}
+    for token in tokens:
+      if not isinstance(token, str) or not token:
+        raise ValueError(f"the new token {shown(token)} is no text, or an empty one")
+      if token in self.vocabulary or token in ids:
+        found = self.vocabulary.get(token)
+        what = "named twice" if found is None else f"a token already, with the id {found}"
+        raise ValueError(f"the new token {shown(token)} is {what}; leave it out")
+      ids[token] = self.vocab_size + len(ids)
+    plain = dict.fromkeys(("special", "single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"id": token_id, "content": token} | plain for token, token_id in ids.items()]
+    fields["added_tokens"] = [*(fields.get("added_tokens") or ()), *added]
+    text = json.dumps(fields, ensure_ascii=False)
+    with panics.as_value_errors("the tokenizer takes no new tokens"):
+      backend = tokenizers.Tokenizer.from_str(text)
+      got = {token: backend.token_to_id(token) for token in ids}
+    if got != ids:
+      raise ValueError(
+        f"the new tokens {list(ids)[:8]} would have the ids {list(got.values())[:8]}, and "
+        f"{list(ids.values())[:8]} are the next: ids are missing among the tokenizer's own"
+      )
+    files = tokenizer_files.with_tokens(self.files, text, ids)
+    return Tokenizer(backend, special=self.special, chat_templates=self.chat_templates, files=files)
 
-  def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-    """Returns the text of `ids`, without special tokens unless they are asked for."""
-    return self._backend.decode(list(map(int, ids)), skip_special_tokens=skip_special_tokens)
+  def encode(
+    self, text: str, *, add_special_tokens: bool = True, special_tokens: bool = True
+  ) -> list[int]:
+    """Returns the ids of `text`, which may be continued: EOS is never added.
+
+    add_special_tokens: whether what the model's own settings put before a text (a BOS in Llama 3,
+      nothing in SmolLM2) is added, unless the text begins with it; False for a text without it.
+    special_tokens: whether special tokens written out in the text count as one token each; False
+      takes them for plain characters.
+
+    Raises ValueError for half of a surrogate pair, which is no text.
+    """
+    ids, _, _ = self._encode([(text, special_tokens)], [])
+    if add_special_tokens and ids[: len(self._before)] != self._before:
+      return self._before + ids
+    return ids
+
+  def encode_pair(self, prompt: Pieces, completion: Pieces) -> Pair:
+    """Returns the tokens of a prompt and its completion as one text.
+
+    So a completion has the tokens that it has in running text: encoded alone, it would begin a text
+    for tokenizers in the manner of SentencePiece. A token with characters of both is the
+    completion's.
+
+    prompt, completion: their parts in order.
+
+    Raises ValueError for half of a surrogate pair, which is no text.
+    """
+    ids, offsets, start = self._encode(prompt, completion)
+    ends_after = (n for n, (_, end) in enumerate(offsets) if end > start)
+    boundary = next(ends_after, len(ids)) if start else 0
+    shared = boundary < len(ids) and offsets[boundary][0] < start
+    written = len(self._before)
+    if written and boundary >= written and ids[:written] == self._before:
+      return Pair(ids[written:], boundary - written, shared)
+    return Pair(ids, boundary, shared)
+
+  def decode(
+    self, ids: Sequence[int], *, skip_special_tokens: bool = True, after: Sequence[int] = ()
+  ) -> str:
+    """Returns the text of `ids`, without special tokens unless they are asked for.
+
+    after: the ids that `ids` continue, whose own text is left out. Without them `ids` begin a text,
+      and tokenizers in the manner of SentencePiece leave out the first space.
+    """
+
+    def text_of(ids: Sequence[int]) -> str:
+      with panics.as_value_errors("the tokenizer cannot decode"):
+        return self._backend.decode(list(map(int, ids)), skip_special_tokens=skip_special_tokens)
+
+    if not after:
+      return text_of(ids)
+    before, whole = text_of(after), text_of([*after, *ids])
+    # Not all of `before` where the first of `ids` completes a character.
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False))
+    return whole[len(list(same)) :]
 
   def to_json(self) -> str:
     """The text of its `tokenizer.json`."""
-    return self._backend.to_str()
+    return self.files.contents["tokenizer.json"].decode()
 
   def save(self, folder: str | Path) -> None:
-    """Writes `tokenizer.json` and `tokenizer_config.json`, which `transformers` loads."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    self._backend.save(str(folder / "tokenizer.json"))
-    fields: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    for name, token_id in zip(_SPECIAL, (self.bos_id, self.eos_id, self.pad_id), strict=True):
-      if token_id is not None:
-        fields[name] = self._backend.id_to_token(token_id)
-    if self.chat_template is not None:
-      fields["chat_template"] = self.chat_template
-    text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
-    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    """Writes its files, which `transformers` loads, as they came from a model's folder.
+
+    Of a tokenizer from a GGUF file these are `tokenizer.json` and `tokenizer_config.json`.
+    """
+    for name, content in self.files.contents.items():
+      outputs.write_bytes(Path(folder) / name, content)
+
+  def to_gguf(self) -> dict[str, Any]:
+    """The metadata of all but its vocabulary, see the function `to_gguf`."""
+    return gguf_words.describe_special(
+      self.special, self._before, self._after
+    ) | gguf_words.describe_templates(self.chat_templates)
+
+  def _encode(
+    self, prompt: Pieces, completion: Pieces
+  ) -> tuple[list[int], list[tuple[int, int]], int]:
+    """The ids of one text, where each of them lies in it, and where the completion begins."""
+    pieces = [*prompt, *completion]
+    text = "".join(piece for piece, _ in pieces)
+    try:
+      with panics.as_value_errors(f"the tokenizer cannot encode {text[:40]!r}"):
+        encoding = self._backend.encode(text, add_special_tokens=False)
+    except TypeError:
+      raise ValueError(f"{_lone_surrogate(text)}; mend the text where it was cut") from None
+    as_meant = all(meant for _, meant in pieces)
+    if as_meant or self._special_ids.isdisjoint(encoding.ids):
+      return encoding.ids, encoding.offsets, sum(len(piece) for piece, _ in prompt)
+    ids, offsets = self._special_text.encode(self._special_text.join(pieces))
+    return ids, offsets, len(self._special_text.join(prompt))
+
+  @functools.cached_property
+  def _special_text(self) -> SpecialText:
+    with panics.as_value_errors("the tokenizer cannot take special tokens for plain text"):
+      return SpecialText(self._backend.to_str())
+
+  def describe(self) -> dict[str, Any]:
+    """The fields of its `tokenizer.json` as the library writes them, each of them there."""
+    return json.loads(self._backend.to_str())
 
 
 def from_folder(folder: str | Path) -> Tokenizer:
-  """Reads the `tokenizer.json` of a model's folder, and `tokenizer_config.json` where there is one.
+  """Reads the `tokenizer.json` of a model's folder, and what other files say of special tokens.
 
-  Raises FileNotFoundError without a `tokenizer.json`, ValueError for one that cannot be read.
+  These are `tokenizer_config.json`, `special_tokens_map.json`, `config.json` and
+  `generation_config.json`, where they are there.
+
+  Raises FileNotFoundError without a `tokenizer.json`, ValueError for a file that cannot be read or
+  is no tokenizer.
   """
   folder = Path(folder)
   path = folder / "tokenizer.json"
-  if not path.is_file():
+  if not path.exists():
     raise FileNotFoundError(
       f"{path}: no such file; a SentencePiece `tokenizer.model` is not read: save the tokenizer "
       "with transformers' `save_pretrained` to make a tokenizer.json"
     )
-  try:
-    backend = tokenizers.Tokenizer.from_file(str(path))
-  except Exception as error:  # the Rust side raises bare Exception
-    raise ValueError(f"{path}: not a tokenizer: {error}") from None
-  backend.no_truncation()
-  backend.no_padding()
-
-  settings = folder / "tokenizer_config.json"
-  fields = _json(settings)
-  ids = {}
-  for name in _SPECIAL:
-    token = fields.get(name)
-    token = token["content"] if isinstance(token, dict) else token
-    ids[name] = None if token is None else backend.token_to_id(token)
-    if token is not None and ids[name] is None:
-      raise ValueError(
-        f"{folder / 'tokenizer_config.json'}: {name} {token!r} is not in {path.name}"
-      )
-  template = folder / "chat_template.jinja"
-  chat_template = template.read_text("utf-8") if template.is_file() else fields.get("chat_template")
-  return Tokenizer(
-    backend,
-    bos_id=ids["bos_token"],
-    eos_id=ids["eos_token"],
-    pad_id=ids["pad_token"],
-    chat_template=chat_template,
-  )
+  content = files.read_bytes(path, tokenizer_files.MAX_BYTES)
+  with panics.as_value_errors(f"{path}: not a tokenizer"):
+    # The library takes the last of two equal tokens.
+    fields = json_files.parse(content)
+    tokenizer_files.check_growth(fields)
+    backend = tokenizers.Tokenizer.from_str(content.decode())
+    for token in fields.get("added_tokens") or ():  # whose form the library has checked
+      if backend.token_to_id(token["content"]) != token["id"]:
+        raise ValueError(
+          f"the added token {shown(token['content'])} has the id {token['id']} there, and "
+          f"{backend.token_to_id(token['content'])} by the vocabulary"
+        )
+  special = tokenizer_files.read_special(folder, backend.token_to_id)
+  templates = tokenizer_files.read_templates(folder)
+  written = tokenizer_files.read_files(folder)
+  with panics.as_value_errors(f"{path}: not a tokenizer"):
+    return Tokenizer(backend, special=special, chat_templates=templates, files=written)
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
-  """Builds the byte-level BPE tokenizer that a GGUF file's metadata describes.
+  """Builds the tokenizer that a GGUF file's metadata describes: byte-level BPE, or pieces.
 
   Raises ValueError for another kind of tokenizer, an unknown way to split text, or a vocabulary
   which contradicts itself.
   """
-  kind, split_name = (metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
-  if kind != "gpt2":
-    raise ValueError(
-      f"tokenizer.ggml.model {kind!r} is not supported; supported: 'gpt2' (byte-level BPE). "
-      "Load the same model from a folder or from hf://, with its tokenizer.json"
-    )
-  if split_name not in _SPLITS:
-    raise ValueError(
-      f"tokenizer.ggml.pre {split_name!r} is not supported; supported: {', '.join(_SPLITS)}"
-    )
-  split = _SPLITS[split_name]
-  tokens = _list(metadata, "tokenizer.ggml.tokens", str)
-  types = _list(metadata, "tokenizer.ggml.token_type", int)
-  merges = _list(metadata, "tokenizer.ggml.merges", str)
-  if len(types) != len(tokens):
-    raise ValueError(f"the GGUF metadata has {len(tokens)} tokens but {len(types)} token types")
-  ids = {name: _token_id(metadata, f"tokenizer.ggml.{name}", len(tokens)) for name in _IDS_GGUF}
-  try:
-    model = models.BPE(
-      vocab={token: i for i, token in enumerate(tokens)},
-      merges=[tuple(merge.split(" ", 1)) for merge in merges],
-      ignore_merges=split.ignore_merges,
-    )
-  except Exception as error:  # the Rust side raises bare Exception
-    raise ValueError(f"tokenizer.ggml.merges do not fit tokenizer.ggml.tokens: {error}") from None
-
-  backend = tokenizers.Tokenizer(model)
-  backend.pre_tokenizer = split.pre_tokenizer
-  backend.decoder = decoders.ByteLevel()
-  typed = list(zip(tokens, types, strict=True))
-  backend.add_special_tokens([AddedToken(t, normalized=False) for t, k in typed if k == _CONTROL])
-  backend.add_tokens([AddedToken(t, normalized=False) for t, k in typed if k == _USER_DEFINED])
-
-  bos_id, eos_id, pad_id = ids.values()
-  if metadata.get("tokenizer.ggml.add_bos_token", split.add_bos):
-    if bos_id is None:
-      raise ValueError("the GGUF metadata wants a BOS token and lacks tokenizer.ggml.bos_token_id")
-    bos = tokens[bos_id]
-    backend.post_processor = processors.TemplateProcessing(
-      single=[bos, "$A"], pair=[bos, "$A", "$B"], special_tokens=[(bos, bos_id)]
-    )
-  return Tokenizer(
-    backend,
-    bos_id=bos_id,
-    eos_id=eos_id,
-    pad_id=pad_id,
-    chat_template=metadata.get("tokenizer.chat_template"),
-  )
+  backend = gguf_words.read_tokenizer(metadata)
+  special = gguf_words.read_special(metadata)
+  templates = gguf_words.read_templates(metadata)
+  files = tokenizer_files.make_files(backend.to_str(), special, templates, backend.id_to_token)
+  return Tokenizer(backend, special=special, chat_templates=templates, files=files)
 
 
 def to_gguf(tokenizer: Tokenizer, size: int) -> dict[str, Any]:
@@ -226,112 +282,27 @@ def to_gguf(tokenizer: Tokenizer, size: int) -> dict[str, Any]:
 
   size: how many tokens the model has; ids without a token are written as unused.
 
-  Raises ValueError for a tokenizer which is no byte-level BPE, or does something besides that the
-  format has no words for.
+  Raises ValueError for a tokenizer that is neither byte-level BPE nor one of SentencePiece's, or
+  does something besides that the format has no words for.
   """
   if tokenizer.vocab_size > size:
     raise ValueError(
       f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model {size} rows"
     )
-  fields = json.loads(tokenizer.to_json())
-  _check_words(fields)
-  split_name = _split_name(fields)
-  tokens = [f"[PAD{i}]" for i in range(size)]
-  types = [_UNUSED] * size
-  for token, token_id in fields["model"]["vocab"].items():
-    tokens[token_id], types[token_id] = token, _NORMAL
-  for added in fields["added_tokens"]:
-    tokens[added["id"]] = added["content"]
-    types[added["id"]] = _CONTROL if added["special"] else _USER_DEFINED
-  metadata = {
-    "tokenizer.ggml.model": "gpt2",
-    "tokenizer.ggml.pre": split_name,
-    "tokenizer.ggml.tokens": tokens,
-    "tokenizer.ggml.token_type": types,
-    "tokenizer.ggml.merges": [" ".join(pair) for pair in fields["model"]["merges"]],
-    "tokenizer.ggml.add_bos_token": _adds_bos(tokenizer),
-    "tokenizer.ggml.add_space_prefix": False,
-  }
-  ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
-  for name, token_id in zip(_IDS_GGUF, ids, strict=True):
-    if token_id is not None:
-      metadata[f"tokenizer.ggml.{name}"] = token_id
-  if tokenizer.chat_template is not None:
-    metadata["tokenizer.chat_template"] = tokenizer.chat_template
-  return metadata
+  vocabulary = gguf_words.describe_vocabulary(tokenizer.describe(), size)
+  return vocabulary | tokenizer.to_gguf()
 
 
-def _check_words(fields: Mapping[str, Any]) -> None:
-  """That a `tokenizer.json` says nothing which a GGUF file could not."""
-  model, decoder = fields["model"], fields["decoder"] or {}
-  problems = {
-    f"is a {model['type']} and no byte-level BPE": (model["type"], decoder.get("type"))
-    != ("BPE", "ByteLevel"),
-    "normalises text": fields["normalizer"] is not None,
-    "drops merges, or marks the parts of words": any(
-      model.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
-    ),
-    "takes in the spaces beside an added token, or whole words only": any(
-      added["lstrip"] or added["rstrip"] or added["single_word"] for added in fields["added_tokens"]
-    ),
-  }
-  for problem, found in problems.items():
-    if found:
-      raise ValueError(f"the tokenizer {problem}, for which a GGUF file has no words; {_REMEDY}")
+def _around(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+  """The ids that a tokenizer puts before every text, and those after it."""
+  with panics.as_value_errors("the tokenizer cannot encode"):
+    encoding = backend.encode("a 1 .")
+  own = [n for n, sequence in enumerate(encoding.sequence_ids) if sequence is not None]
+  if not own:
+    return encoding.ids, []
+  return encoding.ids[: own[0]], encoding.ids[own[-1] + 1 :]
 
 
-def _split_name(fields: Mapping[str, Any]) -> str:
-  """The format's name of how a `tokenizer.json` cuts text before the merges."""
-  for name, split in _SPLITS.items():
-    known = tokenizers.Tokenizer(models.BPE())
-    known.pre_tokenizer = split.pre_tokenizer
-    cuts = _that_matters(json.loads(known.to_str())["pre_tokenizer"])
-    ways = (cuts, split.ignore_merges)
-    if ways == (_that_matters(fields["pre_tokenizer"]), fields["model"]["ignore_merges"]):
-      return name
-  raise ValueError(
-    f"the tokenizer cuts text in a way of its own before its merges, and a GGUF file names one of "
-    f"{', '.join(_SPLITS)}; {_REMEDY}"
-  )
-
-
-def _that_matters(pre_tokenizer: Any) -> Any:
-  """The settings of a pre-tokenizer by which ids may differ."""
-  if isinstance(pre_tokenizer, dict):
-    return {k: _that_matters(x) for k, x in pre_tokenizer.items() if k != "trim_offsets"}
-  if isinstance(pre_tokenizer, list):
-    return [_that_matters(x) for x in pre_tokenizer]
-  return pre_tokenizer
-
-
-def _adds_bos(tokenizer: Tokenizer) -> bool:
-  bare, whole = (tokenizer.encode("a", add_special_tokens=x) for x in (False, True))
-  if whole not in (bare, [tokenizer.bos_id, *bare]):
-    raise ValueError(
-      f"the tokenizer puts tokens around a text, {whole} for {bare}, which are not the one that "
-      f"begins it; a GGUF file has no words for that; {_REMEDY}"
-    )
-  return whole != bare
-
-
-def _list(metadata: Mapping[str, Any], key: str, kind: type) -> list[Any]:
-  values = metadata.get(key)
-  if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
-    raise ValueError(f"{key} must be a list of {kind.__name__}")
-  return values
-
-
-def _token_id(metadata: Mapping[str, Any], key: str, size: int) -> int | None:
-  value = metadata.get(key)
-  if value is not None and not (isinstance(value, int) and 0 <= value < size):
-    raise ValueError(f"{key}={value!r} is not one of the {size} tokens")
-  return value
-
-
-def _json(path: Path) -> dict[str, Any]:
-  if not path.is_file():
-    return {}
-  try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{path}: not JSON: {error}") from None
+def _lone_surrogate(text: str) -> str:
+  character = next(x for x in text if "\ud800" <= x <= "\udfff")
+  return f"U+{ord(character):04X}, half of a surrogate pair, is in the text {text[:40]!r}"

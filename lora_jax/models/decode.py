@@ -11,9 +11,11 @@
 Each works with a KV cache or, slowly, without.
 
 B prompts, T their longest length, S new tokens, V vocabulary, U = T + S; in beam search K beams of
-a prompt, C = 2 K candidates for their next token, and R = B K rows that the model sees.
+a prompt, C candidates for their next token (2 K, or K more for each further token that ends a
+text), and R = B K rows that the model sees.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +25,8 @@ import numpy as np
 
 PyTree = Any
 Choose = Callable[[jax.Array, jax.Array], jax.Array]  # (key, logits_BV) -> tokens_B
+EosId = int | Sequence[int] | None
+"""The token that ends a text, or several of which each does, or None."""
 Penalty = Callable[[jax.Array], jax.Array]  # length -> what a log-probability is divided by
 
 
@@ -44,8 +48,10 @@ def nucleus(temperature: float, top_p: float) -> Choose:
 
   Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1.
   """
-  if not temperature > 0:
-    raise ValueError(f"temperature is {temperature}; it must be positive (choose greedy for 0)")
+  if not 0 < temperature < math.inf:
+    raise ValueError(
+      f"temperature is {temperature}; it must be positive and finite (choose greedy for 0)"
+    )
   if not 0 < top_p <= 1:
     raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1")
 
@@ -86,12 +92,13 @@ def decode(
   steps: int,
   choose: Choose,
   key: jax.Array,
-  eos_id: int | None,
+  eos_id: EosId,
   cache: PyTree | None,
 ) -> jax.Array:
   """Returns the tokens that follow the prompts, (B, steps) int32; jit it with `steps` closed over.
 
-  A row that has ended is filled up with `eos_id`; when all have, the rest is not computed.
+  A row that has ended is filled up with `eos_id`, the first of several; when all have, the rest is
+  not computed.
 
   Args:
     apply: `model.apply` of a `llama.Llama`, adapted or not.
@@ -101,10 +108,12 @@ def decode(
     steps: how many tokens to make, S.
     choose: `greedy`, or what `nucleus` returns, or `(key, logits_BV) -> tokens_B` of your own.
     key: a random key; step i uses `fold_in(key, i)`.
-    eos_id: the token that ends a text, or None to make `steps` tokens in any case.
+    eos_id: the token that ends a text, several of which each does, or None to make `steps` tokens
+      in any case.
     cache: an empty cache with T + S slots or more; None computes the whole text anew at each step,
       which gives the same tokens and is slow.
   """
+  ends = end_ids(eos_id)
   batch = len(prompts_BT)
   text_BU = jnp.pad(prompts_BT, ((0, 0), (0, steps)))
   rows_B = jnp.arange(batch)
@@ -116,9 +125,9 @@ def decode(
   def one_token(state):
     step, text_BU, logits_BV, cache, ended_B = state
     token_B = choose(jax.random.fold_in(key, step), logits_BV)
-    if eos_id is not None:
-      token_B = jnp.where(ended_B, eos_id, token_B)
-      ended_B = ended_B | (token_B == eos_id)
+    if ends:
+      token_B = jnp.where(ended_B, ends[0], token_B)
+      ended_B = ended_B | jnp.isin(token_B, np.array(ends))
     position_B = lengths_B + step
     text_BU = text_BU.at[rows_B, position_B].set(token_B)
     if cache is None:
@@ -133,9 +142,14 @@ def decode(
 
   new_BS = lengths_B[:, None] + jnp.arange(steps)
   tokens_BS = jnp.take_along_axis(text_BU, new_BS, axis=1)
-  if eos_id is None:
+  if not ends:
     return tokens_BS
-  return jnp.where(jnp.arange(steps) < made, tokens_BS, eos_id)
+  return jnp.where(jnp.arange(steps) < made, tokens_BS, ends[0])
+
+
+def end_ids(eos_id: EosId) -> tuple[int, ...]:
+  """The tokens of which each ends a text."""
+  return () if eos_id is None else tuple(np.atleast_1d(np.asarray(eos_id, int)).tolist())
 
 
 def power(alpha: float) -> Penalty:
@@ -180,7 +194,7 @@ def beam_search(
   steps: int,
   beams: int,
   penalty: Penalty,
-  eos_id: int | None,
+  eos_id: EosId,
   cache: PyTree | None,
   exact: bool,
 ) -> Beams:
@@ -195,7 +209,8 @@ def beam_search(
     steps: the most tokens of a text, S.
     beams: K.
     penalty: `power` or `gnmt`, or a function of your own that only rises or only falls.
-    eos_id: the token that ends a text, or None when all go on to S tokens.
+    eos_id: the token that ends a text, several of which each does, or None when all go on to S
+      tokens.
     cache: an empty cache of B rows with T + S slots or more, whose leaves are (..., B, S, K, H) as
       those of `llama.init_cache` are; None computes the whole text anew at each step.
     exact: when a prompt is done. True: when no running text can still enter the K best, whatever it
@@ -207,6 +222,8 @@ def beam_search(
   """
   if beams < 1:
     raise ValueError(f"beams is {beams}; there must be at least 1")
+  ends = end_ids(eos_id)
+  candidates = (1 + max(1, len(ends))) * beams
   batch = len(prompts_BT)
   parent_of_row = jnp.repeat(jnp.arange(batch), beams)
   length_R = lengths_B[parent_of_row]
@@ -227,15 +244,15 @@ def beam_search(
     log_p_RV = jax.nn.log_softmax(logits_RV.astype(jnp.float32))
     sum_BKV = sum_BK[..., None] + log_p_RV.reshape(batch, beams, -1)
     vocab_size = sum_BKV.shape[-1]
-    # Of 2 K candidates at least K do not end here, for each beam has but one that does.
-    sum_BC, at_BC = jax.lax.top_k(sum_BKV.reshape(batch, -1), 2 * beams)
+    # At least K of the candidates do not end here: a beam has one for each end that does.
+    sum_BC, at_BC = jax.lax.top_k(sum_BKV.reshape(batch, -1), candidates)
     parent_BC, token_BC = at_BC // vocab_size, at_BC % vocab_size
     new_BCS = _take_beams(new_BKS, parent_BC).at[..., step].set(token_BC)
     ends_BC = jnp.broadcast_to(step + 1 == steps, token_BC.shape)
-    if eos_id is not None:
-      ends_BC |= token_BC == eos_id
+    if ends:
+      ends_BC |= jnp.isin(token_BC, np.array(ends))
 
-    may_enter_BC = ends_BC & (jnp.arange(2 * beams) < beams) & open_B[:, None]
+    may_enter_BC = ends_BC & (jnp.arange(candidates) < beams) & open_B[:, None]
     score_BC = jnp.where(may_enter_BC, sum_BC / penalty(step + 1), -jnp.inf)
     found = _best(found, Beams(new_BCS, score_BC))
 
@@ -260,7 +277,7 @@ def beam_search(
     return step + 1, new_BKS, sum_BK, logits_RV, cache, found, open_B
 
   logits_BV, cache = _read_prompts(apply, params, prompts_BT, lengths_B, cache)
-  new_BKS = jnp.full((batch, beams, steps), 0 if eos_id is None else eos_id, jnp.int32)
+  new_BKS = jnp.full((batch, beams, steps), ends[0] if ends else 0, jnp.int32)
   # All beams begin alike, so all but one are ruled out before the first step.
   sum_BK = jnp.full((batch, beams), -jnp.inf).at[:, 0].set(0.0)
   found = Beams(new_BKS, jnp.full((batch, beams), -jnp.inf))

@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax.weights import promotion
+
 PyTree = Any
 
 
@@ -52,7 +54,7 @@ def accumulated(loss_of: Callable, parts: int) -> Callable:
       return (loss_sum + tokens * loss, tokens_sum + tokens, grad_sums), None
 
     zeros = jax.tree.map(
-      lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), trainable
+      lambda x: jnp.zeros(x.shape, promotion.at_least_float32(x.dtype)), trainable
     )
     start = jnp.float32(0), jnp.float32(0), zeros
     batches = jax.tree.map(lambda x: _cut(x, parts), batch)

@@ -16,7 +16,9 @@ its own shards. What is saved on one mesh can be restored on another.
 import contextlib
 import json
 import logging
+import os
 import pathlib
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -26,6 +28,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from lora_jax.checks import shown
 from lora_jax.train.step import State
 from lora_jax.tree import flatten, replace
 
@@ -179,8 +182,10 @@ class Checkpoints:
     path = self.path(step)
     wanted = flatten(like)
     record = self._read(step, "record", ocp.JsonCheckpointHandler, ocp.args.JsonRestore())
-    if not isinstance(record, dict) or record.get("crc32") != _crc32_of_record(record):
+    if not _is_whole(record):
       raise DamagedCheckpointError(f"{path}: its record is not what was saved (its CRC-32 differs)")
+    if problem := _problem_of_record(record):
+      raise DamagedCheckpointError(f"{path}: its record is none of a checkpoint, {problem}")
     if record["fingerprint"] != self._fingerprint:
       raise ValueError(
         f"{path}: this checkpoint was made with another config "
@@ -193,7 +198,12 @@ class Checkpoints:
     for key, array in arrays.items():
       if _crc32(array) != record["arrays"][key]["crc32"]:
         raise DamagedCheckpointError(f"{path}: {key} is not what was saved (its CRC-32 differs)")
-    return Restored(replace(like, arrays), record["data_state"])
+    state = replace(like, arrays)
+    if int(state.step) != step:
+      raise DamagedCheckpointError(
+        f"{path}: is the checkpoint of step {int(state.step)} under another name"
+      )
+    return Restored(state, record["data_state"])
 
   def _read(self, step: int, item: str, handler: Callable, how: Any) -> Any:
     # Each process reads for itself, with no barrier that one of them would wait at in vain when the
@@ -239,9 +249,14 @@ def _free_name(path: pathlib.Path) -> pathlib.Path:
 
 
 def _first_line(error: Exception) -> str:
-  """What it is and, where it is long, how it ends: the reason comes last."""
+  """What the error is; a long one is cut in the middle, and what the system calls it stays."""
   line = f"{type(error).__name__}: {error}".partition("\n")[0]
-  return line if len(line) <= 200 else f"{line[:60]} … {line[-130:]}"
+  if len(line) <= 200:
+    return line
+  # The array format ends with the number of the system's error, and the words stand in the middle.
+  code = re.search(r"os_error_code='(\d+)'", line)
+  reason = f"{os.strerror(int(code[1]))}: " if code else ""
+  return f"{reason}{line[:60]} … {line[-130:]}"
 
 
 def _describe(leaf: Any) -> dict[str, Any]:
@@ -256,6 +271,30 @@ def _crc32(leaf: Any) -> int:
   if not getattr(leaf, "is_fully_addressable", True):
     leaf = multihost_utils.process_allgather(leaf, tiled=True)
   return zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8).reshape(-1))
+
+
+def _is_whole(record: Any) -> bool:
+  try:
+    return isinstance(record, dict) and record.get("crc32") == _crc32_of_record(record)
+  except RecursionError:
+    return False
+
+
+def _problem_of_record(record: dict[str, Any]) -> str | None:
+  """What a record lacks that every checkpoint has, though its CRC-32 is that of its contents."""
+  for name, kind in (("data_state", dict), ("fingerprint", str), ("arrays", dict)):
+    if not isinstance(record.get(name), kind):
+      return f"{name} is {shown(record.get(name))}"
+  for key, of in record["arrays"].items():
+    shape = of.get("shape") if isinstance(of, dict) else None
+    if (
+      not isinstance(shape, list)
+      or not all(isinstance(size, int) for size in shape)
+      or not isinstance(of.get("dtype"), str)
+      or not isinstance(of.get("crc32"), int)
+    ):
+      return f"{key[:100]} is {shown(of)}"
+  return None
 
 
 def _crc32_of_record(record: dict[str, Any]) -> int:

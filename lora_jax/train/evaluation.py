@@ -8,7 +8,7 @@ The shapes' letters are those of `lora_jax.train.step`.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -67,13 +67,8 @@ def make_eval_step(apply: Callable, choices: Sequence[int], chunk: int = 0) -> C
   return jax.jit(step)
 
 
-def evaluate(eval_step: Callable, weights: PyTree, batches: Iterable[Batch]) -> dict[str, float]:
-  """The mean loss of a token and, where the step counts it, the accuracy of a row.
-
-  Args:
-    eval_step: as `make_eval_step` makes it.
-    weights: the whole tree, trainable and frozen part joined.
-    batches: the split, once.
+def figures(outputs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+  """The figures of a pass, from the sums that the step of `make_eval_step` gave of each batch.
 
   Returns:
     `loss` (nats a token), `tokens`, `rows` and, where there are choices, `accuracy` (0..1).
@@ -81,20 +76,37 @@ def evaluate(eval_step: Callable, weights: PyTree, batches: Iterable[Batch]) -> 
   Raises:
     ValueError: when the batches hold no row.
   """
-  # A batch is read while the next one is under way: the device never waits for a sum, and whoever
-  # counts the batches (a progress bar, say) sees how far the device is.
-  sums, late = [], None
-  for batch in batches:
-    running = eval_step(weights, batch)
-    if late is not None:
-      sums.append(jax.device_get(late))
-    late = running
-  if late is not None:
-    sums.append(jax.device_get(late))
-  total = {key: math.fsum(part[key] for part in sums) for key in (sums[0] if sums else ())}
+  total = {key: math.fsum(part[key] for part in outputs) for key in (outputs[0] if outputs else ())}
   if not total or total["rows"] == 0:
     raise ValueError("there is no row to evaluate on: the split is empty")
   result = {"loss": total["loss"] / total["tokens"]}
   if "correct" in total:
     result["accuracy"] = total["correct"] / total["rows"]
   return result | {"tokens": int(total["tokens"]), "rows": int(total["rows"])}
+
+
+def evaluate(
+  eval_step: Callable,
+  weights: PyTree,
+  batches: Iterable[Batch],
+  metrics: Callable[[Sequence[Any]], dict[str, float]] = figures,
+) -> dict[str, float]:
+  """The figures of a whole split: `metrics` of what the step gives of each batch.
+
+  Args:
+    eval_step: `(weights, batch) -> outputs`, as `make_eval_step` makes it.
+    weights: the whole tree, trainable and frozen part joined.
+    batches: the split, once.
+    metrics: from the outputs of all batches, as numpy arrays, to figures; may raise ValueError.
+  """
+  # A batch is read while the next one is under way: the device never waits for an output, and
+  # whoever counts the batches (a progress bar, say) sees how far the device is.
+  outputs, late = [], None
+  for batch in batches:
+    running = eval_step(weights, batch)
+    if late is not None:
+      outputs.append(jax.device_get(late))
+    late = running
+  if late is not None:
+    outputs.append(jax.device_get(late))
+  return metrics(outputs)

@@ -1,11 +1,12 @@
 """Texts for the prompts of a data set, and their BLEU.
 
     generate_step = make_generate_step(
-        lora_jax.adapt(model.apply), functools.partial(llama.init_cache, model.config),
-        max_tokens=80, beams=4, penalty=decode.power(1.0), eos_id=tokenizer.eos_id)
+        lora_jax.adapt(model.apply), found.new_cache,
+        max_tokens=80, beams=4, penalty=decode.power(1.0), eos_id=tokenizer.stop_ids)
     batches = prompt_batches(prompts, batch_size=16, buckets=(32, 64), pad_id=tokenizer.pad_id)
-    found = generate(generate_step, weights, batches, tokenizer.eos_id)
-    bleu([tokenizer.decode(tokens) for tokens in found], references)
+    found = generate(generate_step, weights, batches, tokenizer.stop_ids)
+    texts = [tokenizer.decode(tokens, after=prompt) for prompt, tokens in zip(prompts, found)]
+    bleu(texts, references)
     # {"bleu": 65.2, "texts": 547, "signature": "nrefs:var|case:mixed|eff:no|tok:13a|..."}
 
 The letters are those of `lora_jax.models.decode`.
@@ -78,18 +79,18 @@ def make_generate_step(
   max_tokens: int,
   beams: int,
   penalty: decode.Penalty,
-  eos_id: int | None,
+  eos_id: decode.EosId,
 ) -> Callable:
   """Makes the jitted step `(weights, prompts_BT, lengths_B) -> tokens_BS` of one batch.
 
   Args:
     apply: the adapted `model.apply`.
-    new_cache: `(batch size, slots) -> empty cache`, e.g. `llama.init_cache` of a config.
+    new_cache: `(batch size, slots) -> empty cache`, e.g. `Pretrained.new_cache`.
     max_tokens: the most tokens of a text, S.
     beams: 1 for greedy decoding; more for the best text of a beam search, which stops where none of
       its running texts would be better at its present length.
     penalty: the length penalty of a beam search.
-    eos_id: the token that ends a text, or None.
+    eos_id: the token that ends a text, several of which each does, or None.
   """
 
   @jax.jit
@@ -114,23 +115,29 @@ def make_generate_step(
 
 
 def generate(
-  generate_step: Callable, weights: PyTree, batches: Iterable[Prompts], eos_id: int | None
+  generate_step: Callable, weights: PyTree, batches: Iterable[Prompts], eos_id: decode.EosId
 ) -> list[list[int]]:
-  """Returns the tokens of each prompt's text, in the prompts' order, without the EOS.
+  """Returns the tokens of each prompt's text, in the prompts' order, without the one that ends it.
 
   Args:
     generate_step: as `make_generate_step` makes it.
     weights: what it generates with; merged ones save the adapters' thin products.
     batches: as `prompt_batches` makes them.
-    eos_id: the token that ends a text, or None.
+    eos_id: the token that ends a text, several of which each does, or None.
   """
   found: dict[int, list[int]] = {}
   for batch in batches:
     tokens_BS = generate_step(weights, batch.tokens_BT, batch.lengths_B)
     for index, tokens in zip(batch.index_B.tolist(), np.asarray(tokens_BS).tolist(), strict=True):
       if index >= 0:
-        found[index] = tokens[: tokens.index(eos_id)] if eos_id in tokens else tokens
+        found[index] = until_end(tokens, eos_id)
   return [found[index] for index in range(len(found))]
+
+
+def until_end(tokens: Sequence[int], eos_id: decode.EosId) -> list[int]:
+  """Returns the tokens before the first that ends a text."""
+  ends = decode.end_ids(eos_id)
+  return list(itertools.takewhile(lambda token: token not in ends, tokens))
 
 
 def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
@@ -148,13 +155,35 @@ def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str,
 
   Source: Papineni et al. 2002; Post 2018, "A Call for Clarity in Reporting BLEU Scores".
   """
+  score, signature = _corpus_score(sacrebleu.BLEU(), texts, references)
+  return {"bleu": score, "texts": len(texts), "signature": signature}
+
+
+def chrf(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
+  """The corpus chrF of texts, the F-score of their characters, by `sacrebleu` as it comes.
+
+  It tells short sentences and languages of many endings apart where BLEU is coarse.
+
+  Args, Raises: those of `bleu`.
+
+  Returns:
+    `chrf` (0 to 100) and `chrf_signature`, which says how it was computed.
+
+  Source: Popović 2015, "chrF: character n-gram F-score for automatic MT evaluation".
+  """
+  score, signature = _corpus_score(sacrebleu.CHRF(), texts, references)
+  return {"chrf": score, "chrf_signature": signature}
+
+
+def _corpus_score(
+  metric: Any, texts: Sequence[str], references: Sequence[Sequence[str]]
+) -> tuple[float, str]:
   if not texts or len(texts) != len(references) or not all(references):
     raise ValueError(
-      f"{len(texts)} texts and {len(references)} lists of references; BLEU needs texts, and at "
+      f"{len(texts)} texts and {len(references)} lists of references; a score needs texts, and at "
       "least one reference for each of them"
     )
-  metric = sacrebleu.BLEU()
   # One stream for the first references, one for the second ...; None where a text has no more.
   streams = [list(stream) for stream in itertools.zip_longest(*references)]
   score = metric.corpus_score(list(texts), streams).score
-  return {"bleu": score, "texts": len(texts), "signature": str(metric.get_signature())}
+  return score, str(metric.get_signature())

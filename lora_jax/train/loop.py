@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from lora_jax.train.checkpoint import Checkpoints
 from lora_jax.train.progress import compiling
 from lora_jax.train.step import Batch, State
-from lora_jax.tree import join
+from lora_jax.train.step import shape_of as shape_of_tokens
 
 PyTree = Any
 
@@ -55,6 +55,14 @@ class Interrupted(Exception):
   """A signal asked the run to stop; the message says what is saved."""
 
 
+class StoppedAtOnce(Interrupted):
+  """A signal came where there was nothing to save."""
+
+  def __str__(self) -> str:
+    kept = "the checkpoints stay, and the same command goes on from the last of them"
+    return f"stopped at once; {kept}"
+
+
 def fit(
   state: State,
   frozen: PyTree,
@@ -67,10 +75,11 @@ def fit(
   log_at: Collection[int] = (),
   checkpoint_every: int,
   evaluate_every: int,
-  evaluate: Callable[[PyTree], dict[str, float]],
+  evaluate: Callable[[State, PyTree], dict[str, Any]],
   checkpoints: Checkpoints,
   writer: Writer,
   progress: Bar,
+  shape_of: Callable[[Batch], tuple[int, ...]] = shape_of_tokens,
 ) -> State:
   """Trains from `state.step` to `steps`, and saves the end.
 
@@ -89,11 +98,13 @@ def fit(
     log_at: further steps that have one.
     checkpoint_every: steps between two checkpoints.
     evaluate_every: steps between two evaluations; 0 for none.
-    evaluate: from the whole weights to metrics, which are logged as `validation/<name>`.
+    evaluate: from the state and `frozen` to metrics, which are logged as `validation/<name>`; of
+      members arrays, with NaN for those that have none.
     checkpoints: where to save.
     writer: gets the step's loss, grad_norm, loss_tokens, learning_rate, tokens_per_second (tokens
       of the batches, padding included, by the time of the steps since the last line) and
       validation metrics.
+    shape_of: the rows and the tokens of a row of a batch; each shape is compiled for once.
     progress: gets the loss and the tokens a second of each step, and what takes time between them.
 
   Returns:
@@ -131,7 +142,7 @@ def fit(
         "loss_tokens": values["loss_tokens"],
         "tokens_per_second": meter.rate(),
       }
-      writer.write(done.step, _numbers(line) | done.validation)
+      writer.write(done.step, _numbers(line | done.validation))
       meter.restart()
     progress.update(loss=_mean(values["loss"]), tokens_per_second=meter.rate())
 
@@ -139,19 +150,19 @@ def fit(
     for step in range(int(state.step) + 1, steps + 1):
       batch = _next(batches, step, steps)
       checkpoints.check()
-      shape = batch["tokens"].shape
+      shape = shape_of(batch)
       if shape not in compiled:
         progress.say(compiling(shape))
         compiled.add(shape)
       state, metrics = train_step(state, frozen, batch)
-      done = _Done(step, metrics, tokens=batch["tokens"].size)
+      done = _Done(step, metrics, tokens=math.prod(shape))
       if late:
         read(late)
       late = done
       if evaluate_every and step % evaluate_every == 0:
         progress.say("validating")
         with meter.paused(metrics):
-          scores = evaluate(join(state.trainable, frozen))
+          scores = evaluate(state, frozen)
           done.validation = {f"validation/{name}": score for name, score in scores.items()}
       stopping = bool(received) or multihost_utils.reached_preemption_sync_point(step)
       if step % checkpoint_every == 0 or step == steps or stopping:
@@ -193,7 +204,7 @@ class _Done:
   step: int
   metrics: dict[str, jax.Array]
   tokens: int
-  validation: dict[str, float] = dataclasses.field(default_factory=dict)
+  validation: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class _Meter:
@@ -247,17 +258,18 @@ def interruptible() -> Iterator[None]:
   end it at once.
 
   Raises:
-    Interrupted: after a signal.
+    StoppedAtOnce: after a signal.
   """
   handled = _handles_signals()
   # Not Interrupted itself, which what is at work may take for an error of its own.
   previous = signal.signal(signal.SIGTERM, signal.default_int_handler) if handled else None
   try:
     yield
-  except KeyboardInterrupt:
-    raise Interrupted(
-      "stopped at once; the checkpoints stay, and the same command goes on from the last of them"
-    ) from None
+  except (KeyboardInterrupt, SystemError) as error:
+    # A signal that arrives inside of a function in C may come out as an error of that function.
+    if KeyboardInterrupt not in (type(error), type(error.__cause__)):
+      raise
+    raise StoppedAtOnce from None
   finally:
     if handled:
       signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
@@ -269,7 +281,8 @@ def _handles_signals() -> bool:
   Only the main thread may set handlers; elsewhere the signals keep their meaning. Of several
   processes, JAX itself hears SIGTERM, and lets them agree on the step to stop at.
   """
-  return threading.current_thread() is threading.main_thread() and jax.process_count() == 1
+  is_main = threading.current_thread() is threading.main_thread()
+  return is_main and not jax.distributed.is_initialized()
 
 
 @contextlib.contextmanager
@@ -281,8 +294,12 @@ def _signals() -> Iterator[list[str]]:
     return
 
   def note(number: int, frame: Any) -> None:
-    received.append(signal.Signals(number).name)
-    signal.signal(number, previous[number])
+    name, before = signal.Signals(number).name, previous[number]
+    if name in received:
+      before(number, frame)
+    received.append(name)
+    if not callable(before):
+      signal.signal(number, before)
 
   previous = {
     number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lora_jax.axes import Axes
 from lora_jax.train import step
 from lora_jax.transform import attach, detach, trainable_mask
 from lora_jax.tree import join, partition
@@ -77,6 +78,19 @@ class Frozen(NamedTuple):
   settings: Settings
 
 
+def check(axes: Mapping[str, Axes]) -> None:
+  """Raises ValueError for a base that JAX cannot share among members.
+
+  axes: what `lora_jax.trace_axes` found.
+  """
+  for path, found in axes.items():
+    if "ragged_dot_general" in found.uses:
+      raise ValueError(
+        f"{path}: experts are applied by ragged_dot, of which JAX has no vmap over adapters alone; "
+        "train the members one by one, with experiments.train"
+      )
+
+
 def stack(members: Sequence[Adapters]) -> dict[str, Adapted]:
   """The adapters of all members in one structure, each array with an axis of members first.
 
@@ -96,7 +110,7 @@ def stack(members: Sequence[Adapters]) -> dict[str, Adapted]:
     if each.keys() != members[0].keys():
       odd = sorted(each.keys() ^ members[0].keys())
       raise ValueError(f"members 0 and {n} do not adapt the same leaves: {', '.join(odd[:5])}")
-  return {path: _stacked(path, [each[path] for each in members]) for path in members[0]}
+  return {path: _stacked(path, [each[path].unseal() for each in members]) for path in members[0]}
 
 
 def unstack(state: Members, frozen: Frozen, member: int, like: Adapters) -> dict[str, Adapted]:
@@ -108,7 +122,7 @@ def unstack(state: Members, frozen: Frozen, member: int, like: Adapters) -> dict
     like: what was stacked in its place, or the shapes of it.
   """
   adapters = _adapters_of(state, frozen, member)
-  return {path: _unmasked(x, like[path]) for path, x in adapters.items()}
+  return {path: _unmasked(x, like[path]).seal() for path, x in adapters.items()}
 
 
 def member_weights(state: Members, frozen: Frozen, member: int) -> PyTree:

@@ -5,17 +5,21 @@ with MetricsWriter(workdir.metrics, workdir.tensorboard, step=restored_step) as 
 read_metrics(workdir.metrics)      # [{"step": 10, "loss": 0.7}]
 """
 
-import json
+import math
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from lora_jax.checks import shown
+from lora_jax.io import files, json_files, outputs
 from lora_jax.train.workdir import write_text, writing
+
+_LONGEST = 1 << 20  # bytes of a line
 
 
 class MetricsWriter:
@@ -27,7 +31,7 @@ class MetricsWriter:
     step: the step that the run starts from, 0 for a new one.
 
   Raises:
-    ValueError: when a line of metrics.jsonl, other than an unfinished last one, is not JSON.
+    ValueError: when a line of metrics.jsonl, other than an unfinished last one, is damaged.
     OSError: when one of them cannot be written, here as in every method.
   """
 
@@ -35,7 +39,8 @@ class MetricsWriter:
     _cut(path, step)
     self._path, self._tensorboard, self._step = path, tensorboard, step
     with writing(path):
-      self._lines = open(path, "a")  # noqa: SIM115, closed by close()
+      # Just written, so this is a file of the run's own and no link to another.
+      self._lines = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
     with writing(tensorboard):
       self._events = EventFileWriter(str(tensorboard))
       # To TensorBoard a start voids what earlier files hold from that step on.
@@ -57,7 +62,7 @@ class MetricsWriter:
       raise ValueError(f"step {step} is logged after step {self._step}; steps must increase")
     self._step = step
     with writing(self._path):
-      self._lines.write(json.dumps({"step": step, **metrics}) + "\n")
+      self._lines.write(_line({"step": step, **metrics}))
       self._lines.flush()
     values = [Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()]
     with writing(self._tensorboard):
@@ -78,21 +83,50 @@ class MetricsWriter:
 def read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
   """The objects of a metrics.jsonl, in order; a last line that a killed run left half is dropped.
 
+  What was not finite, and is null in the file, is NaN.
+
   Raises:
-    ValueError: when any other line is not JSON.
+    FileNotFoundError: when there is no such file.
+    PermissionError: when it may not be read.
+    ValueError: when any other line is damaged: when it is no JSON object, has no `step` past that
+      of the line before it, or a value that is no number.
   """
   records = []
-  *lines, _ = path.read_text().split("\n")
-  for number, line in enumerate(lines, start=1):
+  step = 0
+  for number, line in enumerate(_lines_of(path), start=1):
     try:
-      records.append(json.loads(line))
+      record = json_files.parse(line)
+      step = _check_line(record, step)
     except ValueError as error:
-      raise ValueError(f"{path}:{number}: not valid JSON ({error}); delete the line") from error
+      raise ValueError(f"{path}:{number}: not valid JSON ({error}); delete the line") from None
+    records.append({name: math.nan if x is None else x for name, x in record.items()})
   return records
 
 
+def _lines_of(path: pathlib.Path) -> Iterator[bytes]:
+  with files.open_regular(path) as file:
+    while line := file.readline(_LONGEST):
+      if line.endswith(b"\n"):
+        yield line
+      elif len(line) == _LONGEST:
+        raise ValueError(f"{path}: a line is longer than {_LONGEST:,} bytes; delete it")
+
+
+def _check_line(record: Mapping[str, Any], before: int) -> int:
+  """Returns the step of a line."""
+  step = record.get("step")
+  if not isinstance(step, int) or isinstance(step, bool) or step <= before:
+    raise ValueError(f"its step is {shown(step)}, and the line before has {before}")
+  for name, value in record.items():
+    if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
+      raise ValueError(f"{name[:80]} is {shown(value)} and no number")
+  return step
+
+
 def _cut(path: pathlib.Path, step: int) -> None:
-  if not path.exists():
-    return
-  kept = [record for record in read_metrics(path) if record["step"] <= step]
-  write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+  there = read_metrics(path) if path.exists() else []
+  write_text(path, "".join(_line(record) for record in there if record["step"] <= step))
+
+
+def _line(record: Mapping[str, float]) -> str:
+  return outputs.as_json(record) + "\n"

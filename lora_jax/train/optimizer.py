@@ -9,12 +9,13 @@ None of them knows what trains: the optimiser is initialised on the trainable pa
 alone, so it has no moment, and applies no weight decay, for anything else.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 import optax
 
-from lora_jax import tree
+from lora_jax import checks, tree
 
 _DECAYS = {
   "constant": lambda peak, steps: optax.constant_schedule(peak),
@@ -39,12 +40,13 @@ def schedule(*, peak: float, warmup_steps: int, total_steps: int, kind: str) -> 
     A function from the step to the learning rate.
 
   Raises:
-    ValueError: for an unknown kind, a peak that is not positive, or a warm-up as long as the run.
+    ValueError: for an unknown kind, a peak that is not positive and finite, or a warm-up as long as
+      the run.
   """
   if kind not in _DECAYS:
     raise ValueError(f"schedule kind {kind!r} is unknown; use one of {', '.join(_DECAYS)}")
-  if not peak > 0:
-    raise ValueError(f"the peak learning rate is {peak}; it must be positive")
+  if not 0 < peak < math.inf:
+    raise ValueError(f"the peak learning rate is {peak}; it must be positive and finite")
   if not 0 <= warmup_steps < total_steps:
     raise ValueError(
       f"warmup_steps is {warmup_steps} and total_steps {total_steps}; "
@@ -70,18 +72,22 @@ def adamw(
 
   Args:
     learning_rate: from the step to the rate, as `schedule` makes it.
-    b1: decay of the mean of the gradient.
-    b2: decay of the mean of its square.
-    eps: added to the root of the second moment.
-    weight_decay: decoupled, multiplied by the learning rate.
+    b1: decay of the mean of the gradient, in [0, 1).
+    b2: decay of the mean of its square, in [0, 1).
+    eps: added to the root of the second moment; positive.
+    weight_decay: decoupled, multiplied by the learning rate; 0 or more.
     clip_norm: the greatest global norm of a gradient; `math.inf` clips nothing.
 
   Raises:
-    ValueError: when `clip_norm` is not positive.
+    ValueError: when one of them is out of its range.
 
   Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", algorithm 2; Pascanu et
   al., "On the difficulty of training recurrent neural networks", algorithm 1, for the clip.
   """
+  checks.fraction("adamw: b1", b1)
+  checks.fraction("adamw: b2", b2)
+  checks.positive("adamw: eps", eps)
+  checks.finite("adamw: weight_decay", weight_decay, least=0)
   if not clip_norm > 0:
     raise ValueError(f"clip_norm is {clip_norm}; it must be positive (math.inf clips nothing)")
   return optax.chain(
@@ -106,6 +112,10 @@ def scale_rates(rules: Sequence[tuple[str, float]]) -> optax.GradientTransformat
 
   Source of LoRA+: Hayou et al. 2024, arXiv 2402.12354, section 4.
   """
+
+  rules = checks.rules(rules, int | float, "factor", '[(".*/b", 16.0)]')
+  for pattern, factor in rules:
+    checks.finite(f"the factor of the pattern {pattern!r}", factor)
 
   def factors(paths) -> dict[str, float]:
     found: dict[str, float] = {}

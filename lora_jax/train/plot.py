@@ -12,6 +12,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lora_jax.io import outputs
+
 _TRAIN = "#2563a8"
 _VALIDATION = "#d9541e"
 
@@ -69,7 +71,8 @@ def plot_loss(metrics: Sequence[dict[str, float]], path: pathlib.Path) -> None:
     )
   _finish(axes)
   axes.legend(frameon=False)
-  figure.savefig(path)
+  with outputs.whole_file(path) as partial:
+    figure.savefig(partial)
 
 
 def plot_members(
@@ -99,7 +102,8 @@ def plot_members(
     axes.plot(steps, smoothed, color=color, linewidth=1.5, label=label)
   _finish(axes)
   axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-  figure.savefig(path)
+  with outputs.whole_file(path) as partial:
+    figure.savefig(partial)
 
 
 def _finish(axes: Axes) -> None:

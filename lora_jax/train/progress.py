@@ -10,10 +10,12 @@ train:  42%|█████▍       | 42/100 [01:13<01:41, loss 0.412, 812 toke
 import contextlib
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, TypeVar
 
 from tqdm import tqdm
+
+from lora_jax.train.step import shape_of as shape_of_tokens
 
 _FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
@@ -53,6 +55,7 @@ def watched(
   what: str,
   *,
   compiled: set | None = None,
+  shape_of: Callable[[Item], tuple[int, ...]] = shape_of_tokens,
   leave: bool = True,
   disable: bool = False,
 ) -> Iterator[Item]:
@@ -61,15 +64,16 @@ def watched(
   Args:
     items: batches, or the parts of a model.
     what: stands before the bar.
-    compiled: of batches, the shapes of their `tokens` that have been met: of others the bar says
-      that they are being compiled, and they are added.
+    compiled: of batches, the shapes that have been met: of others the bar says that they are being
+      compiled, and they are added.
+    shape_of: the rows and the tokens of a row of a batch.
     leave: whether the bar stays when it is full.
     disable: show nothing.
   """
   with _bar(what, total=len(items), leave=leave, disable=disable) as bar:
     for item in items:
       if compiled is not None:
-        shape = item["tokens"].shape
+        shape = shape_of(item)
         new = shape not in compiled
         bar.set_postfix_str(compiling(shape) if new else "", refresh=new)
         compiled.add(shape)

@@ -8,36 +8,51 @@ written at any time, at the beginning of a run, where it stops and at its end, a
 
 import json
 import math
+import pathlib
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
 import jax
 
+from lora_jax.checks import shown
+from lora_jax.io import files, json_files
 from lora_jax.train.metrics import read_metrics
 from lora_jax.train.plot import plot_loss
 from lora_jax.train.workdir import Workdir, read_config, write_text, writing
 
+Lines = Callable[[Mapping[str, Any]], list[str]]
+
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
 
 
-def write_report(workdir: Workdir, *, targets: str, command: str) -> None:
+def write_report(workdir: Workdir, *, targets: str, command: str, lines: Lines) -> None:
   """Writes the page of a run as it stands and, once a step is logged, draws its losses.
 
   Args:
     workdir: config.json must be there, with its `train.steps`; of metrics.jsonl and eval.json
       what there is. eval.json has `split`, metrics `before` and, at the end, `after`, and
-      `samples`, with the texts `prompt`, `wanted`, `before` and `after` each.
+      `samples`, with the texts `prompt`, `wanted`, `before` and `after` each; and `data`, of which
+      `lines` makes lines.
     targets: the table of what trains.
     command: what goes on with the run, or repeats it.
+    lines: from what eval.json keeps of the data to lines for people; raises ValueError where that
+      is damaged.
 
   Raises:
+    ValueError: when a file of the folder is damaged.
     OSError: when they cannot be written.
   """
   config = read_config(workdir.path)
   logged = read_metrics(workdir.metrics) if workdir.metrics.exists() else []
-  results = json.loads(workdir.evaluation.read_text()) if workdir.evaluation.exists() else {}
+  for line in logged:
+    if not {"loss", "tokens_per_second"} <= line.keys():
+      raise ValueError(
+        f"{workdir.metrics}: the line of step {line['step']} has no loss or no tokens_per_second; "
+        "delete it"
+      )
+  results = read_results(workdir.evaluation) if workdir.evaluation.exists() else {}
   if logged:
     with writing(workdir.plot):
       plot_loss(logged, workdir.plot)
@@ -45,6 +60,7 @@ def write_report(workdir: Workdir, *, targets: str, command: str) -> None:
     f"# {workdir.path.name}",
     _status(config["train"]["steps"], logged, finished="after" in results),
     _fenced(command, "bash"),
+    _data(results, lines, workdir.evaluation),
     _results(results),
     _curve(logged, workdir),
     _samples(results.get("samples", ())),
@@ -53,6 +69,57 @@ def write_report(workdir: Workdir, *, targets: str, command: str) -> None:
     _circumstances(),
   ]
   write_text(workdir.readme, "\n\n".join(filter(None, sections)) + "\n")
+
+
+def read_results(path: pathlib.Path) -> dict[str, Any]:
+  """What a run's eval.json holds, as `write_report` takes it; null, for what is not finite, is NaN.
+
+  Raises:
+    FileNotFoundError: when there is none.
+    PermissionError: when it may not be read.
+    ValueError: when it is damaged.
+  """
+  content = files.read_bytes(path, json_files.MAX_BYTES)
+  try:
+    found = json_files.parse(content)
+    _typed("split", found.get("split"), str)
+    found["before"] = _metrics("before", found.get("before"))
+    if "after" in found:
+      found["after"] = _metrics("after", found["after"])
+    if "data" in found:
+      _typed("data", found["data"], dict)
+    for sample in _typed("samples", found.get("samples"), list):
+      for name, text in _typed("a sample", sample, dict).items():
+        _typed(f"a sample's {name[:80]}", text, str)
+      if not {"prompt", "wanted"} <= sample.keys():
+        raise ValueError("a sample has no prompt or nothing wanted")
+  except ValueError as error:
+    raise damaged(path, error) from None
+  return found
+
+
+def damaged(path: pathlib.Path, error: ValueError) -> ValueError:
+  """What is raised for an eval.json that does not hold what it should."""
+  return ValueError(
+    f"{path}: is not what a run keeps of its evaluation ({error}); delete it, and the same command "
+    "measures again"
+  )
+
+
+def _metrics(when: str, value: Any) -> dict[str, float]:
+  metrics = _typed(when, value, dict)
+  for name, number in metrics.items():
+    if number is not None:
+      _typed(f"{when} {name[:80]}", number, int | float)
+  if not {"loss", "rows"} <= metrics.keys():
+    raise ValueError(f"{when} has no loss or no rows")
+  return {name: math.nan if x is None else x for name, x in metrics.items()}
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+  if not isinstance(value, kind) or isinstance(value, bool):
+    raise ValueError(f"{name} is {shown(value)}")
+  return value
 
 
 def _status(steps: int, logged: Sequence[Mapping[str, float]], finished: bool) -> str:
@@ -66,6 +133,16 @@ def _status(steps: int, logged: Sequence[Mapping[str, float]], finished: bool) -
     f"Not finished: {last:,} of {steps:,} steps were logged when this was written. This goes on "
     "from the last checkpoint:"
   )
+
+
+def _data(results: Mapping[str, Any], lines: Lines, path: pathlib.Path) -> str:
+  if "data" not in results:
+    return ""
+  try:
+    found = lines(results["data"])
+  except ValueError as error:
+    raise damaged(path, error) from None
+  return "## Data\n\n" + "\n".join(f"- {line}" for line in found)
 
 
 def _results(results: Mapping[str, Any]) -> str:

@@ -74,6 +74,11 @@ def completion_loss(
   return jnp.sum(losses_BC * weights_BC) / jnp.where(tokens > 0, tokens, 1), tokens
 
 
+def shape_of(batch: Batch) -> tuple[int, ...]:
+  """The rows and the tokens of a row of a language model's batch; of members, these first."""
+  return batch["tokens"].shape
+
+
 def model_options(batch: Batch) -> dict[str, jax.Array]:
   """What a language model takes of a batch beside the tokens, by the names that it has there."""
   packed = {"segments_BT": batch["segments"]} if "segments" in batch else {}

@@ -5,7 +5,8 @@ with open_workdir("runs/quickstart", config.to_dict()) as workdir:
 
 runs/quickstart/
   README.md            what was done and what came of it, for people
-  config.json          the whole config; a run with another one is refused
+  config.json          the whole config, and fingerprints of the files that it names; a run with
+                       others is refused once there is something to lose
   metrics.jsonl        one object a logged step
   checkpoints/         Orbax
   adapter/             PEFT's layout
@@ -17,14 +18,25 @@ runs/quickstart/
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import pathlib
-import shutil
+import stat
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TextIO
+
+from lora_jax.checks import shown
+from lora_jax.io import files, json_files, outputs
+
+# What a run writes beside its config, by which a folder without one would be written over.
+_OWN = (
+  "README.md", "metrics.jsonl", "checkpoints", "adapter", "eval.json", "loss.png", "tensorboard",
+  "members", "results.md", "results.json", "report.md", "report.json", "pareto.png", "rest.jsonl",
+)  # fmt: skip
+_INPUTS = "inputs"  # the fingerprints' field in config.json, which no config has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,21 +86,32 @@ class Workdir:
 def open_workdir(path: str | pathlib.Path, config: Mapping[str, Any]) -> Iterator[Workdir]:
   """Creates or reopens a run's folder and holds it until the block ends.
 
+  The folder is the config's own once there is something to lose: a line of metrics, a checkpoint,
+  an adapter or a model. Until then, as after a run that a check has stopped, a run with another
+  config takes it over.
+
   Args:
     path: the folder; created with its parents.
     config: the whole config, nested mappings of what JSON can hold.
 
   Raises:
     ValueError: when the folder holds a run with another config (the fields that differ are
-      listed), holds a run without one, or is held by another process.
+      listed), holds a run without one or files that are no run's and would be written over, or is
+      held by another process; and for a path that can be no folder.
     TypeError: when the config holds something JSON cannot.
     OSError: when the folder cannot be written to.
   """
-  workdir = Workdir(pathlib.Path(path).absolute())
   wanted = _as_json(config)
   try:
+    workdir = Workdir(outputs.absolute(path))
+  except ValueError as error:
+    raise ValueError(f"the workdir: {error}") from None
+  except NotADirectoryError as error:
+    raise OSError(f"{path}: cannot write here (Not a directory); {error}") from None
+  _check_others(workdir)
+  try:
     workdir.path.mkdir(parents=True, exist_ok=True)
-    lock = open(workdir.lock, "a+")  # noqa: SIM115, closed below
+    lock = _open_lock(workdir.lock)
   except OSError as error:
     raise OSError(
       f"{workdir.path}: cannot write here ({error.strerror}); choose another workdir"
@@ -97,7 +120,53 @@ def open_workdir(path: str | pathlib.Path, config: Mapping[str, Any]) -> Iterato
     _hold(lock, workdir)
     _clear(workdir)
     _settle_config(workdir, wanted)
-    yield workdir
+    try:
+      yield workdir
+    except BaseException:
+      if {path.name for path in workdir.path.iterdir()} <= {workdir.config.name, workdir.lock.name}:
+        workdir.config.unlink(missing_ok=True)  # it was refused, and has left nothing
+      raise
+
+
+def settle_inputs(workdir: Workdir, inputs: Mapping[str, Mapping[str, str]]) -> None:
+  """Keeps the fingerprints of what a run reads, or holds them against those that it began with.
+
+  A run from before there were fingerprints has none to be held to.
+
+  Args:
+    workdir: open.
+    inputs: `{field of the config: {file: fingerprint}}`, as `lora_jax.io.fingerprints` makes them.
+
+  Raises:
+    ValueError: when there is something to lose and a file has changed, or is another one; all that
+      have are listed.
+  """
+  wanted, content = _as_json(inputs), _read(workdir)
+  if not _holds_work(workdir):
+    if content.get(_INPUTS, wanted) != wanted:
+      _clear_results(workdir)
+    write_json(workdir.config, content | {_INPUTS: wanted})
+  elif _INPUTS in content:
+    found = content[_INPUTS]
+    lines = [
+      f"  {field} {file}: {found.get(field, {}).get(file, 'absent'):.200} there, "
+      f"{wanted.get(field, {}).get(file, 'absent')} now"
+      for field in sorted(found | wanted)
+      for file in sorted(found.get(field, {}) | wanted.get(field, {}))
+      if found.get(field, {}).get(file) != wanted.get(field, {}).get(file)
+    ]
+    if lines:
+      raise ValueError(
+        f"{workdir.path}: what the run reads has changed since it began:\n"
+        + _listed(lines)
+        + "\nPut back what was there, or use another workdir"
+      )
+
+
+def read_inputs(path: str | pathlib.Path) -> dict[str, dict[str, str]]:
+  """The fingerprints of what the run in a folder reads, as `settle_inputs` keeps them; empty for a
+  run from before there were any. Raises as `read_config` does."""
+  return _read(Workdir(pathlib.Path(path).expanduser())).get(_INPUTS, {})
 
 
 def read_config(path: str | pathlib.Path) -> dict[str, Any]:
@@ -105,22 +174,43 @@ def read_config(path: str | pathlib.Path) -> dict[str, Any]:
 
   Raises:
     FileNotFoundError: when the folder holds no run.
-    ValueError: when its config.json is not JSON.
+    PermissionError: when its config.json may not be read.
+    ValueError: when its config.json is no file with a JSON object, or its fingerprints are none.
   """
-  config = Workdir(pathlib.Path(path)).config
-  if not config.exists():
-    raise FileNotFoundError(f"{config}: not found; {path} is not the workdir of a run")
+  content = _read(Workdir(pathlib.Path(path).expanduser()))
+  return {name: value for name, value in content.items() if name != _INPUTS}
+
+
+def _read(workdir: Workdir) -> dict[str, Any]:
+  """What config.json holds."""
+  config = workdir.config
   try:
-    return json.loads(config.read_text())
+    found = files.read_bytes(config, json_files.MAX_BYTES)
+  except FileNotFoundError:
+    raise FileNotFoundError(
+      f"{config}: not found; {workdir.path} is not the workdir of a run"
+    ) from None
+  try:
+    content = json_files.parse(found)
   except ValueError as error:
     raise ValueError(
       f"{config}: not valid JSON ({error}); restore it, or use another workdir"
-    ) from error
+    ) from None
+  inputs = content.get(_INPUTS, {})
+  if not isinstance(inputs, dict) or not all(
+    isinstance(files, dict) and all(isinstance(x, str) for x in files.values())
+    for files in inputs.values()
+  ):
+    raise ValueError(
+      f"{config}: {_INPUTS} are no fingerprints, {{field: {{file: text}}}}; restore it, or use "
+      "another workdir"
+    )
+  return content
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes a JSON file as `write_text` writes text."""
-  write_text(path, json.dumps(value, indent=2) + "\n")
+  """Writes a JSON file as `write_text` writes text, with null for NaN and infinity."""
+  write_text(path, outputs.as_json(value, indent=2) + "\n")
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -129,16 +219,8 @@ def write_text(path: pathlib.Path, text: str) -> None:
   Raises:
     OSError: as `writing` does; what the file held is still there.
   """
-  temporary = _unfinished(path)
   with writing(path):
-    try:
-      with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-      temporary.replace(path)
-    finally:
-      temporary.unlink(missing_ok=True)
+    outputs.write_text(path, text)
 
 
 @contextlib.contextmanager
@@ -166,20 +248,42 @@ def fingerprint(config: Mapping[str, Any]) -> str:
 def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
   """The config as it will be read back: tuples are lists, keys are strings."""
   try:
-    return json.loads(json.dumps(config))
+    # By name, for config.json is read again, and an infinite limit is a setting like another.
+    return json.loads(outputs.as_json(config, not_finite=str))
   except (TypeError, ValueError) as error:
     raise TypeError(f"the config cannot be written as JSON: {error}") from error
 
 
-def _hold(lock: Any, workdir: Workdir) -> None:
+def _open_lock(path: pathlib.Path) -> TextIO:
+  """Opens the lock, or makes it; what is none is never written to."""
+  wrong = f"{path}: is no lock of a run, but {{}}; delete it, or use another workdir"
+  try:
+    number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+  except OSError as error:
+    if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+      raise
+    raise ValueError(wrong.format("a link, a folder or a socket")) from None
+  found = os.fstat(number)
+  if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+    os.close(number)
+    raise ValueError(wrong.format("a pipe, a device, or another file's second name"))
+  lock = open(number, "r+", encoding="ascii", errors="replace")  # noqa: SIM115, closed by who asks
+  if lock.read(32).strip("0123456789\n"):
+    lock.close()
+    raise ValueError(wrong.format("a file of another kind"))
+  return lock
+
+
+def _hold(lock: TextIO, workdir: Workdir) -> None:
   # A record lock belongs to the process and is not inherited by a fork: neither a killed run nor a
   # data worker that outlives it can leave the folder locked.
   try:
     fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except OSError as error:
     lock.seek(0)
+    holder = lock.read(32).strip() or "unknown"
     raise ValueError(
-      f"{workdir.path}: another run is at work here (process {lock.read().strip() or 'unknown'}); "
+      f"{workdir.path}: another run is at work here (process {holder}); "
       "wait for it, stop it, or use another workdir"
     ) from error
   with writing(workdir.lock):
@@ -190,40 +294,80 @@ def _hold(lock: Any, workdir: Workdir) -> None:
 
 
 def _clear(workdir: Workdir) -> None:
-  """Removes what a killed run had not written to its end, as `write_text` and `io.peft` name it."""
+  """Removes what a killed run had not written to its end."""
+  # As earlier versions named it.
   for path in (workdir.config, workdir.metrics, workdir.evaluation, workdir.readme):
-    _unfinished(path).unlink(missing_ok=True)
-  for folder in (".", "members/*"):
-    for path in workdir.path.glob(f"{folder}/.{workdir.adapter.name}.[0-9]*"):
-      shutil.rmtree(path)
+    outputs.remove(path.with_name(path.name + ".tmp"))
+  for folder in (workdir.path, *workdir.path.glob("members/*")):
+    for path in folder.glob(f".{workdir.adapter.name}.[0-9]*"):
+      outputs.remove(path)
+    outputs.clear(folder)
 
 
-def _unfinished(path: pathlib.Path) -> pathlib.Path:
-  return path.with_name(path.name + ".tmp")
+def _check_others(workdir: Workdir) -> None:
+  """Refuses a folder that holds what a run would write over, and no config of a run."""
+  if workdir.config.exists() or not workdir.path.is_dir():
+    return
+  if workdir.metrics.exists() or workdir.checkpoints.exists():
+    raise ValueError(
+      f"{workdir.path}: holds a run but no config.json, so it cannot be told whether it is this "
+      "run; use another workdir, or delete this one"
+    )
+  others = [name for name in _OWN if (workdir.path / name).exists()]
+  if others:
+    raise ValueError(
+      f"{workdir.path}: holds {', '.join(others)}, which is of no run and would be written over; "
+      "use another workdir"
+    )
+
+
+def _holds_work(workdir: Workdir) -> bool:
+  """Whether there is something to lose in a folder."""
+  if any((workdir.path / name).exists() for name in ("adapter", "model", "members")):
+    return True
+  if workdir.metrics.exists() and _has_line(workdir.metrics):
+    return True
+  # A checkpoint that is being written has another name.
+  saved = workdir.checkpoints.iterdir() if workdir.checkpoints.is_dir() else ()
+  return any(path.name.isdecimal() or path.name.startswith("damaged-") for path in saved)
+
+
+def _has_line(path: pathlib.Path) -> bool:
+  with files.open_regular(path) as file:
+    return any(b"\n" in part for part in iter(lambda: file.read(1 << 20), b""))
+
+
+def _clear_results(workdir: Workdir) -> None:
+  """Removes what a run that came to nothing has left, which is not another run's."""
+  for name in _OWN:
+    outputs.remove(workdir.path / name)
 
 
 def _settle_config(workdir: Workdir, wanted: dict[str, Any]) -> None:
-  """Writes the config into a new folder; compares it with that of a folder in use."""
+  """Writes the config into a folder that is free; compares it with that of a folder in use."""
   if not workdir.config.exists():
-    if workdir.metrics.exists() or workdir.checkpoints.exists():
-      raise ValueError(
-        f"{workdir.path}: holds a run but no config.json, so it cannot be told whether it is this "
-        "run; use another workdir, or delete this one"
-      )
     write_json(workdir.config, wanted)
+    return
+  if not _holds_work(workdir):
+    if read_config(workdir.path) != wanted:
+      _clear_results(workdir)
+      write_json(workdir.config, wanted)
     return
   found, wanted = _fields(read_config(workdir.path)), _fields(wanted)
   names = [name for name in found | wanted if found.get(name, _ABSENT) != wanted.get(name, _ABSENT)]
   if names:
-    lines = [
-      f"  {name}: {found.get(name, _ABSENT)!r} there, {wanted.get(name, _ABSENT)!r} now"
-      for name in sorted(names)
-    ]
+    pairs = [(name, found.get(name, _ABSENT), wanted.get(name, _ABSENT)) for name in sorted(names)]
+    lines = [f"  {name:.200}: {shown(was)} there, {shown(now)} now" for name, was, now in pairs]
     raise ValueError(
       f"{workdir.path}: holds a run with a different config:\n"
-      + "\n".join(lines)
+      + _listed(lines)
       + "\nUse another workdir, or delete this one"
     )
+
+
+def _listed(lines: list[str], most: int = 100) -> str:
+  more = [f"  and {len(lines) - most} more"] if len(lines) > most else []
+  return "\n".join([*lines[:most], *more])
 
 
 class _Absent:

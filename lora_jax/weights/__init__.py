@@ -17,6 +17,7 @@ from lora_jax.weights.loha import LoHa as LoHa
 from lora_jax.weights.lokr import LoKr as LoKr
 from lora_jax.weights.low_rank import LowRank as LowRank
 from lora_jax.weights.pruned import Pruned as Pruned
+from lora_jax.weights.pytree import register as register
 from lora_jax.weights.quantized import Format as Format
 from lora_jax.weights.quantized import Quantized as Quantized
 from lora_jax.weights.recentred import Recentred as Recentred

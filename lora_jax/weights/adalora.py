@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.weights import promotion
 from lora_jax.weights.adapted import Adapted
 from lora_jax.weights.low_rank import LowRank
+from lora_jax.weights.pytree import register
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class AdaLoRA(Adapted):
   """`w + scale * a diag(e) b`, an array of w's shape and dtype.
@@ -40,7 +42,12 @@ class AdaLoRA(Adapted):
 
   def applied(self) -> LowRank:
     return LowRank(
-      self.w, self.a * self._beside(self.e), self.b, self.scale, roles=self.roles, path=self.path
+      self.w,
+      promotion.multiplied(self.a, self._beside(self.e)),
+      self.b,
+      self.scale,
+      roles=self.roles,
+      path=self.path,
     )
 
   def as_low_rank(self) -> LowRank:
@@ -53,10 +60,16 @@ class AdaLoRA(Adapted):
     rank = max(1, int(left.sum(axis=-1).max()))
     first = np.argsort(~left, axis=-1, kind="stable")[..., :rank]
     stacks = self.e.ndim - 1
-    a = jnp.take_along_axis(self.a * self._beside(self.e), self._beside(first), axis=-1)
+    a = jnp.take_along_axis(
+      promotion.multiplied(self.a, self._beside(self.e)), self._beside(first), axis=-1
+    )
     of_b = first.reshape(*first.shape, *[1] * (self.b.ndim - first.ndim))
     b = jnp.take_along_axis(self.b, of_b, axis=stacks)
     return LowRank(None, a, b, self.scale, roles=self.roles)
+
+  def _a_scaled(self) -> jax.Array:
+    """`a diag(e)`."""
+    return promotion.multiplied(self.a, self._beside(self.e))
 
   def _beside(self, e):
     """What is [*stack, rank], with axes of one for the inputs of a."""

@@ -4,6 +4,9 @@ Every adapter method has a Weight of this kind: a frozen base `w` and named part
 train. An adapter is the same thing without its base, `w=None`: what is initialised, saved,
 combined and stacked. `attach` gives it a base, `detach` takes the base away.
 
+An adapter may be sealed: the parts of it that do not train are then no leaves of it. An optimizer
+that is given the adapters sees nothing there, so it cannot move them, by weight decay or otherwise.
+
 A part's axes are those of the base or the rank, so its layout is said in the letters of their
 roles: "sir" is [*stack, *inputs, rank]. Fitting, sharding and stacking follow from that alone.
 """
@@ -13,8 +16,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import jax
+import numpy as np
+from jax import lax
 
-from lora_jax.weights import base
+from lora_jax.weights import base, explicit, promotion
 from lora_jax.weights.base import NotFactored, Weight
 from lora_jax.weights.factors import part_axes
 
@@ -31,6 +36,8 @@ class Adapted(Weight):
     roles: the role of each axis of w, leading stack axes left out; see `weights.low_rank`.
     frozen: the names of parts that do not train beside those that never do.
     path: the leaf's path, for messages.
+    sealed: the names of parts that are no leaves; see `seal`.
+    trained_beside: the paths of leaves that train in full beside this one; see `trainable_mask`.
   """
 
   LAYOUTS: ClassVar[Mapping[str, str]]
@@ -43,7 +50,12 @@ class Adapted(Weight):
   w: Any
   roles: str = dataclasses.field(default="io", kw_only=True, metadata={"static": True})
   frozen: tuple[str, ...] = dataclasses.field(default=(), kw_only=True, metadata={"static": True})
-  path: str = dataclasses.field(default="", kw_only=True, metadata={"static": True})
+  path: str = dataclasses.field(default="", kw_only=True, compare=False, metadata={"static": True})
+
+  sealed: tuple[str, ...] = dataclasses.field(default=(), kw_only=True, metadata={"static": True})
+  trained_beside: tuple[str, ...] = dataclasses.field(
+    default=(), kw_only=True, compare=False, metadata={"static": True}
+  )
 
   # ---- the array that it stands for
 
@@ -62,6 +74,14 @@ class Adapted(Weight):
   @property
   def dtype(self):
     return self.w.dtype
+
+  @property
+  def aval(self):
+    return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=self.explicit_sharding)
+
+  @property
+  def explicit_sharding(self):
+    return explicit.sharding_of(self.w)
 
   @property
   def is_stacked(self):
@@ -86,18 +106,56 @@ class Adapted(Weight):
     Raises:
       ValueError: when the parts are not those of a leaf of w's shape.
     """
-    weight = dataclasses.replace(self, w=w, path=path)
+    # A derivative by the whole adapter, and an optimizer that follows it, change what trains.
+    fixed = {
+      name: lax.stop_gradient(part)
+      for name, part in self.parts.items()
+      if name in self._untrained and isinstance(part, jax.core.Tracer)
+    }
+    weight = dataclasses.replace(self, w=w, path=path, sealed=(), **fixed)
     if not weight.fits():
       shapes = " and ".join(str(part.shape) for part in self.parts.values())
+      reason = "it was made for another model"
+      if self.apart:
+        reason += (
+          f", or it was sliced or stacked without {' and '.join(self.apart)}, which is sealed "
+          "(lora_jax.unseal the adapters first)"
+        )
       raise ValueError(
         f"{path}: the adapter's factors {shapes}, for a leaf of the roles {self.roles!r}, do not "
-        f"fit {tuple(w.shape)}; it was made for another model"
+        f"fit {tuple(w.shape)}; {reason}"
       )
     return weight
 
   def detach(self) -> Self:
     """This weight without its base and its place."""
-    return dataclasses.replace(self, w=None, path="")
+    return dataclasses.replace(self, w=None, path="", trained_beside=())
+
+  def seal(self) -> Self:
+    """This adapter with the parts that do not train among its structure instead of its leaves.
+
+    They are constants of a function that is compiled. In a traced function, and on devices of other
+    processes, a part has no value to hold, and the adapter is returned as it is.
+    """
+    names = self._untrained
+    sealable = all(_has_value(getattr(self, name)) for name in names)
+    return dataclasses.replace(self, sealed=names) if names and sealable else self
+
+  def unseal(self) -> Self:
+    """This adapter with every part among its leaves."""
+    return dataclasses.replace(self, sealed=()) if self.sealed else self
+
+  @property
+  def apart(self) -> tuple[str, ...]:
+    if not self.sealed:
+      return ()
+    # Not what was exchanged for a traced value since.
+    return tuple(name for name in self.sealed if _has_value(getattr(self, name)))
+
+  @property
+  def _untrained(self) -> tuple[str, ...]:
+    """The parts that do not train."""
+    return tuple(name for name in self.parts if name not in self.TRAINED or name in self.frozen)
 
   def unmerge(self, merged: jax.Array, path: str) -> jax.Array:
     """The base of which `merged` is the merge with this adapter, to rounding."""
@@ -122,7 +180,8 @@ class Adapted(Weight):
 
   def rescaled(self, c) -> Self:
     """This weight with the change of the base multiplied by a number, which may be traced."""
-    return dataclasses.replace(self, **{self.LINEAR: getattr(self, self.LINEAR) * c})
+    part = promotion.multiplied(getattr(self, self.LINEAR), c)
+    return dataclasses.replace(self, **{self.LINEAR: part})
 
   def as_low_rank(self) -> "Adapted":
     """The plain LoRA adapter, a LowRank without a base, that changes any base as this one does.
@@ -145,7 +204,8 @@ class Adapted(Weight):
 
   def trainable(self):
     mask = jax.tree.map(lambda _: False, self)
-    trained = {name: name not in self.frozen for name in self.TRAINED if name in self.parts}
+    leaves = self.parts.keys() - set(self.apart)
+    trained = {name: name not in self.frozen for name in self.TRAINED if name in leaves}
     return dataclasses.replace(mask, **trained)
 
   def partition_specs(self, spec):
@@ -160,3 +220,11 @@ class Adapted(Weight):
 
   def _axes(self, name: str) -> list[int | None]:
     return part_axes(self.all_roles, self.LAYOUTS[name])
+
+
+def _has_value(part: Any) -> bool:
+  if isinstance(part, jax.core.Tracer) or not isinstance(part, jax.Array | np.ndarray):
+    return False
+  return getattr(part, "is_fully_addressable", True) and not jax.dtypes.issubdtype(
+    part.dtype, jax.dtypes.extended
+  )

@@ -3,12 +3,12 @@
 A Weight is a frozen pytree that stands for an array: `W + s A B`, a quantised block, a truncated
 factorisation. It must say what array it stands for (`materialize`); it may also say how that
 array is contracted, gathered or transposed without ever being formed. An operation that it does
-not define raises `NotFactored`, and the interpreter then materialises the weight, or, in strict
+not define raises `NotFactored`, and the interpreter then materializes the weight, or, in strict
 mode, tells the user why it would have to.
 
 A new kind of weight is one file with one frozen dataclass, registered as a pytree:
 
-    @jax.tree_util.register_dataclass
+    @register  # of lora_jax.weights, or jax.tree_util.register_dataclass
     @dataclasses.dataclass(frozen=True)
     class Scaled(Weight):
       w: jax.Array
@@ -31,12 +31,24 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
+
+from lora_jax.weights import promotion
+from lora_jax.weights.pytree import let_flax_serialize
 
 PyTree = Any
 
 
 class NotFactored(Exception):
-  """Raised by a Weight's method that cannot work without forming the full array; says why."""
+  """Raised by a Weight's method that cannot work without materializing it; says why.
+
+  Attributes:
+    weight: the Weight that it is about, where the operation has several.
+  """
+
+  def __init__(self, reason: str, weight: "Weight | None" = None):
+    super().__init__(reason)
+    self.weight = weight
 
 
 class Weight:
@@ -47,8 +59,14 @@ class Weight:
 
   path: str
 
+  apart: ClassVar[tuple[str, ...]] = ()
+  """The names of arrays that are no leaves of it; see `Adapted.seal`."""
+
   IS_DENSE: ClassVar[bool] = False
   """Whether nothing is spared by keeping it apart: `adapt` then forms the array at once."""
+
+  def __post_init__(self):
+    let_flax_serialize(type(self))
 
   def materialize(self) -> jax.Array:
     """The array that this weight stands for."""
@@ -85,6 +103,11 @@ class Weight:
   @property
   def dtype(self) -> jnp.dtype:
     return self.aval.dtype
+
+  @property
+  def explicit_sharding(self) -> NamedSharding | None:
+    """The sharding of the array over explicit mesh axes, from the parts; None without such axes."""
+    return None
 
   @property
   def is_stacked(self) -> bool:
@@ -130,17 +153,18 @@ def call(op: str, operand, *args, **params):
   Raises:
     NotFactored: when the kind of weight has no such method.
   """
-  operand = _applied(operand)
+  operand = applied(operand)
   if not is_weight(operand):
     return getattr(lax, op)(operand, *args, **params)
-  if not hasattr(operand, op):
+  method = getattr(operand, op, None)
+  if method is None:
     raise NotFactored(f"{type(operand).__name__} has no factored form of {op}")
-  return getattr(operand, op)(*args, **params)
+  return method(*args, **params)
 
 
 def dot_general(lhs, rhs, dimension_numbers, **params):
   """`lax.dot_general`; a Weight's method is told on which side it stands."""
-  lhs, rhs = _applied(lhs), _applied(rhs)
+  lhs, rhs = applied(lhs), applied(rhs)
   if is_weight(lhs) and is_weight(rhs):
     raise NotFactored("both operands of the product are weights")
   if is_weight(lhs):
@@ -152,7 +176,7 @@ def dot_general(lhs, rhs, dimension_numbers, **params):
 
 def conv_general_dilated(x, kernel, **params):
   """`lax.conv_general_dilated`; a Weight's method takes the input first."""
-  x, kernel = _applied(x), _applied(kernel)
+  x, kernel = applied(x), applied(kernel)
   if is_weight(x):
     raise NotFactored("the weight is what is convolved, not the kernel")
   if is_weight(kernel):
@@ -162,7 +186,7 @@ def conv_general_dilated(x, kernel, **params):
 
 def ragged_dot_general(lhs, rhs, group_sizes, **params):
   """`lax.ragged_dot_general`; a Weight's method takes the rows first."""
-  lhs, rhs = _applied(lhs), _applied(rhs)
+  lhs, rhs = applied(lhs), applied(rhs)
   if is_weight(lhs) or is_weight(group_sizes):
     raise NotFactored("the weight is not the stack of matrices")
   if is_weight(rhs):
@@ -171,20 +195,68 @@ def ragged_dot_general(lhs, rhs, group_sizes, **params):
 
 
 def astype(operand, dtype):
-  return _applied(operand).astype(dtype)
+  return applied(operand).astype(dtype)
 
 
 def scaled(operand, c):
   """The operand times a number."""
-  operand = _applied(operand)
-  return operand.scaled(c) if is_weight(operand) else operand * c
+  operand = applied(operand)
+  return operand.scaled(c) if is_weight(operand) else promotion.multiplied(operand, c)
 
 
-def _applied(operand):
+def resharded(operand, sharding: NamedSharding):
+  """`jax.sharding.reshard`; the parts of a Weight follow its array.
+
+  Raises:
+    NotFactored: when the parts cannot be sharded as the array is.
+  """
+  if not is_weight(operand):
+    return jax.sharding.reshard(operand, sharding)
+
+  def moved(part, spec):
+    target = NamedSharding(sharding.mesh, spec)
+    try:
+      target.shard_shape(part.shape)
+    except ValueError as error:
+      raise NotFactored(f"its parts cannot be sharded over {spec}") from error
+    return jax.sharding.reshard(part, target)
+
+  return jax.tree.map(moved, operand, operand.partition_specs(sharding.spec))
+
+
+def aligned(weight: Weight) -> Weight:
+  """The Weight with its parts sharded as its array is, on a mesh with explicit axes."""
+  sharding = weight.explicit_sharding
+  return weight if sharding is None else resharded(weight, sharding)
+
+
+def check_zero(value) -> None:
+  """Raises `NotFactored` for a value to pad with that is not known to be zero."""
+  if isinstance(value, jax.core.Tracer) or value != 0:
+    raise NotFactored("it is padded with values that may not be zero")
+
+
+def is_stacked(operand) -> bool:
+  """Whether slicing every array of the operand along its leading axis slices the operand."""
+  return operand.is_stacked if is_weight(operand) else operand.ndim > 0
+
+
+def alike(operands) -> bool:
+  """Whether Weights are of one kind and structure, whatever their sizes are."""
+  return len(set(map(jax.tree.structure, operands))) == 1
+
+
+def joined(f, operands):
+  """`f(*leaves)` for the leaves of Weights that are `alike`, with the path of the first."""
+  leaves = zip(*map(jax.tree.leaves, operands), strict=True)
+  return jax.tree.unflatten(jax.tree.structure(operands[0]), [f(*each) for each in leaves])
+
+
+def applied(operand):
   """The operand, or what it comes down to."""
   while is_weight(operand):
-    applied = operand.applied()
-    if applied is operand:
+    simpler = operand.applied()
+    if simpler is operand:
       break
-    operand = applied
+    operand = simpler
   return operand

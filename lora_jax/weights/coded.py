@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.weights import explicit
 from lora_jax.weights.base import NotFactored
 from lora_jax.weights.formed import Formed
 
@@ -39,14 +40,16 @@ class Coded(Formed):
   columns: tuple[int, ...] = dataclasses.field(kw_only=True, metadata={"static": True})
   sizes: tuple[int, ...] = dataclasses.field(kw_only=True, metadata={"static": True})
   to: str = dataclasses.field(default="float32", kw_only=True, metadata={"static": True})
-  path: str = dataclasses.field(default="", kw_only=True, metadata={"static": True})
+  path: str = dataclasses.field(default="", kw_only=True, compare=False, metadata={"static": True})
 
   def decode(self) -> jax.Array:
     """The numbers [*rows, columns], perhaps with more columns at the end that fill up a block."""
     raise NotImplementedError
 
   def materialize(self):
-    return self.arranged(self.decode())
+    return explicit.laid_out(lambda self: self.arranged(self.decode()), self.explicit_sharding)(
+      self
+    )
 
   def arranged(self, numbers: jax.Array) -> jax.Array:
     """The array of these numbers [*rows, columns], in the dtype that it has."""
@@ -68,6 +71,27 @@ class Coded(Formed):
   @property
   def dtype(self):
     return jnp.dtype(self.to)
+
+  @property
+  def explicit_sharding(self):
+    """The rows are sharded as those of the codes, the first axis of the columns as the codes."""
+    codes = jax.tree.leaves(self)[0]
+    sharding = explicit.sharding_of(codes)
+    if sharding is None:
+      return None
+    axes: list[Any] = [None] * self.ndim
+    first = self._column_axes[0]
+    for n, name in zip(
+      (*self._row_axes, first), explicit.mesh_axes(sharding, codes.ndim), strict=True
+    ):
+      axes[n] = name
+    fitted = explicit.with_axes(sharding, axes)
+    try:
+      fitted.shard_shape(self.shape)
+    except ValueError:  # the codes divide over the mesh, the axis itself does not
+      axes[first] = None
+      fitted = explicit.with_axes(sharding, axes)
+    return fitted
 
   @property
   def is_stacked(self):
@@ -99,22 +123,32 @@ class Coded(Formed):
     full = [n == axis or size == self.shape[n] for n, size in enumerate(slice_sizes)]
     if axis is None or d.start_index_map != (axis,) or d.operand_batching_dims or not all(full):
       raise NotFactored("only whole rows along one axis are looked up by their codes")
-    row = self._row(axis)
-    ids = indices[..., 0].astype(jnp.int32)
-    found = (ids >= 0) & (ids < self.shape[axis])
-    ids = ids.clip(0, self.shape[axis] - 1)
-
-    def looked_up(codes):
-      codes = jnp.take(codes, ids, axis=row)
-      return jnp.moveaxis(codes, range(row, row + ids.ndim), range(ids.ndim))
-
+    row, size = self._row(axis), self.shape[axis]
     columns = self._columns_after([n for n in range(self.ndim) if n != axis])
-    rows = self._with_rows(looked_up, columns).materialize()
-    if lax.GatherScatterMode.from_any(mode) == lax.GatherScatterMode.FILL_OR_DROP:
-      fill = jnp.nan if fill_value is None else fill_value
-      rows = jnp.where(jnp.expand_dims(found, range(ids.ndim, rows.ndim)), rows, fill)
-      rows = rows.astype(self.to)
-    return jnp.moveaxis(rows, range(ids.ndim, rows.ndim), d.offset_dims)
+
+    def rows_at(self, indices):
+      ids = indices[..., 0].astype(jnp.int32)
+      found = (ids >= 0) & (ids < size)
+      ids = ids.clip(0, size - 1)
+
+      def looked_up(codes):
+        codes = jnp.take(codes, ids, axis=row)
+        return jnp.moveaxis(codes, range(row, row + ids.ndim), range(ids.ndim))
+
+      rows = self._with_rows(looked_up, columns).materialize()
+      if lax.GatherScatterMode.from_any(mode) == lax.GatherScatterMode.FILL_OR_DROP:
+        fill = jnp.nan if fill_value is None else jnp.asarray(fill_value, rows.dtype)
+        rows = jnp.where(jnp.expand_dims(found, range(ids.ndim, rows.ndim)), rows, fill)
+        rows = rows.astype(self.to)
+      return jnp.moveaxis(rows, range(ids.ndim, rows.ndim), d.offset_dims)
+
+    def use(w):
+      return lax.gather(
+        w, indices, dimension_numbers=d, slice_sizes=slice_sizes, mode=mode, fill_value=fill_value,
+        **params,
+      )  # fmt: skip
+
+    return explicit.laid_out(rows_at, explicit.of_result(use, self, indices))(self, indices)
 
   # ---- what stays coded
 
@@ -194,4 +228,5 @@ def rows_of(w: jax.Array, columns: Sequence[int]) -> jax.Array:
   """The numbers [*rows, columns] of an array with these axes as columns, counted from its end."""
   last = range(w.ndim - len(columns), w.ndim)
   moved = jnp.moveaxis(w, columns, last)
-  return moved.reshape(*moved.shape[: w.ndim - len(columns)], -1)
+  rows, sizes = moved.shape[: w.ndim - len(columns)], moved.shape[w.ndim - len(columns) :]
+  return moved.reshape(*rows, math.prod(sizes))

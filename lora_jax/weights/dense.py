@@ -11,12 +11,13 @@ import dataclasses
 from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 
+from lora_jax.weights import promotion
 from lora_jax.weights.adapted import Adapted
+from lora_jax.weights.pytree import register
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class Full(Adapted):
   """`w + dw`, an array of w's shape and dtype.
@@ -38,7 +39,7 @@ class Full(Adapted):
 
   def delta(self) -> jax.Array:
     """The change, in at least float32."""
-    return self.dw.astype(jnp.promote_types(self.dtype, jnp.float32))
+    return self.dw.astype(promotion.at_least_float32(self.dtype))
 
   def applied(self) -> jax.Array:
     return self.materialize()

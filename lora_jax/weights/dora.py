@@ -22,15 +22,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.weights import base
+from lora_jax.weights import base, explicit, promotion
 from lora_jax.weights.adapted import Adapted
 from lora_jax.weights.base import NotFactored
 from lora_jax.weights.factors import RANK, Labels, factor_labels, labels, part_labels
 from lora_jax.weights.low_rank import LowRank
+from lora_jax.weights.pytree import register
 from lora_jax.weights.scaled import ScaledOutputs, spread, times
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class DoRA(Adapted):
   """`magnitude * (w + scale * a @ b) / |w + scale * a @ b|`, an array of w's shape and dtype.
@@ -60,13 +61,14 @@ class DoRA(Adapted):
 
   def attach(self, w, path):
     weight = super().attach(w, path)
-    norm = input_norms(w, self.roles) if self.norm is None else self.norm
-    return dataclasses.replace(weight, norm=norm)
+    if weight.norm is not None:
+      return weight
+    return dataclasses.replace(weight, norm=input_norms(w, self.roles))
 
   def applied(self) -> LowRank:
     c = self.factor()
     w = ScaledOutputs(self.w, c, roles=self.roles, path=self.path)
-    b = self.b * jnp.expand_dims(c, self._rank_axis)
+    b = promotion.multiplied(self.b, jnp.expand_dims(c, self._rank_axis))
     return LowRank(w, self.a, b, self.scale, roles=self.roles, path=self.path)
 
   def materialize(self):
@@ -92,8 +94,12 @@ class DoRA(Adapted):
     norm = self.norm_of_sum()
     if self.constant_norm:
       norm = lax.stop_gradient(norm)
-    left = norm > 0
-    return jnp.where(left, self.magnitude.astype(norm.dtype) / jnp.where(left, norm, 1), 1)
+
+    def factor(magnitude, norm):
+      left = norm > 0
+      return jnp.where(left, magnitude.astype(norm.dtype) / jnp.where(left, norm, 1), 1)
+
+    return explicit.laid_out(factor, explicit.sharding_of(norm))(self.magnitude, norm)
 
   def norm_of_sum(self) -> jax.Array:
     """`|w + scale * a @ b|`, [*stack, *outputs], in at least float32.
@@ -101,22 +107,26 @@ class DoRA(Adapted):
     The square is a sum of terms of either sign, as precise as the products in it: what is left of
     the terms below that is noise, and counts as that much.
     """
-    dtype = jnp.promote_types(self.dtype, jnp.float32)
+    dtype = promotion.at_least_float32(self.dtype)
     a, b, norm = (x.astype(dtype) for x in (self.a, self.b, self.norm))
     if self.constant_norm:  # not even traced for the derivative
       a, b = lax.stop_gradient((a, b))
+    sharding = explicit.part_sharding(self.explicit_sharding, self.all_roles, "so")
+    return explicit.laid_out(self._norm_of_sum, sharding)(a, b, norm, self._a_w(a, dtype))
+
+  def _norm_of_sum(self, a, b, norm, a_w):
     # In units of w's norm, so that nothing over- or underflows, and one stays exactly one.
     unit = jnp.where(norm > 0, norm, 1)
     b = self.scale * b / jnp.expand_dims(unit, self._rank_axis)
-    c = self._a_w(a, dtype) / jnp.expand_dims(unit, self._rank_axis)
+    c = a_w / jnp.expand_dims(unit, self._rank_axis)
     a_labels, b_labels = factor_labels(labels(self.ndim), self.all_roles)
     a2_labels, b2_labels = a_labels.replace(RANK, "R"), b_labels.replace(RANK, "R")
     stack = a_labels[: self._rank_axis]
     gram = jnp.einsum(f"{a_labels},{a2_labels}->{stack}{RANK}R", a, a, precision="highest")
     gram_b = jnp.einsum(f"{stack}{RANK}R,{b2_labels}->{b_labels}", gram, b, precision="highest")
     change = jnp.sum(b * gram_b, self._rank_axis)
-    terms = (norm > 0) + change
-    resolution = 8 * jnp.finfo(self.dtype).eps
+    terms = (norm > 0).astype(change.dtype) + change
+    resolution = 8 * float(jnp.finfo(promotion.joint(self.dtype)).eps)
     squared = jnp.maximum(terms + 2 * jnp.sum(b * c, self._rank_axis), resolution * terms)
     left = squared > 0
     return jnp.where(left, unit * jnp.sqrt(jnp.where(left, squared, 1)), 0)
@@ -126,9 +136,17 @@ class DoRA(Adapted):
     stack, inputs = ([n for n, x in enumerate(self.all_roles) if x == role] for role in "si")
     a_stack = list(range(len(stack)))
     a_inputs = list(range(len(stack), len(stack + inputs)))
+    # float16 and float8 would lose a: see `weights.promotion`.
+    a = a.astype(promotion.joint(self.dtype))
+    sharding = self.explicit_sharding
+    if sharding is None:
+      placed = {}
+    else:
+      a = jax.sharding.reshard(a, explicit.part_sharding(sharding, self.all_roles, "sir"))
+      placed = {"out_sharding": explicit.part_sharding(sharding, self.all_roles, "sro")}
     return base.dot_general(
-      a.astype(self.dtype), self.w, ((a_inputs, inputs), (a_stack, stack)), precision="highest",
-      preferred_element_type=dtype,
+      a, self.w, ((a_inputs, inputs), (a_stack, stack)), precision="highest",
+      preferred_element_type=dtype, **placed,
     )  # fmt: skip
 
   @property
@@ -151,11 +169,15 @@ class DoRA(Adapted):
     def inner(x, y):
       return jnp.einsum(f"{names},{names}->{out}", x, y, precision="highest")
 
-    full, magnitude, norm = (x.astype(delta.dtype) for x in (merged, self.magnitude, self.norm))
-    along = inner(full, delta) / magnitude
-    norm_of_sum = along + jnp.sqrt(jnp.maximum(along**2 + norm**2 - inner(delta, delta), 0))
-    w = times(full, names, norm_of_sum / magnitude, out) - delta
-    return jnp.where(spread(norm, out, names) > 0, w, 0).astype(merged.dtype)
+    def unmerged(merged, magnitude, norm, delta):
+      full, magnitude, norm = (x.astype(delta.dtype) for x in (merged, magnitude, norm))
+      along = inner(full, delta) / magnitude
+      norm_of_sum = along + jnp.sqrt(jnp.maximum(along**2 + norm**2 - inner(delta, delta), 0))
+      w = times(full, names, norm_of_sum / magnitude, out) - delta
+      return jnp.where(spread(norm, out, names) > 0, w, 0).astype(merged.dtype)
+
+    sharding = explicit.sharding_of(merged)
+    return explicit.laid_out(unmerged, sharding)(merged, self.magnitude, self.norm, delta)
 
   def rescaled(self, c):
     raise ValueError(
@@ -172,9 +194,15 @@ class DoRA(Adapted):
 def input_norms(w: Any, roles: str) -> jax.Array:
   """The norms over the inputs of an array or Weight, [*stack, *outputs], in at least float32."""
   w = base.materialize(w)
-  w = w.astype(jnp.promote_types(w.dtype, jnp.float32))
-  names, out = labels(w.ndim), _output_labels(roles.rjust(w.ndim, "s"))
-  return jnp.sqrt(jnp.einsum(f"{names},{names}->{out}", w, w, precision="highest"))
+  w = w.astype(promotion.at_least_float32(w.dtype))
+  names, all_roles = labels(w.ndim), roles.rjust(w.ndim, "s")
+
+  def norms(w):
+    squares = f"{names},{names}->{_output_labels(all_roles)}"
+    return jnp.sqrt(jnp.einsum(squares, w, w, precision="highest"))
+
+  sharding = explicit.part_sharding(explicit.sharding_of(w), all_roles, "so")
+  return explicit.laid_out(norms, sharding)(w)
 
 
 def _output_labels(roles: str) -> Labels:

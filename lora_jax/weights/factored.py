@@ -14,13 +14,16 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
 
-from lora_jax.weights.base import Weight, is_weight, materialize
+from lora_jax.weights import explicit, promotion
+from lora_jax.weights.base import NotFactored, Weight, check_zero, is_weight, materialize
 from lora_jax.weights.factors import A, B, part_axes
 from lora_jax.weights.low_rank import LowRank
+from lora_jax.weights.pytree import register
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class Factored(Weight):
   """`a @ b`, an array of a's dtype.
@@ -37,7 +40,7 @@ class Factored(Weight):
   a: Any
   b: Any
   roles: str = dataclasses.field(default="io", kw_only=True, metadata={"static": True})
-  path: str = dataclasses.field(default="", kw_only=True, metadata={"static": True})
+  path: str = dataclasses.field(default="", kw_only=True, compare=False, metadata={"static": True})
 
   def applied(self) -> "_Product":
     a, b = materialize((self.a, self.b))
@@ -45,6 +48,10 @@ class Factored(Weight):
 
   def materialize(self):
     return self.applied().materialize()
+
+  @property
+  def explicit_sharding(self):
+    return _sharding(self.a, self.b, self.all_roles)
 
   @property
   def rank(self) -> int:
@@ -82,12 +89,13 @@ class Factored(Weight):
     return dataclasses.replace(self, **specs)
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class _Nothing(Weight):
   """The base of a product that has none: the number zero, whatever is done to its axes."""
 
   of_dtype: jnp.dtype = dataclasses.field(metadata={"static": True})
+  path: str = dataclasses.field(default="", kw_only=True, compare=False, metadata={"static": True})
 
   @property
   def dtype(self):
@@ -106,7 +114,7 @@ class _Nothing(Weight):
     return self._zero(lhs, preferred_element_type)
 
   def _zero(self, other, wanted):
-    return jnp.zeros((), wanted or jnp.promote_types(other.dtype, self.dtype))
+    return jnp.zeros((), wanted or promotion.joint(other.dtype, self.dtype))
 
   def astype(self, dtype):
     return _Nothing(dtype)
@@ -114,13 +122,16 @@ class _Nothing(Weight):
   def transpose(self, permutation):
     return self
 
-  def reshape(self, new_sizes):
+  def reshape(self, new_sizes, **_):
     return self
 
   def squeeze(self, dimensions):
     return self
 
-  def broadcast_in_dim(self, shape, broadcast_dimensions):
+  def broadcast_in_dim(self, shape, broadcast_dimensions, **_):
+    return self
+
+  def partition_specs(self, spec):
     return self
 
   def slice(self, start_indices, limit_indices, strides):
@@ -129,16 +140,24 @@ class _Nothing(Weight):
   def dynamic_slice(self, start_indices, slice_sizes):
     return self
 
-  def gather(self, indices, *, dimension_numbers, slice_sizes, **_):
-    d = dimension_numbers
-    ndim = indices.ndim - 1 + len(d.offset_dims)
-    return jnp.zeros((1,) * ndim, self.dtype)
+  def rev(self, dimensions):
+    return self
+
+  def pad(self, value, config):
+    check_zero(value)
+    return self
+
+  def gather(self, indices, **_):
+    return self
 
   def scaled(self, c):
     return self
 
+  def times(self, x, axes):
+    return self
 
-@jax.tree_util.register_dataclass
+
+@register
 @dataclasses.dataclass(frozen=True)
 class _Product(LowRank):
   """A LowRank on nothing, whose shape is that of its factors."""
@@ -151,18 +170,48 @@ class _Product(LowRank):
   def ndim(self):
     return self.a.ndim - 1 + self.roles.count("o")
 
+  @property
+  def explicit_sharding(self):
+    return _sharding(self.a, self.b, self.all_roles)
+
+  def _result_sharding(self, x, y, use):
+    del y  # the base's result is always the number zero
+    return explicit.of_result(use, self, x)
+
   def gather(self, indices, *, dimension_numbers, mode, fill_value=None, **params):
     d = dimension_numbers
     rows = super().gather(indices, dimension_numbers=d, mode=mode, fill_value=fill_value, **params)
     if lax.GatherScatterMode.from_any(mode) != lax.GatherScatterMode.FILL_OR_DROP:
       return rows
+    if is_weight(rows):
+      raise NotFactored("layers of a stack are gathered with a value for those out of bounds")
     (axis,) = d.collapsed_slice_dims
-    found = (indices[..., 0] >= 0) & (indices[..., 0] < self.shape[axis])
-    fill = jnp.nan if fill_value is None else fill_value
-    return jnp.where(jnp.expand_dims(found, d.offset_dims), rows, fill).astype(rows.dtype)
+    size = self.shape[axis]
+    fill = jnp.asarray(jnp.nan if fill_value is None else fill_value, rows.dtype)
+
+    def filled(rows, indices):
+      found = (indices[..., 0] >= 0) & (indices[..., 0] < size)
+      return jnp.where(jnp.expand_dims(found, d.offset_dims), rows, fill)
+
+    return explicit.laid_out(filled, explicit.sharding_of(rows))(rows, indices)
 
 
 def _shape(a: tuple[int, ...], b: tuple[int, ...], roles: str) -> tuple[int, ...]:
   """The shape of the product of factors of these shapes."""
   sizes = dict(zip((*part_axes(roles, A), *part_axes(roles, B)), (*a, *b), strict=True))
   return tuple(sizes[n] for n in range(len(roles)))
+
+
+def _sharding(a, b, roles: str) -> NamedSharding | None:
+  """The sharding of the product of factors: every axis is sharded as it is in its factor."""
+  shardings = [explicit.sharding_of(factor) for factor in (a, b)]
+  known = [sharding for sharding in shardings if sharding is not None]
+  if not known:
+    return None
+  axes = dict.fromkeys(range(len(roles)))
+  for layout, factor, sharding in zip((A, B), (a, b), shardings, strict=True):
+    names = explicit.mesh_axes(sharding, len(factor.shape))
+    for n, name in zip(part_axes(roles, layout), names, strict=True):
+      if n is not None and name not in axes.values():  # a mesh axis shards one axis only
+        axes[n] = name
+  return explicit.with_axes(known[0], axes.values())

@@ -15,6 +15,7 @@ from jax import lax
 Labels = str  # a letter an axis, as in einsum
 RANK = "r"
 A, B = "sir", "sro"  # the layouts of the two factors
+_EMPTY = 2**127 - 1  # a prime
 
 
 def labels(count: int) -> Labels:
@@ -63,6 +64,31 @@ def reshaped_roles(roles: str, before: Sequence[int], after: Sequence[int]) -> s
 
   An axis of size one that appears counts as a stack.
   """
+  if 0 not in before:
+    return _split_and_joined(roles, before, after)
+  # First as if zero were a size that no other axis has.
+  sizes = ([size or _EMPTY for size in each] for each in (before, after))
+  return _split_and_joined(roles, *sizes) or _around_zero(roles, before, after)
+
+
+def _around_zero(roles: str, before: Sequence[int], after: Sequence[int]) -> str | None:
+  """The roles after a reshape of an empty array, whose axes around the zero may change their size.
+
+  Axes of one role may become any others there: there are no values to be moved.
+  """
+  start = 0
+  while start < len(before) and start < len(after) and before[start] == after[start] != 0:
+    start += 1
+  end = 0
+  while before[-1 - end] == after[-1 - end] != 0:
+    end += 1
+  last = len(before) - end
+  if len(set(roles[start:last])) > 1:
+    return None
+  return roles[:start] + roles[start] * (len(after) - start - end) + roles[last:]
+
+
+def _split_and_joined(roles: str, before: Sequence[int], after: Sequence[int]) -> str | None:
   kept = [(size, role) for size, role in zip(before, roles, strict=True) if size != 1]
   new_roles = []
   rest = iter(kept)

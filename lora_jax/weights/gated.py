@@ -14,13 +14,15 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from lora_jax.weights import base
+from lora_jax.weights import base, promotion
 from lora_jax.weights.factors import factor_labels, labels, part_labels
-from lora_jax.weights.low_rank import LowRank
+from lora_jax.weights.low_rank import LowRank, plus
 from lora_jax.weights.products import dot_labels
+from lora_jax.weights.pytree import register
+from lora_jax.weights.scaled import spread
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class Gated(LowRank):
   """`w + scale * a @ diag(gate) @ b`, an array of w's shape and dtype.
@@ -42,31 +44,49 @@ class Gated(LowRank):
 
   # ---- what is contracted
 
-  def dot_general(self, other, dimension_numbers, *, weight_is_lhs, precision=None, **params):
+  def dot_general(
+    self, other, dimension_numbers, *, weight_is_lhs, precision=None, preferred_element_type=None,
+    **params,
+  ):  # fmt: skip
     """The gate meets the rank-sized product between the factors, and neither of them."""
-    lhs, rhs = (self.w, other) if weight_is_lhs else (other, self.w)
-    y = base.dot_general(lhs, rhs, dimension_numbers, precision=precision, **params)
+    asked, dtype = promotion.of_base(preferred_element_type, other.dtype, self.dtype)
+
+    def use(w):
+      lhs, rhs = (w, other) if weight_is_lhs else (other, w)
+      return base.dot_general(
+        lhs, rhs, dimension_numbers, precision=precision, preferred_element_type=asked, **params
+      )
+
     names = labels(self.ndim)
     x_labels, out_labels = dot_labels(other.ndim, self.ndim, dimension_numbers, weight_is_lhs)
     gate_labels = part_labels(names, self.all_roles, "sr")
-    x = self._dropped(other.astype(jnp.promote_types(other.dtype, self.dtype)))
-    factors = list(zip((self.a, self.b), factor_labels(names, self.all_roles), strict=True))
-    summed = set(x_labels) - set(out_labels)
-    # x meets first the factor whose axes are summed.
-    factors.sort(key=lambda factor: summed.isdisjoint(set(factor[1]) - set(gate_labels)))
-    (first, first_labels), (second, second_labels) = factors
-    both = dict.fromkeys(x_labels + first_labels)
-    kept = [c for c in both if c not in gate_labels and (c in out_labels or c in second_labels)]
-    h_labels = "".join(kept) + gate_labels
-    h = jnp.einsum(
-      f"{x_labels},{first_labels}->{h_labels}", x, first.astype(x.dtype), precision=precision,
-      preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
-    )  # fmt: skip
-    h = (self.scale * self.gate * h).astype(x.dtype)
-    delta = jnp.einsum(
-      f"{h_labels},{second_labels}->{out_labels}", h, second.astype(x.dtype), precision=precision
-    )
-    return y + delta.astype(y.dtype)
+    a_labels, b_labels = factor_labels(names, self.all_roles)
+    wide = promotion.joint(other.dtype, self.dtype)
+
+    def product(operands, a, b, key):
+      x, gate = operands
+      x = self._dropped(x.astype(wide), key)
+      factors = [(a, a_labels), (b, b_labels)]
+      summed = set(x_labels) - set(out_labels)
+      # x meets first the factor whose axes are summed.
+      factors.sort(key=lambda factor: summed.isdisjoint(set(factor[1]) - set(gate_labels)))
+      (first, first_labels), (second, second_labels) = factors
+      both = dict.fromkeys(x_labels + first_labels)
+      kept = [c for c in both if c not in gate_labels and (c in out_labels or c in second_labels)]
+      h_labels = "".join(kept) + gate_labels
+      h = jnp.einsum(
+        f"{x_labels},{first_labels}->{h_labels}", x, first.astype(x.dtype), precision=precision,
+        preferred_element_type=promotion.at_least_float32(x.dtype),
+      )  # fmt: skip
+      gates = spread(self.scale * gate, gate_labels, h_labels)
+      h = promotion.multiplied(gates, h).astype(x.dtype)
+      return jnp.einsum(
+        f"{h_labels},{second_labels}->{out_labels}", h, second.astype(x.dtype), precision=precision
+      )
+
+    y = use(self.w)
+    delta = self._delta(product, (other, self.gate), y, use)
+    return plus(y, delta).astype(dtype or y.dtype)
 
   def conv_general_dilated(self, x, **params):
     return self._through_b().conv_general_dilated(x, **params)
@@ -83,11 +103,13 @@ class Gated(LowRank):
   def _through_a(self) -> LowRank:
     stack = self.a.shape[: self.gate.ndim - 1]
     inputs = [1] * (self.a.ndim - self.gate.ndim)
-    return self._plain(self.a * self.gate.reshape(*stack, *inputs, -1), self.b)
+    gate = self.gate.reshape(*stack, *inputs, self.gate.shape[-1])
+    return self._plain(promotion.multiplied(self.a, gate), self.b)
 
   def _through_b(self) -> LowRank:
     outputs = [1] * (self.b.ndim - self.gate.ndim)
-    return self._plain(self.a, self.b * self.gate.reshape(*self.gate.shape, *outputs))
+    gate = self.gate.reshape(*self.gate.shape, *outputs)
+    return self._plain(self.a, promotion.multiplied(self.b, gate))
 
   def _plain(self, a, b) -> LowRank:
     return LowRank(

@@ -19,9 +19,10 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from lora_jax.weights.coded import Coded
+from lora_jax.weights.pytree import register
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class GGUFBlocks(Coded):
   """An array in the blocks of a GGUF file.
@@ -58,8 +59,7 @@ class GGUFBlocks(Coded):
 
   def decode(self):
     kind = KINDS[self.kind]
-    blocks = self.blocks.reshape(*self.blocks.shape[:-1], -1, kind.size)
-    return kind.decode(blocks).reshape(*self.blocks.shape[:-1], -1)
+    return _joined(kind.decode(_split(self.blocks, kind.size)))
 
 
 # Each function below takes uint8 [..., bytes of a block] to float32 [..., numbers of a block].
@@ -149,18 +149,20 @@ def _minus(x: jax.Array, offset: int) -> jax.Array:
 
 def _bits(x: jax.Array, width: int, *, run: int) -> jax.Array:
   """The numbers of so many bits in bytes: of each run of bytes first the lowest bits of all."""
-  shifts = jnp.arange(0, 8, width, dtype=jnp.uint8)[:, None]
-  return _joined(_joined(_split(x, run)[..., None, :] >> shifts & jnp.uint8(2**width - 1)))
+  runs = _split(x, run)[..., None, :]
+  shifts = jnp.arange(0, 8, width, dtype=jnp.uint8)
+  shifts = jnp.expand_dims(shifts, [n for n in range(runs.ndim) if n != runs.ndim - 2])
+  return _joined(_joined(runs >> shifts & jnp.uint8(2**width - 1)))
 
 
 def _split(x: jax.Array, size: int) -> jax.Array:
   """The last axis as [runs, size]."""
-  return x.reshape(*x.shape[:-1], -1, size)
+  return x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
 
 
 def _joined(x: jax.Array) -> jax.Array:
   """The last two axes as one."""
-  return x.reshape(*x.shape[:-2], -1)
+  return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
 
 
 class Kind(NamedTuple):

@@ -13,10 +13,11 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from lora_jax.weights import base
+from lora_jax.weights import base, explicit
 from lora_jax.weights.base import NotFactored
 from lora_jax.weights.factors import Labels, labels, part_labels, reordered
 from lora_jax.weights.products import dot_labels
+from lora_jax.weights.pytree import register
 from lora_jax.weights.structured import Structured
 
 
@@ -34,17 +35,21 @@ def _tap_forward(y, slot, before, after, stacks):
 
 
 def _tap_backward(before, after, stacks, slot, gradient):
-  g = reordered(gradient.astype(jnp.float32), before, after)
-  k = math.isqrt(slot.shape[-1])
-  g = g.reshape(*g.shape[:stacks], -1, k)
-  total = jnp.einsum("...nk,...nl->...kl", g, g, precision="highest")
-  return gradient, total.reshape(slot.shape)
+  def moments(gradient):
+    g = reordered(gradient.astype(jnp.float32), before, after)
+    k = math.isqrt(slot.shape[-1])
+    stacked, rest = g.shape[:stacks], g.shape[stacks:]
+    g = g.reshape(*stacked, math.prod(rest) // max(k, 1), k)
+    total = jnp.einsum("...nk,...nl->...kl", g, g, precision="highest")
+    return total.reshape(slot.shape)
+
+  return gradient, explicit.laid_out(moments, explicit.whole(gradient))(gradient)
 
 
 _tap.defvjp(_tap_forward, _tap_backward)
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class GradientProbe(Structured):
   """The array w; the cotangent of its slot is the second moments of the gradient of its results.

@@ -18,11 +18,13 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from lora_jax.weights import promotion
 from lora_jax.weights.adapted import Adapted
 from lora_jax.weights.low_rank import LowRank
+from lora_jax.weights.pytree import register
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class LoHa(Adapted):
   """`w + scale * (a1 @ b1) * (a2 @ b2)`, an array of w's shape and dtype.
@@ -51,8 +53,8 @@ class LoHa(Adapted):
   def as_low_rank(self) -> LowRank:
     """The LowRank of rank r² that changes any base as this one does."""
     p = self.b1.ndim - 1 - self.roles.count("o")  # the rank's axis of b1
-    a = self.a1[..., :, None] * self.a2[..., None, :]
-    b = jnp.expand_dims(self.b1, p + 1) * jnp.expand_dims(self.b2, p)
-    a = a.reshape(*a.shape[:-2], -1)
-    b = b.reshape(*b.shape[:p], -1, *b.shape[p + 2 :])
+    a = promotion.multiplied(self.a1[..., :, None], self.a2[..., None, :])
+    b = promotion.multiplied(jnp.expand_dims(self.b1, p + 1), jnp.expand_dims(self.b2, p))
+    a = a.reshape(*a.shape[:-2], a.shape[-2] * a.shape[-1])
+    b = b.reshape(*b.shape[:p], b.shape[p] * b.shape[p + 1], *b.shape[p + 2 :])
     return LowRank(None, a, b, self.scale, roles=self.roles)

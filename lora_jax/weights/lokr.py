@@ -18,9 +18,8 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
-from lora_jax.weights import base
+from lora_jax.weights import base, explicit, promotion
 from lora_jax.weights.adapted import Adapted
 from lora_jax.weights.base import NotFactored
 from lora_jax.weights.factors import (
@@ -32,14 +31,15 @@ from lora_jax.weights.factors import (
   part_labels,
   reordered,
 )
-from lora_jax.weights.low_rank import PRODUCT, LowRank
+from lora_jax.weights.low_rank import LowRank, total
 from lora_jax.weights.products import dot_labels
+from lora_jax.weights.pytree import register
 
 # The labels of the factors' axes: no letters, which are axes of w and of what it is multiplied by.
 _I1, _I2, _O1, _O2, _R1, _R2 = "123456"
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class LoKr(Adapted):
   """`w + scale * kron(w1, w2)`, an array of w's shape and dtype.
@@ -75,11 +75,16 @@ class LoKr(Adapted):
   # ---- the array that it stands for
 
   def delta(self):
-    dtype = jnp.promote_types(self.dtype, jnp.float32)
-    first, *rest = ((part.astype(dtype), x) for part, x in (*self._outer, *self._inner))
-    kron = _chain(*first, rest, self._stacks + _I1 + _I2 + _O1 + _O2, precision="highest")
+    dtype = promotion.at_least_float32(self.dtype)
+    parts, part_labels = zip(*self._outer, *self._inner, strict=True)
     flat = self._stacks + self._inputs + self._outputs
-    return self.scale * reordered(kron.reshape(self._sizes(flat)), flat, labels(self.ndim))
+
+    def product(*parts):
+      first, *rest = zip([part.astype(dtype) for part in parts], part_labels, strict=True)
+      kron = _chain(*first, rest, self._stacks + _I1 + _I2 + _O1 + _O2, precision="highest")
+      return self.scale * reordered(kron.reshape(self._sizes(flat)), flat, labels(self.ndim))
+
+    return explicit.laid_out(product, self.explicit_sharding)(*parts)
 
   def fits(self):
     if self.ndim < len(self.roles):
@@ -95,7 +100,7 @@ class LoKr(Adapted):
 
   def rescaled(self, c):
     part = "w1_b" if self.w1 is None else "w1"
-    return dataclasses.replace(self, **{part: getattr(self, part) * c})
+    return dataclasses.replace(self, **{part: promotion.multiplied(getattr(self, part), c)})
 
   def as_low_rank(self):
     """The same change as a plain LoRA: kron(P Q, A B) = kron(P, A) kron(Q, B).
@@ -118,14 +123,18 @@ class LoKr(Adapted):
       a = reordered(a, self._stacks + self._inputs + RANK, a_labels)
       b = reordered(b, self._stacks + RANK + self._outputs, b_labels)
     elif self.roles.count("i") == self.roles.count("o") == 1:
-      a, b = a.reshape(*stack, -1, rank), b.reshape(*stack, rank, -1)
+      inputs, outputs = a.shape[-4:-2], b.shape[-2:]
+      a, b = a.reshape(*stack, math.prod(inputs), rank), b.reshape(*stack, rank, math.prod(outputs))
     else:
       raise NotFactored("a LoKr with several input or output axes has one on its base; attach it")
     return LowRank(None, a, b, self.scale, roles=self.roles)
 
   # ---- what is contracted
 
-  def dot_general(self, other, dimension_numbers, *, weight_is_lhs, precision=None, **params):
+  def dot_general(
+    self, other, dimension_numbers, *, weight_is_lhs, precision=None, preferred_element_type=None,
+    **params,
+  ):  # fmt: skip
     x_labels, out_labels = dot_labels(other.ndim, self.ndim, dimension_numbers, weight_is_lhs)
     summed, made = set(x_labels) - set(out_labels), set(out_labels) - set(x_labels)
     if summed >= set(self._inputs) and made >= set(self._outputs):
@@ -134,26 +143,36 @@ class LoKr(Adapted):
       before, after, transposed = self._outputs, self._inputs, True
     else:  # some of the inputs or outputs without the others
       return self._low_rank().dot_general(
-        other, dimension_numbers, weight_is_lhs=weight_is_lhs, precision=precision, **params
-      )
+        other, dimension_numbers, weight_is_lhs=weight_is_lhs, precision=precision,
+        preferred_element_type=preferred_element_type, **params,
+      )  # fmt: skip
+    asked, dtype = promotion.of_base(preferred_element_type, other.dtype, self.dtype)
     lhs, rhs = (self.w, other) if weight_is_lhs else (other, self.w)
-    y = base.dot_general(lhs, rhs, dimension_numbers, precision=precision, **params)
-    x = other.astype(jnp.promote_types(other.dtype, self.dtype))  # it may be of integers
-    factors = [(part.astype(x.dtype), f_labels) for part, f_labels in self._factors(transposed)]
+    y = base.dot_general(
+      lhs, rhs, dimension_numbers, precision=precision, preferred_element_type=asked, **params
+    )
+    wide = promotion.joint(other.dtype, self.dtype)  # the other operand may be of integers
+    parts, part_labels = zip(*self._factors(transposed), strict=True)
     splits = (_O1 + _O2, _I1 + _I2) if transposed else (_I1 + _I2, _O1 + _O2)
     size = dict(zip(_I1 + _I2 + _O1 + _O2, self._splits, strict=True))
     kept = "".join(c for c in x_labels if c not in before)
-    x = reordered(x, x_labels, kept + before)
-    x = x.reshape(*x.shape[: len(kept)], *(size[c] for c in splits[0]))
     rows = "".join(c for c in out_labels if c not in after)
-    delta = _chain(x, kept + splits[0], factors, rows + splits[1], precision=precision)
-    delta = delta.reshape(*delta.shape[: len(rows)], *self._sizes(after))
-    return checkpoint_name(y + reordered(delta, rows + after, out_labels).astype(y.dtype), PRODUCT)
+
+    def product(x, *parts):
+      x = reordered(x.astype(wide), x_labels, kept + before)
+      x = x.reshape(*x.shape[: len(kept)], *(size[c] for c in splits[0]))
+      factors = [(part.astype(x.dtype), f) for part, f in zip(parts, part_labels, strict=True)]
+      delta = _chain(x, kept + splits[0], factors, rows + splits[1], precision=precision)
+      delta = delta.reshape(*delta.shape[: len(rows)], *self._sizes(after))
+      return reordered(delta, rows + after, out_labels)
+
+    delta = explicit.laid_out(product, explicit.sharding_of(y))(other, *parts)
+    return total(y, delta, dtype)
 
   def _factors(self, transposed: bool) -> list[tuple[jax.Array, Labels]]:
     """The factors with their labels, in the order in which they are met at the least cost."""
     (w1, w1_labels), *rest = self._outer
-    outer = [(self.scale * w1, w1_labels), *rest]
+    outer = [(self.scale * w1.astype(promotion.joint(w1.dtype)), w1_labels), *rest]
     inner = self._inner
     i1, i2, o1, o2 = self._splits
     if transposed:
@@ -174,20 +193,29 @@ class LoKr(Adapted):
   def gather(self, indices, **params):
     return self._low_rank().gather(indices, **params)
 
-  def reshape(self, new_sizes):
-    return self._low_rank().reshape(new_sizes)
+  def reshape(self, new_sizes, **placed):
+    return self._low_rank().reshape(new_sizes, **placed)
 
   def squeeze(self, dimensions):
     return self._low_rank().squeeze(dimensions)
 
-  def broadcast_in_dim(self, shape, broadcast_dimensions):
-    return self._low_rank().broadcast_in_dim(shape, broadcast_dimensions)
+  def broadcast_in_dim(self, shape, broadcast_dimensions, **placed):
+    return self._low_rank().broadcast_in_dim(shape, broadcast_dimensions, **placed)
 
   def slice(self, start_indices, limit_indices, strides):
     return self._low_rank().slice(start_indices, limit_indices, strides)
 
   def dynamic_slice(self, start_indices, slice_sizes):
     return self._low_rank().dynamic_slice(start_indices, slice_sizes)
+
+  def rev(self, dimensions):
+    return self._low_rank().rev(dimensions)
+
+  def pad(self, value, config):
+    return self._low_rank().pad(value, config)
+
+  def times(self, x, axes):
+    return self._low_rank().times(x, axes)
 
   def _low_rank(self) -> LowRank:
     low_rank = self.as_low_rank()
@@ -283,7 +311,7 @@ def _chain(
   precision,
 ) -> jax.Array:  # fmt: skip
   """The product of x with one factor after the other, summed over labels that are not in out."""
-  precise = jnp.promote_types(x.dtype, jnp.float32)
+  precise = promotion.at_least_float32(x.dtype)
   for n, (factor, f_labels) in enumerate(factors):
     later = set(out_labels).union(*(rest for _, rest in factors[n + 1 :]))
     kept = "".join(c for c in dict.fromkeys(x_labels + f_labels) if c in later)

@@ -16,23 +16,27 @@ Source: Hu et al. 2021, LoRA, arXiv 2106.09685, section 4.1.
 
 import dataclasses
 import string
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from lora_jax.weights import base
+from lora_jax.weights import base, explicit, promotion
 from lora_jax.weights.base import NotFactored
-from lora_jax.weights.factors import factor_labels, labels, part_axes
+from lora_jax.weights.combined import added, subtracted
+from lora_jax.weights.factors import factor_labels, labels, part_axes, part_labels
 from lora_jax.weights.products import dot_labels, low_rank_product
-from lora_jax.weights.structured import Structured
+from lora_jax.weights.pytree import register
+from lora_jax.weights.scaled import scaled_along, spread
+from lora_jax.weights.structured import Structured, take_rows
 
 PRODUCT = "lora_jax.product"
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class LowRank(Structured):
   """`w + scale * a @ b`, an array of w's shape and dtype.
@@ -64,12 +68,14 @@ class LowRank(Structured):
   def delta(self) -> jax.Array:
     """`scale * a @ b` in w's axes, in at least float32."""
     w = labels(self.ndim)
-    a, b = factor_labels(w, self.all_roles)
-    dtype = jnp.promote_types(self.dtype, jnp.float32)
-    product = jnp.einsum(
-      f"{a},{b}->{w}", self.a.astype(dtype), self.b.astype(dtype), precision="highest"
-    )
-    return self.scale * product
+    a_labels, b_labels = factor_labels(w, self.all_roles)
+    dtype = promotion.at_least_float32(self.dtype)
+
+    def product(a, b):
+      terms = f"{a_labels},{b_labels}->{w}"
+      return jnp.einsum(terms, a.astype(dtype), b.astype(dtype), precision="highest")
+
+    return self.scale * explicit.laid_out(product, self.explicit_sharding)(self.a, self.b)
 
   def as_low_rank(self) -> "LowRank":
     return LowRank(None, self.a, self.b, self.scale, roles=self.roles)
@@ -85,85 +91,144 @@ class LowRank(Structured):
     stack = self.a.shape[: self.a.ndim - 1 - self.roles.count("i")]
     return dataclasses.replace(self, key=jax.random.split(key, stack) if stack else key)
 
-  def _dropped(self, x):
+  def _dropped(self, x, key):
     """The input of a, with a share of it dropped and the rest made larger for it."""
-    if self.key is None:
+    if key is None:
       return x
     # x has an axis for each stack that is left, so one key does for all.
-    kept = jax.random.bernoulli(self.key.ravel()[0], 1 - self.dropout, x.shape)
+    kept = jax.random.bernoulli(key.ravel()[0], 1 - self.dropout, x.shape)
     return jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
+
+  def _delta(self, product: Callable, x, y, use: Callable[[Any], jax.Array]) -> jax.Array:
+    """`product(x, a, b, key)`, sharded over explicit mesh axes as y is.
+
+    Args:
+      product: gives what is added to y.
+      x: the other operand.
+      y: the result of the base.
+      use: the same operation on the array itself; see `Structured`.
+    """
+    sharding = self._result_sharding(x, y, use)
+    return explicit.laid_out(product, sharding)(x, self.a, self.b, self.key)
 
   # ---- what is contracted
 
-  def dot_general(self, other, dimension_numbers, *, weight_is_lhs, precision=None, **params):
-    lhs, rhs = (self.w, other) if weight_is_lhs else (other, self.w)
-    y = base.dot_general(lhs, rhs, dimension_numbers, precision=precision, **params)
+  def dot_general(
+    self, other, dimension_numbers, *, weight_is_lhs, precision=None, preferred_element_type=None,
+    **params,
+  ):  # fmt: skip
+    asked, dtype = promotion.of_base(preferred_element_type, other.dtype, self.dtype)
+
+    def use(w):
+      lhs, rhs = (w, other) if weight_is_lhs else (other, w)
+      return base.dot_general(
+        lhs, rhs, dimension_numbers, precision=precision, preferred_element_type=asked, **params
+      )
+
     other_labels, out_labels = dot_labels(other.ndim, self.ndim, dimension_numbers, weight_is_lhs)
-    x = other.astype(jnp.promote_types(other.dtype, self.dtype))  # it may be of integers
-    delta = low_rank_product(
-      self._dropped(x),
-      other_labels,
-      self.a,
-      self.b,
-      self.all_roles,
-      self.scale,
-      out_labels,
-      precision,
-    )
-    return _sum(y, delta)
+    roles, wide = self.all_roles, promotion.joint(other.dtype, self.dtype)
+
+    def product(x, a, b, key):
+      x = self._dropped(x.astype(wide), key)
+      return low_rank_product(x, other_labels, a, b, roles, self.scale, out_labels, precision)
+
+    y = use(self.w)
+    return total(y, self._delta(product, other, y, use), dtype)
 
   def conv_general_dilated(
     self, x, *, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers,
-    feature_group_count, batch_group_count, precision, preferred_element_type,
+    feature_group_count, batch_group_count, precision, preferred_element_type, out_sharding=None,
   ):  # fmt: skip
     """A convolution to `rank` channels with a as its kernel, then b at every position."""
     roles = self.all_roles
     lhs_spec, rhs_spec, out_spec = dimension_numbers
     if batch_group_count != 1:
       raise NotFactored("the convolution has batch groups")
-    if any(roles[n] != ("o" if n == rhs_spec[0] else "i") for n in range(self.ndim)):
-      raise NotFactored(f"the roles {roles!r} of its axes are not those of the convolution")
+    asked, dtype = promotion.of_base(preferred_element_type, x.dtype, self.dtype)
     params = {
       "window_strides": window_strides, "padding": padding, "lhs_dilation": lhs_dilation,
-      "rhs_dilation": rhs_dilation, "precision": precision,
-      "preferred_element_type": preferred_element_type,
+      "rhs_dilation": rhs_dilation, "precision": precision, "preferred_element_type": asked,
     }  # fmt: skip
-    y = base.conv_general_dilated(
-      x, self.w, dimension_numbers=dimension_numbers, feature_group_count=feature_group_count,
-      batch_group_count=1, **params,
-    )  # fmt: skip
-    # Batch and features first, in every array; each group of features is a batch of its own, since
-    # all of them are read by the same a.
-    x = self._dropped(lax.transpose(x, lhs_spec))
-    batch, features, *spatial = x.shape
-    groups = feature_group_count
-    x = x.reshape(batch * groups, features // groups, *spatial)
-    axes = part_axes(roles, "sir")
-    kernel = lax.transpose(self.a, [axes.index(None), *(axes.index(n) for n in rhs_spec[1:])])
-    h = lax.conv_general_dilated(x, kernel.astype(x.dtype), dimension_numbers=None, **params)
-    h = (self.scale * h).astype(x.dtype).reshape(batch, groups, *h.shape[1:])
-    b = self.b.reshape(self.b.shape[0], groups, -1).astype(x.dtype)
-    where = "xyzuvw"[: len(spatial)]
-    delta = jnp.einsum(f"ngr{where},rgk->ngk{where}", h, b, precision=precision)
-    delta = delta.reshape(batch, -1, *delta.shape[3:])
-    delta = lax.transpose(delta, [out_spec.index(n) for n in range(len(out_spec))])
-    return _sum(y, delta)
 
-  def ragged_dot_general(self, lhs, group_sizes, *, ragged_dot_dimension_numbers, **params):
+    of_convolution = "".join(roles[n] for n in rhs_spec)
+    windows = "i" * len(rhs_spec[2:])
+    transposed = of_convolution == "io" + windows and feature_group_count == 1
+    if of_convolution != "oi" + windows and not transposed:
+      raise NotFactored(f"the roles {roles!r} of its axes are not those of the convolution")
+
+    def use(w):
+      placed = {} if out_sharding is None else {"out_sharding": out_sharding}
+      return base.conv_general_dilated(
+        x, w, dimension_numbers=dimension_numbers, feature_group_count=feature_group_count,
+        batch_group_count=1, **params, **placed,
+      )  # fmt: skip
+
+    axes = part_axes(roles, "sir")
+
+    def back(x, a, b, key):
+      """From outputs to inputs: b at every position, then a as the kernel.
+
+      It is what the gradient by the input of a convolution is, and a transposed convolution.
+      """
+      x = self._dropped(lax.transpose(x.astype(promotion.joint(x.dtype)), lhs_spec), key)
+      h = jnp.einsum("nk...,rk->nr...", x, b.astype(x.dtype), precision=precision)
+      order = [axes.index(rhs_spec[0]), axes.index(None), *(axes.index(n) for n in rhs_spec[2:])]
+      kernel = lax.transpose(a, order).astype(x.dtype)
+      h = (self.scale * h).astype(x.dtype)
+      delta = lax.conv_general_dilated(h, kernel, dimension_numbers=None, **params)
+      return lax.transpose(delta, [out_spec.index(n) for n in range(len(out_spec))])
+
+    def product(x, a, b, key):
+      # Batch and features first, in every array; each group of features is a batch of its own,
+      # since all of them are read by the same a.
+      x = self._dropped(lax.transpose(x.astype(promotion.joint(x.dtype)), lhs_spec), key)
+      batch, features, *spatial = x.shape
+      groups = feature_group_count
+      x = x.reshape(batch * groups, features // groups, *spatial)
+      kernel = lax.transpose(a, [axes.index(None), *(axes.index(n) for n in rhs_spec[1:])])
+      h = lax.conv_general_dilated(x, kernel.astype(x.dtype), dimension_numbers=None, **params)
+      h = (self.scale * h).astype(x.dtype).reshape(batch, groups, *h.shape[1:])
+      b = b.reshape(b.shape[0], groups, b.shape[1] // groups).astype(x.dtype)
+      where = "xyzuvw"[: len(spatial)]
+      delta = jnp.einsum(f"ngr{where},rgk->ngk{where}", h, b, precision=precision)
+      delta = delta.reshape(batch, groups * b.shape[2], *delta.shape[3:])
+      return lax.transpose(delta, [out_spec.index(n) for n in range(len(out_spec))])
+
+    y = use(self.w)
+    return total(y, self._delta(back if transposed else product, x, y, use), dtype)
+
+  def ragged_dot_general(
+    self, lhs, group_sizes, *, ragged_dot_dimension_numbers, precision, preferred_element_type,
+    **params,
+  ):  # fmt: skip
     """Each group of rows by its own matrix of the stack, as experts are applied."""
     d = ragged_dot_dimension_numbers
     (_, rhs_c), (lhs_b, rhs_b) = d.dot_dimension_numbers
     if self.all_roles != "sio" or (*d.rhs_group_dimensions, *rhs_c) != (0, 1) or lhs_b or rhs_b:
       raise NotFactored("only rows by a stack of (in, out) matrices are multiplied by group")
-    y = base.ragged_dot_general(lhs, self.w, group_sizes, ragged_dot_dimension_numbers=d, **params)
-    params = params | {"ragged_dot_dimension_numbers": d, "preferred_element_type": None}
-    x = self._dropped(lhs)
-    h = lax.ragged_dot_general(x, self.a.astype(lhs.dtype), group_sizes, **params)
-    last = dataclasses.replace(d, dot_dimension_numbers=(((h.ndim - 1,), rhs_c), ((), ())))
-    params["ragged_dot_dimension_numbers"] = last
-    h = (self.scale * h).astype(lhs.dtype)
-    delta = lax.ragged_dot_general(h, self.b.astype(lhs.dtype), group_sizes, **params)
-    return _sum(y, delta)
+    asked, dtype = promotion.of_base(preferred_element_type, lhs.dtype, self.dtype)
+
+    def use(w):
+      return base.ragged_dot_general(
+        lhs, w, group_sizes, ragged_dot_dimension_numbers=d, precision=precision,
+        preferred_element_type=asked, **params,
+      )  # fmt: skip
+
+    def product(operands, a, b, key):
+      x, group_sizes = operands
+      x = self._dropped(x.astype(promotion.joint(x.dtype)), key)
+
+      def by_group(x, stack):
+        last = (((x.ndim - 1,), rhs_c), ((), ()))
+        return lax.ragged_dot_general(
+          x, stack.astype(x.dtype), group_sizes, precision=precision,
+          ragged_dot_dimension_numbers=dataclasses.replace(d, dot_dimension_numbers=last),
+        )  # fmt: skip
+
+      return by_group((self.scale * by_group(x, a)).astype(x.dtype), b)
+
+    y = use(self.w)
+    return total(y, self._delta(product, (lhs, group_sizes), y, use), dtype)
 
   def gather(self, indices, *, dimension_numbers, slice_sizes, fill_value=None, **params):
     """Rows along one axis: `w[ids] + scale * a[ids] @ b`, as an embedding is looked up."""
@@ -174,55 +239,80 @@ class LowRank(Structured):
       raise NotFactored("only whole rows along one axis are gathered in factored form")
     roles = self.all_roles
     if "s" in roles:
-      raise NotFactored("the rows of a stack of weights are gathered")
-    rows = base.call(
-      "gather",
-      self.w,
-      indices,
-      dimension_numbers=d,
-      slice_sizes=slice_sizes,
-      fill_value=fill_value,
-      **params,
-    )
+      if roles[axis] != "s" or self.key is not None:
+        raise NotFactored("rows of each layer of a stack are gathered")
+      return self.stacks_picked(
+        indices, dimension_numbers=d, slice_sizes=slice_sizes, fill_value=fill_value, **params
+      )
+
+    def use(w):
+      return base.call(
+        "gather", w, indices, dimension_numbers=d, slice_sizes=slice_sizes, fill_value=fill_value,
+        **params,
+      )  # fmt: skip
+
+    rows = use(self.w)
     names = labels(self.ndim)
-    picked, other = (self.a, self.b) if roles[axis] == "i" else (self.b, self.a)
-    picked_labels, other_labels = factor_labels(names, roles)[:: 1 if roles[axis] == "i" else -1]
-    # A row out of bounds takes its fill value from w alone, so the factor's is zero.
-    picked = _take_rows(picked, indices, picked_labels.index(names[axis]), fill_value=0, **params)
-    batch = string.ascii_uppercase[: rows.ndim - (self.ndim - 1)]
+    a_labels, b_labels = factor_labels(names, roles)
+    batch = string.ascii_uppercase[: indices.ndim - 1]
     offsets, batches = iter(names.replace(names[axis], "")), iter(batch)
-    out = "".join(next(offsets if n in d.offset_dims else batches) for n in range(rows.ndim))
-    delta = jnp.einsum(
-      f"{batch}{picked_labels.replace(names[axis], '')},{other_labels}->{out}",
-      picked * self.scale,
-      other,
-    )
-    return rows + delta.astype(rows.dtype)
+    ndim = len(batch) + self.ndim - 1
+    out = "".join(next(offsets if n in d.offset_dims else batches) for n in range(ndim))
+
+    def product(indices, a, b, key):
+      del key
+      picked, picked_labels, other, other_labels = (
+        (a, a_labels, b, b_labels) if roles[axis] == "i" else (b, b_labels, a, a_labels)
+      )
+      # A row out of bounds takes its fill value from w alone, so the factor's is zero.
+      picked = take_rows(picked, indices, picked_labels.index(names[axis]), fill_value=0, **params)
+      dtype = promotion.joint(picked.dtype, other.dtype)
+      return jnp.einsum(
+        f"{batch}{picked_labels.replace(names[axis], '')},{other_labels}->{out}",
+        picked.astype(dtype) * self.scale,
+        other.astype(dtype),
+      )
+
+    delta = self._delta(product, indices, rows, use)
+    return plus(base.materialize(rows), delta).astype(rows.dtype)
 
   # ---- what stays a weight; see `Structured` for the rest
 
   def scaled(self, c):
-    return dataclasses.replace(self, w=base.scaled(self.w, c), b=self.b * c)
+    return dataclasses.replace(self, w=base.scaled(self.w, c), b=promotion.multiplied(self.b, c))
+
+  def times(self, x, axes):
+    roles = {self.all_roles[n] for n in axes}
+    if {"i", "o"} <= roles:
+      raise NotFactored("it is multiplied by a value for each pair of an input and an output")
+    name = "a" if "i" in roles else "b"
+    names, part = labels(self.ndim), getattr(self, name)
+    part_names = part_labels(names, self.all_roles, self.LAYOUTS[name])
+    wide = spread(x, "".join(names[n] for n in axes), part_names)
+    w = scaled_along(self.w, x, axes)
+    scaled = promotion.multiplied(part, wide).astype(part.dtype)
+    return dataclasses.replace(self, w=w, **{name: scaled})
+
+  def plus(self, x):
+    """The sum with an array."""
+    return dataclasses.replace(self, w=added(self.w, x))
+
+  def minus(self, x):
+    """The difference from an array."""
+    return dataclasses.replace(self, w=subtracted(self.w, x))
 
 
-def _sum(y, delta):
-  """`y + delta` in y's dtype, with a name by which a remat policy keeps it and not its terms."""
-  return checkpoint_name(y + delta.astype(y.dtype), PRODUCT)
+def total(y, delta, dtype):
+  """`y + delta` in a dtype, with a name by which a remat policy keeps it and not its terms.
+
+  Args:
+    y, delta: what is added.
+    dtype: of the sum; None for y's.
+  """
+  return checkpoint_name(plus(y, delta).astype(dtype or y.dtype), PRODUCT)
 
 
-def _take_rows(x, indices, axis: int, fill_value, **params):
-  """Gathers whole rows along `axis`; the result is [*batch, *the other axes]."""
-  rest = x.ndim - 1
-  batch = indices.ndim - 1
-  return lax.gather(
-    x,
-    indices,
-    dimension_numbers=lax.GatherDimensionNumbers(
-      offset_dims=tuple(range(batch, batch + rest)),
-      collapsed_slice_dims=(axis,),
-      start_index_map=(axis,),
-    ),
-    slice_sizes=tuple(1 if n == axis else size for n, size in enumerate(x.shape)),
-    fill_value=fill_value,
-    **params,
-  )
+def plus(y, delta):
+  """`y + delta` in y's dtype, or in float32 where that has too little range."""
+  dtype = promotion.joint(y.dtype)
+  return y.astype(dtype) + delta.astype(dtype)

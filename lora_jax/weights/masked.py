@@ -14,9 +14,10 @@ import jax.numpy as jnp
 
 from lora_jax.weights.gated import Gated
 from lora_jax.weights.low_rank import LowRank
+from lora_jax.weights.pytree import register
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class Masked(Gated):
   """`w + a @ diag(gate) @ b`, applied as the LowRank whose b holds the gate.

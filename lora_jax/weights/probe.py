@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.weights import base
+from lora_jax.weights import base, explicit
 from lora_jax.weights.base import NotFactored, materialize
 from lora_jax.weights.factors import Labels, labels, part_labels, part_sizes, reordered
 from lora_jax.weights.products import dot_labels
+from lora_jax.weights.pytree import register
 from lora_jax.weights.structured import Structured
 
 
@@ -55,7 +56,7 @@ _tap.defvjp(
 )
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class Probe(Structured):
   """The array w; the cotangents of its slots are the second moments of what it is applied to.
@@ -97,7 +98,7 @@ class Probe(Structured):
 
   @property
   def aval(self):
-    return jax.ShapeDtypeStruct(self.shape, self.dtype)
+    return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=self.explicit_sharding)
 
   # ---- where it meets its rows
 
@@ -128,13 +129,18 @@ class Probe(Structured):
       batch_group_count != 1 or "".join(self.all_roles[n] for n in (out, *inputs)).strip("i") != "o"
     ):
       raise self._refusal("the convolution has batch groups, or takes other axes as its inputs")
-    # A row is what the kernel covers at one position, in one group of features.
-    x = lax.transpose(x.astype(jnp.float32), lhs_spec)
-    batch, groups = x.shape[0], feature_group_count
-    x = x.reshape(batch * groups, x.shape[1] // groups, *x.shape[2:])
     kernel = [self.shape[n] for n in inputs]
-    x = lax.conv_general_dilated_patches(x, kernel[1:], **windows, precision=lax.Precision.HIGHEST)
-    x = x.reshape(batch, groups, *kernel, *x.shape[2:])
+
+    def patches(x):
+      # A row is what the kernel covers at one position, in one group of features.
+      x = lax.transpose(x.astype(jnp.float32), lhs_spec)
+      batch, groups = x.shape[0], feature_group_count
+      x = x.reshape(batch * groups, x.shape[1] // groups, *x.shape[2:])
+      highest = lax.Precision.HIGHEST
+      x = lax.conv_general_dilated_patches(x, kernel[1:], **windows, precision=highest)
+      return x.reshape(batch, groups, *kernel, *x.shape[2:])
+
+    x = explicit.laid_out(patches, explicit.whole(x))(x)
     names = labels(self.ndim)
     positions = "CDEFGH"[: x.ndim - 2 - len(inputs)]
     return self._tapped(y, x, f"AB{''.join(names[n] for n in inputs)}{positions}")
@@ -151,15 +157,20 @@ class Probe(Structured):
         lhs, w, group_sizes, ragged_dot_dimension_numbers=d, **params
       )
     )
-    x = lax.stop_gradient(lhs).astype(jnp.float32)
-    pair = (x * x, jnp.ones((len(x), 1))) if self._is_diagonal else (x, x)
     by_group = lax.RaggedDotDimensionNumbers(
       dot_dimension_numbers=(((0,), (0,)), ((), ())),
       lhs_ragged_dimensions=[0],
       rhs_group_dimensions=[],
     )
-    total = lax.ragged_dot_general(*pair, group_sizes, by_group, precision="highest")
-    return self._with_moments(y, total, group_sizes.astype(jnp.float32))
+
+    def moments(x, group_sizes):
+      x = lax.stop_gradient(x).astype(jnp.float32)
+      pair = (x * x, jnp.ones((len(x), 1))) if self._is_diagonal else (x, x)
+      total = lax.ragged_dot_general(*pair, group_sizes, by_group, precision="highest")
+      return total.reshape(self.total.shape), group_sizes.astype(jnp.float32)
+
+    moments = explicit.laid_out(moments, explicit.whole(lhs))
+    return self._with_moments(y, *moments(lhs, group_sizes))
 
   def gather(self, *_, **__):
     raise self._refusal("its rows are looked up, so they have no input")
@@ -178,31 +189,37 @@ class Probe(Structured):
     rows = "".join(c for c in x_labels if c.isupper())
     if sorted(x_labels) != sorted(stack + rows + inputs):
       raise self._refusal("it is contracted over other axes than its inputs")
-    x = reordered(lax.stop_gradient(x).astype(jnp.float32), x_labels, stack + rows + inputs)
-    stacked, shape = x.shape[: len(stack)], x.shape[len(stack) : len(stack) + len(rows)]
-    x = x.reshape(*stacked, math.prod(shape), -1)
-    count = self._counted(shape)
-    terms = "...nd,...nd->...d" if self._is_diagonal else "...nd,...ne->...de"
-    total = jnp.einsum(terms, x * count[..., None], x, precision="highest")
-    return self._with_moments(y, total, jnp.broadcast_to(count.sum(-1), stacked))
+
+    def moments(x, mask):
+      x = reordered(lax.stop_gradient(x).astype(jnp.float32), x_labels, stack + rows + inputs)
+      stacked, shape = x.shape[: len(stack)], x.shape[len(stack) : len(stack) + len(rows)]
+      x = x.reshape(*stacked, math.prod(shape), math.prod(x.shape[len(stack) + len(rows) :]))
+      count = self._counted(shape, mask)
+      terms = "...nd,...nd->...d" if self._is_diagonal else "...nd,...ne->...de"
+      weighted = x * jnp.broadcast_to(count, x.shape[:-1])[..., None]
+      total = jnp.einsum(terms, weighted, x, precision="highest")
+      return total.reshape(self.total.shape), jnp.broadcast_to(count.sum(-1), stacked)
+
+    moments = explicit.laid_out(moments, explicit.whole(x))
+    return self._with_moments(y, *moments(x, self.mask))
 
   def _with_moments(self, y, total, rows):
-    return _tap(y, (self.total, self.rows), (total.reshape(self.total.shape), rows))
+    return _tap(y, (self.total, self.rows), (total, rows))
 
   @property
   def _is_diagonal(self) -> bool:
     return self.total.shape[-1] == math.prod(part_sizes(self.shape, self.all_roles, "i", 0))
 
-  def _counted(self, rows: tuple[int, ...]) -> jax.Array:
+  def _counted(self, rows: tuple[int, ...], mask: jax.Array | None) -> jax.Array:
     """How much each row counts, [*stack or nothing, the product of rows]."""
-    if self.mask is None:
+    if mask is None:
       return jnp.ones(math.prod(rows))
     if rows == (math.prod(self.mask_shape),):
-      return self.mask
+      return mask
     more = rows[len(self.mask_shape) :]
     if rows != self.mask_shape + more:
       raise self._refusal(f"the mask is {self.mask_shape}, and the rows of its input are {rows}")
-    return jnp.repeat(self.mask, math.prod(more), axis=-1)
+    return jnp.repeat(mask, math.prod(more), axis=-1)
 
   def _refusal(self, reason: str) -> ValueError:
     return ValueError(

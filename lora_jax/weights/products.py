@@ -1,12 +1,13 @@
 """The product that LoRA is: something times `a @ b`, without forming `a @ b`."""
 
+import functools
 import math
 import string
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.weights import promotion
 from lora_jax.weights.factors import (
   RANK,
   Labels,
@@ -38,6 +39,10 @@ def dot_labels(
   return other, "".join(weight[n] for n in weight_b) + free
 
 
+@functools.partial(
+  jax.jit,
+  static_argnames=("x_labels", "roles", "scale", "out_labels", "precision"),
+)
 def low_rank_product(
   x: jax.Array, x_labels: Labels, a: jax.Array, b: jax.Array, roles: str, scale: float,
   out_labels: Labels, precision,
@@ -55,6 +60,9 @@ def low_rank_product(
     gradient on to a batched product, and its CPU compiler aborts the process.
   - The rows of the rank-sized h are flattened to one axis before the second product, or the
     gradient of `b` is contracted over two axes with its operands the slow way round.
+
+  It is a `jit` of its own, so that products of the same shapes are traced, differentiated and
+  lowered once for all layers, and an eager call is one dispatch. The compiler inlines it.
 
   Args:
     x, x_labels: the other operand, and a letter for each of its axes.
@@ -86,7 +94,7 @@ def low_rank_product(
   batch = "".join(c for c in kept if c in out_labels and c in second_labels)
   rows = "".join(c for c in kept if c not in second_labels)
   inner = "".join(c for c in kept if c in second_labels and c not in out_labels)
-  precise = jnp.promote_types(x.dtype, jnp.float32)
+  precise = promotion.at_least_float32(x.dtype)
   h = contract(
     x, x_labels, first, first_labels, batch + rows + inner, precision=precision,
     preferred_element_type=precise,

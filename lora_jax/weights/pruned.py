@@ -17,13 +17,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.weights import base
-from lora_jax.weights.base import Weight, is_weight
+from lora_jax.weights import base, explicit
+from lora_jax.weights.base import is_weight
+from lora_jax.weights.moved import Moved
+from lora_jax.weights.pytree import register
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
-class Pruned(Weight):
+class Pruned(Moved):
   """`mask * w`, an array of w's shape and dtype.
 
   Attributes:
@@ -34,7 +36,7 @@ class Pruned(Weight):
 
   w: Any
   mask: jax.Array
-  path: str = dataclasses.field(default="", kw_only=True, metadata={"static": True})
+  path: str = dataclasses.field(default="", kw_only=True, compare=False, metadata={"static": True})
 
   @classmethod
   def of(cls, w: jax.Array, mask: jax.Array, path: str) -> Self:
@@ -58,6 +60,10 @@ class Pruned(Weight):
   @property
   def dtype(self):
     return self.w.dtype
+
+  @property
+  def explicit_sharding(self):
+    return explicit.sharding_of(self.w)
 
   @property
   def is_stacked(self):
@@ -96,24 +102,6 @@ class Pruned(Weight):
   def scaled(self, c):
     return dataclasses.replace(self, w=base.scaled(self.w, c))
 
-  def transpose(self, permutation):
-    return self._moved("transpose", permutation)
-
-  def reshape(self, new_sizes):
-    return self._moved("reshape", new_sizes)
-
-  def squeeze(self, dimensions):
-    return self._moved("squeeze", dimensions)
-
-  def broadcast_in_dim(self, shape, broadcast_dimensions):
-    return self._moved("broadcast_in_dim", shape, broadcast_dimensions)
-
-  def slice(self, start_indices, limit_indices, strides):
-    return self._moved("slice", start_indices, limit_indices, strides)
-
-  def dynamic_slice(self, start_indices, slice_sizes):
-    return self._moved("dynamic_slice", start_indices, slice_sizes)
-
-  def _moved(self, op: str, *args) -> Self:
-    mask = getattr(lax, op)(self.mask, *args)
-    return dataclasses.replace(self, w=base.call(op, self.w, *args), mask=mask)
+  def _moved(self, op: str, *args, **placed) -> Self:
+    mask = getattr(lax, op)(self.mask, *args, **placed)
+    return dataclasses.replace(self, w=base.call(op, self.w, *args, **placed), mask=mask)

@@ -20,9 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax import checks
+from lora_jax.weights import explicit, promotion
 from lora_jax.weights.coded import Coded, rows_of
 from lora_jax.weights.factors import labels
 from lora_jax.weights.products import dot_labels
+from lora_jax.weights.pytree import register
 from lora_jax.weights.scaled import times
 
 # Quantiles of the normal distribution, eight below zero and seven above, the largest of which is 1.
@@ -61,9 +64,11 @@ class Format:
     known = [name for name in _LARGEST if name != "uint8"]
     if self.levels not in known:
       raise ValueError(f"Format: levels {self.levels!r} are unknown; use {', '.join(known)}")
-    if self.block is not None and (self.block < 2 or self.block % 2):
-      raise ValueError(f"Format: block {self.block} is no even number above 0")
-    if self.double and self.block is None:
+    if self.block is not None:
+      object.__setattr__(self, "block", checks.whole("Format: block", self.block))
+      if self.block < 2 or self.block % 2:
+        raise ValueError(f"Format: block {self.block} is no even number above 0")
+    if checks.flag("Format: double", self.double) and self.block is None:
       raise ValueError("Format: double is for the scales of blocks; give block as well")
 
   def unfit(self, leaf: Any) -> str | None:
@@ -83,7 +88,7 @@ INT4 = Format(levels="int4", block=32)
 FP8 = Format(levels="fp8")
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class Quantized(Coded):
   """`levels[codes] * scale + offset`.
@@ -107,21 +112,37 @@ class Quantized(Coded):
     numbers = numbers * as_array(self.scale)[..., None]
     if self.offset is not None:
       numbers = numbers + self.offset[..., None]
-    return numbers.reshape(*numbers.shape[:-2], -1)
+    return _joined(numbers)
 
-  def dot_general(self, other, dimension_numbers, *, weight_is_lhs, **params):
+  def dot_general(
+    self, other, dimension_numbers, *, weight_is_lhs, preferred_element_type=None, **params
+  ):
     """With one scale a row and the rows among the outputs, the product is what is scaled."""
     names = labels(self.ndim)
     _, out_labels = dot_labels(other.ndim, self.ndim, dimension_numbers, weight_is_lhs)
     rows = "".join(names[n] for n in self._row_axes)
     if self.scale.shape[-1] > 1 or self.offset is not None or not set(rows) <= set(out_labels):
-      return super().dot_general(other, dimension_numbers, weight_is_lhs=weight_is_lhs, **params)
+      return super().dot_general(
+        other, dimension_numbers, weight_is_lhs=weight_is_lhs,
+        preferred_element_type=preferred_element_type, **params,
+      )  # fmt: skip
+    # The product of the levels may overflow float16 where the scaled one does not.
+    asked, dtype = promotion.of_base(preferred_element_type, other.dtype, self.dtype)
+    sharding = self.explicit_sharding
+
+    def leveled(self):
+      wide = dataclasses.replace(self, to=promotion.joint(self.to).name)
+      return wide.arranged(wide._leveled(wide.to))
+
+    def scaled(y, scale):
+      return times(y, out_labels, as_array(scale)[..., 0], rows)
 
     def product(self, other):
-      w = self.arranged(self._leveled(self.to))
+      w = explicit.laid_out(leveled, sharding)(self)
       operands = (w, other) if weight_is_lhs else (other, w)
-      y = jax.lax.dot_general(*operands, dimension_numbers, **params)
-      return times(y, out_labels, as_array(self.scale)[..., 0], rows)
+      y = jax.lax.dot_general(*operands, dimension_numbers, preferred_element_type=asked, **params)
+      y = explicit.laid_out(scaled, explicit.sharding_of(y))(y, self.scale)
+      return y.astype(dtype or y.dtype)
 
     return self.used(product, other)
 
@@ -131,7 +152,7 @@ class Quantized(Coded):
       return self.codes.astype(dtype)
     nibbles = jnp.stack([self.codes & 15, self.codes >> 4], axis=-1)
     levels = jnp.asarray(_PACKED[self.levels], dtype)
-    return levels[nibbles.reshape(*nibbles.shape[:-2], -1)]
+    return levels[_joined(nibbles)]
 
 
 # ---- from numbers to codes
@@ -153,7 +174,7 @@ def quantized(w: jax.Array, format: Format, columns: tuple[int, ...]) -> Quantiz
 def scales(numbers: jax.Array, format: Format) -> Any:
   """The scales [*rows, blocks] of numbers [*rows, columns], by the largest of each block."""
   blocks = _blocks(_filled(numbers, format), _count(numbers, format))
-  scale = jnp.abs(blocks).max(axis=-1) / _LARGEST[format.levels]
+  scale = jnp.abs(blocks).max(axis=-1, initial=0) / _LARGEST[format.levels]
   return quantized_scales(jnp.where(scale == 0, 1, scale), format)
 
 
@@ -183,7 +204,7 @@ def coded(
   """
   dense = as_array(scale)
   blocks = _blocks(_filled(numbers, format), dense.shape[-1])
-  codes = nearest(blocks / dense[..., None], format.levels).reshape(*numbers.shape[:-1], -1)
+  codes = _joined(nearest(blocks / dense[..., None], format.levels))
   if format.levels in _PACKED:
     codes = codes[..., ::2] | codes[..., 1::2] << 4
   return Quantized(
@@ -216,7 +237,7 @@ def level(codes: jax.Array, levels: str) -> jax.Array:
 
 def _count(numbers: jax.Array, format: Format) -> int:
   """How many blocks a row has."""
-  return 1 if format.block is None else -(-numbers.shape[-1] // format.block)
+  return 1 if format.block is None else max(1, -(-numbers.shape[-1] // format.block))
 
 
 def _filled(numbers: jax.Array, format: Format) -> jax.Array:
@@ -227,4 +248,10 @@ def _filled(numbers: jax.Array, format: Format) -> jax.Array:
 
 def _blocks(numbers: jax.Array, count: int) -> jax.Array:
   """[*rows, blocks, numbers of a block]."""
-  return numbers.reshape(*numbers.shape[:-1], count, -1)
+  *rows, columns = numbers.shape
+  return numbers.reshape(*rows, count, columns // count)
+
+
+def _joined(x: jax.Array) -> jax.Array:
+  """The last two axes as one."""
+  return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])

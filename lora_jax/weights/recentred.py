@@ -12,12 +12,14 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 
+from lora_jax.weights import promotion
 from lora_jax.weights.adapted import Adapted
 from lora_jax.weights.base import is_weight
 from lora_jax.weights.low_rank import LowRank
+from lora_jax.weights.pytree import register
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class Recentred(Adapted):
   """`w + scale * a @ b` on the residual `w = W - scale * a0 @ b0` of the base W.
@@ -59,7 +61,7 @@ class Recentred(Adapted):
   def attach(self, w: Any, path: str) -> Self:
     """This adapter on the residual of a base; raises as in `Adapted`."""
     weight = super().attach(w, path)
-    residual = self._low_rank(w, self.a0, -self.b0)
+    residual = weight._low_rank(w, weight.a0, -weight.b0)
     return dataclasses.replace(weight, w=residual if is_weight(w) else residual.materialize())
 
   def unmerge(self, merged, path):
@@ -74,7 +76,11 @@ class Recentred(Adapted):
 
   def rescaled(self, c) -> LowRank:
     """The change of W multiplied by a number: a low-rank weight of twice the rank."""
-    return self._joined(self.w, self.b * c, self.b0 * (-c if self.w is None else 1 - c))
+    b, b0 = (
+      promotion.multiplied(self.b, c),
+      promotion.multiplied(self.b0, -c if self.w is None else 1 - c),
+    )
+    return self._joined(self.w, b, b0)
 
   def _joined(self, w, b, b0) -> LowRank:
     a = jnp.concatenate([self.a, self.a0], axis=-1)

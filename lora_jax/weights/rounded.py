@@ -13,13 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.weights import base
+from lora_jax.weights import base, explicit
 from lora_jax.weights.base import NotFactored
 from lora_jax.weights.formed import Formed
+from lora_jax.weights.pytree import register
 from lora_jax.weights.quantized import Format, quantized
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class Rounded(Formed):
   """The array of `quantized(w, format, columns)`, with the gradient of w.
@@ -35,12 +36,14 @@ class Rounded(Formed):
   format: Format = dataclasses.field(kw_only=True, metadata={"static": True})
   columns: tuple[int, ...] = dataclasses.field(kw_only=True, metadata={"static": True})
   to: str = dataclasses.field(default="", kw_only=True, metadata={"static": True})
-  path: str = dataclasses.field(default="", kw_only=True, metadata={"static": True})
+  path: str = dataclasses.field(default="", kw_only=True, compare=False, metadata={"static": True})
 
   def materialize(self):
-    w = base.materialize(self.w)
-    rounded = quantized(w, self.format, self.columns).astype(self.dtype).materialize()
-    return _pass_by(w.astype(self.dtype), rounded)
+    def rounded(w):
+      nearest = quantized(w, self.format, self.columns).astype(self.dtype).materialize()
+      return _pass_by(w.astype(self.dtype), nearest)
+
+    return explicit.laid_out(rounded, self.explicit_sharding)(base.materialize(self.w))
 
   def trainable(self):
     return dataclasses.replace(self, w=self.w.trainable() if base.is_weight(self.w) else False)
@@ -52,6 +55,10 @@ class Rounded(Formed):
   @property
   def dtype(self):
     return jnp.dtype(self.to or self.w.dtype)
+
+  @property
+  def explicit_sharding(self):
+    return explicit.sharding_of(self.w)
 
   @property
   def is_stacked(self):

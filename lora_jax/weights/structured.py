@@ -6,14 +6,16 @@ parts those are is said by `LAYOUTS` and nothing else. A kind for which that is 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
 
-from lora_jax.weights import base
+from lora_jax.weights import base, explicit
 from lora_jax.weights.adapted import Adapted
 from lora_jax.weights.base import NotFactored
 from lora_jax.weights.factors import RANK, part_axes, part_sizes, permuted_part, reshaped_roles
@@ -22,6 +24,9 @@ from lora_jax.weights.factors import RANK, part_axes, part_sizes, permuted_part,
 @dataclasses.dataclass(frozen=True)
 class Structured(Adapted):
   """An Adapted whose parts follow every change of the axes of its base."""
+
+  NEUTRAL: ClassVar[float] = 0
+  """What a part holds where the base is padded, so that it leaves the padding as it is."""
 
   def astype(self, dtype):
     if not jnp.issubdtype(dtype, jnp.inexact):
@@ -38,19 +43,20 @@ class Structured(Adapted):
 
     return self._with(base.call("transpose", self.w, permutation), transposed, new_roles)
 
-  def reshape(self, new_sizes):
+  def reshape(self, new_sizes, **placed):
     roles = reshaped_roles(self.all_roles, self.shape, new_sizes)
     if roles is None:
       raise NotFactored(f"the reshape to {tuple(new_sizes)} mixes axes of different roles")
-    return self._reshaped(base.call("reshape", self.w, new_sizes), new_sizes, roles)
+    reshape = functools.partial(base.call, "reshape", new_sizes=new_sizes, **placed)
+    return self._reshaped(reshape, new_sizes, roles)
 
   def squeeze(self, dimensions):
     kept = [n for n in range(self.ndim) if n not in dimensions]
-    w = base.call("squeeze", self.w, dimensions)
     roles = "".join(self.all_roles[n] for n in kept)
-    return self._reshaped(w, [self.shape[n] for n in kept], roles)
+    squeeze = functools.partial(base.call, "squeeze", dimensions=dimensions)
+    return self._reshaped(squeeze, [self.shape[n] for n in kept], roles)
 
-  def broadcast_in_dim(self, shape, broadcast_dimensions):
+  def broadcast_in_dim(self, shape, broadcast_dimensions, **placed):
     if any(shape[d] != size for d, size in zip(broadcast_dimensions, self.shape, strict=True)):
       raise NotFactored("an axis of size one is repeated")
     roles = ["s"] * len(shape)  # a new axis is a stack
@@ -62,9 +68,14 @@ class Structured(Adapted):
       old, new = part_axes(self.all_roles, layout), part_axes(roles, layout)
       where = [new.index(None if n is None else broadcast_dimensions[n]) for n in old]
       sizes = part_sizes(shape, roles, layout, self._rank(part, layout))
-      return lax.broadcast_in_dim(part, sizes, where)
+      spread = functools.partial(lax.broadcast_in_dim, shape=sizes, broadcast_dimensions=where)
+      return explicit.laid_out(spread, explicit.part_sharding(sharding, roles, layout))(part)
 
-    w = base.call("broadcast_in_dim", self.w, shape, broadcast_dimensions)
+    def use(w):
+      return base.call("broadcast_in_dim", w, shape, broadcast_dimensions, **placed)
+
+    w = use(self.w)
+    sharding = self._result_sharding((), w, use)
     return self._with(w, broadcast, roles)
 
   def slice(self, start_indices, limit_indices, strides):
@@ -93,11 +104,75 @@ class Structured(Adapted):
     w = base.call("dynamic_slice", self.w, start_indices, slice_sizes)
     return self._with(w, sliced, self.all_roles)
 
-  def _reshaped(self, w, sizes: Sequence[int], roles: str) -> Self:
+  def rev(self, dimensions):
+    def reversed_(part, layout):
+      axes = part_axes(self.all_roles, layout)
+      return lax.rev(part, [n for n, axis in enumerate(axes) if axis in dimensions])
+
+    return self._with(base.call("rev", self.w, dimensions), reversed_, self.all_roles)
+
+  def pad(self, value, config):
+    def padded(part, layout):
+      each = [(0, 0, 0) if n is None else config[n] for n in part_axes(self.all_roles, layout)]
+      return lax.pad(part, jnp.asarray(self.NEUTRAL, part.dtype), each)
+
+    return self._with(base.call("pad", self.w, value, config), padded, self.all_roles)
+
+  def stacks_picked(self, indices, *, dimension_numbers, fill_value=None, **params) -> Self:
+    """The weight of each of some layers of a stack: `w[ids]`, in which the ids are stacks.
+
+    Args:
+      indices, dimension_numbers, fill_value, params: of a gather of whole slices along one axis.
+    """
+    d = dimension_numbers
+    (axis,) = d.collapsed_slice_dims
+    w = base.call("gather", self.w, indices, dimension_numbers=d, fill_value=fill_value, **params)
+    whole = iter(n for n in range(self.ndim) if n != axis)
+    ndim = indices.ndim - 1 + len(d.offset_dims)
+    origin = [next(whole) if n in d.offset_dims else None for n in range(ndim)]
+    roles = "".join("s" if n is None else self.all_roles[n] for n in origin)
+    batch = [n for n, old in enumerate(origin) if old is None]
+
+    sharding = explicit.sharding_of(w)
+
+    def picked(part, layout):
+      old = part_axes(self.all_roles, layout)
+      # The axes of the ids stand first; then those that are left, as axes of the result.
+      where = [*batch, *(None if n is None else origin.index(n) for n in old if n != axis)]
+
+      def pick(part, indices):
+        rows = take_rows(part, indices, old.index(axis), fill_value=self.NEUTRAL, **params)
+        return lax.transpose(rows, [where.index(n) for n in part_axes(roles, layout)])
+
+      placed = explicit.part_sharding(sharding, roles, layout)
+      return explicit.laid_out(pick, placed)(part, indices)
+
+    return self._with(w, picked, roles)
+
+  def _reshaped(self, use: Callable[[Any], Any], sizes: Sequence[int], roles: str) -> Self:
+    """This weight with these sizes and roles, to which `use` reshapes the base."""
+    w = use(self.w)
+    sharding = self._result_sharding((), w, use)
+
     def reshaped(part, layout):
-      return part.reshape(part_sizes(sizes, roles, layout, self._rank(part, layout)))
+      new_sizes = part_sizes(sizes, roles, layout, self._rank(part, layout))
+      reshape = functools.partial(lax.reshape, new_sizes=new_sizes)
+      return explicit.laid_out(reshape, explicit.part_sharding(sharding, roles, layout))(part)
 
     return self._with(w, reshaped, roles)
+
+  def _result_sharding(
+    self, x: Any, y: Any, use: Callable[[Any], Any]
+  ) -> NamedSharding | None:  # fmt: skip
+    """The sharding over explicit mesh axes of an operation's result: that of the base's.
+
+    Args:
+      x: the other operands.
+      y: the result of the base.
+      use: the operation, for a kind whose base does not tell; it is not computed.
+    """
+    del x, use
+    return explicit.sharding_of(y)
 
   def _rank(self, part: jax.Array, layout: str) -> int:
     """The size of the axis of a part that is none of the base's."""
@@ -107,3 +182,22 @@ class Structured(Adapted):
     """This weight with another base, and every part changed by `change(part, its layout)`."""
     parts = {name: change(part, self.LAYOUTS[name]) for name, part in self.parts.items()}
     return dataclasses.replace(self, w=w, **parts, roles=roles.lstrip("s"))
+
+
+def take_rows(x: jax.Array, indices: jax.Array, axis: int, fill_value, slice_sizes=None, **params):
+  """Gathers whole rows along an axis; the result is [*batch, *the other axes]."""
+  del slice_sizes  # of the weight: those of a part follow from its shape
+  rest = x.ndim - 1
+  batch = indices.ndim - 1
+  return lax.gather(
+    x,
+    indices,
+    dimension_numbers=lax.GatherDimensionNumbers(
+      offset_dims=tuple(range(batch, batch + rest)),
+      collapsed_slice_dims=(axis,),
+      start_index_map=(axis,),
+    ),
+    slice_sizes=tuple(1 if n == axis else size for n, size in enumerate(x.shape)),
+    fill_value=fill_value,
+    **params,
+  )

@@ -15,14 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lora_jax.weights import base
+from lora_jax.weights import base, explicit, promotion
 from lora_jax.weights.adapted import Adapted
 from lora_jax.weights.base import NotFactored
 from lora_jax.weights.factors import RANK, labels, part_labels, permuted_part, reordered
+from lora_jax.weights.low_rank import plus
 from lora_jax.weights.products import dot_labels
+from lora_jax.weights.pytree import register
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class TokenRows(Adapted):
   """`w` with `dw[n]` added to its row `ids[n]`, an array of w's shape and dtype.
@@ -45,32 +47,54 @@ class TokenRows(Adapted):
   @property
   def rows(self) -> jax.Array:
     """The rows as they stand, [*stack, len(ids), *the other axes]: what PEFT stores."""
-    rows = jnp.take(base.materialize(self.w), self._places, axis=self._tokens)
     names = labels(self.ndim)
-    return reordered(rows + self._change(rows.dtype), names, self._dw_labels(names))
+
+    def summed(w, dw):
+      rows = jnp.take(w, self._places, axis=self._tokens)
+      return reordered(rows + self._change(dw, rows.dtype), names, self._dw_labels(names))
+
+    sharding = explicit.part_sharding(self.explicit_sharding, self.all_roles, "sro")
+    return explicit.laid_out(summed, sharding)(base.materialize(self.w), self.dw)
 
   def delta(self) -> jax.Array:
-    dtype = jnp.promote_types(self.dtype, jnp.float32)
-    return self._added(jnp.zeros(self.shape, dtype), self._tokens, self._change(dtype))
+    dtype = promotion.at_least_float32(self.dtype)
+
+    def change(dw):
+      return self._added(jnp.zeros(self.shape, dtype), self._tokens, self._change(dw, dtype))
+
+    return explicit.laid_out(change, self.explicit_sharding)(self.dw)
 
   def fits(self):
     rows = self.dw.shape[self.all_roles.count("s")] if self.dw.ndim == self.ndim else 0
-    return super().fits() and rows == len(self.ids) and max(self.ids) < self.shape[self._tokens]
+    last = max(self.ids, default=-1)
+    return super().fits() and rows == len(self.ids) and last < self.shape[self._tokens]
 
   # ---- what is contracted and looked up
 
-  def dot_general(self, other, dimension_numbers, *, weight_is_lhs, precision=None, **params):
+  def dot_general(
+    self, other, dimension_numbers, *, weight_is_lhs, precision=None, preferred_element_type=None,
+    **params,
+  ):  # fmt: skip
+    asked, dtype = promotion.of_base(preferred_element_type, other.dtype, self.dtype)
     lhs, rhs = (self.w, other) if weight_is_lhs else (other, self.w)
-    y = base.dot_general(lhs, rhs, dimension_numbers, precision=precision, **params)
+    y = base.dot_general(
+      lhs, rhs, dimension_numbers, precision=precision, preferred_element_type=asked, **params
+    )
     other_labels, out_labels = dot_labels(other.ndim, self.ndim, dimension_numbers, weight_is_lhs)
     names = labels(self.ndim)
     token = names[self._tokens]
-    x = other.astype(jnp.promote_types(other.dtype, self.dtype))  # it may be of integers
-    if token in other_labels:
-      x = jnp.take(x, self._places, axis=other_labels.index(token))
-    product = f"{other_labels},{self._dw_labels(names)}->{out_labels}"
-    delta = jnp.einsum(product, x, self.dw.astype(x.dtype), precision=precision).astype(y.dtype)
-    return self._added(y, out_labels.index(token), delta) if token in out_labels else y + delta
+    wide = promotion.joint(other.dtype, self.dtype)  # the other operand may be of integers
+
+    def summed(y, x, dw):
+      x = x.astype(wide)
+      if token in other_labels:
+        x = jnp.take(x, self._places, axis=other_labels.index(token))
+      product = f"{other_labels},{self._dw_labels(names)}->{out_labels}"
+      delta = jnp.einsum(product, x, dw.astype(x.dtype), precision=precision).astype(y.dtype)
+      return self._added(y, out_labels.index(token), delta) if token in out_labels else y + delta
+
+    y = explicit.laid_out(summed, explicit.sharding_of(y))(y, other, self.dw)
+    return y.astype(dtype or y.dtype)
 
   def gather(self, indices, *, dimension_numbers, slice_sizes, mode, fill_value=None, **params):
     """The rows of tokens: `w[t]`, and `dw[n]` more where t is `ids[n]`."""
@@ -84,19 +108,26 @@ class TokenRows(Adapted):
       "gather", self.w, indices, dimension_numbers=d, slice_sizes=slice_sizes, mode=mode,
       fill_value=fill_value, **params,
     )  # fmt: skip
-    tokens = indices[..., 0]
-    if mode == lax.GatherScatterMode.CLIP:
-      tokens = jnp.clip(tokens, 0, self.shape[self._tokens] - 1)
+    if not self.ids:
+      return rows
     # Where a token stands among the sorted ids; one out of bounds is equal to none of them.
     order = np.argsort(self.ids)
-    ids = np.asarray(self.ids)[order]
-    place = jnp.searchsorted(ids, tokens).clip(max=len(ids) - 1)
-    found = (jnp.asarray(ids)[place] == tokens).reshape(*tokens.shape, *[1] * (self.ndim - 1))
-    delta = jnp.where(found, self.dw[order][place], 0).astype(rows.dtype)
-    batch, rest = string.ascii_uppercase[: tokens.ndim], labels(self.ndim - 1)
+    ids = np.asarray(self.ids, np.int32)[order]
+    batch, rest = string.ascii_uppercase[: indices.ndim - 1], labels(self.ndim - 1)
     offsets, batches = iter(rest), iter(batch)
     out = "".join(next(offsets if n in d.offset_dims else batches) for n in range(rows.ndim))
-    return rows + reordered(delta, batch + rest, out)
+
+    def summed(rows, indices, dw):
+      tokens = indices[..., 0]
+      if mode == lax.GatherScatterMode.CLIP:
+        tokens = jnp.clip(tokens, 0, self.shape[self._tokens] - 1)
+      tokens = tokens.astype(jnp.int32)
+      place = jnp.searchsorted(ids, tokens).clip(max=len(ids) - 1)
+      found = (jnp.asarray(ids)[place] == tokens).reshape(*tokens.shape, *[1] * (self.ndim - 1))
+      delta = jnp.where(found, dw[order][place], 0)
+      return plus(rows, reordered(delta, batch + rest, out)).astype(rows.dtype)
+
+    return explicit.laid_out(summed, explicit.sharding_of(rows))(rows, indices, self.dw)
 
   # ---- what stays a weight
 
@@ -112,7 +143,7 @@ class TokenRows(Adapted):
     return dataclasses.replace(self, w=w, dw=dw, roles=roles.lstrip("s"))
 
   def scaled(self, c):
-    return dataclasses.replace(self, w=base.scaled(self.w, c), dw=self.dw * c)
+    return dataclasses.replace(self, w=base.scaled(self.w, c), dw=promotion.multiplied(self.dw, c))
 
   # ---- which rows
 
@@ -129,10 +160,10 @@ class TokenRows(Adapted):
     """The labels of dw, given those of w; the rows have the label of the tokens."""
     return part_labels(names, self.all_roles, "sro").replace(RANK, names[self._tokens])
 
-  def _change(self, dtype) -> jax.Array:
+  def _change(self, dw, dtype) -> jax.Array:
     """dw in the order of w's axes."""
     names = labels(self.ndim)
-    return reordered(self.dw.astype(dtype), self._dw_labels(names), names)
+    return reordered(dw.astype(dtype), self._dw_labels(names), names)
 
   def _added(self, x, axis: int, change):
     """x with a change of what lies along an axis at the ids."""

@@ -14,11 +14,13 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from lora_jax.weights import promotion
 from lora_jax.weights.adapted import Adapted
 from lora_jax.weights.low_rank import LowRank
+from lora_jax.weights.pytree import register
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class VeRA(Adapted):
   """`w + a @ diag(lambda_d) @ b @ diag(lambda_b)`, an array of w's shape and dtype.
@@ -50,4 +52,5 @@ class VeRA(Adapted):
     outputs = self.lambda_b.ndim - stacks
     rows = self.lambda_d.reshape(*self.lambda_d.shape, *[1] * outputs)
     columns = jnp.expand_dims(self.lambda_b, stacks)
-    return LowRank(None, self.a, rows * self.b * columns, roles=self.roles)
+    b = promotion.multiplied(promotion.multiplied(rows, self.b), columns)
+    return LowRank(None, self.a, b, roles=self.roles)

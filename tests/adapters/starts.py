@@ -2,8 +2,7 @@
 
 import jax
 import numpy as np
-import peft
-import torch
+from peers import peft, torch
 
 from lora_jax import Axes, init
 

@@ -3,10 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft
 import pytest
-import torch
-from peft.tuners.lora.eva import get_eva_state_dict
+from peers import peft, torch
 from programs import normal
 
 import lora_jax
@@ -98,7 +96,7 @@ def test_the_start_is_peft_s(moments, rho):
     eva_config=peft.EvaConfig(rho=rho, tau=0.9999),
   )
   inputs = {"inputs": {name: torch.tensor(x) for name, x in INPUTS.items()}}
-  theirs = get_eva_state_dict(
+  theirs = peft.tuners.lora.eva.get_eva_state_dict(
     Parallel(), [inputs], config, prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None,
     show_progress_bar=False,
   )  # fmt: skip
@@ -210,7 +208,8 @@ def test_what_does_not_train_or_drops_is_the_spec_s():
   adapters = eva.start(PARAMS, dict.fromkeys(PARAMS, spec), moments)
   for adapter in adapters.values():
     assert (adapter.scale, adapter.dropout) == (spec.scale, 0.1)
-    assert (adapter.trainable().a, adapter.trainable().b) == (False, True)
+    mask = adapter.unseal().trainable()
+    assert (mask.a, mask.b) == (False, True)
 
 
 def start_of(change=lambda moments: moments, spec=SPEC, **settings):

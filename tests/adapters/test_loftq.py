@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from peft.utils.loftq_utils import _low_rank_decomposition
+from peers import peft, torch
 from programs import normal
 from tolerances import assert_close
 
@@ -75,7 +74,7 @@ def test_the_start_is_the_algorithm_s_with_peft_s_decomposition(iterations):
   left = w
   for _ in range(iterations):
     base = rounded(left.T, np).T
-    factors = _low_rank_decomposition(torch.tensor(w - base), SPEC.rank)
+    factors = peft.utils.loftq_utils._low_rank_decomposition(torch.tensor(w - base), SPEC.rank)
     part = (factors["L"] @ factors["R"]).numpy()
     left = w - part
   ours, adapter = start(iterations=iterations)

@@ -5,9 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft
 import pytest
-import torch
+from peers import peft, torch
 from programs import normal
 from tolerances import assert_close
 

@@ -6,12 +6,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft
 import pytest
-import torch
 from jax import lax
 from jaxprs import equations, full_size_values
-from peft.tuners.lokr.layer import factorization as peft_factorization
+from peers import peft, torch
 from programs import normal
 from tolerances import assert_close
 
@@ -32,7 +30,7 @@ def trained(spec: LoKr, w, roles: str) -> Weight:
 @pytest.mark.parametrize("factor", [None, 1, 2, 4, 6, 7, 16, 1000])
 def test_sizes_are_split_as_in_peft(factor):
   for size in range(1, 300):
-    assert factorization(size, factor) == peft_factorization(size, factor or -1)
+    assert factorization(size, factor) == peft.tuners.lokr.layer.factorization(size, factor or -1)
 
 
 SPECS = {
@@ -304,3 +302,14 @@ def test_a_convolution_is_peft_s_with_its_channels_first(config):
   x = normal(2, 5, 5, 12)
   outputs = layer(torch.tensor(np.asarray(x)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
   assert_close(adapt(convolve, strict=config["r"] < 6)(weight, x), numpy(outputs))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
+def test_an_axis_of_size_zero_has_a_decomposition(shape):
+  adapter = init(KEY, {"w": jnp.zeros(shape)}, {"w": SPECS["full"]})["w"]
+  weight = adapter.attach(jnp.zeros(shape), "w")
+  assert weight.materialize().shape == shape
+  assert adapt(lambda w, x: x @ w, strict=True)(weight, jnp.ones((2, shape[0]))).shape == (
+    2,
+    shape[1],
+  )

@@ -3,11 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft
 import pytest
-import torch
 from jax import lax
 from jaxprs import full_size_values
+from peers import peft, torch
 from programs import normal
 from tolerances import assert_close
 

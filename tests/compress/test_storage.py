@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from lora_jax import is_weight, tree
+from lora_jax import families, is_weight, tree
 from lora_jax.compress import storage
 from lora_jax.io import pretrained, safetensors
 from lora_jax.models import llama
@@ -52,7 +52,7 @@ def model():
       return Pruned(quantized(jnp.where(mask, w, 0), Format(levels="int8"), (-2,)), mask, path=path)
     return w
 
-  leaves = {path: leaf(path, shape) for path, shape in llama.param_shapes(CONFIG).items()}
+  leaves = {path: leaf(path, shape) for path, shape in families.param_shapes(CONFIG).items()}
   return traverse_util.unflatten_dict(leaves, sep="/")
 
 

@@ -1,8 +1,5 @@
 """Shared by the data tests: a small tokenizer and the real files."""
 
-import os
-import pathlib
-
 import pytest
 
 from lora_jax.io import assets
@@ -41,13 +38,3 @@ def byte_tokenizer_with_bos():
 def ratings_file():
   """Returns the path of one of the rated sets: sentences with the mean of human ratings."""
   return lambda name: assets.resolve(f"{REVIEWS}{name}_GroundTruth.txt")
-
-
-@pytest.fixture(scope="session")
-def public_data():
-  """The folder of public data sets; it is no part of the repository."""
-  beside = pathlib.Path(__file__).parents[2] / ".." / "shared" / "data"
-  folder = pathlib.Path(os.environ.get("LORA_JAX_DATA", beside))
-  if not folder.is_dir():
-    pytest.skip(f"no public data sets at {folder}; set LORA_JAX_DATA to their folder")
-  return folder

@@ -40,7 +40,7 @@ def test_only_the_named_columns_change_and_the_records_stay_as_they_were():
 def test_what_has_no_text_is_refused_with_its_record():
   with pytest.raises(ValueError, match="detokenise: record 1 has no column 'ref'; it has mr"):
     detokenise_columns([{"ref": "a"}, {"mr": "b"}], ["ref"])
-  with pytest.raises(TypeError, match="column 'ref' of record 0 holds a int, not text"):
+  with pytest.raises(ValueError, match="column 'ref' of record 0 holds a int, not text"):
     detokenise_columns([{"ref": 3}], ["ref"])
 
 

@@ -127,15 +127,17 @@ def test_choices_are_told_apart_by_their_first_token(byte_tokenizer, byte_tokeni
 def test_the_prompt_of_an_example_is_what_generation_begins_with(smollm2):
   tokenizer = smollm2.tokenizer
   record = {"text": "A café with ½ a plot.", "label": "positive"}
-  for prompt, completion in [(PROMPT, COMPLETION), (SPACED_PROMPT, "{label}")]:
-    [example] = encode([record], tokenizer, prompt, completion, 64, True)
-    start = example.tokens[: example.prompt_length]
-    assert list(start) == tokenizer.encode(prompt.format(**record))
-    assert example.targets[-1] == tokenizer.eos_id
-    assert tokenizer.decode(example.targets[:-1]) == completion.format(**record)
-  # The second prompt ends in a space, which as one text is drawn into the completion's word.
-  whole = tokenizer.encode(SPACED_PROMPT.format(**record) + "positive")
-  assert whole[: example.prompt_length] != list(start)
+  [example] = encode([record], tokenizer, PROMPT, COMPLETION, 64, True)
+  start = example.tokens[: example.prompt_length]
+  assert list(start) == tokenizer.encode(PROMPT.format(**record))
+  assert example.targets[-1] == tokenizer.eos_id
+  assert tokenizer.decode(example.targets[:-1], after=start) == " positive"
+  # A space at the prompt's end is drawn into the completion's word, and is learnt with it: the
+  # tokens are those of the text, wherever the templates divide it.
+  [spaced] = encode([record], tokenizer, SPACED_PROMPT, "{label}", 64, True)
+  assert spaced == Example(
+    tokens=example.tokens, prompt_length=example.prompt_length, cut=0, shared=True
+  )
 
 
 def test_the_movie_reviews_fit_and_their_labels_are_one_token_each(smollm2, ratings_file):
@@ -146,3 +148,9 @@ def test_the_movie_reviews_fit_and_their_labels_are_one_token_each(smollm2, rati
   assert not any(example.cut for example in examples)
   choices = choice_ids(smollm2.tokenizer, [" positive", " negative"])
   assert {example.targets for example in examples} == {(choice,) for choice in choices}
+  # For SmolLM2 no token has characters of both, so each part's ids are those that it has alone.
+  for record, example in list(zip(records, examples, strict=True))[::97]:
+    alone = [
+      smollm2.tokenizer.encode(template.format(**record)) for template in (PROMPT, COMPLETION)
+    ]
+    assert example.tokens == (*alone[0], *alone[1]) and not example.shared

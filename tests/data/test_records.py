@@ -1,12 +1,14 @@
 import csv
 import gzip
 import json
+import os
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_jax.data.records import read, require
+from lora_jax.data import records, text_files
+from lora_jax.data.records import check_values, read, require
 
 
 def write(folder, name, contents):
@@ -178,3 +180,149 @@ def test_the_rated_sets_have_all_their_records(ratings_file, name, count):
   records = read(ratings_file(name), format="tsv", columns=("id", "rating", "text"))
   assert len(records) == count
   assert all(record["text"].strip() and -4 <= float(record["rating"]) <= 4 for record in records)
+
+
+@pytest.mark.parametrize("name", ["long.csv", "long.tsv"])
+def test_a_field_may_be_longer_than_the_csv_modules_limit(tmp_path, name):
+  limit = csv.field_size_limit()
+  long = "a" * (limit + 1)
+  delimiter = "," if name.endswith("csv") else "\t"
+  (tmp_path / name).write_text(f"text{delimiter}label\n{long}{delimiter}x\n")
+  assert read(tmp_path / name) == [{"text": long, "label": "x"}]
+  assert csv.field_size_limit() == limit
+
+
+def test_utf_16_is_read_where_it_is_named_and_proposed_where_it_is_not(tmp_path):
+  path = tmp_path / "a.csv"
+  for encoding in ("utf-16", "utf-16-le", "utf-16-be"):
+    mark = "" if encoding == "utf-16" else "\ufeff"
+    path.write_bytes((mark + "text,label\né,x\n").encode(encoding))
+    assert read(path, encoding=encoding) == [{"text": "é", "label": "x"}]
+    with pytest.raises(ValueError, match=r"a.csv: line 1 .*data.encoding.* 'utf-16'"):
+      read(path)
+  with pytest.raises(ValueError, match=r"a.csv: unknown encoding: utf-61"):
+    read(path, encoding="utf-61")
+
+
+@pytest.mark.parametrize(
+  ("value", "kind", "words"),
+  [
+    (float("nan"), ValueError, "column 'a' of record 1 holds nan, .*leave the record out"),
+    (float("inf"), ValueError, "column 'a' of record 1 holds inf"),
+    ("x\ud83d y", ValueError, r"column 'a' of record 1 holds U\+D83D .*half of a surrogate pair"),
+    (None, ValueError, "column 'a' of record 1 holds a NoneType"),
+  ],
+)
+def test_a_value_without_a_text_is_refused_with_its_record(value, kind, words):
+  rows = [{"a": "b", "c": None}, {"a": value, "c": float("nan")}]
+  with pytest.raises(kind, match="prompt: " + words):
+    check_values(rows, ["a", "absent"], "prompt")
+  check_values([{"a": "\U0001f600"}, {"a": 1.5}, {"a": True}], ["a"], "prompt")
+
+
+def test_a_pipe_or_a_device_is_refused_at_once(tmp_path):
+  os.mkfifo(tmp_path / "data.jsonl")
+  with pytest.raises(ValueError, match=r"data.jsonl: is a pipe, a socket or a device"):
+    read(tmp_path / "data.jsonl")
+  with pytest.raises(ValueError, match="/dev/zero: is a pipe, a socket or a device"):
+    read("/dev/zero", format="csv")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.csv.gz"])
+@pytest.mark.parametrize("change", ["cut", "grown"])
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch, name, change):
+  row = '{"text": "fine"}\n' if "jsonl" in name else "fine\n"
+  contents = (row * 200_000).encode()
+  contents = gzip.compress(contents) if name.endswith("gz") else contents
+  path = write(tmp_path, name, contents)
+  os.utime(path, ns=(0, 0))
+  opened = records.text_files._lines
+
+  def meanwhile(*arguments):
+    for number, line in enumerate(opened(*arguments)):
+      if number == 1000:
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) // 2] if change == "cut" else data * 2)
+      yield line
+
+  monkeypatch.setattr(records.text_files, "_lines", meanwhile)
+  with pytest.raises(ValueError, match=r"changed while it was read|grew while it was read"):
+    read(path)
+
+
+def test_a_file_that_never_stops_growing_is_not_read_for_ever(tmp_path):
+  path = write(tmp_path, "a.csv", "text\n" + "fine\n" * 1000)
+  with (
+    path.open("ab", buffering=0) as file,
+    pytest.raises(ValueError, match=r"a.csv: (grew|changed) while it was read"),
+    text_files.lines(path, "utf-8", newline="\n") as (found, _),
+  ):
+    for _ in found:
+      file.write(b"fine\n" * 2)  # two more for each that is read
+
+
+@pytest.mark.parametrize(
+  ("line", "words"),
+  [
+    ("1" * 5000, "holds a whole number of thousands of digits"),
+    ("[" * 100_000, "is nested deeper than 64 objects and lists"),
+    ("[" * 70 + "]" * 70, "is nested deeper than 64"),
+    ('{"x": 1, "y": 2, "x": 3}', "names 'x' twice"),
+  ],
+)
+def test_json_that_python_reads_wrongly_or_not_at_all_is_refused(tmp_path, line, words):
+  path = write(tmp_path, "a.jsonl", f'{{"a": 1}}\n{{"a": {line}}}\n')
+  with pytest.raises(ValueError, match=rf"a.jsonl: line 2 {words}"):
+    read(path)
+
+
+def test_nesting_and_brackets_within_reason_are_read(tmp_path):
+  record = {"a": [[[{"b": [1]}]]] * 40, "text": "[" * 1000}
+  assert read(write(tmp_path, "a.jsonl", json.dumps(record))) == [record]
+
+
+@pytest.mark.parametrize("wide", [3, 100_000])
+def test_messages_are_short_however_many_and_long_the_columns_are(tmp_path, wide):
+  names = [f"{n}" + "x" * 500 for n in range(wide)]
+  path = write(tmp_path, "a.csv", ",".join(names) + "\n1\n")
+  with pytest.raises(ValueError, match="line 2 has 1 fields") as error:
+    read(path)
+  assert len(str(error.value)) < 2000
+  with pytest.raises(ValueError, match="has no column") as error:
+    require([dict.fromkeys(names)], ["y"], "prompt")
+  assert len(str(error.value)) < 2000
+  with pytest.raises(ValueError, match="named more than once") as error:
+    read(write(tmp_path, "a.csv", ",".join(names * 2) + "\n"))
+  assert len(str(error.value)) < 2000
+
+
+def test_gzip_that_holds_fifty_times_its_size_is_read_up_to_64_mib(tmp_path):
+  row = b"the same\n"
+  assert len(read(write(tmp_path, "a.csv.gz", gzip.compress(b"text\n" + row * 10_000)))) == 10_000
+  bomb = gzip.compress(b"text\n" + row * (1 << 23))
+  with pytest.raises(ValueError, match=r"holds more than 67,108,864 bytes, .*gunzip"):
+    read(write(tmp_path, "a.csv.gz", bomb))
+
+
+def test_the_place_of_a_wrong_byte_is_found_in_a_large_file(tmp_path):
+  path = write(tmp_path, "a.csv", b"text\n" + "é\n".encode() * 1_000_000 + b"caf\xe9\n")
+  words = rf"line 1000002 is not utf-8-sig: byte 0xe9 at {5 + 3_000_000 + 3} "
+  with pytest.raises(ValueError, match=words):
+    read(path)
+
+
+def test_records_that_do_not_fit_into_memory_are_said_to(tmp_path, monkeypatch):
+  def fill_memory(*_, **__):
+    raise MemoryError
+
+  monkeypatch.setattr(records.json, "loads", fill_memory)
+  with pytest.raises(ValueError, match=r"a.jsonl: its records do not fit into memory"):
+    read(write(tmp_path, "a.jsonl", "{}"))
+
+
+def test_more_records_than_memory_is_meant_for_are_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(records, "_MAX_RECORDS", 3)
+  assert len(read(write(tmp_path, "a.csv", "text\n" + "fine\n" * 3))) == 3
+  for name, text in (("a.csv", "text\n" + "fine\n" * 4), ("a.jsonl", '{"a": 1}\n' * 4)):
+    with pytest.raises(ValueError, match=rf"{name}: has more than 3 records"):
+      read(write(tmp_path, name, text))

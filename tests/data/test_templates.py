@@ -55,5 +55,5 @@ def test_a_column_missing_in_one_record_only_is_found():
 
 @pytest.mark.parametrize(("value", "kind"), [(None, "NoneType"), (["a"], "list"), ({}, "dict")])
 def test_a_value_that_is_no_text_is_refused(value, kind):
-  with pytest.raises(TypeError, match=f"column 'text' of record 1 holds a {kind}"):
+  with pytest.raises(ValueError, match=f"column 'text' of record 1 holds a {kind}"):
     check("{text}", [{"text": "a"}, {"text": value}], "prompt")

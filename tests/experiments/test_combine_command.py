@@ -1,14 +1,9 @@
 """experiments.combine on two adapters of a tiny Llama, and its methods by PEFT's names."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import pytest
-from main_programs import imported
+from main_programs import imported, run
 from tolerances import assert_close
 from weight_table import factors
 
@@ -19,19 +14,6 @@ from lora_jax.io import export
 from lora_jax.models import llama
 
 program = imported("experiments.combine")
-
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-def run(*arguments, fails=False) -> str:
-  """Runs the program as a user does; returns what it printed."""
-  done = subprocess.run(
-    [sys.executable, "-m", "experiments.combine", *map(str, arguments)],
-    cwd=ROOT, capture_output=True, text=True, timeout=600,
-    env=os.environ | {"JAX_PLATFORMS": "cpu"},
-  )  # fmt: skip
-  assert (done.returncode != 0) == fails, done.stdout + done.stderr
-  return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +54,9 @@ def test_two_adapters_are_combined_into_a_folder_that_loads(tiny, tmp_path, argu
   folder, params, axes, both = tiny
   adapters = f"{folder / 'adapter_1'},{folder / 'adapter_2'}"
   output = tmp_path / "combined"
-  printed = run(f"--adapters={adapters}", "--weights=0.7,-0.3", f"--output={output}", *arguments)
+  printed = run(
+    "combine", f"--adapters={adapters}", "--weights=0.7,-0.3", f"--output={output}", *arguments
+  )
   assert f"combined 2 adapters of 6 kernels into {output}" in printed
   expected = lora_jax.combine(both, [0.7, -0.3], method)
   assert len(expected) == 6
@@ -83,7 +67,13 @@ def test_two_adapters_are_combined_into_a_folder_that_loads(tiny, tmp_path, argu
 def test_an_option_that_the_method_has_not_is_refused_before_anything_is_read():
   adapters = "--adapters=no/such/folder,nor/this"
   printed = run(
-    adapters, "--weights=1,2", "--method=cat", "--density=0.5", "--output=out", fails=True
+    "combine",
+    adapters,
+    "--weights=1,2",
+    "--method=cat",
+    "--density=0.5",
+    "--output=out",
+    fails=True,
   )
   assert "--density has no meaning for --method=cat" in printed
 

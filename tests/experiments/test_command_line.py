@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import pathlib
 import re
 import runpy
@@ -14,17 +13,14 @@ import time
 
 import jax
 import numpy as np
-import peft
 import pytest
 import tiny_experiment
-import torch
-import transformers
-from main_programs import imported
+from main_programs import imported, run
+from peers import peft, torch, transformers
 
 import lora_jax
 from experiments import parts
 from lora_jax import exchange
-from lora_jax.data import batches
 from lora_jax.io import safetensors
 from lora_jax.models import llama
 from lora_jax.train import evaluation, loop
@@ -40,20 +36,6 @@ def config_file(tmp_path_factory, smollm2):
   return tiny_experiment.write(
     tmp_path_factory.mktemp("tiny"), smollm2.tokenizer, evaluation={"samples": 4}
   )
-
-
-def run(program, *arguments, fails=False, **environment):
-  """Runs a main program as a user does; returns what it printed."""
-  done = subprocess.run(
-    [sys.executable, "-m", f"experiments.{program}", *map(str, arguments)],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=600,
-    env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
-  )
-  assert (done.returncode != 0) == fails, done.stdout + done.stderr
-  return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +237,7 @@ def test_bad_input_is_refused_with_its_name_before_training(
     assert not workdir.evaluation.exists()
 
 
+@pytest.mark.slow
 def test_the_adapter_of_a_run_of_another_method_is_read_back_from_its_file(config_file, tmp_path):
   config = runpy.run_path(str(config_file))["get_config"]("method=adalora,rank=12")
   config.adapter.also_train = ("norm/scale",)
@@ -275,13 +258,10 @@ def test_the_adapter_of_a_run_of_another_method_is_read_back_from_its_file(confi
   trained = lora_jax.attach(pretrained.params, adapters)
 
   # The same number as the run's own, from the file alone.
-  held_out = parts.pick(parts.load_records(config.data), "test", "test")
-  data = batches.eval_batches(
-    parts.encode(config.data, held_out, pretrained.tokenizer)[:16],
-    config.evaluation.batch_size,
-    buckets=config.data.buckets,
-    pad_id=pretrained.tokenizer.pad_id,
-  )
+  task = parts.make_task(config)
+  held_out = parts.pick(parts.load_records(config.data, task), "test", "test")
+  task = task.of_model(pretrained)
+  data = task.eval_batches(task.examples(held_out)[:16], config.evaluation.batch_size)
   eval_step = evaluation.make_eval_step(lora_jax.adapt(model.apply), ())
   loss = evaluation.evaluate(eval_step, trained, data)["loss"]
   assert loss == pytest.approx(scores["after"]["loss"], rel=1e-4)

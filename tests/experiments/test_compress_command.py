@@ -154,6 +154,7 @@ def factorised(program, tiny):
   return compressed(program, tiny, "factorised", "steps=factorize", **fields)[0]
 
 
+@pytest.mark.slow
 def test_factors_whose_ranks_are_fours_are_pruned_two_of_four(program, tiny):
   fields = {
     "factorize.method": "svd", "factorize.multiple": 4, "prune.targets": ("mlp",), "prune.of": 4,
@@ -170,7 +171,10 @@ def test_factors_whose_ranks_are_fours_are_pruned_two_of_four(program, tiny):
 
 @pytest.mark.parametrize(
   ("levels", "block", "double", "method"),
-  [("nf4", 16, True, "gptq"), ("int4", 8, False, "nearest")],
+  [
+    ("nf4", 16, True, "gptq"),
+    pytest.param("int4", 8, False, "nearest", marks=pytest.mark.slow),
+  ],
 )
 def test_a_compressed_model_goes_through_a_further_step_in_a_run_of_its_own(
   program, tiny, factorised, capsys, levels, block, double, method

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import tiny_compression
 from main_programs import imported
 
@@ -160,7 +161,11 @@ def test_a_model_with_a_number_that_is_none_is_refused(
   config = tiny_compression.config(*tiny, "steps=channels")
   with pytest.raises(ValueError, match=f"{path}: holds NaN or infinity"):
     compression_checks.check_model(config, damaged, np.zeros((8, 32), np.int32))
-  export.save(tmp_path / "damaged", damaged.params, model.config, tokenizer)
+  export.save(tmp_path / "damaged", model.params, model.config, tokenizer)
+  file = tmp_path / "damaged/model.safetensors"
+  tensors = safetensors.numpy.load_file(file)
+  tensors["model.layers.1.self_attn.k_proj.weight"][4, 3] = bad
+  safetensors.numpy.save_file(tensors, file)
   config.model.source = str(tmp_path / "damaged")
   refused(program, tmp_path, config, "not finite", monkeypatch)
 

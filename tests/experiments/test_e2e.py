@@ -87,7 +87,9 @@ def test_a_run_is_scored_by_the_texts_that_it_keeps(home, arguments):
     score = result["adapter"][f"beams {beams}"]
     assert score["texts"] == 3
     assert "nrefs:2" in score["signature"]
-    assert f"BLEU {score['bleu']:.2f} of 3 texts, beams {beams}" in printed
+    assert (
+      f"BLEU {score['bleu']:.2f}, chrF {score['chrf']:.2f} of 3 texts, beams {beams}" in printed
+    )
     file = workdir / "generated" / f"test_adapter_beams{beams}.jsonl"
     texts = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
     assert [text["prompt"] for text in texts] == [

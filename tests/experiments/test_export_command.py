@@ -4,7 +4,6 @@ import dataclasses
 import importlib
 import json
 import pathlib
-import re
 import runpy
 import subprocess
 import sys
@@ -13,23 +12,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import readme_commands
 import tiny_experiment
-import torch
-import transformers
+import tiny_tokenizers
 from absl import app, flags
 from absl.testing import flagsaver
 from flax import traverse_util
+from peers import torch, transformers
 
 import lora_jax
 from experiments import methods, parts
-from lora_jax import compress, exchange, factorization, tree
+from lora_jax import compress, exchange, factorization, families, tree
 from lora_jax.compress import storage
+from lora_jax.io import export as export_lib
 from lora_jax.io import gguf_model, pretrained, safetensors
 from lora_jax.models import llama
 from lora_jax.train import workdir
 from lora_jax.weights import Factored, Pruned
 
-ROOT = pathlib.Path(__file__).parents[2]
 TEXT = "A joy of a film."  # the README's
 BLOCKED = """
 import sys
@@ -68,7 +68,7 @@ def compressed(source, folder):
   """A model with all that experiments.compress makes, in one folder."""
   dense = pretrained.load(source)
   config = dataclasses.replace(dense.config, mlp_width=48, num_heads=2, num_kv_heads=1)
-  shapes = llama.param_shapes(config)
+  shapes = families.param_shapes(config)
   params = tree.map_with_path(  # of the channels and the heads the first
     lambda path, leaf: leaf[tuple(slice(n) for n in shapes[path])], dense.params
   )
@@ -130,8 +130,8 @@ def healed(folder):
 
 def run_as_the_readme_says(artifact) -> np.ndarray:
   """The logits after the text, by an interpreter in which this package cannot be imported."""
-  _, snippet = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-  assert f'"{TEXT}"' in snippet and "runs/artifact" in snippet
+  snippet = next(block for block in readme_commands.blocks("python") if "runs/artifact" in block)
+  assert f'"{TEXT}"' in snippet
   there = artifact.parent / "elsewhere"
   (there / "runs").mkdir(parents=True)
   artifact.rename(there / "runs/artifact")
@@ -227,7 +227,7 @@ def test_narrower_values_are_refused_where_there_is_no_field_for_them(export, fo
     vocab_size=49152, width=8, mlp_width=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4,
     value_dim=2, max_length=64, tie_embeddings=True,
   )  # fmt: skip
-  flat = {path: jnp.ones(shape) for path, shape in llama.param_shapes(config).items()}
+  flat = {path: jnp.ones(shape) for path, shape in families.param_shapes(config).items()}
   params = traverse_util.unflatten_dict(flat, sep="/")
   words = pretrained.inspect(folder / "model").tokenizer
   storage.save(tmp_path / "narrow", params, config, words)
@@ -254,3 +254,59 @@ def test_flags_without_a_meaning_are_refused_before_anything_is_loaded(
 ):
   with pytest.raises(app.UsageError, match=words):
     export(*arguments, f"--output={tmp_path / 'out'}")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_model_is_exported_in_the_dtype_of_its_files_unless_another_is_asked_for(
+  export, tmp_path, dtype
+):
+  folder = tiny_tokenizers.write(tmp_path / "model", dtype=getattr(torch, dtype))
+  asked = f"--model={folder}", "--to=merged"
+  export(*asked, f"--output={tmp_path / 'same'}")
+  export(*asked, f"--output={tmp_path / 'wide'}", "--dtype=float32")
+  export(asked[0], "--to=merged_gguf", f"--output={tmp_path / 'model.gguf'}")
+  kinds = safetensors.tensor_kinds(tmp_path / "same" / "model.safetensors").values()
+  assert {kind for _, kind in kinds} == {{"bfloat16": "BF16", "float16": "F16"}[dtype]}
+  assert json.loads((tmp_path / "same" / "config.json").read_text())["torch_dtype"] == dtype
+  assert pretrained.load(tmp_path / "wide").stored_dtype == "float32"
+  assert pretrained.load(tmp_path / "model.gguf").stored_dtype == dtype
+  # What is written is what was there.
+  before, after = (
+    transformers.AutoModelForCausalLM.from_pretrained(x).state_dict()
+    for x in (folder, tmp_path / "same")
+  )
+  assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("to", ["merged", "merged_gguf"])
+@pytest.mark.parametrize("output", ["", "/", "file/out", "..", "file"])
+def test_outputs_that_cannot_be_written_are_refused_before_anything_is_loaded(
+  export, tmp_path, monkeypatch, to, output
+):
+  (tmp_path / "here").mkdir()
+  (tmp_path / "here" / "file").write_text("mine")
+  monkeypatch.chdir(tmp_path / "here")
+  with pytest.raises((ValueError, OSError), match=r"name a|is empty"):
+    export("--model=nowhere", f"--to={to}", f"--output={output}")
+  assert [path.name for path in tmp_path.rglob("*")] == ["here", "file"]
+
+
+def test_what_float16_cannot_hold_is_refused_by_name_and_the_current_folder_is_an_output(
+  export, folder, tmp_path, monkeypatch
+):
+  loaded = pretrained.load(folder / "model")
+  params = tree.replace(
+    loaded.params, {"block_0/mlp/up/kernel": loaded.params["block_0"]["mlp"]["up"]["kernel"] + 7e4}
+  )
+  large, here = tmp_path / "large", tmp_path / "here"
+  export_lib.save(large, params, loaded.config, loaded.tokenizer)
+  here.mkdir()
+  monkeypatch.chdir(here)
+  # Found stacked or not: the command loads scanned layers.
+  with pytest.raises(ValueError, match=r"float16 ends at 65504, .*mlp/up/kernel .*bfloat16"):
+    export(f"--model={large}", "--to=merged", "--dtype=float16", "--output=.")
+  assert not list(here.iterdir())
+  export(f"--model={large}", "--to=merged", "--output=.")
+  assert pathlib.Path.cwd().samefile(here)
+  found = pretrained.load(here).params
+  jax.tree.map(np.testing.assert_array_equal, found, params)

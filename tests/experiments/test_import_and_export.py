@@ -1,32 +1,17 @@
 """An adapter of peft's becomes a run, and a run what peft, transformers and llama.cpp load."""
 
 import json
-import pathlib
-import subprocess
-import sys
 
 import gguf
 import numpy as np
-import peft
 import pytest
 import tiny_experiment
-import torch
-import transformers
+from main_programs import run
+from peers import peft, torch, transformers
 
 from lora_jax.io import safetensors
 
-ROOT = pathlib.Path(__file__).parents[2]
 TOKENS = torch.tensor([[5, 6, 7, 8, 9]])
-
-
-def run(program, *arguments, fails=False):
-  result = subprocess.run(
-    [sys.executable, "-m", f"experiments.{program}", *map(str, arguments)],
-    cwd=ROOT, capture_output=True, text=True, timeout=300,
-  )  # fmt: skip
-  printed = result.stdout + result.stderr
-  assert (result.returncode != 0) == fails, printed
-  return printed
 
 
 @pytest.fixture(scope="module")

@@ -144,14 +144,15 @@ def run_of(name, tiny):
   config.adapter.update({key: 4 for key in ("rank", "target_rank") if key in config.adapter})
   tx, _ = methods.make_optimizer(config)
   specs = lora_jax.match(params, methods.rules_of(config.adapter), axes)
+  task = parts.make_task(config)
   base, adapters = methods.start(
-    config.adapter, jax.random.key(0), params, specs, axes, model.apply,
+    config.adapter, jax.random.key(0), params, specs, axes, task.run(model.apply), task.mask,
     [batch_of(n) for n in range(8)],
   )  # fmt: skip
   weights = lora_jax.attach(base, adapters)
   trainable, frozen = lora_jax.partition(weights, lora_jax.trainable_mask(weights))
   apply = lora_jax.adapt(model.apply, strict=True)
-  train_step = methods.make_train_step(config, apply, tx, adapters)
+  train_step = methods.make_train_step(config, task, apply, tx, adapters)
   return step.init_state(trainable, tx), frozen, train_step, adapters
 
 
@@ -185,7 +186,8 @@ def test_eva_starts_from_the_inputs_of_real_tokens_alone(tiny):
   batch = batch_of(0)
   batch["weights"][3] = 0
   np.testing.assert_array_equal(
-    methods._real_tokens(batch), np.array([[True] * 6 + [False] * 2] * 3 + [[False] * 8])
+    parts.make_task(quickstart.get_config()).mask(batch),
+    np.array([[True] * 6 + [False] * 2] * 3 + [[False] * 8]),
   )
 
 

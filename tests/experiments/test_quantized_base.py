@@ -13,8 +13,10 @@ import tiny_experiment
 from main_programs import imported
 
 import lora_jax
-from experiments import parts
+from experiments import methods, parts
 from lora_jax import exchange, tree
+from lora_jax.models import llama
+from lora_jax.train import evaluation
 from lora_jax.train import workdir as workdir_lib
 from lora_jax.weights import Factored, Pruned, Quantized, is_weight
 
@@ -48,15 +50,16 @@ def test_an_adapter_is_trained_and_saved_beside_a_quantised_base(config, workdir
   assert result["after"]["loss"] < result["before"]["loss"]
   base = parts.load_model(config.model)
   tokens = np.arange(12, dtype=np.int32)[None]
-  axes = parts.trace_axes(train.llama.Llama(base.config), base.params)
+  axes = parts.trace_axes(llama.Llama(base.config), base.params)
   adapters = exchange.load(workdir / "adapter", base.params, axes)
-  apply = lora_jax.adapt(train.llama.Llama(base.config).apply, strict=True)
+  apply = lora_jax.adapt(llama.Llama(base.config).apply, strict=True)
   adapted = jax.jit(apply)({"params": lora_jax.attach(base.params, adapters)}, tokens)
   merged = lora_jax.merge(base.params, adapters)
   assert not any(map(is_weight, jax.tree.leaves(merged, is_leaf=is_weight)))
   np.testing.assert_allclose(adapted, jax.jit(apply)({"params": merged}, tokens), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_of_loftq_is_evaluated_on_the_base_that_it_made(tmp_path, smollm2):
   path = tiny_experiment.write(tmp_path, smollm2.tokenizer)
   config = runpy.run_path(str(path))["get_config"]("method=loftq")
@@ -96,6 +99,7 @@ def test_a_base_that_cannot_be_quantised_so_is_refused(config, settings, words):
     parts.load_model(model)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_trained_for_its_quantised_merge_loses_nothing_by_it(tmp_path, smollm2):
   """What the run's end measures, rounding as it goes, is what the quantised merge then has."""
   train_section = {"quantize_merge": "nf4", "steps": 12}
@@ -107,22 +111,21 @@ def test_a_run_that_was_trained_for_its_quantised_merge_loses_nothing_by_it(tmp_
   assert recorded["after"]["loss"] < recorded["before"]["loss"]
 
   base = parts.load_model(config.model)
-  model = train.llama.Llama(base.config)
+  model = llama.Llama(base.config)
   axes = parts.trace_axes(model, base.params)
   adapters = exchange.load(run.adapter, base.params, axes)
-  weights = train.methods.finish(config, base.params, adapters, axes)
+  weights = methods.finish(config, base.params, adapters, axes)
   leaves = tree.flatten(weights, is_leaf=is_weight)
   assert [path for path, x in leaves.items() if isinstance(x, Quantized)] == list(adapters)
-  records = parts.pick(parts.load_records(config.data), "test", "")
-  examples = parts.encode(config.data, records, base.tokenizer)[:16]
-  data = train.batches.eval_batches(
-    examples, 8, buckets=config.data.buckets, pad_id=base.tokenizer.pad_id
-  )
+  task = parts.make_task(config)
+  records = parts.pick(parts.load_records(config.data, task), "test", "")
+  task = task.of_model(base)
+  data = task.eval_batches(task.examples(records)[:16], 8)
   plain = lora_jax.adapt(model.apply)
-  found = train.evaluation.evaluate(train.evaluation.make_eval_step(plain, ()), weights, data)
+  found = evaluation.evaluate(evaluation.make_eval_step(plain, ()), weights, data)
   assert found["loss"] == pytest.approx(recorded["after"]["loss"], rel=1e-5)
   unrounded = lora_jax.attach(base.params, adapters)
-  other = train.evaluation.evaluate(train.evaluation.make_eval_step(plain, ()), unrounded, data)
+  other = evaluation.evaluate(evaluation.make_eval_step(plain, ()), unrounded, data)
   assert abs(other["loss"] - found["loss"]) > 1e-4 * found["loss"]
 
 
@@ -153,9 +156,9 @@ def test_a_merge_that_would_undo_a_compression_is_refused(tmp_path, smollm2):
   kernel = "blocks/mlp/up/kernel"
   kept = Pruned.of(leaves[kernel], leaves[kernel] > 0, kernel)
   pruned = tree.replace(base.params, {kernel: kept})
-  axes = parts.trace_axes(train.llama.Llama(base.config), base.params)
-  assert kernel in train.methods.merge_formats(config, pruned, axes)
+  axes = parts.trace_axes(llama.Llama(base.config), base.params)
+  assert kernel in methods.merge_formats(config, pruned, axes)
   a, b = leaves[kernel][..., :2], leaves[kernel][:, :2]
   factored = tree.replace(base.params, {kernel: Factored(a, b, path=kernel)})
   with pytest.raises(ValueError, match=f"{kernel} is compressed already, and its merge is dense"):
-    train.methods.merge_formats(config, factored, axes)
+    methods.merge_formats(config, factored, axes)

@@ -52,7 +52,14 @@ def compiled(remat):
   return gradient.lower(trainable, frozen).compile(), (trainable, frozen)
 
 
-@pytest.mark.parametrize("remat", [name for name in REMAT_POLICIES if name != "none"])
+@pytest.mark.parametrize(
+  "remat",
+  [
+    pytest.param(name, marks=[] if name == "dots" else [pytest.mark.slow])
+    for name in REMAT_POLICIES
+    if name != "none"
+  ],
+)
 def test_a_policy_leaves_the_loss_and_the_gradient_as_they_are(remat):
   results = []
   for name in ("none", remat):

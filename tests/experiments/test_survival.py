@@ -1,4 +1,8 @@
-"""Real runs of `experiments.train`, killed at random moments, end as one that never was."""
+"""Real runs of `experiments.train`, killed at random moments, end as one that never was.
+
+A run waits where `tests/paced_run.py` is told to, and so is alive whenever it is killed, however
+slow the machine is.
+"""
 
 import json
 import os
@@ -19,6 +23,8 @@ from lora_jax.train.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 36
+AHEAD = 2  # steps that a run may make while it is watched
+ENDLESS = 2e9  # a limit that lets a run come to its end
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +39,19 @@ def start(tmp_path_factory):
   )
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
+    "PYTHONPATH": str(ROOT),
     # What one process compiles the next one finds.
     "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
   }
 
-  def start(workdir, arguments):
+  def start(workdir, arguments, limit=ENDLESS):
+    limits(workdir).write_text(str(limit))
     with open(workdir.with_suffix(".log"), "a") as log:
       return subprocess.Popen(
         [
-          *(sys.executable, "-m", "experiments.train"),
+          *(sys.executable, "tests/paced_run.py", str(limits(workdir))),
           *(f"--config={config}:{arguments}", f"--workdir={workdir}"),
         ],
         cwd=ROOT,
@@ -53,6 +61,11 @@ def start(tmp_path_factory):
       )
 
   return start
+
+
+def limits(workdir):
+  """The file that says how far a run may go."""
+  return workdir.with_suffix(".limit")
 
 
 def finish(process, workdir):
@@ -103,6 +116,11 @@ class Watch:
     self.process, self.workdir = process, workdir
     self.log = workdir / "metrics.jsonl"
     self.before = self.file()
+    self.behind = self.logged() if self.before else 0
+
+  def go_on(self, steps):
+    """Lets the run make so many steps more than those that are logged."""
+    limits(self.workdir).write_text(str(min(self.behind + steps, STEPS)))
 
   def file(self):
     return self.log.stat().st_ino if self.log.exists() else None
@@ -119,9 +137,10 @@ class Watch:
 
   def until_steps(self, count):
     """Until so many steps are logged that this process made."""
+    self.go_on(count + AHEAD)
     self.until(lambda: self.file() not in (None, self.before))  # a run begins by cutting its log
     begin = self.logged()
-    self.until(lambda: self.logged() >= begin + count)
+    self.until(lambda: self.logged() >= min(begin + count, self.behind + count + AHEAD, STEPS))
 
 
 # The moments to be killed at: each waits for something to be seen, and a random while longer.
@@ -133,29 +152,42 @@ def while_loading(watch, random):
 
 def in_a_step(watch, random):
   """Or while the data of a later one are made: that goes on all the time."""
-  watch.until_steps(random.randint(1, 5))
+  watch.until_steps(random.randint(1, 3))
   time.sleep(random.uniform(0, 0.1))
 
 
 def in_a_save(watch, random):
-  watch.until_steps(random.randint(1, 5))
-  watch.until(lambda: list((watch.workdir / "checkpoints").glob("*-tmp")))
+  """Or soon after it: on a slow machine a save may go by unseen, and then a later one is met."""
+  count = random.randint(1, 3)
+  watch.until_steps(count)
+
+  def seen():
+    nonlocal count
+    if watch.logged() >= min(watch.behind + count + AHEAD, STEPS):
+      count += 1
+      watch.go_on(count + AHEAD)
+    saving = list((watch.workdir / "checkpoints").glob("*-tmp"))
+    return saving or watch.logged() >= STEPS
+
+  watch.until(seen)
   time.sleep(random.uniform(0, 0.05))
 
 
 def after_the_last_step(watch, random):
-  """While the adapter is written, or it is evaluated."""
+  """While the adapter is written, or it is evaluated, or all of it is done."""
+  limits(watch.workdir).write_text(str(STEPS + 1))
   watch.until(lambda: watch.log.exists() and watch.logged() >= STEPS)
   time.sleep(random.uniform(0, 0.2))
 
 
 def live(start, workdir, arguments, moment, random, number=signal.SIGKILL):
   """One life of a run: it is started, and a signal sent to it at a moment."""
-  process = start(workdir, arguments)
+  process = start(workdir, arguments, limit=0)
   try:
     moment(Watch(process, workdir), random)
   finally:
     process.send_signal(number)
+    limits(workdir).write_text(str(ENDLESS))  # or it would wait, and not stop at its step
     code = process.wait(timeout=300)
   assert code == (0 if number == signal.SIGTERM else -number)
 

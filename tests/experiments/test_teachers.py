@@ -11,8 +11,9 @@ import tiny_experiment
 from main_programs import imported
 from scipy import special
 
+import lora_jax
 from experiments import parts, sweep_config, teachers
-from lora_jax.data import batches
+from lora_jax import sharding
 from lora_jax.io import export
 from lora_jax.models import llama
 from lora_jax.train import metrics
@@ -52,6 +53,7 @@ def losses_of(config, path):
     return [line["loss"] for line in metrics.read_metrics(run.metrics)]
 
 
+@pytest.mark.slow
 def test_an_adapter_that_has_learnt_nothing_says_what_its_base_does(make_config, tmp_path):
   """The divergence from the base is zero while B is, and stays what rounding makes of it."""
   losses = losses_of(make_config(teacher="base", hard=0.0), tmp_path / "run")
@@ -65,11 +67,10 @@ def test_a_student_learns_from_another_model(make_config, other, tmp_path):
   assert losses[-1] < 0.9 * losses[0]
 
   student = parts.load_model(config.model)
-  rows = parts.encode(config.data, parts.load_records(config.data)["train"], student.tokenizer)
-  batch = batches.train_batches(
-    rows, config.train.batch_size, seed=config.seed, buckets=config.data.buckets,
-    pad_id=student.tokenizer.pad_id,
-  )[0]  # fmt: skip
+  task = parts.make_task(config)
+  records = parts.load_records(config.data, task)["train"]
+  task = task.of_model(student)
+  batch = task.train_batches(task.examples(records), config.train.batch_size, seed=config.seed)[0]
   teacher_section = config.model.copy_and_resolve_references()
   teacher_section.source = str(other)
   read = []
@@ -90,11 +91,12 @@ def test_a_student_learns_from_another_model(make_config, other, tmp_path):
 
 def test_a_teacher_is_an_argument_of_the_step_and_no_constant_in_it(make_config, other):
   config = make_config(teacher=str(other))
-  mesh = train.sharding.make_mesh(**config.mesh)
+  mesh = sharding.make_mesh(**config.mesh)
   student = parts.load_model(config.model, mesh)
-  apply = train.lora_jax.adapt(llama.Llama(student.config).apply)
-  teacher = teachers.load(config, student, mesh)
-  objective = teachers.make_objective(config.distill, apply, teacher)
+  apply = lora_jax.adapt(llama.Llama(student.config).apply)
+  task = parts.make_task(config).of_model(student)
+  teacher = teachers.load(config, student, task, mesh)
+  objective = teachers.make_objective(config.distill, task, apply, teacher)
   at = np.zeros((2, 1), np.int32)
   batch = {"tokens": np.zeros((2, 8), np.int32), "at": at, "targets": at, "weights": at + 1.0}
   traced = jax.make_jaxpr(objective)(student.params, batch, teacher.params)
@@ -144,4 +146,4 @@ def test_a_teacher_that_speaks_of_something_else_is_refused(
   params = llama.Llama(odd).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
   export.save(tmp_path / "odd", params, odd, smollm2.tokenizer)
   with pytest.raises(ValueError, match=words):
-    teachers.load(config, student, train.sharding.make_mesh(**config.mesh))
+    teachers.load(config, student, parts.make_task(config), sharding.make_mesh(**config.mesh))

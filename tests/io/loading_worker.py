@@ -20,8 +20,8 @@ def peak() -> int:
 if __name__ == "__main__":
   mesh = sharding.make_mesh(data=1, fsdp=2, tensor=4)
 
-  def shardings(shapes):
-    return sharding.lay_out(shapes, mesh, sharding.LLAMA_RULES).shardings
+  def shardings(shapes, rules):
+    return sharding.lay_out(shapes, mesh, rules).shardings
 
   before = peak()
   loaded = pretrained.load(sys.argv[1], scan_layers=True, shardings=shardings)

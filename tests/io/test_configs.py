@@ -4,12 +4,11 @@ import dataclasses
 
 import numpy as np
 import pytest
-import transformers
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from peers import transformers
 
-from lora_jax.io import configs, gguf, pretrained
+from lora_jax.io import configs, gguf, gguf_configs, pretrained
 from lora_jax.io.assets import resolve
-from lora_jax.models import llama
+from lora_jax.models import llama, rope
 
 LLAMA_3 = {
   "rope_type": "llama3",
@@ -65,7 +64,7 @@ def metadata():
 
 
 def from_gguf(metadata, rope_factors_R=None):
-  return configs.from_gguf(metadata, tie_embeddings=True, rope_factors_R=rope_factors_R)
+  return gguf_configs.from_gguf(metadata, tie_embeddings=True, rope_factors_R=rope_factors_R)
 
 
 def test_a_config_of_transformers_4_and_of_5_are_read_alike():
@@ -76,8 +75,20 @@ def test_a_config_of_transformers_4_and_of_5_are_read_alike():
 
 
 @pytest.mark.parametrize(
-  "scaling", [None, llama.LinearRope(factor=2.0), llama.Llama3Rope(factor=8.0, original_length=512)]
-)
+  "scaling",
+  [
+    None,
+    llama.LinearRope(factor=2.0),
+    llama.Llama3Rope(factor=8.0, original_length=512),
+    llama.DynamicRope(factor=2.0, original_length=131072),
+    llama.YarnRope(factor=4.0, original_length=512, attention_factor=1.2, beta_fast=8.0),
+    llama.YarnRope(factor=4.0, original_length=512, attention_factor=0.5, truncate=False),
+    llama.LongRope(
+      short_factors=(1.5,) * 32, long_factors=(4.0,) * 32, original_length=8192,
+      attention_factor=1.1,
+    ),
+  ],
+)  # fmt: skip
 def test_what_is_written_is_read_back_by_us_and_by_transformers(scaling):
   config = dataclasses.replace(LLAMA_3_2_1B, rope_scaling=scaling)
   fields = configs.to_hugging_face(config)
@@ -96,19 +107,29 @@ def test_absent_fields_take_transformers_defaults():
 @pytest.mark.parametrize(
   ("change", "words"),
   [
-    ({"model_type": "mistral"}, "model_type 'mistral' is not supported; supported: 'llama'"),
+    ({"model_type": "mixtral"}, "'mixtral' is not supported; supported: 'llama', 'mistral'"),
     ({"model_type": None}, "model_type None is not supported"),
     ({"attention_bias": True}, "attention_bias=True is not supported, only False"),
     ({"mlp_bias": True}, "mlp_bias=True is not supported"),
     ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, only 'silu'"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "of type 'yarn' is not supported"),
-    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "of type 'dynamic' is not supported"),
+    (
+      {"rope_scaling": {"rope_type": "axial"}},
+      "'axial' is not supported; supported: 'default', 'l",
+    ),
+    (
+      {"rope_scaling": {"type": "linear", "mrope_section": [1]}},
+      r"'mrope_section'=\[1\] is not kn",
+    ),
+    (
+      {"rope_parameters": {"type": "linear", "factor": 2.0}},
+      "rope_scaling .* is another scaling than",
+    ),
     ({"rope_scaling": {"type": "linear"}}, "lacks factor"),
     ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantised safetensors are not supported"),
     ({"hidden_size": "2048"}, "hidden_size must be a positive integer, not '2048'"),
     ({"num_attention_heads": 0}, "num_attention_heads must be a positive integer, not 0"),
-    ({"rms_norm_eps": None}, "norm_eps must be a positive number, not None"),
+    ({"rms_norm_eps": None}, "norm_eps must be a number from 1e-30 to 0.1, not None"),
   ],
 )
 def test_what_the_model_does_not_do_is_refused_by_name(change, words):
@@ -140,7 +161,7 @@ def test_the_gguf_metadata_gives_the_config_of_smollm2(metadata):
 
 def test_llama_3s_scaling_is_recognised_in_the_divisors_of_a_gguf_file(metadata):
   theirs = transformers.LlamaConfig(**OLD)
-  scaled = ROPE_INIT_FUNCTIONS["llama3"](theirs, "cpu")[0].numpy()
+  scaled = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](theirs, "cpu")[0].numpy()
   divisors = (500000.0 ** -(np.arange(0, 64, 2) / 64) / scaled).astype(np.float32)
   fields = {**metadata, "llama.rope.freq_base": 500000.0}
   assert from_gguf(fields, divisors).rope_scaling == llama.Llama3Rope(factor=32.0)
@@ -155,13 +176,47 @@ def test_linear_scaling_is_read_from_gguf_metadata(metadata):
   assert from_gguf({**metadata, **fields}).rope_scaling == llama.LinearRope(factor=4.0)
 
 
+@pytest.mark.parametrize("attention", [1.0, 1.5])
+def test_yarn_is_written_to_gguf_metadata_and_read_from_it(attention):
+  recommended = rope.yarn_attention_factor(4.0)
+  scaling = llama.YarnRope(
+    factor=4.0, original_length=8192, attention_factor=attention * recommended
+  )
+  config = dataclasses.replace(LLAMA_3_2_1B, rope_scaling=scaling)
+  metadata, factors_R = gguf_configs.to_gguf(config)
+  assert factors_R is None
+  assert metadata["llama.rope.scaling.attn_factor"] == pytest.approx(attention)
+  read = from_gguf(metadata | {"general.architecture": "llama"})
+  assert read.rope_scaling.attention_factor == pytest.approx(attention * recommended)
+  assert dataclasses.replace(read, rope_scaling=scaling) == config
+
+
+@pytest.mark.parametrize(
+  "scaling",
+  [
+    llama.DynamicRope(factor=2.0, original_length=131072),
+    llama.YarnRope(factor=4.0, original_length=512, attention_factor=1.2, beta_fast=8.0),
+    llama.YarnRope(factor=4.0, original_length=512, attention_factor=1.2, truncate=False),
+  ],
+)
+def test_a_scaling_that_llama_cpp_does_not_have_is_refused_by_name(scaling):
+  config = dataclasses.replace(LLAMA_3_2_1B, rope_scaling=scaling)
+  with pytest.raises(ValueError, match=f"'llama' has no {type(scaling).__name__}"):
+    gguf_configs.to_gguf(config)
+
+
 @pytest.mark.parametrize(
   ("change", "words"),
   [
-    ({"general.architecture": "qwen2"}, "architecture 'qwen2' is not supported; supported: 'llama"),
+    ({"general.architecture": "bert"}, "'bert' is not supported; supported: 'llama', 'qwen2"),
     ({"llama.expert_count": 8}, "expert_count=8: mixtures of experts are not supported"),
     ({"llama.rope.dimension_count": 32}, "rotating some of a head's 64 features"),
-    ({"llama.rope.scaling.type": "yarn"}, "'yarn' is not supported; supported: 'none', 'linear'"),
+    ({"llama.rope.scaling.type": "longrope"}, "'longrope' is not supported; supported: 'none', 'l"),
+    ({"llama.rope.scaling.type": "yarn"}, "lacks factor"),
+    (
+      {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_beta_fast": 8.0},
+      "rope.scaling.yarn_beta_fast=8.0 is not supported, only 32.0",
+    ),
     ({"llama.attention.head_count": [9, 9]}, r"head_count must be a positive integer, not \[9, 9"),
     ({"llama.attention.head_count_kv": "3"}, "num_kv_heads must be a positive integer, not '3'"),
   ],

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
+from peers import torch, transformers
 from tiny_llama import ROPE, TOKENS, write_tiny
 
 from lora_jax.io import export, pretrained

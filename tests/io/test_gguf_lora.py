@@ -9,7 +9,7 @@ import pytest
 import lora_jax
 from lora_jax import exchange, weights
 from lora_jax.io import gguf_lora, names
-from lora_jax.models import llama
+from lora_jax.models import layers, llama
 
 CONFIG = llama.LlamaConfig(
   vocab_size=40, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4,
@@ -21,7 +21,7 @@ TOKENS = np.array([[5, 6, 7]])
 def model(scan):
   config = llama.LlamaConfig(**{**vars(CONFIG), "scan_layers": scan})
   params = llama.Llama(CONFIG).init(jax.random.key(0), TOKENS)["params"]
-  params = llama.stack_layers(params) if scan else params
+  params = layers.stack_layers(params) if scan else params
   axes = lora_jax.trace_axes(
     lambda p, t: llama.Llama(config).apply({"params": p}, t), params, TOKENS
   )
@@ -74,7 +74,7 @@ def test_base_plus_scaled_product_is_the_permuted_merged_weight(rules, scan, tmp
   tensors = {tensor.name: np.array(tensor.data) for tensor in file.tensors}
 
   merged = lora_jax.merge(params, adapters)
-  base, merged = (llama.unstack_layers(x) if scan else x for x in (params, merged))
+  base, merged = (layers.unstack_layers(x) if scan else x for x in (params, merged))
   base, merged = lora_jax.tree.flatten(base), lora_jax.tree.flatten(merged)
   changed = [path for path in base if not np.array_equal(base[path], merged[path])]
   assert len(tensors) == 2 * len(changed) > 0

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
 from flax import traverse_util
+from gguf_peers import by_transformers, llama_cpp
 from tokenizers import pre_tokenizers
 
-from lora_jax.io import assets, gguf_model, pretrained, tokenizer
+from lora_jax import families
+from lora_jax.io import assets, gguf_configs, gguf_model, pretrained, tokenizer
 from lora_jax.io import gguf as reader
-from lora_jax.models import llama
+from lora_jax.models import gpt2, layers, llama
 
 VOCABULARY = ["<|end|>", "<think>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "Ġab"]
 CONFIG = llama.LlamaConfig(
@@ -23,7 +23,6 @@ CONFIG = llama.LlamaConfig(
   num_kv_heads=2, head_dim=32, max_length=128, rope_theta=500.0,
 )  # fmt: skip
 TEXT = "ab <think> ab<|end|>it's 1969"
-LLAMA_CPP = "llama.cpp is not installed; `pip install xllamacpp` has it built"
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +46,7 @@ def random_params(config):
   random = np.random.default_rng(0)
   flat = {
     path: jnp.asarray(path.endswith("scale") + random.normal(scale=0.2, size=shape), jnp.float32)
-    for path, shape in llama.param_shapes(config).items()
+    for path, shape in families.param_shapes(config).items()
   }
   return traverse_util.unflatten_dict(flat, sep="/")
 
@@ -60,20 +59,6 @@ def params():
 def logits(config, params, ids):
   apply = jax.jit(llama.Llama(config).apply)
   return np.asarray(apply({"params": params}, jnp.asarray([ids])))[0]
-
-
-def by_transformers(path):
-  """The tokenizer that transformers makes of a file, and its logits of some ids."""
-  words = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-  model = transformers.AutoModelForCausalLM.from_pretrained(
-    path.parent, gguf_file=path.name, dtype=torch.float32
-  )
-
-  def apply(ids):
-    with torch.no_grad():
-      return model.eval()(torch.tensor([ids])).logits.numpy()[0]
-
-  return words, apply
 
 
 @pytest.mark.parametrize("tie_embeddings", [False, True])
@@ -92,7 +77,7 @@ def test_a_file_in_float32_is_read_back_as_it_was(tmp_path, words, tie_embedding
 
 def test_stacked_layers_in_bfloat16_are_written_one_by_one(tmp_path, words, params):
   half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-  stacked = llama.stack_layers(half)
+  stacked = layers.stack_layers(half)
   config = dataclasses.replace(CONFIG, scan_layers=True)
   gguf_model.save(tmp_path / "model.gguf", stacked, config, words, dtype="bfloat16")
   back = pretrained.load(tmp_path / "model.gguf", dtype=jnp.bfloat16)
@@ -153,28 +138,76 @@ def test_transformers_has_the_same_ids_and_logits(tmp_path, words, params, dtype
   np.testing.assert_allclose(apply(ids), ours, atol=1e-4, rtol=1e-4)
 
 
-def llama_cpp(path, prompt):
-  """What llama.cpp finds likeliest after a text: {token id: logarithm of its probability}."""
-  xllamacpp = pytest.importorskip("xllamacpp", reason=LLAMA_CPP)
-  settings = xllamacpp.CommonParams()
-  settings.model.path = str(path)
-  settings.n_ctx, settings.n_parallel, settings.warmup = 64, 1, False
-  settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
-  settings.n_gpu_layers, settings.verbosity = 0, -1
-  asked = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "n_probs": 20}
-  (choice,) = xllamacpp.Server(settings).handle_completions(asked)["choices"]
-  return {x["id"]: x["logprob"] for x in choice["logprobs"]["content"][0]["top_logprobs"]}
+# It says no probabilities where the likeliest token is a part of a character.
+PROMPTS = ("ab it's 1969, ab<|end|> and <think> so on", "so on ab<|end|> and on <think> ab")
 
 
-@pytest.mark.parametrize("rope", [None, llama.LinearRope(factor=4.0), llama.Llama3Rope(factor=8.0)])
-def test_llama_cpp_goes_on_from_a_text_as_the_model_does(tmp_path, words, params, rope):
+@pytest.mark.parametrize(
+  ("rope", "prompt"),
+  [
+    (None, PROMPTS[0]),
+    (llama.LinearRope(factor=4.0), PROMPTS[0]),
+    (llama.Llama3Rope(factor=8.0), PROMPTS[0]),
+    (llama.YarnRope(factor=4.0, original_length=16, attention_factor=1.3), PROMPTS[1]),
+  ],
+)
+def test_llama_cpp_goes_on_from_a_text_as_the_model_does(tmp_path, words, params, rope, prompt):
   config = dataclasses.replace(CONFIG, rope_scaling=rope, max_length=65536)
   gguf_model.save(tmp_path / "model.gguf", params, config, words)
-  prompt = "ab it's 1969, ab<|end|> and <think> so on"
   likely = llama_cpp(tmp_path / "model.gguf", prompt)
   ours = jax.nn.log_softmax(logits(config, params, words.encode(prompt))[-1])
   # llama.cpp keeps keys and values in float16.
   np.testing.assert_allclose([ours[i] for i in likely], list(likely.values()), atol=0.02)
+  assert next(iter(likely)) == ours.argmax()
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"family": "olmo2", "head_dim": 16, **gguf_configs.ARCHITECTURES["olmo2"]},
+    {
+      "family": "granite", "embedding_multiplier": 3.0, "attention_multiplier": 0.5,
+      "residual_multiplier": 0.7, "logit_divisor": 0.5,
+    },
+  ],
+  ids=["olmo2", "granite"],
+)  # fmt: skip
+def test_llama_cpp_goes_on_from_a_text_as_a_relative_of_llama_does(tmp_path, words, changes):
+  config = dataclasses.replace(CONFIG, **changes)
+  params = random_params(config)
+  gguf_model.save(tmp_path / "model.gguf", params, config, words)
+  again = pretrained.load(tmp_path / "model.gguf")
+  # Numbers are float32 there.
+  assert {name: getattr(again.config, name) for name in changes} == pytest.approx(changes)
+  assert dataclasses.replace(again.config, norm_eps=config.norm_eps, **changes) == config
+  jax.tree.map(np.testing.assert_array_equal, again.params, params)
+  prompt = "so on and on ab"
+  likely = llama_cpp(tmp_path / "model.gguf", prompt)
+  ours = jax.nn.log_softmax(logits(config, params, words.encode(prompt))[-1])
+  np.testing.assert_allclose([ours[i] for i in likely], list(likely.values()), atol=0.02)
+  assert next(iter(likely)) == ours.argmax()
+
+
+def test_heads_that_do_not_share_the_width_are_refused_where_llama_cpp_has_none(tmp_path, words):
+  config = dataclasses.replace(CONFIG, family="olmo2", **gguf_configs.ARCHITECTURES["olmo2"])
+  with pytest.raises(ValueError, match="'olmo2' the 4 heads share the width 64"):
+    gguf_model.save(tmp_path / "model.gguf", random_params(config), config, words)
+
+
+def test_llama_cpp_goes_on_from_a_text_as_gpt_2_does(tmp_path, words):
+  config = gpt2.GPT2Config(
+    vocab_size=CONFIG.vocab_size, width=64, mlp_width=96, num_layers=2, num_heads=4, head_dim=16,
+    max_length=64,
+  )  # fmt: skip
+  params, path = random_params(config), tmp_path / "model.gguf"
+  wider = gguf_model.save(path, params, config, words, dtype="q8_0")
+  assert wider == {"position_embd.weight": "float32"}
+  params = pretrained.load(path).params
+  prompt = "ab it's 1969, ab<|end|> and <think> so on"
+  likely = llama_cpp(path, prompt)
+  ids = jnp.asarray(words.encode(prompt))[None]
+  ours = jax.nn.log_softmax(gpt2.GPT2(config).apply({"params": params}, ids)[0, -1])
+  np.testing.assert_allclose([ours[i] for i in likely], list(likely.values()), atol=0.05)
   assert next(iter(likely)) == ours.argmax()
 
 
@@ -225,15 +258,12 @@ def test_a_tokenizer_that_the_format_has_no_words_for_is_refused(tmp_path, words
     return tokenizer.from_folder(tmp_path)
 
   cases = {
-    "normalises text": lambda x: x | {"normalizer": {"type": "NFC"}},
+    "changes or cuts text": lambda x: x | {"normalizer": {"type": "NFC"}},
     "cuts text in a way of its own": lambda x: x | {"pre_tokenizer": {"type": "Whitespace"}},
     "takes in the spaces": lambda x: (
       x | {"added_tokens": [token | {"lstrip": True} for token in x["added_tokens"]]}
     ),
-    "and no byte-level BPE": lambda x: x | {"decoder": None},
-    "ways? of its own before its merges": lambda x: (
-      x | {"model": x["model"] | {"ignore_merges": False}}
-    ),
+    "is a BPE, neither byte-level": lambda x: x | {"decoder": None},
   }
   for reason, change in cases.items():
     with pytest.raises(ValueError, match=reason):

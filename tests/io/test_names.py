@@ -2,14 +2,14 @@
 
 import pytest
 
+from lora_jax import families
 from lora_jax.io import gguf, names, pretrained
 from lora_jax.io.assets import resolve
-from lora_jax.models import llama
 
 
 @pytest.fixture(scope="module")
 def paths(smollm2):
-  return llama.param_shapes(smollm2.config)
+  return families.param_shapes(smollm2.config)
 
 
 @pytest.fixture(scope="module")

@@ -104,6 +104,12 @@ def test_a_file_that_is_no_whole_safetensors_file_is_refused(folder, content):
     peft.read(folder)
 
 
+def test_a_huge_config_is_refused_before_it_is_parsed(folder):
+  os.truncate(folder / "adapter_config.json", 1 << 40)  # a hole, which takes no room
+  with pytest.raises(ValueError, match=r"adapter_config.json: is larger than the 16,777,216 bytes"):
+    peft.read(folder)
+
+
 def test_missing_files_are_named_with_the_remedy(folder, tmp_path):
   (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
   with pytest.raises(

@@ -1,7 +1,6 @@
 """What adapter_config.json may say."""
 
 import json
-import time
 
 import pytest
 
@@ -50,7 +49,7 @@ def test_every_default_config_of_peft_is_read():
     ({"r": "4"}, "r must be a whole number"),
     ({"r": None}, "r must be a whole number"),
     ({"lora_alpha": "6"}, "lora_alpha must be a finite number"),
-    ({"lora_alpha": 10**400}, "lora_alpha must be a finite number"),
+    ({"lora_alpha": 10**400}, "is an integer of 401 digits"),
     ({"lora_alpha": [1]}, "lora_alpha must be a finite number"),
     ({"use_rslora": 1}, "use_rslora must be true or false"),
     ({"lora_dropout": 1.5}, "lora_dropout must be a number from 0 to 1"),
@@ -65,7 +64,7 @@ def test_every_default_config_of_peft_is_read():
     ({"trainable_token_indices": [True]}, "must be a list of token ids"),
     ({"base_model_name_or_path": 3}, "must be a string"),
     ({"layer_replication": [[0, 2]]}, "layer_replication is not supported: the adapted model has"),
-    ({"target_parameters": ["x"]}, "target_parameters is not supported: PEFT wraps parameters"),
+    ({"target_parameters": "x"}, "target_parameters must be a list of names, not 'x'"),
     ({"megatron_config": {"x": 1}}, "megatron_config is not supported: the layers are those of"),
     ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens is not supported"),
     ({"lora_bias": True}, "lora_bias is not supported: B has a bias of its own"),
@@ -96,7 +95,7 @@ def test_fields_without_bearing_and_unknown_ones_that_are_off_are_let_through():
     (b"null", "not a JSON object"),
     (b'{"peft_type": "LORA", "lora_alpha": NaN}', "NaN is no JSON number"),
     (b'{"peft_type": "LORA", "lora_alpha": -Infinity}', "-Infinity is no JSON number"),
-    (b'{"peft_type": "LORA", "lora_alpha": 1e999}', "lora_alpha must be a finite number"),
+    (b'{"peft_type": "LORA", "lora_alpha": 1e999}', "1e999 is beyond what a float holds"),
     (b'{"peft_type": "LORA", "r": 4, "r": 8}', "'r' is there twice"),
     (b"[" * 200_000, "not JSON"),
     (b'{"r": ' + b"9" * 10_000 + b"}", "not JSON"),
@@ -105,11 +104,3 @@ def test_fields_without_bearing_and_unknown_ones_that_are_off_are_let_through():
 def test_what_is_no_json_object_is_refused(content, words):
   with pytest.raises(ValueError, match=words):
     peft_config.parse(content)
-
-
-def test_a_huge_file_is_refused_before_it_is_parsed():
-  content = b" " * ((1 << 26) + 1)
-  start = time.process_time()
-  with pytest.raises(ValueError, match="are over the limit of 67108864"):
-    peft_config.parse(content)
-  assert time.process_time() - start < 1

@@ -55,5 +55,7 @@ def test_the_worst_patterns_that_are_accepted_take_little_time():
   for n in range(20):
     peft_patterns.first_match(patterns, "model.layers.10." + "a" * 60 + str(n), None)
   assert time.process_time() - start < 5
+  with pytest.raises(ValueError, match="10001 patterns; at most 10000 are read"):
+    peft_patterns.compiled({f"layers.{n}": 1 for n in range(10_001)})
   with pytest.raises(ValueError, match="33 patterns have wildcards"):
     peft_patterns.compiled(worst | {".*": 1})

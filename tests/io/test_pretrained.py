@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.torch
-import torch
+from peers import torch, torch_files
 from tiny_llama import ROPE, TOKENS, write_tiny
 
 from lora_jax.io import gguf, pretrained
@@ -69,12 +68,12 @@ def test_bfloat16_files_are_loaded_exactly_in_either_dtype(tmp_path, smollm2):
 def test_a_second_copy_of_a_tied_embedding_is_accepted_and_another_head_is_not(tmp_path, smollm2):
   write_tiny(tmp_path, smollm2.tokenizer, tie_word_embeddings=True)
   path = tmp_path / "model.safetensors"
-  tensors = safetensors.torch.load_file(path)
+  tensors = torch_files.load_file(path)
   tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-  safetensors.torch.save_file(tensors, path)
+  torch_files.save_file(tensors, path)
   assert "head" not in pretrained.load(tmp_path).params
   tensors["lm_head.weight"] += 1
-  safetensors.torch.save_file(tensors, path)
+  torch_files.save_file(tensors, path)
   with pytest.raises(ValueError, match=r"ties the embeddings, yet lm_head.weight differs"):
     pretrained.load(tmp_path)
 
@@ -87,13 +86,17 @@ def change_config(folder, **changes):
 @pytest.mark.parametrize(
   ("changes", "words"),
   [
-    ({"model_type": "gpt2"}, r"config.json: model_type 'gpt2' is not supported"),
+    ({"model_type": "gptj"}, r"config.json: model_type 'gptj' is not supported"),
     (
       {"num_hidden_layers": 1},
       r"tiny: the tensors do not fit the model\n  unexpected .*: model.layers.1.input_layernorm",
     ),
     ({"num_hidden_layers": 3}, r"missing: block_2/attn/key/kernel"),
-    ({"num_hidden_layers": 10**9}, r"says 1000000000 layers, there are only 21 tensors"),
+    ({"num_hidden_layers": 1000}, r"says 1000 layers, there are only 21 tensors"),
+    ({"num_hidden_layers": 10**9}, r"config.json: .* num_layers 1000000000 is over the limit of"),
+    ({"hidden_size": 2**31}, r"config.json: .* width 2147483648 is over the limit of 1,048,576"),
+    ({"head_dim": 10**9}, r"config.json: .* head_dim 1000000000 is over the limit of 16,384"),
+    ({"vocab_size": 1 << 24}, r"lm_head.weight -> .*, the configuration says \(16, 16777216\)"),
     ({"tie_word_embeddings": True}, r"ties the embeddings, yet lm_head.weight differs"),
     (
       {"intermediate_size": 32},
@@ -131,9 +134,9 @@ def test_a_truncated_safetensors_file_is_refused_by_name(tiny):
 
 def test_weights_that_are_not_finite_are_refused_by_name(tiny):
   path = tiny / "model.safetensors"
-  tensors = safetensors.torch.load_file(path)
+  tensors = torch_files.load_file(path)
   tensors["model.norm.weight"][3] = float("nan")
-  safetensors.torch.save_file(tensors, path)
+  torch_files.save_file(tensors, path)
   with pytest.raises(
     ValueError, match=r"model.norm.weight -> norm/scale: holds values that are no"
   ):

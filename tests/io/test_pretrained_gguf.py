@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
+from peers import torch, transformers
 from tokenizers import pre_tokenizers
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from lora_jax import families
 from lora_jax.io import configs, names, pretrained
 from lora_jax.models import llama
 from lora_jax.weights import GGUFBlocks, is_weight, materialize
@@ -79,7 +78,7 @@ def write_gguf(path, model, kind=gguf.GGMLQuantizationType.F32, fallback=None, o
   writer.add_eos_token_id(0)
 
   tensors = model.state_dict()
-  shapes = llama.param_shapes(configs.from_hugging_face(config.to_dict()))
+  shapes = families.param_shapes(configs.from_hugging_face(config.to_dict()))
   paths = names.assign(tensors, names.LLAMA_HF, shapes)
   theirs = names.file_names(shapes, names.LLAMA_GGUF)
   for name, path_in_model in paths.items():
@@ -94,7 +93,7 @@ def write_gguf(path, model, kind=gguf.GGMLQuantizationType.F32, fallback=None, o
       used = fallback
     data = gguf.quants.quantize(np.ascontiguousarray(array), used)
     writer.add_tensor(theirs[path_in_model], data, raw_dtype=used)
-  scaled = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0].numpy()
+  scaled = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0].numpy()
   divisors = ROPE["rope_theta"] ** -(np.arange(0, 16, 2) / 16) / scaled
   writer.add_tensor("rope_freqs.weight", divisors.astype(np.float32))
   writer.write_header_to_file()

@@ -14,7 +14,7 @@ import pytest
 
 from lora_jax import sharding, tree
 from lora_jax.io import export, pretrained, shards
-from lora_jax.models import llama
+from lora_jax.models import layers, llama
 
 WORKER = pathlib.Path(__file__).with_name("loading_worker.py")
 ROOT = WORKER.parents[2]
@@ -45,12 +45,12 @@ def test_a_model_is_loaded_to_its_shards_as_it_is_loaded_whole(smollm2):
   one = sharding.make_mesh(data=1, fsdp=1, tensor=1)
   laid_out = []
 
-  def shardings(shapes):
-    laid_out.append(sharding.lay_out(shapes, one, sharding.LLAMA_RULES))
+  def shardings(shapes, rules):
+    laid_out.append(sharding.lay_out(shapes, one, rules))
     return laid_out[0].shardings
 
   loaded = pretrained.load(pretrained.DEFAULT, scan_layers=True, shardings=shardings)
-  expected = tree.flatten(llama.stack_layers(smollm2.params))
+  expected = tree.flatten(layers.stack_layers(smollm2.params))
   leaves = tree.flatten(loaded.params)
   assert leaves.keys() == expected.keys()
   for path, leaf in leaves.items():

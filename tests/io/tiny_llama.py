@@ -1,7 +1,6 @@
 """A small random Llama, written as a folder by transformers."""
 
-import torch
-import transformers
+from peers import torch, transformers
 
 ROPE = {
   "rope_type": "llama3",

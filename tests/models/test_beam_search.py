@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
+from peers import torch, transformers
 
 import lora_jax
 from lora_jax import tree
 from lora_jax.io import assets, names, pretrained
-from lora_jax.models import decode, llama
+from lora_jax.models import decode, layers, llama
 
 CONFIG = llama.LlamaConfig(
   vocab_size=31, width=16, mlp_width=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
@@ -199,12 +198,12 @@ def peer_search(peer, prompts, *, steps, beams, alpha, eos_id, exact):
       do_sample=False,
       length_penalty=alpha,
       early_stopping="never" if exact else False,
-      eos_token_id=eos_id,
-      pad_token_id=eos_id,
+      eos_token_id=np.ravel(eos_id).tolist(),
+      pad_token_id=np.ravel(eos_id)[0].item(),
       return_dict_in_generate=True,
       output_scores=True,
     )
-  new = np.full((len(tokens) * beams, steps), eos_id)
+  new = np.full((len(tokens) * beams, steps), np.ravel(eos_id)[0])
   found = out.sequences[:, width:].numpy()
   new[:, : found.shape[1]] = found
   return new.reshape(len(prompts), beams, steps), out.sequences_scores.reshape(-1, beams).numpy()
@@ -225,7 +224,7 @@ def tiny_peer(params):
     rope_theta=CONFIG.rope_theta,
     tie_word_embeddings=False,
   )
-  leaves = tree.flatten(llama.unstack_layers(params))
+  leaves = tree.flatten(layers.unstack_layers(params))
   tensors = {
     name: torch.tensor(np.asarray(leaves[path].T if path.endswith("/kernel") else leaves[path]))
     for path, name in names.file_names(leaves, names.LLAMA_HF).items()
@@ -245,6 +244,18 @@ def test_transformers_finds_the_same_texts_with_the_same_scores(
   ours = search(params, PROMPTS, alpha=alpha, **options)
   np.testing.assert_array_equal(ours.tokens_BKS, tokens)
   np.testing.assert_allclose(ours.scores_BK, scores, rtol=1e-4, atol=1e-5)
+
+
+def test_a_text_ends_at_each_of_several_tokens_as_in_transformers(params, tiny_peer):
+  """With three ends of 31 tokens, so that more than twice as many candidates as beams end."""
+  ends = (EOS, 3, 5)
+  options = {"steps": 6, "beams": 3, "eos_id": ends, "exact": False}
+  tokens, scores = peer_search(tiny_peer, PROMPTS, alpha=1.0, **options)
+  ours = search(params, PROMPTS, alpha=1.0, **options)
+  np.testing.assert_array_equal(ours.tokens_BKS, tokens)
+  np.testing.assert_allclose(ours.scores_BK, scores, rtol=1e-4, atol=1e-5)
+  found = [next((x for x in text if x in ends), None) for text in tokens.reshape(-1, 6).tolist()]
+  assert len(set(found) - {None}) > 1  # more than one of them is met
 
 
 def test_the_penalties_are_their_formulas():
@@ -274,7 +285,7 @@ def test_smollm2_writes_what_it_writes_in_transformers(smollm2, beams, alpha, ex
   options = {"steps": 24, "beams": beams, "eos_id": smollm2.tokenizer.eos_id, "exact": exact}
   tokens, scores = peer_search(peer, prompts, alpha=alpha, **options)
   config = dataclasses.replace(smollm2.config, scan_layers=True)
-  stacked = llama.stack_layers(smollm2.params)
+  stacked = layers.stack_layers(smollm2.params)
   ours = search(stacked, prompts, config=config, alpha=alpha, **options)
   np.testing.assert_array_equal(ours.tokens_BKS, tokens)
   np.testing.assert_allclose(ours.scores_BK, scores, atol=1e-3)

@@ -43,13 +43,13 @@ def one_by_one(params, prompt, steps):
   return text[len(prompt) :]
 
 
-@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("cached", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_rows_of_different_length_decode_together_as_each_would_alone(params, cached):
   together = run(params, PROMPTS, cached=cached)
   assert together.tolist() == [one_by_one(params, prompt, 6) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("cached", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_row_that_has_ended_is_filled_with_its_end_and_the_others_go_on(params, cached):
   free = run(params, PROMPTS)
   eos_id = int(free[0, 2])
@@ -60,6 +60,22 @@ def test_a_row_that_has_ended_is_filled_with_its_end_and_the_others_go_on(params
     assert set(with_end[stop + 1 :]) <= {eos_id}
 
 
+@pytest.mark.parametrize(
+  "choose", [decode.greedy, pytest.param(decode.nucleus(2.0, 0.9), marks=pytest.mark.slow)]
+)
+def test_a_row_ends_at_each_of_several_tokens(params, choose):
+  free = run(params, PROMPTS, choose=choose)
+  ends = [int(free[0, 2]), int(free[1, 1])]
+  ended = run(params, PROMPTS, choose=choose, eos_id=ends)
+  for with_end, without in zip(ended.tolist(), free.tolist(), strict=True):
+    stop = min([n for n, token in enumerate(without) if token in ends], default=len(without))
+    assert with_end[: stop + 1] == without[: stop + 1]
+    assert set(with_end[stop + 1 :]) <= {ends[0]}
+  assert {row[-1] for row in ended.tolist()} & set(ends)
+  np.testing.assert_array_equal(run(params, PROMPTS, choose=choose, eos_id=()), free)
+
+
+@pytest.mark.slow
 def test_a_tiny_nucleus_is_greedy_and_the_same_key_gives_the_same_text(params):
   greedy = run(params, PROMPTS)
   np.testing.assert_array_equal(run(params, PROMPTS, choose=decode.nucleus(1.0, 1e-6)), greedy)

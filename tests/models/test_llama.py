@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from transformers import LlamaConfig as PeerConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from peers import transformers
 
-from lora_jax.models import llama, rope
+from lora_jax import families
+from lora_jax.models import layers, llama, rope
 
 TINY = llama.LlamaConfig(
   vocab_size=61,
@@ -42,7 +42,7 @@ def paths(tree: dict) -> dict:
 
 
 def test_the_parameters_have_the_documented_paths_and_shapes():
-  shapes = llama.param_shapes(dataclasses.replace(TINY, num_layers=1))
+  shapes = families.param_shapes(dataclasses.replace(TINY, num_layers=1))
   assert shapes == {
     "embed/embedding": (61, 24),
     "block_0/attn_norm/scale": (24,),
@@ -60,7 +60,7 @@ def test_the_parameters_have_the_documented_paths_and_shapes():
 
 
 def test_scanned_layers_are_one_block_with_a_leading_axis():
-  shapes = llama.param_shapes(dataclasses.replace(TINY, scan_layers=True, tie_embeddings=True))
+  shapes = families.param_shapes(dataclasses.replace(TINY, scan_layers=True, tie_embeddings=True))
   assert shapes["blocks/attn/query/kernel"] == (2, 24, 24)
   assert shapes["blocks/mlp_norm/scale"] == (2, 24)
   assert "head/kernel" not in shapes
@@ -69,10 +69,10 @@ def test_scanned_layers_are_one_block_with_a_leading_axis():
 
 def test_stacking_and_unstacking_layers_are_inverse():
   params = init(TINY)
-  stacked = llama.stack_layers(params)
-  expected = llama.param_shapes(dataclasses.replace(TINY, scan_layers=True))
+  stacked = layers.stack_layers(params)
+  expected = families.param_shapes(dataclasses.replace(TINY, scan_layers=True))
   assert {path: leaf.shape for path, leaf in paths(stacked).items()} == expected
-  back = llama.unstack_layers(stacked)
+  back = layers.unstack_layers(stacked)
   assert jax.tree.structure(back) == jax.tree.structure(params)
   jax.tree.map(np.testing.assert_array_equal, back, params)
 
@@ -82,7 +82,7 @@ def test_every_layer_starts_from_its_own_random_numbers_under_scan():
   assert not np.allclose(kernel[0], kernel[1])
 
 
-@pytest.mark.parametrize("tie_embeddings", [True, False])
+@pytest.mark.parametrize("tie_embeddings", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_scanned_layers_give_the_logits_and_gradients_of_unrolled_ones(tie_embeddings):
   config = dataclasses.replace(TINY, tie_embeddings=tie_embeddings)
   scanned = dataclasses.replace(config, scan_layers=True)
@@ -93,14 +93,21 @@ def test_scanned_layers_give_the_logits_and_gradients_of_unrolled_ones(tie_embed
 
   grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
   value, gradient = grad(params, config)
-  other, other_gradient = grad(llama.stack_layers(params), scanned)
+  other, other_gradient = grad(layers.stack_layers(params), scanned)
   np.testing.assert_allclose(other, value, rtol=1e-5)
-  unstacked = llama.unstack_layers(other_gradient)
+  unstacked = layers.unstack_layers(other_gradient)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), unstacked, gradient)
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
-@pytest.mark.parametrize("policy", ["nothing_saveable", "dots_with_no_batch_dims_saveable"])
+@pytest.mark.parametrize(
+  ("policy", "scan_layers"),
+  [
+    ("nothing_saveable", True),
+    ("dots_with_no_batch_dims_saveable", False),
+    pytest.param("nothing_saveable", False, marks=pytest.mark.slow),
+    pytest.param("dots_with_no_batch_dims_saveable", True, marks=pytest.mark.slow),
+  ],
+)
 def test_rematerialised_layers_give_the_same_gradient_and_compute_more(policy, scan_layers):
   plain = dataclasses.replace(TINY, scan_layers=scan_layers)
   remat = dataclasses.replace(plain, remat_policy=getattr(jax.checkpoint_policies, policy))
@@ -139,7 +146,7 @@ def test_grouped_queries_attend_as_a_slow_einsum_does():
   block = paths(init(TINY)["block_0"])
   x_BTD = jax.random.normal(jax.random.key(1), (2, 9, TINY.width))
   positions_BT = jnp.broadcast_to(jnp.arange(9), (2, 9))
-  turn = llama.rotation(TINY, positions_BT)
+  turn = llama.rotation(TINY, positions_BT, 9)
   params = {name: {"kernel": block[f"attn/{name}/kernel"]} for name in ("query", "key", "value")}
   params["out"] = {"kernel": block["attn/out/kernel"]}
   fast_BTD, _ = llama.Attention(TINY).apply(
@@ -176,7 +183,7 @@ def test_the_head_is_computed_at_the_chosen_positions_only():
   assert "f32[2,9,61]" not in text
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("scan_layers", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_texts_that_share_a_row_have_the_logits_and_gradients_that_they_have_alone(scan_layers):
   config = dataclasses.replace(TINY, scan_layers=scan_layers)
   lengths = [4, 5, 3]
@@ -237,8 +244,17 @@ def params_of_head(config, params):
   return params["embed"]["embedding"].T if config.tie_embeddings else params["head"]["kernel"]
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
-@pytest.mark.parametrize("chunks", [[9], [4, 5], [1] * 9])
+@pytest.mark.parametrize(
+  ("chunks", "scan_layers"),
+  [
+    ([4, 5], True),
+    ([1] * 9, False),
+    *(
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in (([9], True), ([9], False), ([4, 5], False), ([1] * 9, True))
+    ),
+  ],
+)
 def test_the_cache_gives_the_logits_of_the_whole_text(chunks, scan_layers):
   config = dataclasses.replace(TINY, scan_layers=scan_layers)
   params = init(config)
@@ -327,14 +343,16 @@ def test_arithmetic_and_parameters_have_the_dtypes_of_the_config():
 )
 def test_rotary_angles_are_those_of_transformers(scaling, fields):
   config = dataclasses.replace(TINY, head_dim=64, rope_theta=500000.0, rope_scaling=scaling)
-  turn = llama.rotation(config, jnp.asarray([[1]]))
-  peer = PeerConfig(
+  turn = llama.rotation(config, jnp.asarray([[1]]), 2)
+  peer = transformers.LlamaConfig(
     hidden_size=64 * 6, num_attention_heads=6, rope_parameters={"rope_theta": 500000.0, **fields}
   )
   if scaling is None:
     frequencies = 500000.0 ** -(np.arange(0, 64, 2) / 64)
   else:
-    frequencies = ROPE_INIT_FUNCTIONS[fields["rope_type"]](peer, "cpu")[0].numpy()
+    frequencies = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS[fields["rope_type"]](
+      peer, "cpu"
+    )[0].numpy()
   np.testing.assert_allclose(turn.sin_BTR[0, 0], np.sin(frequencies), rtol=1e-5)
   np.testing.assert_allclose(turn.cos_BTR[0, 0], np.cos(frequencies), rtol=1e-5)
 
@@ -344,7 +362,7 @@ def test_rotary_angles_are_those_of_transformers(scaling, fields):
   [
     ({"num_layers": 0}, "num_layers must be a positive integer, not 0"),
     ({"width": 24.0}, "width must be a positive integer, not 24.0"),
-    ({"rope_theta": "high"}, "rope_theta must be a positive number, not 'high'"),
+    ({"rope_theta": "high"}, "rope_theta must be a number from 1.0 to .*, not 'high'"),
     ({"num_kv_heads": 4}, "num_heads 6 is not a multiple of num_kv_heads 4"),
     ({"head_dim": 5}, "head_dim 5 is odd"),
   ],

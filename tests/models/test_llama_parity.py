@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
+from peers import torch, transformers
 
 from lora_jax.io import assets, pretrained
-from lora_jax.models import llama
+from lora_jax.models import layers, llama
 
 SENTENCES = [
   "The capital of France is Paris, and that of Italy is Rome.",
@@ -113,7 +112,7 @@ def test_the_greedy_tokens_with_a_cache_are_those_without_one(smollm2, forward, 
 def test_scanned_layers_give_the_logits_of_transformers(smollm2, peer):
   row = smollm2.tokenizer.encode(SENTENCES[0])
   model = llama.Llama(dataclasses.replace(smollm2.config, scan_layers=True))
-  params = llama.stack_layers(smollm2.params)
+  params = layers.stack_layers(smollm2.params)
   [ours_TV] = jax.jit(model.apply)({"params": params}, np.asarray([row]))
   [theirs_TV] = peer_logits(peer, [row])
   np.testing.assert_allclose(ours_TV, theirs_TV, atol=ATOL, rtol=0)

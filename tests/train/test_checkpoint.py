@@ -1,7 +1,9 @@
 import gc
+import json
 import logging
 import os
 import pathlib
+import re
 import shutil
 import threading
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import tiny_run
 
+from lora_jax.train import checkpoint
 from lora_jax.train.checkpoint import Checkpoints, DamagedCheckpointError
 from lora_jax.train.step import State, init_state
 from lora_jax.tree import flatten
@@ -280,3 +283,62 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path):
 def test_to_keep_no_checkpoint_is_refused(tmp_path):
   with pytest.raises(ValueError, match="at least one checkpoint must stay"):
     open_checkpoints(tmp_path, keep=0)
+
+
+def restored_step(folder, like):
+  """The step that is restored, or the words of the refusal."""
+  with open_checkpoints(folder) as checkpoints:
+    try:
+      found = checkpoints.restore(like)
+      step = found and int(found.state.step)
+      if step is not None:  # the run can go on from there, and save
+        checkpoints.save(found.state._replace(step=jnp.int32(9)), {})
+        checkpoints.wait()
+    except ValueError as error:
+      return str(error)
+  return step
+
+
+@pytest.mark.parametrize("name", ["2", "4", "7"])
+def test_an_older_checkpoint_under_a_higher_number_is_named_and_set_aside(tmp_path, caplog, name):
+  """Or the next save of that step would find it taken, at each start anew."""
+  like = save_steps(tmp_path, [1, 3])[3]
+  shutil.copytree(tmp_path / "1", tmp_path / name)
+  assert restored_step(tmp_path, like) == 3
+  if int(name) > 3:
+    assert f"{tmp_path / name}: is the checkpoint of step 1 under another name" in caplog.text
+    assert (tmp_path / f"damaged-{name}").is_dir()
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "words"),
+  [
+    ("data_state", 3, "data_state is 3"),
+    ("data_state", None, "data_state is None"),
+    ("fingerprint", 7, "fingerprint is 7"),
+    ("arrays", [], r"arrays is \[\]"),
+    ("arrays", {"step": 3}, "step is 3"),
+    ("arrays", {"step": {"shape": "x", "dtype": "int32", "crc32": 1}}, "step is {"),
+    ("arrays", {"step": {"shape": [], "dtype": "int32"}}, "step is {"),
+  ],
+)
+def test_a_record_with_a_right_checksum_and_wrong_fields_is_passed_over(
+  tmp_path, caplog, field, value, words
+):
+  like = save_steps(tmp_path, [1, 2])[2]
+  path = tmp_path / "2" / "record" / "metadata"
+  record = json.loads(path.read_text()) | {field: value}
+  record["crc32"] = checkpoint._crc32_of_record(record)
+  path.write_text(json.dumps(record))
+  assert restored_step(tmp_path, like) == 1
+  assert f"{tmp_path / '2'}: its record is none of a checkpoint, " in caplog.text
+  assert re.search(words, caplog.text)
+
+
+@pytest.mark.parametrize("name", ["5", "5.orbax-checkpoint-tmp", "99999999999999999999", "x"])
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_is_no_checkpoint_is_in_nobodys_way(tmp_path, name, kind):
+  like = save_steps(tmp_path, [1, 2])[2]
+  path = tmp_path / name
+  path.mkdir() if kind == "folder" else path.write_text("mine")
+  assert restored_step(tmp_path, like) == 2

@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +82,16 @@ def test_a_checkpoint_that_does_not_fit_is_named_and_the_one_before_it_stays(tmp
     checkpoints.save(noise(2), {})
     checkpoints.wait()
     assert int(checkpoints.restore(noise(0)).state.step) == 2
+
+
+def test_the_words_of_a_full_disk_stay_where_the_message_is_long(tmp_path, monkeypatch):
+  """As the array format writes them: words in the middle, the number of the error at the end."""
+  details = "No space left on device [" + "spec " * 200 + "] [os_error_code='28']"
+  with Checkpoints(tmp_path, keep=1, fingerprint="") as checkpoints:
+    manager = "orbax.checkpoint.CheckpointManager.save"
+    monkeypatch.setattr(manager, mock.Mock(side_effect=ValueError(f"{'path/' * 40} {details}")))
+    with pytest.raises(OSError, match=rf"cannot be written \(No space left on device: .*{ROOM}"):
+      checkpoints.save(noise(1), {})
 
 
 def test_the_loop_stops_at_the_first_step_after_a_checkpoint_that_failed(tmp_path):

@@ -1,3 +1,4 @@
+import collections
 import functools
 
 import jax
@@ -7,7 +8,7 @@ import pytest
 import sacrebleu
 
 from lora_jax.models import decode, llama
-from lora_jax.train.generation import bleu, generate, make_generate_step, prompt_batches
+from lora_jax.train.generation import bleu, chrf, generate, make_generate_step, prompt_batches
 
 CONFIG = llama.LlamaConfig(
   vocab_size=31, width=16, mlp_width=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
@@ -92,6 +93,23 @@ def test_bleu_takes_all_references_of_each_text_and_says_how_it_was_computed():
   assert fewer["signature"].startswith("nrefs:1|")
   same = bleu(["a cheap pub ."] * 2, [["no", "a cheap pub ."], ["a cheap pub ."]])
   assert same["bleu"] == pytest.approx(100)
+
+
+def test_chrf_is_its_formula_on_one_text():
+  """F2 of the mean precision and recall of n-grams of one to six characters, spaces left out."""
+  text, reference = "ab acab", "abcacab"
+
+  def grams(of, n):
+    of = of.replace(" ", "")
+    return collections.Counter(of[i : i + n] for i in range(len(of) - n + 1))
+
+  orders = range(1, 7)
+  hits = [(grams(text, n) & grams(reference, n)).total() for n in orders]
+  precision = np.mean([x / grams(text, n).total() for n, x in zip(orders, hits, strict=True)])
+  recall = np.mean([x / grams(reference, n).total() for n, x in zip(orders, hits, strict=True)])
+  expected = 100 * 5 * precision * recall / (4 * precision + recall)
+  assert chrf([text], [[reference]])["chrf"] == pytest.approx(expected)
+  assert chrf([text], [["no such thing", text]])["chrf"] == pytest.approx(100)
 
 
 def test_bleu_is_its_formula_on_one_text():

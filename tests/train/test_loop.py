@@ -13,7 +13,7 @@ import pytest
 import tiny_run
 from tiny_run import assert_same_run, log_lines
 
-from lora_jax.train.loop import Interrupted
+from lora_jax.train.loop import Interrupted, interruptible
 from lora_jax.train.metrics import read_metrics
 from lora_jax.tree import flatten
 
@@ -186,3 +186,10 @@ def test_the_meter_counts_neither_evaluation_nor_saving(tmp_path, monkeypatch):
   rates = [line["tokens_per_second"] for line in read_metrics(tmp_path / "metrics.jsonl")[2:]]
   tokens = tiny_run.BATCH * tiny_run.LENGTH
   assert min(rates) > tokens / 0.7  # less than the pause, more than a step of 0.02 s
+
+
+def test_a_signal_inside_of_a_function_in_c_ends_a_run_as_any_other():
+  with pytest.raises(Interrupted, match="stopped at once"), interruptible():
+    raise SystemError("returned a result with an exception set") from KeyboardInterrupt()
+  with pytest.raises(SystemError, match="of its own"), interruptible():
+    raise SystemError("of its own")

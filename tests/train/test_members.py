@@ -134,10 +134,14 @@ def test_members_of_different_rank_alpha_rate_seed_and_steps_are_what_each_is_al
   "specs",
   [
     pytest.param(
-      (LoRA(rank=1, alpha=2.0, dropout=0.3), LoRA(rank=3, alpha=1.0, dropout=0.3)), id="dropout"
+      (LoRA(rank=1, alpha=2.0, dropout=0.3), LoRA(rank=3, alpha=1.0, dropout=0.3)),
+      id="dropout",
+      marks=pytest.mark.slow,
     ),
     pytest.param(
-      (LoRA(rank=1, alpha=2.0, train_a=False), LoRA(rank=3, alpha=1.0, train_a=False)), id="LoRA-FA"
+      (LoRA(rank=1, alpha=2.0, train_a=False), LoRA(rank=3, alpha=1.0, train_a=False)),
+      id="LoRA-FA",
+      marks=pytest.mark.slow,
     ),
     pytest.param((lora_jax.DoRA(rank=2, alpha=3.0),) * 2, id="DoRA"),
     pytest.param((lora_jax.VeRA(rank=4),) * 2, id="VeRA", marks=pytest.mark.slow),
@@ -251,6 +255,16 @@ def test_the_weights_of_a_member_are_the_base_with_its_adapters():
     mine = members.unstack(state, frozen, n, like=starts[n])
     merged = lora_jax.merge(tiny_run.make_weights(), mine)
     assert_close(lora_jax.materialize(members.member_weights(state, frozen, n)), merged)
+
+
+def test_experts_are_refused_which_jax_has_no_vmap_of():
+  def f(params, x):
+    return jax.lax.ragged_dot(x, params["w"], jnp.array([3, 2]))
+
+  params, x = {"w": jnp.ones((2, 4, 3))}, jnp.ones((5, 4))
+  with pytest.raises(ValueError, match="w: experts are applied by ragged_dot, of which JAX has no"):
+    members.check(lora_jax.trace_axes(f, params, x))
+  members.check(lora_jax.trace_axes(lambda params, x: x @ params["w"][0], params, x))
 
 
 def test_what_cannot_be_stacked_is_refused_with_the_reason():

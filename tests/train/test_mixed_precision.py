@@ -105,6 +105,7 @@ def test_every_product_with_the_base_is_one_of_bfloat16():
   assert {x.dtype for x in operands if x.shape in kernels} == {BFLOAT16}
 
 
+@pytest.mark.slow
 def test_training_in_bfloat16_follows_float32_and_leaves_the_base_as_it_was():
   losses = {}
   for dtype in (jnp.bfloat16, jnp.float32):

@@ -4,11 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import peft
-import peft.optimizers
 import pytest
-import torch
-import transformers
+from peers import peft, torch, transformers
 
 import lora_jax
 from lora_jax import tree
@@ -57,6 +54,8 @@ def test_a_schedule_can_be_asked_for_all_steps_at_once(kind, warmup):
   [
     ({"kind": "exponential"}, "'exponential' is unknown; use one of constant, linear, cosine"),
     ({"peak": 0.0}, "must be positive"),
+    ({"peak": math.inf}, "must be positive and finite"),
+    ({"peak": math.nan}, "must be positive and finite"),
     ({"warmup_steps": 10}, "shorter than the run"),
     ({"warmup_steps": -1}, "at least 0"),
   ],
@@ -150,3 +149,24 @@ def test_lora_plus_trains_as_peft_s_optimizer_does():
     adapters = optax.apply_updates(adapters, updates)
   for part, module in [(adapters["w"].a, layer.lora_A), (adapters["w"].b, layer.lora_B)]:
     np.testing.assert_allclose(part, module.default.weight.detach().numpy().T, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("change", "words"),
+  [
+    ({"b1": 1.0}, r"b1 1\.0 is not in \[0, 1\)"),
+    ({"b2": 2}, r"b2 2 is not in \[0, 1\)"),
+    ({"b2": 1 - 1e-12}, r"b2 .* is not in \[0, 1\)"),  # which float32 rounds to 1
+    ({"b2": math.nan}, "b2 nan is not finite"),
+    ({"eps": 0.0}, r"eps 0\.0 is not above 0"),
+    ({"eps": 1e-50}, "eps 1e-50 is not above 0 in float32"),
+    ({"eps": math.inf}, "eps inf is not finite"),
+    ({"weight_decay": -0.1}, r"weight_decay -0\.1 is below 0"),
+    ({"weight_decay": math.nan}, "weight_decay nan is not finite"),
+    ({"clip_norm": math.nan}, "clip_norm is nan"),
+  ],
+)
+def test_an_optimiser_with_a_number_out_of_its_range_is_refused(change, words):
+  right = {"b1": 0.9, "b2": 0.99, "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0}
+  with pytest.raises(ValueError, match=words):
+    adamw(optax.constant_schedule(0.1), **right | change)

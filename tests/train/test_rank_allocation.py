@@ -4,12 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import peft
 import pytest
 import tiny_run
-import torch
 from jaxprs import compilations
-from peft.tuners.adalora.layer import RankAllocator
+from peers import peft, torch
 from programs import normal
 from tolerances import assert_close
 
@@ -49,7 +47,7 @@ def test_importance_and_choice_are_those_of_peft_s_allocator_on_the_same_gradien
     target_modules=["up", "down"], **BETAS,
   )  # fmt: skip
   theirs = peft.get_peft_model(TorchModel(), config).base_model
-  allocator = RankAllocator(theirs, config, "default")
+  allocator = peft.tuners.adalora.layer.RankAllocator(theirs, config, "default")
   layers = {"up": theirs.model.up, "down": theirs.model.down}
   params = {name: jnp.zeros((x.in_features, x.out_features)) for name, x in layers.items()}
   adapters = moved(init(KEY, params, dict.fromkeys(params, SPEC)))

@@ -1,7 +1,9 @@
+import functools
 import json
 
 import pytest
 
+from lora_jax.tasks import completion
 from lora_jax.train.metrics import MetricsWriter
 from lora_jax.train.report import write_report
 from lora_jax.train.workdir import open_workdir, write_json
@@ -9,6 +11,7 @@ from lora_jax.train.workdir import open_workdir, write_json
 CONFIG = {"train": {"steps": 1200}, "adapter": {"rank": 8}}
 BEFORE = {"loss": 5.5, "accuracy": 0.25, "rows": 1400}
 AFTER = {"loss": 0.5, "accuracy": 0.875, "rows": 1400}
+LINES = functools.partial(completion.Completion.lines, None)  # it reads no field of the task
 SAMPLE = {"prompt": "2 + 2 =", "wanted": " 4", "before": "```\n5", "after": " 4"}
 
 
@@ -25,7 +28,9 @@ def log(workdir, losses):
 
 
 def page(workdir):
-  write_report(workdir, targets="query  LoRA(rank=8)", command="python -m x --workdir=runs/quick")
+  write_report(
+    workdir, targets="query  LoRA(rank=8)", command="python -m x --workdir=runs/quick", lines=LINES
+  )
   return workdir.readme.read_text()
 
 
@@ -59,6 +64,22 @@ def test_a_finished_run_has_results_before_and_after_and_its_samples(run):
   assert "| accuracy | 0.2500 | 0.8750 |\n| rows | 1,400 | 1,400 |" in text
   sample = "2 + 2 =\n\nwanted:   4\nbefore:  ```\n5\nafter:    4"
   assert f"````text\n{sample}\n````" in text  # what the model writes does not end the block
+
+
+def test_the_page_says_how_many_prompts_were_cut_and_how_many_positions_there_are(run):
+  splits = {
+    "training": {"examples": 1200, "cut": 30, "shared": 0, "longest": 79},
+    "held_out": {"examples": 40, "cut": 0, "shared": 40, "longest": 71},
+  }
+  data = {"max_length": 80, "positions": 2048, "splits": splits}
+  write_json(run.evaluation, {"split": "dev", "data": data, "before": BEFORE, "samples": []})
+  text = page(run)
+  assert (
+    "## Data\n\n- training: 30 of 1,200 prompts cut to max_length 80; the longest input has 79 "
+    "tokens, the model 2,048 positions\n- held_out: 0 of 40 prompts cut"
+  ) in text
+  assert "; 40 prompts share a token with their completion" in text
+  assert text.count("share a token") == 1
 
 
 def test_the_page_of_a_run_that_goes_on_is_that_of_one_that_never_stopped(run, tmp_path):

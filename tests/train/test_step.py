@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
-import torch
+from peers import torch
 
 from lora_jax.train.step import completion_loss, completion_objective, init_state, make_train_step
 from lora_jax.tree import flatten, join, partition

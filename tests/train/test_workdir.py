@@ -5,7 +5,14 @@ import sys
 
 import pytest
 
-from lora_jax.train.workdir import fingerprint, open_workdir, read_config, write_json
+from lora_jax.train.workdir import (
+  fingerprint,
+  open_workdir,
+  read_config,
+  read_inputs,
+  settle_inputs,
+  write_json,
+)
 
 CONFIG = {"model": "tiny", "lora": {"rank": 8, "targets": ("query", "value")}, "steps": 10}
 
@@ -32,6 +39,7 @@ def test_the_same_config_opens_the_folder_again(tmp_path):
 
 def test_another_config_is_refused_with_every_field_that_differs(tmp_path):
   with open_workdir(tmp_path, CONFIG) as workdir:
+    workdir.metrics.write_text('{"step": 1}\n')
     before = workdir.config.read_bytes()
   other = {"model": "tiny", "lora": {"rank": 4, "alpha": 16.0}, "steps": 20}
   message = refuse(ValueError, "different config", tmp_path, other)
@@ -44,6 +52,109 @@ def test_another_config_is_refused_with_every_field_that_differs(tmp_path):
     "Use another workdir, or delete this one",
   ]
   assert workdir.config.read_bytes() == before
+
+
+WORK = {
+  "a line of metrics": lambda run: run.metrics.write_text('{"step": 1}\n'),
+  "a checkpoint": lambda run: (run.checkpoints / "3").mkdir(parents=True),
+  "a damaged checkpoint": lambda run: (run.checkpoints / "damaged-3").mkdir(parents=True),
+  "an adapter": lambda run: run.adapter.mkdir(),
+  "a model": lambda run: (run.path / "model").mkdir(),
+  "members": lambda run: (run.path / "members").mkdir(),
+}
+NO_WORK = {
+  "nothing": lambda run: None,
+  "an empty log": lambda run: run.metrics.touch(),
+  "half a line": lambda run: run.metrics.write_text('{"step":'),
+  "what it was before": lambda run: run.evaluation.write_text("{}"),
+  "a page": lambda run: run.readme.write_text("Not begun"),
+  "half a checkpoint": lambda run: (run.checkpoints / "3.orbax-checkpoint-tmp").mkdir(parents=True),
+  "events": lambda run: run.tensorboard.mkdir(),
+}
+OTHER = {"model": "tiny", "steps": 1}
+
+
+@pytest.mark.parametrize("leave", WORK.values(), ids=WORK)
+def test_a_folder_is_a_run_s_own_from_the_first_thing_to_lose(leave, tmp_path):
+  with open_workdir(tmp_path, CONFIG) as run:
+    leave(run)
+  refuse(ValueError, "different config", tmp_path, OTHER)
+  with open_workdir(tmp_path, CONFIG):  # the same command goes on
+    pass
+
+
+@pytest.mark.parametrize("leave", NO_WORK.values(), ids=NO_WORK)
+def test_a_run_that_came_to_nothing_leaves_its_folder_to_the_mended_command(leave, tmp_path):
+  with open_workdir(tmp_path, CONFIG) as run:
+    leave(run)
+  with open_workdir(tmp_path, CONFIG):  # kept for the same command
+    kept = {path.name for path in tmp_path.iterdir()}
+  with open_workdir(tmp_path, OTHER):
+    assert read_config(tmp_path) == OTHER
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "lock"} <= kept
+
+
+def test_a_run_that_a_check_stops_leaves_no_config(tmp_path):
+  with pytest.raises(ValueError, match="batch"), open_workdir(tmp_path / "run", CONFIG):
+    raise ValueError("batch_size 7 is no multiple")
+  assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
+  with open_workdir(tmp_path / "run", OTHER):
+    pass
+
+
+def test_what_is_of_no_run_is_not_written_over(tmp_path):
+  (tmp_path / "README.md").write_text("mine")
+  refuse(ValueError, r"holds README\.md, which is of no run and would be written over", tmp_path)
+  assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+@pytest.mark.parametrize(("path", "words"), [("", "is empty"), ("/", "the root"), ("a/../", None)])
+def test_a_workdir_is_a_path_as_any_other(path, words, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  if words:
+    refuse(ValueError, words, path)
+  else:
+    with open_workdir(path, CONFIG) as run:
+      assert run.path == tmp_path
+
+
+INPUTS = {"data.source": {"a.csv": "3 bytes, sha256 aa"}, "model.source": {"x": "1", "y": "2"}}
+CHANGED = {"data.source": {"a.csv": "4 bytes, sha256 bb"}, "model.source": {"x": "1", "z": "2"}}
+
+
+def settle(path, inputs, work=False):
+  with open_workdir(path, CONFIG) as run:
+    settle_inputs(run, inputs)
+    if work:
+      run.metrics.write_text('{"step": 1}\n')
+
+
+def test_what_a_run_reads_is_held_to_what_it_began_with(tmp_path):
+  settle(tmp_path, INPUTS)
+  (tmp_path / "eval.json").write_text("of the data that were there")
+  settle(tmp_path, CHANGED)  # nothing is lost yet
+  assert not (tmp_path / "eval.json").exists()
+  settle(tmp_path, INPUTS, work=True)
+  settle(tmp_path, INPUTS)
+  assert read_config(tmp_path) == json.loads(json.dumps(CONFIG))
+  assert read_inputs(tmp_path) == INPUTS
+  with pytest.raises(ValueError, match="what the run reads has changed") as caught:
+    settle(tmp_path, CHANGED)
+  assert str(caught.value).splitlines() == [
+    f"{tmp_path}: what the run reads has changed since it began:",
+    "  data.source a.csv: 3 bytes, sha256 aa there, 4 bytes, sha256 bb now",
+    "  model.source y: 2 there, absent now",
+    "  model.source z: absent there, 2 now",
+    "Put back what was there, or use another workdir",
+  ]
+
+
+def test_a_run_from_before_there_were_fingerprints_goes_on(tmp_path):
+  with open_workdir(tmp_path, CONFIG) as run:
+    run.metrics.write_text('{"step": 1}\n')
+  for inputs in (INPUTS, CHANGED):
+    settle(tmp_path, inputs)
+  assert read_inputs(tmp_path) == {}
 
 
 def test_a_run_without_its_config_is_refused(tmp_path):

@@ -20,7 +20,7 @@ from lora_jax.train.optimizer import adamw, schedule
 from lora_jax.train.progress import Progress
 from lora_jax.train.step import completion_objective, init_state, make_train_step
 from lora_jax.train.workdir import fingerprint, open_workdir
-from lora_jax.tree import flatten, map_with_path, partition
+from lora_jax.tree import flatten, join, map_with_path, partition
 
 VOCAB, WIDTH, BATCH, LENGTH = 13, 8, 4, 6
 CONFIG = {"steps": 40, "seed": 3}
@@ -115,7 +115,7 @@ def run(path, seconds=0.0, batches=None, **changes):
         train_step,
         batches,
         learning_rate=schedule(**RATES),
-        evaluate=lambda weights: evaluate(eval_step, weights, held_out),
+        evaluate=lambda state, frozen: evaluate(eval_step, join(state.trainable, frozen), held_out),
         checkpoints=checkpoints,
         writer=writer,
         progress=progress,

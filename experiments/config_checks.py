@@ -1,0 +1,306 @@
+"""What the fields of a config may be: a run's, a compression's, and one that a folder holds.
+
+    check_run(config)                        # as configs/quickstart.py, before anything is read
+    check(config, COMPRESSION)               # as configs/compress.py
+    check(config, FINISHED, ADDED_LATER)     # of a finished run, as far as it is read again
+
+A field that is refused is named, with what it may be. What belongs together, as a batch and the
+devices, is checked where it is used.
+"""
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from lora_jax import checks
+
+_TINY, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+_MOST = 2**31 - 1  # steps, rows and tokens are counted in int32
+_ABSENT = object()
+
+
+class Rule(NamedTuple):
+  """What a field may be: in words, and whether a value is."""
+
+  words: str
+  holds: Callable[[Any], bool]
+
+
+def check_run(config: ConfigDict) -> None:
+  """Raises ValueError for a field that no run can have; as `check` does."""
+  check(config, RUN)
+  check_task(config)
+  own = {f"adapter.{name}": rule for name, rule in ADAPTERS.items() if name in config.adapter}
+  check(config, own)
+
+
+def check(config: ConfigDict, rules: Mapping[str, Rule], may_lack: Collection[str] = ()) -> None:
+  """Holds the fields of a config against rules.
+
+  Args:
+    config: whole, or read from a folder.
+    rules: `{field: rule}`.
+    may_lack: the fields that need not be there.
+
+  Raises:
+    ValueError: for a field that is missing or breaks its rule, by its name.
+  """
+  for field, rule in rules.items():
+    value = _find(config, field)
+    if value is _ABSENT and field not in may_lack:
+      raise ValueError(f"{field} is missing; it must be {rule.words}")
+    if value is not _ABSENT and not rule.holds(value):
+      raise ValueError(f"{field} is {checks.shown(value)}; it must be {rule.words}")
+
+
+def _find(config: ConfigDict, field: str) -> Any:
+  found: Any = config
+  for name in field.split("."):
+    if not isinstance(found, ConfigDict) or name not in found:
+      return _ABSENT
+    found = found[name]
+  return found
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def whole(least: int, most: int = _MOST) -> Rule:
+  """A whole number from `least` to `most`."""
+
+  def holds(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+  return Rule(f"{least} or more, a whole number of at most {most}", holds)
+
+
+def real(least: float, most: float = _LARGEST) -> Rule:
+  """A finite number from `least` to `most`."""
+  words = f"{least:g} or more" if most == _LARGEST else f"from {least:g} to {most:g}"
+  return Rule(f"{words}, and finite", lambda value: _is_number(value) and least <= value <= most)
+
+
+def either(*values: str) -> Rule:
+  """One of a few texts."""
+  words = f"one of {', '.join(values)}"
+  return Rule(words, lambda value: isinstance(value, str) and value in values)
+
+
+def sequence(each: Rule, *, empty: bool = True) -> Rule:
+  """A tuple or a list of values of one kind."""
+  return Rule(
+    f"a tuple, each of it {each.words}" + ("" if empty else ", with at least one"),
+    lambda value: (
+      isinstance(value, tuple | list) and (empty or len(value) > 0) and all(map(each.holds, value))
+    ),
+  )
+
+
+def optional(rule: Rule) -> Rule:
+  """What the rule allows, or None."""
+  return Rule(f"{rule.words}; or None", lambda value: value is None or rule.holds(value))
+
+
+SEED = whole(0, checks.MAX_SEED)
+COUNT = whole(1)
+ANY_COUNT = whole(0)
+FLAG = Rule("True or False", lambda value: isinstance(value, bool))
+TEXT = Rule("a text", lambda value: isinstance(value, str))
+NAME = Rule(
+  "a text that is not empty", lambda value: isinstance(value, str) and bool(value.strip())
+)
+SHARE = real(0.0, 1.0)
+POSITIVE = Rule(
+  "above 0 and finite, as float32 has it",
+  lambda value: _is_number(value) and _TINY <= value <= _LARGEST,
+)
+LIMIT = Rule("above 0", lambda value: POSITIVE.holds(value) or value == math.inf)
+DECAY = Rule(
+  "0 or more and below 1, as float32 has it",
+  lambda value: _is_number(value) and 0 <= value < 1 and np.float32(value) < 1,
+)
+SIZE = real(-_LARGEST)
+PATTERNS = sequence(NAME, empty=False)
+
+_MODEL = {
+  "model.source": NAME,
+  "model.dtype": either("float32", "bfloat16", "float16"),
+  "model.scan_layers": FLAG,
+  "model.quantize": NAME,
+  "model.quantize_targets": PATTERNS,
+  "model.new_tokens": sequence(NAME),
+  "model.remat": NAME,
+}
+
+
+_DATA = {
+  "source": NAME, "format": NAME, "columns": sequence(TEXT), "encoding": NAME,
+  "quoted": optional(FLAG), "detokenise": sequence(TEXT), "sign_of": TEXT, "neutral": real(0.0),
+  "split_by": NAME, "train": SHARE, "validation": SHARE, "test": SHARE, "test_source": TEXT,
+  "max_length": whole(2), "buckets": sequence(COUNT, empty=False),
+}  # fmt: skip
+# The fields of `data` and of `task` that a task has.
+_OF_TASKS = {
+  "completion": (
+    {
+      "prompt": TEXT, "completion": TEXT, "special_tokens": FLAG, "choices": sequence(TEXT),
+      "append_eos": FLAG, "packed_length": ANY_COUNT,
+    },
+    {},
+  ),
+  "classification": ({}, {"text": TEXT, "label": TEXT, "labels": sequence(NAME, empty=False)}),
+}  # fmt: skip
+
+
+def _section(name: str, rules: Mapping[str, Rule]) -> dict[str, Rule]:
+  return {f"{name}.{field}": rule for field, rule in rules.items()}
+
+
+ADDED_LATER = (
+  "data.encoding", "data.quoted", "data.special_tokens", "task.name", "model.new_tokens",
+)  # fmt: skip
+"""What earlier runs have not in their config; `experiments.parts` says what they meant."""
+
+
+def rules_of_task(name: str) -> dict[str, Rule]:
+  """The rules of a task's fields, in the sections `data` and `task`.
+
+  Raises:
+    ValueError: for an unknown name.
+  """
+  if name not in _OF_TASKS:
+    raise ValueError(f"task.name {checks.shown(name)} is unknown; use {', '.join(_OF_TASKS)}")
+  of_data, of_task = _OF_TASKS[name]
+  return _section("data", _DATA | of_data) | _section("task", of_task)
+
+
+def check_task(config: ConfigDict) -> None:
+  """Holds the sections `data` and `task` against what the config's task has.
+
+  Raises:
+    ValueError: as `check` does; and for a field of `data` that the task would not read.
+  """
+  if "task" in config and not isinstance(config.task, ConfigDict):
+    raise ValueError(f"task is {checks.shown(config.task)}; it must be a section")
+  name = config.task.name if "task" in config else "completion"
+  rules = rules_of_task(name)
+  check(config, rules, ADDED_LATER)
+  if unknown := sorted({f"data.{field}" for field in config.data} - rules.keys()):
+    raise ValueError(f"{unknown[0]}: the task {name} reads no such field; delete it")
+
+
+RUN = {
+  "seed": SEED,
+  **_MODEL,
+  "mesh.data": whole(-1),
+  "mesh.fsdp": whole(-1),
+  "mesh.tensor": whole(-1),
+  "task.name": NAME,
+  "train.steps": COUNT,
+  "train.batch_size": COUNT,
+  "train.accumulate": COUNT,
+  "train.loss_chunk": ANY_COUNT,
+  "train.log_every": COUNT,
+  "train.checkpoint_every": COUNT,
+  "train.keep": COUNT,
+  "train.evaluate_every": ANY_COUNT,
+  "train.quantize_merge": NAME,
+  "optimizer.peak": POSITIVE,
+  "optimizer.schedule": NAME,
+  "optimizer.warmup_steps": ANY_COUNT,
+  "optimizer.b1": DECAY,
+  "optimizer.b2": DECAY,
+  "optimizer.eps": POSITIVE,
+  "optimizer.weight_decay": real(0.0),
+  "optimizer.clip_norm": LIMIT,
+  "distill.teacher": NAME,
+  "distill.temperature": POSITIVE,
+  "distill.hard": SHARE,
+  "distill.hidden": real(0.0),
+  "evaluation.split": NAME,
+  "evaluation.examples": ANY_COUNT,
+  "evaluation.batch_size": COUNT,
+  "evaluation.samples": ANY_COUNT,
+}
+"""Of training; the methods' own are in `ADAPTERS`."""
+
+ADAPTED = {**_MODEL, "adapter.method": NAME}
+"""Of a run's folder, as far as it says what its adapter belongs to."""
+
+FINISHED = {
+  **ADAPTED,
+  "task.name": NAME,
+  "train.loss_chunk": ANY_COUNT,
+  "train.quantize_merge": NAME,
+  "evaluation.batch_size": COUNT,
+}
+"""Of a run's folder, as far as evaluation, generation and exports read it."""
+
+ADAPTERS = {
+  "rank": COUNT,
+  "alpha": SIZE,
+  "rslora": FLAG,
+  "train_a": FLAG,
+  "dropout": DECAY,
+  "constant_norm": FLAG,
+  "seed": SEED,
+  "d_initial": SIZE,
+  "fan_in": optional(COUNT),
+  "decompose_both": FLAG,
+  "factor": optional(COUNT),
+  "channels": FLAG,
+  "deviation": real(0.0),
+  "rho": real(1.0),
+  "batches": COUNT,
+  "iterations": optional(ANY_COUNT),
+  "target_rank": COUNT,
+  "first_steps": SHARE,
+  "last_steps": SHARE,
+  "every": COUNT,
+  "beta1": DECAY,
+  "beta2": DECAY,
+  "orthogonality": real(0.0),
+}
+"""Of a config's `adapter`, where the method has them."""
+
+COMPRESSION = {
+  **_MODEL,
+  "adapter": TEXT,
+  "keep_adapter": FLAG,
+  "text.source": NAME,
+  "text.format": NAME,
+  "text.columns": sequence(TEXT),
+  "text.encoding": NAME,
+  "text.quoted": optional(FLAG),
+  "text.special_tokens": FLAG,
+  "text.column": NAME,
+  "text.length": whole(2),
+  # More than the model has, or too few, is told once it is known.
+  "channels.mlp_width": ANY_COUNT,
+  "heads.num_kv_heads": ANY_COUNT,
+  "value_heads.value_dim": ANY_COUNT,
+  "factorize.targets": PATTERNS,
+  "factorize.gradients": FLAG,
+  "factorize.rows": COUNT,
+  "factorize.updates": ANY_COUNT,
+  "prune.targets": PATTERNS,
+  "prune.share": DECAY,
+  "prune.n": ANY_COUNT,
+  "prune.of": ANY_COUNT,
+  "quantize.targets": PATTERNS,
+  "quantize.block": ANY_COUNT,
+  "quantize.double": FLAG,
+  "task.name": NAME,
+  "task.examples": ANY_COUNT,
+  "task.batch_size": COUNT,
+  "task.split": NAME,
+  **_section("task.data", _DATA | _OF_TASKS["completion"][0]),
+  **{f"{step}.damping": real(0.0) for step in ("channels", "heads", "value_heads")},
+  **{f"{step}.damping": real(0.0) for step in ("factorize", "quantize")},
+}
+"""Of a compression; what its steps and sizes must be among each other is checked by
+`experiments.compression_checks`."""

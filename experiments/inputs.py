@@ -1,0 +1,107 @@
+"""What a run reads: nothing is replaced under its path unnoticed, and nothing is fetched unasked.
+
+workdir.settle_inputs(run, inputs.of_run(config))
+inputs.require(run.config, {"model.source": config.model.source}, fetch=False)
+
+A run keeps fingerprints in its config.json. The same command again, or a program that takes the
+run's model, holds them against the files as they are.
+
+A folder may come from a stranger, and so may the addresses in its files. A program that takes one
+reads what is on this machine: paths, and what is in the caches. A run that was trained here has put
+there all that it needs, so it is evaluated as it stands; for another one --fetch must be given.
+"""
+
+import pathlib
+from collections.abc import Iterable, Mapping
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from experiments import teachers
+from lora_jax.io import assets, fingerprints
+from lora_jax.train import workdir
+
+Inputs = dict[str, dict[str, str]]
+"""`{field of the config: {file: fingerprint}}`."""
+
+
+def of_run(config: ConfigDict) -> Inputs:
+  """Of what training reads: the data, the base with its tokenizer, and the teacher.
+
+  Raises:
+    FileNotFoundError: when one of them is not there.
+  """
+  sources = {"model.source": config.model.source, "data.source": config.data.source}
+  if config.data.test_source:
+    sources["data.test_source"] = config.data.test_source
+  if teachers.is_taught(config) and config.distill.teacher != "base":
+    sources["distill.teacher"] = config.distill.teacher
+  return {field: fingerprints.of(source) for field, source in sources.items()}
+
+
+def of_import(config: ConfigDict, adapter: str) -> Inputs:
+  """Of what an import reads: the adapter's folder, the base, and the data it is evaluated on."""
+  return of_run(config) | {"adapter.from": fingerprints.of(adapter)}
+
+
+def of_compression(config: ConfigDict) -> Inputs:
+  """Of the text and the task that a compressed model is measured by."""
+  sources = {"text.source": config.text.source}
+  if config.task.examples:
+    data = config.task.data
+    sources |= {"task.data.source": data.source, "task.data.test_source": data.test_source}
+  return {field: fingerprints.of(source) for field, source in sources.items() if source}
+
+
+def warn_of_changes(run: workdir.Workdir, config: ConfigDict, fields: Iterable[str]) -> None:
+  """Warns of files that changed since a finished run was trained."""
+  kept = workdir.read_inputs(run.path)
+  for field in fields:
+    section, _, name = field.partition(".")
+    source = config[section][name]
+    if field in kept and fingerprints.of(source) != kept[field]:
+      logging.warning(
+        "%s: %s has changed since the run in %s was trained with it; what follows is of what lies "
+        "there now",
+        *(field, source, run.path),
+      )
+
+
+def require(file: pathlib.Path, sources: Mapping[str, str], *, fetch: bool) -> None:
+  """Sees that what a file names is on this machine, and fetches it where that was asked for.
+
+  Args:
+    file: that the addresses stand in.
+    sources: `{field: address}`, as `lora_jax.io.assets.resolve` takes them; empty ones are none.
+    fetch: whether the user allows it.
+
+  Raises:
+    FileNotFoundError: when something is not there, with what would be fetched.
+    ValueError, ConnectionError: as `assets.resolve` does.
+  """
+  for field, source in sources.items():
+    if not source:
+      continue
+    try:
+      assets.resolve(source, fetch=fetch)
+    except assets.NotFetchedError as error:
+      raise FileNotFoundError(
+        f"{file}: its {field} is {error}. The file may come from a stranger, so nothing is fetched "
+        "for it unasked; if you trust it, give --fetch"
+      ) from None
+    except FileNotFoundError as error:
+      raise FileNotFoundError(f"{file}: its {field} is {error}") from None
+
+
+def require_of(run: workdir.Workdir, config: ConfigDict, fields: Iterable[str], *, fetch: bool):
+  """`require` for fields of a run's config, as "model.source"; ValueError where it lacks one."""
+  sources = {}
+  for field in fields:
+    section, _, name = field.partition(".")
+    try:
+      sources[field] = config[section][name]
+    except (KeyError, TypeError, AttributeError):
+      raise ValueError(
+        f"{run.config}: has no {field}; restore it, or use another workdir"
+      ) from None
+  require(run.config, sources, fetch=fetch)

@@ -1,0 +1,166 @@
+"""What every training has before it begins: data, model and targets, read and checked.
+
+case = prepare(config, configs, run)       # a run has one config of a member, a sweep several
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import grain
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+import lora_jax
+from experiments import config_checks, inputs, methods, parts, processes, samples, teachers
+from lora_jax import sharding
+from lora_jax.io.pretrained import Pretrained
+from lora_jax.tasks import Task
+from lora_jax.train import evaluation, progress, workdir
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+  """A training, before anything of it is computed.
+
+  Attributes:
+    config: of the run.
+    configs: of its members, as of a run of each; of a run that is no sweep, its own.
+    mesh: of the run.
+    task: on the model.
+    base: the model; its parameters are the base.
+    model: the module.
+    axes: the roles of the axes of the base.
+    specs: of each member, what is adapted and how.
+    tables: of each member, the table of what trains.
+    learning_rates: of each member.
+    examples: to train on.
+    eval_data, validation_data: batches of a pass; the latter None where there is none to do.
+    chosen: the held-out examples that people are shown.
+    described: what is kept of the examples' lengths.
+    own_rows: which rows of every batch this process reads.
+  """
+
+  config: ConfigDict
+  configs: Sequence[ConfigDict]
+  mesh: Mesh
+  task: Task
+  base: Pretrained
+  model: nn.Module
+  axes: Mapping[str, lora_jax.Axes]
+  specs: Sequence[Mapping[str, Any]]
+  tables: Sequence[str]
+  learning_rates: Sequence[optax.Schedule]
+  examples: Sequence[Any]
+  eval_data: grain.MapDataset
+  validation_data: grain.MapDataset | None
+  chosen: Sequence[Any]
+  described: Mapping[str, Any]
+  own_rows: Mapping[str, int]
+
+  @property
+  def quiet(self) -> bool:
+    """Whether this process shows no progress."""
+    return not processes.is_first()
+
+  @property
+  def forward(self) -> Callable:
+    """The function that is adapted."""
+    return self.task.forward(self.model)
+
+  @property
+  def table(self) -> Mapping[str, str | None]:
+    """The tensor names of adapters."""
+    return self.base.table
+
+  def train_batches(self, seed: int, **rows: int) -> grain.MapDataset:
+    """The training batches by a seed, or some rows of each."""
+    return self.task.train_batches(self.examples, self.config.train.batch_size, seed=seed, **rows)
+
+  def iterate(self, batches: grain.MapDataset, axis: int = 0) -> grain.DatasetIterator:
+    """Batches that another thread makes and puts on the devices, some steps ahead.
+
+    axis: that of the rows.
+    """
+    put_rows = functools.partial(sharding.put_rows, mesh=self.mesh, axis=axis)
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
+    return iter(batches.map(put_rows).to_iter_dataset(options))
+
+  def evaluate(
+    self, eval_step: Callable, weights: PyTree, data: grain.MapDataset, what: str, **bar: Any
+  ) -> dict[str, float]:
+    """The figures of weights on batches, with a bar of progress."""
+    shown = progress.watched(
+      data, what, compiled=set(), shape_of=self.task.shape_of, disable=self.quiet, **bar
+    )
+    return evaluation.evaluate(eval_step, weights, shown, self.task.metrics)
+
+
+def prepare(config: ConfigDict, configs: Sequence[ConfigDict], run: workdir.Workdir) -> Case:
+  """Reads and checks what a training needs.
+
+  What can be wrong is found before the model is loaded or, where it is a matter of the model's
+  shapes, before anything is computed.
+  """
+  for each in configs:
+    config_checks.check_run(each)
+  task = parts.make_task(config)
+  mesh = sharding.make_mesh(**config.mesh)
+  own_rows = parts.process_rows(config, mesh)
+  if len(configs) > 1:
+    task.check_stackable()
+  rules = [methods.all_rules(each.adapter, task) for each in configs]
+  teachers.check(config, task)
+  methods.merge_format(config)
+  learning_rates = [methods.make_optimizer(each)[1] for each in configs]
+  stage = functools.partial(progress.stage, disable=not processes.is_first())
+  with stage("look for changes of what is read"):
+    if processes.is_first():
+      workdir.settle_inputs(run, inputs.of_run(config))
+  with stage("read the data"):
+    records = parts.load_records(config.data, task)
+  train_records = parts.pick(records, "train", "data.train")
+  held_out_records = parts.pick(records, config.evaluation.split, "evaluation.split")
+  validation_records = []
+  if config.train.evaluate_every:
+    validation_records = parts.pick(records, "validation", "train.evaluate_every")
+  base = parts.extend(parts.load_model(config.model, mesh), task, config)
+  task = task.of_model(base)
+  with stage("tokenise"):
+    examples = task.examples(train_records)
+    held_out = task.examples(held_out_records)[: config.evaluation.examples or None]
+    validation = task.examples(validation_records) if validation_records else []
+  described = task.describe(training=examples, held_out=held_out)
+  print(f"data: {len(examples):,} to train on, {len(held_out):,} held out")
+  print("\n".join(task.lines(described)))
+
+  axes = parts.trace_axes(parts.make_model(base.config), base.params)
+  specs = [methods.specs_of(base, config.model, each, axes) for each in rules]
+
+  def one_pass(examples: Sequence[Any]) -> grain.MapDataset:
+    found = task.eval_batches(examples, config.evaluation.batch_size, **own_rows)
+    return found.map(functools.partial(sharding.put_rows, mesh=mesh))
+
+  return Case(
+    config=config,
+    configs=configs,
+    mesh=mesh,
+    task=task,
+    base=base,
+    model=parts.make_model(base.config),
+    axes=axes,
+    specs=specs,
+    tables=[str(lora_jax.summary(base.params, each, axes)) for each in specs],
+    learning_rates=learning_rates,
+    examples=examples,
+    eval_data=one_pass(held_out),
+    validation_data=one_pass(validation) if validation else None,
+    chosen=samples.choose(held_out, config.evaluation.samples),
+    described=described,
+    own_rows=own_rows,
+  )

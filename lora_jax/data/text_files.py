@@ -1,0 +1,130 @@
+"""The lines of a text file, packed by gzip or not, read as a stream.
+
+with lines("reviews.jsonl.gz", "utf-8-sig", newline="\n") as (found, size):
+  for line in found: ...
+"""
+
+import codecs
+import contextlib
+import difflib
+import gzip
+import io
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from lora_jax.io import steady_files
+
+_CHUNK = 1 << 20
+# Text is packed to a tenth, and where every record has the same long prompt to a thirtieth.
+_RATIO = 50
+_FREE = 1 << 26  # what a packed file may always hold, however small it is
+_GZIP = b"\x1f\x8b"
+_DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error)
+_BYTE_ORDER_MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+_COMPARED = 1000
+
+
+@contextlib.contextmanager
+def lines(path: Path, encoding: str, newline: str) -> Iterator[tuple[Iterator[str], int]]:
+  """Yields the lines of a file, and how many bytes they have; a byte-order mark is skipped.
+
+  gzip is recognised by its content; a packed file is read twice, and the first time measured.
+
+  Args:
+    path: of the file.
+    encoding: of its text.
+    newline: what ends a line, as `io.TextIOWrapper` takes it.
+
+  Raises:
+    FileNotFoundError: when it is not there.
+    ValueError: for anything but a regular file, one that changes while it is read, text in another
+      encoding, and gzip that is damaged or holds more than 64 MiB and fifty times its own size.
+  """
+  if not os.path.lexists(path):
+    there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    raise FileNotFoundError(f"{path}: no such data file{nearest(path.name, there)}")
+  with steady_files.opened(path) as file:
+    packed = file.read(2) == _GZIP
+    size = _unpacked_size(path, file) if packed else os.fstat(file.fileno()).st_size
+    try:
+      content = _content(file, packed)
+      text = io.TextIOWrapper(content, encoding=encoding, newline=newline)
+    except (LookupError, ValueError) as error:
+      reason = str(error)[:200]
+      raise ValueError(f"{path}: {reason}; give encoding= a name such as 'utf-16'") from error
+    try:
+      yield _lines(path, text, size), size
+    except UnicodeError as error:
+      raise ValueError(_misread(path, file, packed, encoding, error)) from error
+    except _DAMAGE as error:
+      raise ValueError(f"{path}: damaged gzip ({error}); fetch the file again") from error
+    except MemoryError:
+      raise ValueError(f"{path}: its records do not fit into memory; take a part of it") from None
+    finally:
+      text.detach()  # which would close the file
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+  """A question whether another name was meant, or nothing."""
+  near = [other for other, _ in zip(names, range(_COMPARED), strict=False) if len(other) < 200]
+  close = difflib.get_close_matches(name[:200], near, n=1, cutoff=0.4)
+  return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _content(file: BinaryIO, packed: bool) -> BinaryIO:
+  file.seek(0)
+  return gzip.GzipFile(fileobj=file) if packed else file
+
+
+def _unpacked_size(path: Path, file: BinaryIO) -> int:
+  size, limit = 0, max(_FREE, _RATIO * os.fstat(file.fileno()).st_size)
+  content = _content(file, packed=True)
+  try:
+    while chunk := content.read(_CHUNK):
+      size += len(chunk)
+      if size > limit:
+        raise ValueError(
+          f"{path}: its gzip holds more than {limit:,} bytes, {_RATIO} times its own size; if you "
+          "trust it, unpack it with gunzip and name the file that comes out"
+        )
+  except _DAMAGE as error:
+    raise ValueError(f"{path}: damaged gzip ({error}); fetch the file again") from error
+  return size
+
+
+def _lines(path: Path, text: io.TextIOWrapper, size: int) -> Iterator[str]:
+  left = size
+  for number, line in enumerate(text):
+    left -= len(line)  # a character has a byte or more
+    if left < 0:
+      raise ValueError(f"{path}: grew while it was read; wait until whatever writes it is done")
+    yield line if number else line.removeprefix("\ufeff")
+
+
+def _misread(path: Path, file: BinaryIO, packed: bool, encoding: str, error: UnicodeError) -> str:
+  """The message for a file in another encoding. Reads the file again to find the first bad byte."""
+  content = _content(file, packed)
+  start = content.read(2)
+  likely = _BYTE_ORDER_MARKS.get(start, "latin-1")
+  remedy = f"give the file's own encoding= (data.encoding in a config), here perhaps {likely!r}"
+  decoder = codecs.getincrementaldecoder(encoding)()
+  chunk, line, at = start + content.read(_CHUNK), 1, 0
+  while True:
+    before = len(decoder.getstate()[0])
+    try:
+      decoder.decode(chunk, final=not chunk)
+    except UnicodeDecodeError as found:
+      line += found.object[before : found.start].count(b"\n")
+      return (
+        f"{path}: line {line} is not {encoding}: byte {found.object[found.start]:#04x} at "
+        f"{at - before + found.start} ({found.reason}); {remedy}"
+      )
+    except UnicodeError:
+      chunk = b""
+    if not chunk:
+      return f"{path}: is not {encoding}: {str(error)[:200]}; {remedy}"
+    line, at = line + chunk.count(b"\n"), at + len(chunk)
+    chunk = content.read(_CHUNK)

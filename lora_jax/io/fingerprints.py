@@ -1,0 +1,58 @@
+"""What tells one file from another under the same path, cheaply for large ones too.
+
+    of("data.jsonl")          # {"data.jsonl": "5120 bytes, sha256 5d7c06e0..."}
+    of("models/SmolLM2")      # {"config.json": ..., "model.safetensors": ..., ...}
+    of("pypi://package==1.0/table.csv")      # {}: what lies there never changes
+
+A file of up to 64 MiB is hashed as a whole. Of a larger one the size counts, and the hash of 64
+pieces of 1 MiB, evenly spread, the first and the last MiB among them. That tells a model from
+another one, and from itself after a step of training, but not a change of a few bytes by hand.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from lora_jax.io import assets, safetensors, steady_files
+
+_WHOLE = 1 << 26
+_PIECE = 1 << 20
+_PIECES = 64
+
+# The files of a model's folder that are read, its tensors aside.
+_TEXTS = ("config.json", "compressed.json", "tokenizer.json", "tokenizer_config.json",
+          "tokenizer.model", "chat_template.jinja", "adapter_config.json")  # fmt: skip
+_TENSORS = ("compressed.safetensors", "adapter_model.safetensors")
+
+
+def of(source: str | Path) -> dict[str, str]:
+  """Returns `{name of a file: fingerprint}` of what a source holds.
+
+  source: as `assets.resolve` takes it; a folder is taken for a model's or an adapter's, of which
+    only the files that are read count. A release on PyPI never changes, so a file of one is not
+    looked at.
+
+  Raises what `assets.resolve` does, and ValueError for an index of tensors that is damaged and for
+  a file that changes while it is read.
+  """
+  if str(source).startswith("pypi://"):
+    return {}
+  path = assets.resolve(source)
+  if not path.is_dir():
+    return {path.name: _of_file(path)}
+  names = [name for name in (*_TEXTS, *_TENSORS) if (path / name).is_file()]
+  return {name: _of_file(path / name) for name in [*names, *safetensors.files_of(path)]}
+
+
+def _of_file(path: Path) -> str:
+  with steady_files.opened(path) as file:
+    size, digest = os.fstat(file.fileno()).st_size, hashlib.sha256()
+    if size <= _WHOLE:
+      starts: Iterable[int] = range(0, size, _PIECE)
+    else:
+      starts = (n * (size - _PIECE) // (_PIECES - 1) for n in range(_PIECES))
+    for start in starts:
+      file.seek(start)
+      digest.update(file.read(_PIECE))
+  return f"{size} bytes, sha256 {digest.hexdigest()}"

@@ -1,0 +1,124 @@
+"""What a pretrained model's files hold, opened and not yet read: a folder, or one GGUF file."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from lora_jax.families import Config, Family, family_of, parse_config, tensor_names
+from lora_jax.io import (
+  expert_tensors,
+  gguf,
+  gguf_configs,
+  json_files,
+  names,
+  safetensors,
+)
+from lora_jax.io import tokenizer as tokenizers
+
+Tensors = Mapping[str, gguf.GGUFTensor | safetensors.StoredTensor]
+
+_GGUF_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelFile:
+  """What a source holds, its tensors still unread and as the file has them.
+
+  rotates_neighbours: whether rotary positions turn the pairs (x[2r], x[2r + 1]) of a query or key,
+    as in llama.cpp, and not (x[r], x[r + H / 2]), as in the model.
+  blocks: the tensors of a GGUF file as they are stored.
+  dtypes: of the tensors of a folder that have been read.
+  """
+
+  config: Config
+  family: Family
+  tokenizer: tokenizers.Tokenizer
+  tensors: Tensors
+  table: names.Table
+  rotates_neighbours: bool
+  blocks: Mapping[str, gguf.GGUFTensor] = dataclasses.field(default_factory=dict)
+  dtypes: dict[str, str] = dataclasses.field(default_factory=dict)
+
+  @property
+  def stored_dtype(self) -> str:
+    """The narrowest float that holds the matrices as they are stored; float32 of quantised ones."""
+    kinds = {block.kind.name for block in self.blocks.values() if len(block.shape) > 1}
+    found = {_GGUF_DTYPES.get(kind, "float32") for kind in kinds} or set(self.dtypes.values())
+    return found.pop() if len(found) == 1 and found <= set(_GGUF_DTYPES.values()) else "float32"
+
+
+def read_config(folder: Path, families: Mapping[str, Family]) -> Config:
+  """Returns what the config.json of a folder says.
+
+  Raises FileNotFoundError where there is none, and ValueError as `families.parse_config` does.
+  """
+  path = folder / "config.json"
+  if not path.exists():
+    raise FileNotFoundError(f"{path}: no such file; {folder} is not a model's folder")
+  fields = json_files.read_json(path, what="a model's configuration")
+  try:
+    return parse_config(fields, families)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from None
+
+
+def open_folder(folder: Path, families: Mapping[str, Family]) -> ModelFile:
+  """Opens a folder with `config.json`, `*.safetensors` and a tokenizer; raises as `load` does."""
+  config = read_config(folder, families)
+  family = family_of(config, families)
+  table = tensor_names(config, families)
+  tensors = names.with_prefix(safetensors.open_folder(folder), table, family.prefix)
+  if config.tie_embeddings and not config.classes:
+    tensors = _without_tied_head(folder, tensors, table)
+  return ModelFile(
+    config=config,
+    family=family,
+    tokenizer=tokenizers.from_folder(folder),
+    tensors=expert_tensors.joined(tensors, folder),
+    table=table,
+    rotates_neighbours=False,
+  )
+
+
+def _without_tied_head(folder: Path, tensors: Tensors, table: names.Table) -> Tensors:
+  """Some writers store the embedding a second time, as the head that it is tied to."""
+  paths = ("head/kernel", "embed/embedding")
+  found = [name for path in paths for name in names.names_of(path, table) if name in tensors]
+  if len(found) < 2:
+    return tensors
+  head, embedding = found
+  pair = tensors[head], tensors[embedding]
+  if pair[0].shape != pair[1].shape or not np.array_equal(pair[0].load(), pair[1].load()):
+    raise ValueError(
+      f"{folder}: config.json ties the embeddings, yet {head} differs from {embedding}; set "
+      "tie_word_embeddings to false if the head is meant"
+    )
+  return {name: tensor for name, tensor in tensors.items() if name != head}
+
+
+def open_gguf(path: Path, families: Mapping[str, Family]) -> ModelFile:
+  """Opens a GGUF file; raises as `load` does."""
+  file = gguf.read(path)
+  factors = file.tensors.get("rope_freqs.weight")
+  try:
+    config = gguf_configs.from_gguf(
+      file.metadata,
+      tie_embeddings="output.weight" not in file.tensors,
+      rope_factors_R=None if factors is None else factors.load(),
+    )
+    family = family_of(config, families)
+    tokenizer = tokenizers.from_gguf(file.metadata)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from None
+  tensors = expert_tensors.joined(file.tensors, path)
+  return ModelFile(
+    config=config,
+    family=family,
+    tokenizer=tokenizer,
+    tensors=tensors,
+    table=family.names["gguf"],
+    rotates_neighbours=gguf_configs.rotates_neighbours(config.family),
+    blocks=tensors,
+  )

@@ -1,0 +1,221 @@
+"""What attention is made of: rotary positions, the cache, and `attend`, of all decoders alike.
+
+Shapes are written as suffixes, with the letters of `lora_jax.models.llama`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from lora_jax.models.llama_config import LlamaConfig, rotary_features, value_features
+from lora_jax.models.rope import DynamicRope, rotary_frequencies
+
+
+class KVCache(NamedTuple):
+  """One layer's keys and values; slot j holds the token at position j."""
+
+  key_BSKH: jax.Array
+  value_BSKG: jax.Array
+
+
+Cache = dict[str, KVCache]
+"""The caches of all layers, named as the blocks are: `block_{i}`, or `blocks` with a leading L."""
+
+
+def init_cache(
+  config: LlamaConfig, batch_size: int, max_length: int, dtype: DTypeLike = jnp.float32
+) -> Cache:
+  """Returns an empty cache.
+
+  config: of the model that will fill it.
+  batch_size: B.
+  max_length: S, the largest position that will be used, plus one. A key past it is dropped.
+  dtype: of keys and values; the model's `config.dtype` loses nothing.
+  """
+  shape = (batch_size, max_length, config.num_kv_heads)
+  return empty_cache(
+    config.num_layers,
+    (*shape, config.head_dim),
+    (*shape, value_features(config)),
+    dtype,
+    stacked=config.scan_layers,
+  )
+
+
+def empty_cache(
+  num_layers: int,
+  key_BSKH: tuple[int, ...],
+  value_BSKG: tuple[int, ...],
+  dtype: DTypeLike,
+  *,
+  stacked: bool,
+) -> Cache:
+  """Returns the cache of so many layers, from the shapes of a layer's keys and values."""
+
+  def empty(*leading: int) -> KVCache:
+    return KVCache(*(jnp.zeros((*leading, *shape), dtype) for shape in (key_BSKH, value_BSKG)))
+
+  if stacked:
+    return {"blocks": empty(num_layers)}
+  return {f"block_{i}": empty() for i in range(num_layers)}
+
+
+def write(cache: KVCache, positions_BT, key_BTKH, value_BTKG) -> KVCache:
+  """The cache with the keys and values of some positions."""
+  rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
+  return KVCache(
+    cache.key_BSKH.at[rows_B1, positions_BT].set(key_BTKH.astype(cache.key_BSKH.dtype)),
+    cache.value_BSKG.at[rows_B1, positions_BT].set(value_BTKG.astype(cache.value_BSKG.dtype)),
+  )
+
+
+class Rotation(NamedTuple):
+  """The rotary angles of each position, computed once a call for all layers.
+
+  query_BT: by what queries are multiplied besides; None: nothing.
+  """
+
+  cos_BTR: jax.Array
+  sin_BTR: jax.Array
+  query_BT: jax.Array | None = None
+
+
+def rotation(
+  config: LlamaConfig, positions_BT: jax.Array, length: int, rotated: bool = True
+) -> Rotation:
+  """Returns cos and sin of `position * frequency` in float32 (Su et al. 2021, section 3.2.2).
+
+  length: the longest text that there is room for, from `room`.
+  rotated: False leaves queries and keys as they are.
+  """
+  features, scaling = rotary_features(config), config.rope_scaling
+  query_BT, factor = None, 1.0
+  if config.query_growth is not None:
+    query_BT = 1 + config.query_growth * jnp.log1p(positions_BT // config.query_length)
+  if not rotated:
+    frequencies_R = np.zeros(features // 2)
+  elif scaling is None:
+    frequencies_R = rotary_frequencies(config.rope_theta, features)
+  else:
+    frequencies_R = scaling.frequencies(config.rope_theta, features, length)
+    factor = scaling.attention_factor
+  angles_BTR = positions_BT[..., None] * jnp.asarray(frequencies_R, jnp.float32)
+  return Rotation(factor * jnp.cos(angles_BTR), factor * jnp.sin(angles_BTR), query_BT)
+
+
+def room(config: LlamaConfig, positions_BT, segments_BT, length: int, cache: Cache | None) -> int:
+  """Returns the longest text that a call has room for: a cache's slots, or T.
+
+  positions_BT, segments_BT: as `llama.Llama` was given them.
+  length: T.
+
+  Raises ValueError where the rotary frequencies change with the length of a text, and a call's
+  texts may be of lengths for which they differ.
+  """
+  slots = length if cache is None else next(iter(cache.values())).key_BSKH.shape[-3]
+  scaling = config.rope_scaling
+  if scaling is None or scaling.changes_after is None or slots <= scaling.changes_after:
+    return slots
+  where = f"{type(scaling).__name__}: frequencies change after {scaling.changes_after} tokens, and "
+  if cache is not None and isinstance(scaling, DynamicRope):
+    raise ValueError(
+      f"{where}the cache has {slots} slots, whose keys would be rotated for different lengths; "
+      f"use at most {scaling.changes_after} slots, or decode without a cache"
+    )
+  if cache is None and (segments_BT is not None or positions_BT is not None):
+    raise ValueError(
+      f"{where}rows of {slots} tokens may hold texts of any length; use rows of at most "
+      f"{scaling.changes_after} tokens, or one text a row from position 0"
+    )
+  return slots
+
+
+def rotate(x_BTNH: jax.Array, turn: Rotation) -> jax.Array:
+  """Turns the pairs (x[r], x[r + R]) by the angles of their positions; what is after 2 R stays."""
+  cos_BT1R, sin_BT1R = turn.cos_BTR[:, :, None], turn.sin_BTR[:, :, None]
+  rotations = cos_BT1R.shape[-1]
+  ends = [end for end in (rotations, 2 * rotations) if end < x_BTNH.shape[-1]]
+  x_BTNR, y_BTNR, *rest = jnp.split(x_BTNH.astype(jnp.float32), ends, axis=-1)
+  turned = (x_BTNR * cos_BT1R - y_BTNR * sin_BT1R, y_BTNR * cos_BT1R + x_BTNR * sin_BT1R)
+  return jnp.concatenate((*turned, *rest), axis=-1).astype(x_BTNH.dtype)
+
+
+def segment_positions(tokens_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+  """Positions that start from 0 in each row, or in each segment."""
+  places_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+  if segments_BT is None:
+    return places_BT
+  starts_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)))
+  return places_BT - jax.lax.cummax(jnp.where(starts_BT, places_BT, 0), axis=1)
+
+
+def visible(positions_BT: jax.Array, slots: int, window) -> jax.Array:
+  """Which slots a token sees, [B, 1, T, S]: those up to its position, the `window` last of them.
+
+  window: an integer, of Python or traced; None: all.
+  """
+  slots_S, last_BT1 = jnp.arange(slots), positions_BT[..., None]
+  seen_BTS = slots_S <= last_BT1
+  if window is not None:
+    seen_BTS &= slots_S > last_BT1 - window
+  return seen_BTS[:, None]
+
+
+def attend(
+  query_BTNH: jax.Array,
+  key_BSKH: jax.Array,
+  value_BSKG: jax.Array,
+  *,
+  mask: jax.Array | None = None,
+  is_causal: bool = False,
+  scale: float | None = None,
+  softcap: float | None = None,
+  sinks_N: jax.Array | None = None,
+) -> jax.Array:
+  """softmax(cap(scale * q kᵀ)) v, as [B, T, N, G]; values may have fewer features than keys.
+
+  mask: True where a query sees a key, broadcast to [B, N, T, S]; None: everywhere.
+  is_causal: whether a query sees no key of a later place.
+  scale: of the products; None: 1 / sqrt(H).
+  softcap: scores x become `softcap * tanh(x / softcap)`; None: they stay.
+  sinks_N: the score of a place that has no value, for each head (Xiao et al. 2023, "Efficient
+    Streaming Language Models with Attention Sinks"; learned as in gpt-oss); None: there is none.
+  """
+  if softcap is not None or sinks_N is not None:
+    return _attend_plainly(
+      query_BTNH, key_BSKH, value_BSKG, mask, is_causal, scale, softcap, sinks_N
+    )
+  features, missing = value_BSKG.shape[-1], key_BSKH.shape[-1] - value_BSKG.shape[-1]
+  if missing:  # JAX's attention takes values of the keys' size
+    value_BSKG = jnp.pad(value_BSKG, ((0, 0), (0, 0), (0, 0), (0, missing)))
+  out_BTNH = jax.nn.dot_product_attention(
+    query_BTNH, key_BSKH, value_BSKG, mask=mask, is_causal=is_causal, scale=scale
+  )
+  return out_BTNH[..., :features] if missing else out_BTNH
+
+
+def _attend_plainly(query_BTNH, key_BSKH, value_BSKG, mask, is_causal, scale, softcap, sinks_N):
+  """As `attend`: JAX's attention has no cap and no sinks."""
+  batch, length, _, features = query_BTNH.shape
+  slots, kv_heads = key_BSKH.shape[1:3]
+  # Query heads that share keys are a group: N becomes [K, N / K].
+  query = query_BTNH.reshape(batch, length, kv_heads, -1, features)
+  scores = jnp.einsum("btkgh,bskh->bkgts", query, key_BSKH, preferred_element_type=jnp.float32)
+  scores *= features**-0.5 if scale is None else scale
+  if softcap is not None:
+    scores = softcap * jnp.tanh(scores / softcap)
+  seen = jnp.ones((1, 1, 1, 1), bool) if mask is None else mask
+  if is_causal:
+    seen &= jnp.tril(jnp.ones((length, slots), bool))
+  # A mask is alike for all heads, whose one axis is two here.
+  scores = jnp.where(seen[:, :, None], scores, jnp.finfo(jnp.float32).min)
+  if sinks_N is not None:
+    sinks = sinks_N.astype(jnp.float32).reshape(kv_heads, -1, 1, 1)
+    sinks = jnp.broadcast_to(sinks, (*scores.shape[:-1], 1))
+    scores = jnp.concatenate([scores, sinks], axis=-1)
+  weights = jax.nn.softmax(scores, axis=-1)[..., :slots].astype(value_BSKG.dtype)
+  out = jnp.einsum("bkgts,bskc->btkgc", weights, value_BSKG)
+  return out.reshape(batch, length, -1, value_BSKG.shape[-1])

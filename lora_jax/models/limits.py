@@ -1,0 +1,56 @@
+"""Limits of a model's sizes and numbers, checked before anything of that size is made.
+
+A configuration comes from a file, and one number of it is enough to take all memory.
+"""
+
+import math
+from typing import Any
+
+# More than any model has, and little enough for shapes to be traced in seconds and counted in the
+# integers of XLA.
+LARGEST = {
+  "vocab_size": 1 << 24, "width": 1 << 20, "mlp_width": 1 << 22, "num_layers": 1 << 10,
+  "num_heads": 1 << 14, "num_kv_heads": 1 << 14, "head_dim": 1 << 14, "max_length": (1 << 31) - 1,
+  "window": (1 << 31) - 1, "num_experts": 1 << 14, "per_token": 1 << 14, "rotary_dim": 1 << 14,
+  "query_length": (1 << 31) - 1,
+}  # fmt: skip
+MOST_LEARNED_POSITIONS = 1 << 24
+"""Of a model that has an embedding for each position: a table of this length is made."""
+# Outside of these, float32 has no number for a rotary frequency, or RMSNorm is another function.
+RANGES = {
+  "rope_theta": (1.0, 1e15), "local_rope_theta": (1.0, 1e15), "norm_eps": (1e-30, 0.1),
+  "query_divisor": (1e-3, 1e9), "attn_softcap": (1e-3, 1e9), "logit_softcap": (1e-3, 1e9),
+  "embedding_multiplier": (1e-6, 1e6), "attention_multiplier": (1e-6, 1e6),
+  "residual_multiplier": (1e-6, 1e6), "logit_divisor": (1e-6, 1e6), "query_growth": (0.0, 1e3),
+}  # fmt: skip
+
+
+def is_number(value: Any) -> bool:
+  """Whether a value is a finite int or float; a bool is none."""
+  return type(value) is int or (type(value) is float and math.isfinite(value))
+
+
+def check(where: str, name: str, kind: Any, value: Any) -> None:
+  """Checks a setting of a model.
+
+  Args:
+    where: begins the message.
+    name: of the setting, in LARGEST if it is an int and in RANGES if it is a float.
+    kind: int, float or bool; others are not checked.
+    value: to check.
+
+  Raises:
+    ValueError: when it is of another type or beyond what it may be.
+  """
+  where = f"{where}: {name}"
+  if kind is int:
+    if type(value) is not int or value < 1:
+      raise ValueError(f"{where} must be a positive integer, not {value!r:.40}")
+    if value > LARGEST[name]:
+      raise ValueError(f"{where} {value!r:.40} is over the limit of {LARGEST[name]:,}")
+  if kind is float:
+    least, most = RANGES[name]
+    if not (is_number(value) and least <= value <= most):
+      raise ValueError(f"{where} must be a number from {least} to {most}, not {value!r:.40}")
+  if kind is bool and type(value) is not bool:
+    raise ValueError(f"{where} must be True or False, not {value!r:.40}")

@@ -1,0 +1,91 @@
+"""Tokens that a model has not: a larger vocabulary, whose new rows alone train.
+
+    base = new_tokens.add(pretrained.load("folder"), ("<think>", "</think>"))
+    specs = match(base.params, [*new_tokens.rules(base, ("<think>", "</think>")), ("mlp", LoRA())])
+
+    before    {"embed": {"embedding": W (V, D)}}
+    after     {"embed": {"embedding": TokenRows(w=[W; mean], dw=0, ids=(V, V + 1))}}
+
+A new row starts as the mean of the rows of the tokens that there were. Then a new token is at most
+about as likely as the others are on average, and the model's text hardly changes (Hewitt 2021,
+"Initializing New Word Embeddings for Pretrained Language Models"). `transformers` draws its new
+rows from around the same mean.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import families, tree
+from lora_jax.adapters import TokenRows
+from lora_jax.io.pretrained import Pretrained
+from lora_jax.weights import is_weight, materialize
+
+
+def add(base: Pretrained, tokens: Sequence[str]) -> Pretrained:
+  """Returns the base with a token for each text, and rows of the embedding and the head for them.
+
+  Rows that no token had yet are used first, as `transformers` does; a vocabulary without any grows.
+  A quantized embedding or head becomes dense: rows are appended to it.
+
+  base: as `pretrained.load` or `pretrained.inspect` returned it; of shapes it makes shapes.
+  tokens: as `Tokenizer.with_tokens` takes them; () changes nothing.
+
+  Raises ValueError as `Tokenizer.with_tokens` does, and for a model larger than any.
+  """
+  if not tokens:
+    return base
+  tokenizer = base.tokenizer.with_tokens(tokens)
+  old, ids = base.tokenizer.vocab_size, _ids(tokenizer, tokens)
+  config = dataclasses.replace(
+    base.config, vocab_size=max(base.config.vocab_size, tokenizer.vocab_size)
+  )
+  shapes = families.param_shapes(config)
+  axes = _vocabulary_axes(base.config)
+
+  def changed(path: str, leaf: Any) -> Any:
+    if path not in axes:
+      return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+      return jax.ShapeDtypeStruct(shapes[path], leaf.dtype)
+    leaf, axis = materialize(leaf) if is_weight(leaf) else leaf, axes[path]
+    mean = jnp.mean(jax.lax.slice_in_dim(leaf, 0, old, axis=axis), axis, jnp.float32, keepdims=True)
+    missing = [(0, new - size) for size, new in zip(leaf.shape, shapes[path], strict=True)]
+    grown = jnp.moveaxis(jnp.pad(leaf, missing), axis, 0)
+    rows = jnp.moveaxis(mean, axis, 0).astype(leaf.dtype)
+    return jnp.moveaxis(grown.at[jnp.asarray(ids)].set(rows), 0, axis)
+
+  params = tree.map_with_path(changed, base.params, is_leaf=is_weight)
+  return dataclasses.replace(base, config=config, params=params, tokenizer=tokenizer)
+
+
+def rules(base: Pretrained, tokens: Sequence[str]) -> list[tuple[str, TokenRows]]:
+  """Returns the (path, spec) pairs by which the rows of new tokens train, as `match` takes them.
+
+  base: as `add` returned it.
+  tokens: as `add` was given them.
+  """
+  if not tokens:
+    return []
+  ids = _ids(base.tokenizer, tokens)
+  axes = _vocabulary_axes(base.config)
+  return [(path, TokenRows(ids=ids, axis=axis)) for path, axis in axes.items()]
+
+
+def _ids(tokenizer: Any, tokens: Sequence[str]) -> tuple[int, ...]:
+  vocabulary = tokenizer.vocabulary
+  return tuple(vocabulary[token] for token in tokens)
+
+
+def _vocabulary_axes(config: families.Config) -> dict[str, int]:
+  """The parameters that a larger vocabulary makes larger, each with the axis of the tokens."""
+  shapes = families.param_shapes(config)
+  larger = dataclasses.replace(config, vocab_size=config.vocab_size + 1)
+  return {
+    path: next(n for n, size in enumerate(shape) if size != shapes[path][n])
+    for path, shape in families.param_shapes(larger).items()
+    if shape != shapes[path]
+  }

@@ -1,0 +1,189 @@
+"""Tasks: what a run is about. One file a task, and one literal dict of them.
+
+    task = tasks.make(config.task, config.data, loss_chunk=0)   # what the config says, checked
+    records = …                                                 # rows of the data's file
+    task.check(records)                                         # before a model is loaded
+    found = task.extend(found, key)                             # of a model that was loaded
+    task = task.of_model(found)
+    examples = task.examples(records)
+    batches = task.train_batches(examples, 16, seed=0)
+    objective = task.objective(lora_jax.adapt(task.forward(model)))
+
+The loop, the step, checkpoints, sweeps and the main programs know a task by these methods alone. A
+task of one's own is a class with them, in a dict of one's own.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol, Self
+
+import flax.linen as nn
+import grain
+import jax
+
+from lora_jax.checks import shown
+from lora_jax.data.records import Record
+from lora_jax.io.pretrained import Pretrained
+from lora_jax.tasks.classification import Classification
+from lora_jax.tasks.completion import Completion
+from lora_jax.train.step import Batch, Objective
+
+PyTree = Any
+Example = Any
+Metrics = dict[str, float]
+
+
+class Task(Protocol):
+  """What a run is about.
+
+  A batch is a dict of arrays whose first axis is the row. What a task says of batches is meant for
+  those of its own datasets.
+  """
+
+  FIELDS: ClassVar[tuple[str, ...]]
+  """The names of its fields in the config's `task`, beside `name`."""
+  TRAINS: ClassVar[tuple[str, ...]]
+  """Patterns of the leaves that train in full whatever the adapter is: those that the task adds."""
+
+  @classmethod
+  def of(cls, task: Mapping[str, Any], data: Mapping[str, Any], loss_chunk: int) -> Self:
+    """The task of a config.
+
+    task: the section, with `name` and, of the fields in `FIELDS`, every one.
+    data: the section that says what the records are.
+    loss_chunk: positions of a row whose logits are held at a time; 0 for all.
+
+    Raises ValueError for values that do not go together.
+    """
+
+  def check_values(self, records: Sequence[Record]) -> None:
+    """Raises ValueError for a column of the file that holds what the task cannot read."""
+
+  def check(self, records: Sequence[Record]) -> None:
+    """Raises ValueError for records that lack a column which the task needs."""
+
+  def extend(self, found: Pretrained, key: jax.Array) -> Pretrained:
+    """The model with the leaves that the task adds, at their start; of shapes, their shapes."""
+
+  def of_model(self, found: Pretrained) -> Self:
+    """The task on an extended model; raises ValueError where it cannot be used for it."""
+
+  def examples(self, records: Sequence[Record]) -> list[Example]:
+    """The examples of records, on the host, in their order."""
+
+  def train_batches(
+    self, examples: Sequence[Example], batch_size: int, *, seed: int, **rows: int
+  ) -> grain.MapDataset:
+    """The endless dataset of training batches, each a pure function of its step.
+
+    rows: `shard_index` and `shard_count`, which rows of each batch are read.
+    """
+
+  def eval_batches(
+    self, examples: Sequence[Example], batch_size: int, **rows: int
+  ) -> grain.MapDataset:
+    """The dataset of one pass over the examples."""
+
+  def check_stackable(self) -> None:
+    """Raises ValueError when the batches of a step, drawn by several seeds, may differ in shape."""
+
+  def describe(self, **examples: Sequence[Example]) -> dict[str, Any]:
+    """What a run keeps in eval.json of its examples, by the name of the split."""
+
+  def lines(self, described: Mapping[str, Any]) -> list[str]:
+    """Lines for people about what `describe` returned; raises ValueError where it is damaged."""
+
+  def shape_of(self, batch: Batch) -> tuple[int, int]:
+    """The rows and the tokens of a row of a batch: of text, of patches, of frames."""
+
+  def summary(self, examples: Sequence[Example], batch_size: int) -> dict[str, Any]:
+    """What a pass comes to: `examples`, `batches`, `padding` (0 to 1) and `shapes`, {key: number of
+    batches}, of which the greatest key is the largest batch."""
+
+  def batch_of(self, shape: Any, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """A training batch of a shape of `summary`, with so many rows."""
+
+  def words_of(self, shape: Any) -> str:
+    """A row of a shape of `summary`, for people."""
+
+  def forward(self, model: nn.Module) -> Callable:
+    """What is adapted: `(variables, *inputs) -> outputs`."""
+
+  def run(self, apply: Callable) -> Callable[[PyTree, Batch], Any]:
+    """`(weights, batch) -> outputs`, as calibration runs the model."""
+
+  def mask(self, batch: Batch) -> jax.Array:
+    """True for each token of a batch that is no padding, [rows, tokens]."""
+
+  def objective(self, apply: Callable) -> Objective:
+    """`(weights, batch) -> (mean loss, count)`."""
+
+  def reading(self, apply: Callable, hidden: bool) -> Callable[[PyTree, Batch], Any]:
+    """`(weights, batch) -> logits`, or with `hidden` `(logits, hidden states)`, for distillation;
+    raises ValueError where the task has none."""
+
+  def make_eval_step(self, apply: Callable) -> Callable[[PyTree, Batch], PyTree]:
+    """The jitted step `(weights, batch) -> outputs`, of which `metrics` makes figures."""
+
+  def metrics(self, outputs: Sequence[Mapping[str, Any]]) -> Metrics:
+    """The figures of a pass, `loss` and `rows` among them, from the outputs of its batches."""
+
+  def line(self, metrics: Metrics) -> str:
+    """One line of figures for people."""
+
+  def given(self, examples: Sequence[Example]) -> list[dict[str, str]]:
+    """What a person is shown of examples: `prompt`, what the model sees, and what is `wanted`."""
+
+  def prompts(
+    self, records: Sequence[Record], examples: Sequence[Example], limit: int | None
+  ) -> list[dict[str, Any]]:
+    """The different prompts of records, as `write` takes them; raises ValueError for a task that
+    writes no texts."""
+
+  def write(
+    self, apply: Callable, weights: PyTree, asked: Sequence[Mapping[str, Any]], **how: Any
+  ) -> list[dict[str, Any]]:
+    """`prompt`, `text` and `references` of each prompt; see `Completion.write`."""
+
+  def longest_choice(self) -> int | None:
+    """The tokens of the longest answer; None where the answers are not given."""
+
+  def make_show(
+    self, apply: Callable, examples: Sequence[Example], put: Callable, share: int
+  ) -> Callable[[PyTree], list[str]]:
+    """Makes `weights -> what the model makes of each example`, in text.
+
+    put: brings what a step gives to every process.
+    share: the batch's rows are a multiple of it.
+    """
+
+
+TASKS: Mapping[str, type[Task]] = {
+  "completion": Completion,
+  "classification": Classification,
+}
+"""By `task.name` of a config."""
+
+
+def make(
+  task: Mapping[str, Any],
+  data: Mapping[str, Any],
+  *,
+  loss_chunk: int,
+  known: Mapping[str, type[Task]] = TASKS,
+) -> Task:
+  """The task of a config.
+
+  Raises:
+    ValueError: for a name that is not known, a field that the task does not have, and one that it
+      lacks; and as its `of` does.
+  """
+  name = task["name"]
+  if name not in known:
+    raise ValueError(f"task.name {shown(name)} is unknown; use one of {', '.join(known)}")
+  kind = known[name]
+  if unknown := sorted(set(task) - {"name", *kind.FIELDS}):
+    has = ", ".join(kind.FIELDS) or "none of its own"
+    raise ValueError(f"task.{unknown[0]}: the task {name} has no such field; its fields are {has}")
+  if missing := [field for field in kind.FIELDS if field not in task]:
+    raise ValueError(f"task.{missing[0]} is missing; the task {name} needs it")
+  return kind.of(task, data, loss_chunk)

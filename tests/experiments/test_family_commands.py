@@ -1,0 +1,53 @@
+"""The main programs on tiny models of other families than Llama's, as a user runs them."""
+
+import json
+import shutil
+
+import families
+import pytest
+import tiny_experiment
+from main_programs import run
+from peers import peft, torch, transformers
+
+from lora_jax.io import pretrained
+
+WORDS = {"buckets": (32, 96), "max_length": 97}  # a token is about a letter
+
+
+def write(folder, name):
+  """A config's file, with a model of a kind and records."""
+  families.write(folder, name)
+  words = pretrained.inspect(folder).tokenizer
+  folder = folder / "experiment"
+  folder.mkdir()
+  config = tiny_experiment.write(folder, words, data=WORDS, model={"scan_layers": True})
+  shutil.rmtree(folder / "model")
+  (folder / "model").mkdir()
+  families.write(folder / "model", name)
+  return config
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Qwen 2", "Gemma 3", "Qwen 3, experts", "gpt-oss", "GPT-2"])
+def test_a_family_is_planned_trained_evaluated_and_exported(tmp_path, name):
+  config, workdir = write(tmp_path, name), tmp_path / "run"
+  assert "it fits" in run("plan", f"--config={config}")
+  assert "it fits" in run("plan", f"--config={config}", "--config.mesh.tensor=2", "--devices=2")
+  run("train", f"--config={config}", f"--workdir={workdir}")
+  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  losses = [line["loss"] for line in lines if "loss" in line]
+  assert losses[-1] < losses[0]
+  run("evaluate", f"--workdir={workdir}")
+  run("generate", f"--workdir={workdir}", "--prompt=fine film", "--max_tokens=4")
+  run("export", f"--workdir={workdir}", "--to=merged", f"--output={tmp_path / 'merged'}")
+  merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+  base = transformers.AutoModelForCausalLM.from_pretrained(config.parent / "model")
+  adapted = peft.PeftModel.from_pretrained(base, workdir / "adapter").eval()
+  tokens = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
+  with torch.no_grad():
+    torch.testing.assert_close(merged(tokens).logits, adapted(tokens).logits, atol=1e-4, rtol=1e-4)
+  if name == "Gemma 3":
+    printed = run(
+      "export", f"--workdir={workdir}", "--to=gguf", f"--output={tmp_path / 'a.gguf'}", fails=True
+    )
+    assert "GGUF files of the family 'gemma3_text' are not supported" in printed

@@ -1,0 +1,252 @@
+"""GGUF files of each family of decoders: written here, read here, by transformers and llama.cpp."""
+
+import dataclasses
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+from gguf_peers import by_transformers, llama_cpp
+from tokenizers import pre_tokenizers
+
+from lora_jax import families, trace_axes
+from lora_jax.exchange import save_gguf
+from lora_jax.io import gguf_configs, gguf_model, names, pretrained, tokenizer
+from lora_jax.models import llama
+from lora_jax.weights import GGUFBlocks, LowRank, gguf_blocks, is_weight, materialize
+
+VOCABULARY = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "Ġab"]
+TEXT = "ab it's 1969, ab<|end|> and so on"
+_SIZES = {
+  "vocab_size": len(VOCABULARY), "width": 256, "mlp_width": 256, "num_layers": 2, "num_heads": 4,
+  "num_kv_heads": 2, "head_dim": 64, "max_length": 512, "norm_eps": 1e-6,
+}  # fmt: skip
+_GEMMA = gguf_configs.ARCHITECTURES["gemma2"] | {"tie_embeddings": True, "query_divisor": 64.0}
+_SETTINGS = {
+  "llama": {"rope_theta": 500.0},
+  "mistral": {"tie_embeddings": True},
+  "qwen2": {"qkv_bias": True, "tie_embeddings": True},
+  "qwen3": {"qk_norm": True},
+  "gemma2": _GEMMA
+  | {"window": 8, "local_layers": (True, False), "attn_softcap": 50.0, "logit_softcap": 30.0},
+  "gemma3_text": _GEMMA
+  | {
+    "num_layers": 7, "qk_norm": True, "window": 8, "local_layers": (True,) * 5 + (False, True),
+    "rope_theta": 1e6, "local_rope_theta": 1e4, "rope_scaling": llama.LinearRope(factor=8.0),
+  },
+}  # fmt: skip
+# What transformers does not read of a file, and has from its own configuration.
+_NOT_READ = {
+  "qwen3": {"head_dim": 64},
+  "gemma2": {"query_pre_attn_scalar": 64},
+  "gemma3_text": {
+    "query_pre_attn_scalar": 64,
+    "rope_parameters": {
+      "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+      "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    },
+  },
+}
+
+
+def config_of(name):
+  return llama.LlamaConfig(**_SIZES | _SETTINGS[name], family=name)
+
+
+def params_of(config):
+  random = np.random.default_rng(0)
+
+  def values(path, shape):
+    mean = path.endswith("scale") and not config.unit_offset
+    return jnp.asarray(mean + random.normal(scale=0.1, size=shape), jnp.float32)
+
+  shapes = families.param_shapes(config)
+  flat = {path: values(path, shape) for path, shape in shapes.items()}
+  # llama.cpp says nothing of the likeliest token where that ends a text or is half a character.
+  for path, axis in (("embed/embedding", 0), ("head/kernel", 1)):
+    if path in flat:
+      spoken = jnp.asarray([x.isascii() and x != "<|end|>" for x in VOCABULARY])
+      flat[path] *= jnp.expand_dims(spoken, 1 - axis)
+  return traverse_util.unflatten_dict(flat, sep="/")
+
+
+@pytest.fixture(scope="module")
+def words():
+  return tokenizer.from_gguf(
+    {
+      "tokenizer.ggml.model": "gpt2",
+      "tokenizer.ggml.pre": "llama-bpe",
+      "tokenizer.ggml.tokens": VOCABULARY,
+      "tokenizer.ggml.token_type": [3] + [1] * (len(VOCABULARY) - 1),
+      "tokenizer.ggml.merges": ["a b", "Ġ ab"],
+      "tokenizer.ggml.bos_token_id": 0,
+      "tokenizer.ggml.eos_token_id": 0,
+      "tokenizer.ggml.add_bos_token": True,
+    }
+  )
+
+
+def logits(config, params, ids):
+  apply = jax.jit(llama.Llama(config).apply)
+  return np.asarray(apply({"params": params}, jnp.asarray([ids])))[0]
+
+
+@pytest.mark.parametrize("name", _SETTINGS)
+def test_a_file_is_read_alike_here_in_transformers_and_in_llama_cpp(tmp_path, words, name):
+  config, path = config_of(name), tmp_path / "model.gguf"
+  params = params_of(config)
+  gguf_model.save(path, params, config, words)
+  back = pretrained.load(path)
+  same = {"norm_eps": config.norm_eps, "family": name}  # float32; a Mistral's file is a Llama's
+  assert dataclasses.replace(back.config, **same) == config
+  # A norm that was stored with 1 added has lost a bit or two.
+  near = {"atol": 1.2e-7} if config.unit_offset else {"atol": 0}
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, **near), back.params, params)
+
+  ids = words.encode(TEXT)
+  ours = logits(config, params, ids)
+  assert np.std(ours) > 0.3
+  _, apply = by_transformers(path, **_NOT_READ.get(name, {}))
+  np.testing.assert_allclose(apply(ids), ours, atol=2e-3)
+  likely = llama_cpp(path, TEXT)
+  logs = jax.nn.log_softmax(ours[-1])
+  # llama.cpp keeps keys and values in float16.
+  np.testing.assert_allclose([logs[i] for i in likely], list(likely.values()), atol=0.03)
+
+
+@pytest.mark.parametrize("name", _SETTINGS)
+def test_tensors_have_the_names_that_the_gguf_package_gives_the_architecture(name):
+  architecture = gguf_configs.architecture(config_of(name))
+  (arch,) = (x for x, theirs in gguf.MODEL_ARCH_NAMES.items() if theirs == architecture)
+  known = {gguf.TENSOR_NAMES[x].replace("{bid}", "{i}") for x in gguf.MODEL_TENSORS[arch]}
+  ours = {template.rpartition(".")[0] for template in names.GGUF[name]}
+  # What a family's file has not, a tied head or scaled rotations, its table may name.
+  assert ours - {"output", "rope_freqs"} <= known
+  theirs = gguf.get_tensor_name_map(arch, 2)
+  for theirs_name, path in names.GGUF[name].items():
+    published = [x for x, y in names.HUGGING_FACE[name].items() if y == path and path]
+    if path == "head/kernel" and "output" not in known:
+      continue
+    for each in published:
+      found = theirs.get_name(each.rpartition(".")[0].replace("{i}", "1"))
+      assert found == theirs_name.rpartition(".")[0].replace("{i}", "1")
+
+
+# Blocks of every kind that is kept, in the matrices of one model.
+_KINDS = {name: gguf.GGMLQuantizationType[name] for name in gguf_blocks.KINDS}
+
+
+@pytest.mark.parametrize(
+  "name",
+  [x if x == "gemma3_text" else pytest.param(x, marks=pytest.mark.slow) for x in _SETTINGS],
+)
+def test_blocks_of_every_kind_are_kept_as_they_are(tmp_path, words, name):
+  config, path = config_of(name), tmp_path / "model.gguf"
+  if name == "gemma3_text":
+    config = dataclasses.replace(config, num_layers=2, local_layers=())
+  params = params_of(config)
+  gguf_model.save(path, params, config, words)
+  file = gguf.GGUFReader(path)
+  writer = gguf.GGUFWriter(tmp_path / "blocks.gguf", gguf_configs.architecture(config))
+  for key, field in file.fields.items():
+    if not key.startswith("GGUF.") and key != "general.architecture":
+      sub_type = field.types[-1] if len(field.types) > 1 else None
+      writer.add_key_value(key, field.contents(), field.types[0], sub_type=sub_type)
+  random, kinds = np.random.default_rng(0), iter([*_KINDS] * 8)
+  for tensor in file.tensors:
+    values = np.array(tensor.data)
+    if values.ndim == 1:
+      writer.add_tensor(tensor.name, values)
+      continue
+    kind = next(kinds)
+    # The package makes no K-quants: any bytes are blocks, those of the scales being small.
+    blocks = random.integers(
+      0, 32, (values.shape[0], values.shape[1] // gguf.GGML_QUANT_SIZES[_KINDS[kind]][0]
+      * gguf.GGML_QUANT_SIZES[_KINDS[kind]][1]), dtype=np.uint8,
+    )  # fmt: skip
+    writer.add_tensor(tensor.name, blocks, raw_dtype=_KINDS[kind])
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+
+  kept = pretrained.load(tmp_path / "blocks.gguf", keep_blocks=GGUFBlocks.of).params
+  weights = [x for x in jax.tree.leaves(kept, is_leaf=is_weight) if is_weight(x)]
+  assert {x.kind for x in weights} == _KINDS.keys()
+  dense = pretrained.load(tmp_path / "blocks.gguf").params
+  jax.tree.map(np.testing.assert_array_equal, materialize(kept), dense)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
+def test_an_adapter_has_the_names_and_the_order_of_its_base(tmp_path, name):
+  config = config_of(name)
+  shapes = families.param_shapes(config)
+  params = {x: jax.ShapeDtypeStruct(shapes[x], jnp.float32) for x in shapes}
+  params = traverse_util.unflatten_dict(params, sep="/")
+  model = llama.Llama(config)
+  axes = trace_axes(lambda p, t: model.apply({"params": p}, t), params, jnp.zeros((1, 4), int))
+  path = "block_1/attn/query/kernel"
+  random = np.random.default_rng(0)
+  a, b = (jnp.asarray(random.normal(size=x), jnp.float32) for x in ((256, 2), (2, 256)))
+  adapter = LowRank(None, a, b, scale=1.0, roles=axes[path].roles)
+  save_gguf(tmp_path / "adapter.gguf", {path: adapter}, params, axes, config=config)
+  file = gguf.GGUFReader(tmp_path / "adapter.gguf")
+  found = {x.name: np.array(x.data) for x in file.tensors}
+  assert file.fields["general.architecture"].contents() == gguf_configs.architecture(config)
+  np.testing.assert_array_equal(found["blk.1.attn_q.weight.lora_a"], a.T)
+  np.testing.assert_array_equal(found["blk.1.attn_q.weight.lora_b"], b.T)
+
+
+@pytest.mark.parametrize(
+  ("name", "changes", "reason"),
+  [
+    ("gemma2", {"tie_embeddings": False}, "'gemma2' has no head that is not tied"),
+    ("gemma2", {"attn_softcap": None}, "'gemma2' has no attn_softcap=None"),
+    ("gemma2", {"local_layers": (False, True)}, "'gemma2' has no local_layers="),
+    ("gemma3_text", {"query_divisor": 100.0}, "'gemma3' has no query_divisor=100.0"),
+    ("gemma3_text", {"local_layers": (False,) * 6 + (True,)}, "'gemma3' has no local_layers="),
+    ("gemma3_text", {"unit_offset": False}, "'gemma3' has no unit_offset=False"),
+    ("mistral", {"window": 8}, "'llama' has no window=8"),
+  ],
+)
+def test_what_an_architecture_does_not_compute_is_not_written(name, changes, reason):
+  config = dataclasses.replace(config_of(name), **changes)
+  with pytest.raises(ValueError, match=f"architecture {reason}"):
+    gguf_configs.to_gguf(config)
+
+
+def metadata_of(name, **changes):
+  config = config_of(name)
+  metadata, _ = gguf_configs.to_gguf(config)
+  arch = gguf_configs.architecture(config)
+  metadata["general.architecture"] = arch
+  return metadata | {f"{arch}.{key}": value for key, value in changes.items()}
+
+
+def read(metadata):
+  return gguf_configs.from_gguf(metadata, tie_embeddings=True, rope_factors_R=None)
+
+
+def test_gemmas_largest_models_divide_scores_by_their_width():
+  found = read(metadata_of("gemma2", block_count=46))
+  assert found.query_divisor == 256 / 4
+  sizes = {"embedding_length": 5376, "attention.head_count": 32, "attention.head_count_kv": 16}
+  found = read(metadata_of("gemma3_text", block_count=62, **sizes))
+  assert found.query_divisor == 168.0  # of Gemma 3 27B
+  assert read(metadata_of("gemma3_text", **sizes)).query_divisor == 64.0
+
+
+def test_a_file_may_say_which_layers_have_the_window():
+  key = {"attention.sliding_window_pattern": 3}
+  assert read(metadata_of("gemma3_text", **key)).local_layers == (True, True, False) * 2 + (True,)
+  key = {"attention.sliding_window_pattern": [True] * 3 + [False] * 4}
+  assert read(metadata_of("gemma3_text", **key)).local_layers == (True,) * 3 + (False,) * 4
+  key = {"attention.sliding_window": 0}
+  assert read(metadata_of("gemma3_text", **key)).window is None
+  for wrong in (0, [True], "6", True):
+    with pytest.raises(ValueError, match="is neither a period nor a list of 7 layers"):
+      read(metadata_of("gemma3_text", **{"attention.sliding_window_pattern": wrong}))
+  with pytest.raises(ValueError, match="window must be a positive integer, not '8'"):
+    read(metadata_of("gemma3_text", **{"attention.sliding_window": "8"}))

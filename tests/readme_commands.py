@@ -1,0 +1,61 @@
+"""The README's commands, and each in a form that ends in seconds on a tiny model."""
+
+import pathlib
+import re
+import shlex
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+# What reads as another model or another run than the README's, in order of replacement.
+_NAMES = {
+  "runs/a/adapter": "runs/quickstart/adapter",
+  "runs/b/adapter": "runs/quickstart/adapter",
+  "=from_peft": "=runs/quickstart/adapter",
+  "=model.gguf": "=runs/model.gguf",
+  "/shared/runs/": "runs/",
+}
+
+
+def blocks(language: str) -> list[str]:
+  """The code of the README in a language."""
+  return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+  """The arguments of every `python -m ...` in order, less what starts it on other machines."""
+  found = []
+  for block in blocks("bash"):
+    for line in block.replace("\\\n", " ").splitlines():
+      if "python -m" in line:
+        tail = line.partition("python -m ")[2].removesuffix('"') if "gcloud" in line else line
+        words = shlex.split(tail.partition("python -m ")[2] or tail)
+        found.append(words)
+  return found
+
+
+def parsed(name: str) -> list[list[str]]:
+  """The arguments of the commands of one program."""
+  return [words[1:] for words in commands() if words[0] == name]
+
+
+def short(words: list[str], runs: pathlib.Path, model: pathlib.Path) -> list[str]:
+  """A command on a tiny model, in smoke form, below a folder of its own.
+
+  runs: takes the place of runs/.
+  model: a tiny model's folder, beside it the same as a GGUF file.
+  """
+  program, *arguments = words
+  made = []
+  for argument in arguments:
+    for old, new in _NAMES.items():
+      argument = argument.replace(old, new)
+    name, equals, value = argument.partition("=")
+    if name == "--config":
+      value += ",smoke" if ":" in value else ":smoke"
+    made.append(f"{name}{equals}{value}".replace("runs/", f"{runs}/"))
+  has_config = any(x.startswith("--config=") and "heal.py" not in x for x in made)
+  if has_config and not any(x.startswith("--config.model.source=") for x in made):
+    source = model if "--config.model.quantize=gguf" not in made else f"{model}.gguf"
+    made.append(f"--config.model.source={source}")
+  return [program, *made]
