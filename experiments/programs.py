@@ -109,7 +109,17 @@ def _leave(line: str, code: int) -> NoReturn:
   with contextlib.suppress(OSError, ValueError):  # closed, or full
     sys.stdout.flush()
   with contextlib.suppress(OSError, ValueError):
-    print(line, file=sys.stderr, flush=True, end="\n" if line else "")
+    sys.stderr.flush()
+    _say_last(f"{line}\n" if line else "")
   if jax.distributed.is_initialized():
     sys.exit(code)  # whose end tells the other processes
   os._exit(code)
+
+
+def _say_last(text: str) -> None:
+  """Writes the last words on the standard error; what other threads say from now on is lost."""
+  error = sys.stderr.fileno()
+  ours = os.dup(error)
+  os.dup2(os.open(os.devnull, os.O_WRONLY), error)
+  # In one call, for a thread's line that is under way could come between two.
+  os.write(ours, text.encode(sys.stderr.encoding, "backslashreplace"))
