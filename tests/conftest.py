@@ -1,13 +1,25 @@
-"""What several rooms' tests share: the real model, loaded once."""
+"""What several rooms' tests share: how programs are compiled, the real model, the public data."""
 
 import importlib.util
 import os
 import pathlib
 
-import jax
 import pytest
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
+
+
+def pytest_configure(config):
+  """Has XLA compile for tests, where each of thousands of programs runs once or twice.
+
+  It optimises little, and a program that another test, worker, main program or day compiled is
+  read from pytest's cache folder; `pytest --cache-clear` empties it. The environment's own settings
+  have precedence.
+  """
+  if hasattr(config, "cache"):
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("compiled")))
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+  os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 
 def _needs_torch(error: BaseException | None) -> bool:
@@ -43,6 +55,8 @@ def pytest_runtest_setup(item):
 @pytest.fixture(scope="module", autouse=True)
 def compiled_programs_are_let_go():
   """Thousands of small programs are compiled; kept to the end they would take gigabytes."""
+  import jax
+
   yield
   jax.clear_caches()
 
