@@ -9,9 +9,9 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+from functions import normal
 from jax import export
 from jax.sharding import AxisType, NamedSharding
-from programs import normal
 from weight_table import factors
 
 import lora_jax

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from functions import normal
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jaxprs import full_size_values
-from programs import normal
 from weight_table import MAKERS, low_rank
 
 import lora_jax

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from functions import normal
 from jaxprs import compilations, full_size_values
-from programs import PROGRAMS, Program, normal
+from programs import PROGRAMS, Program
 from tolerances import assert_close
 from weight_table import WEIGHTS, Kind, low_rank, with_weights
 

@@ -6,9 +6,10 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from functions import EMBED, HEADS, IDS, LAYERS, NESTED, X, attention, normal, scanned
 from jax import lax
 from jax.extend.core import primitives
-from programs import EMBED, HEADS, IDS, LAYERS, NESTED, PROGRAMS, X, attention, normal, scanned
+from programs import PROGRAMS
 
 import lora_jax
 from lora_jax import LoRA, compat, trace_axes

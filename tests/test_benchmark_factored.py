@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 import pytest
+from functions import normal
 from main_programs import imported
-from programs import normal
 
 import lora_jax
 from lora_jax.compress import report

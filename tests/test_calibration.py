@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from functions import normal
 from jax import lax
-from programs import normal
 from tolerances import assert_close
 
 import lora_jax

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from combiner_table import COMBINERS, WEIGHTS, deltas
-from programs import normal
+from functions import normal
 from tolerances import assert_close
 
 import lora_jax

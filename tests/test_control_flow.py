@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from functions import LAYER, LAYERS, dense, normal, scanned, up_down, wrong_jvp, wrong_vjp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxprs import compilations, equations
-from programs import LAYER, LAYERS, PROGRAMS, dense, normal, scanned, up_down, wrong_jvp, wrong_vjp
+from programs import PROGRAMS
 from tolerances import assert_close
 from weight_table import low_rank
 

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from functions import normal
 from jaxprs import full_size_values
-from programs import PROGRAMS, normal
+from programs import PROGRAMS
 from tolerances import assert_close
 from weight_table import WEIGHTS, factored, low_rank, with_weights
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from functions import normal
 from jaxprs import full_size_values
-from programs import normal
 from tolerances import assert_close
 
 import lora_jax

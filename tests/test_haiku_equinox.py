@@ -5,8 +5,8 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import pytest
+from functions import normal
 from jaxprs import full_size_values
-from programs import normal
 from tolerances import assert_close
 
 import lora_jax

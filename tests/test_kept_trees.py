@@ -13,7 +13,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax.training.train_state import TrainState
-from programs import normal
+from functions import normal
 from tolerances import assert_close
 
 import lora_jax

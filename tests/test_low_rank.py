@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from functions import normal
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax import lax
 from jaxprs import equations
-from programs import normal
 from tolerances import assert_close
 from weight_table import factors, low_rank
 

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from functions import normal
 from jax import lax
 from jaxprs import full_size_values
-from programs import normal
 from tolerances import assert_close
 from weight_table import factors
 

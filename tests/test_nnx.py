@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from programs import normal
+from functions import normal
 from tolerances import assert_close
 
 import lora_jax

@@ -5,9 +5,10 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from functions import LAYERS, normal, scanned
 from jax import lax
 from jax.extend.core import primitives
-from programs import LAYERS, PROGRAMS, normal, scanned
+from programs import PROGRAMS
 from tolerances import assert_close
 from weight_table import low_rank
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from adapters.method_table import KERNELS, METHODS
+from functions import normal
 from jaxprs import full_size_values
-from programs import normal
 from tolerances import assert_close
 from weight_table import factors
 

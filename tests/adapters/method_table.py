@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from functions import IDS, normal
 from jax import lax
-from programs import IDS, normal
 
 from lora_jax import AdaLoRA, DoRA, Full, LoHa, LoKr, LoRA, OLoRA, PiSSA, TokenRows, VeRA
 from lora_jax.adapters import Method

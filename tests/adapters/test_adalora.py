@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from programs import normal
+from functions import normal
 from tolerances import assert_close
 
 import lora_jax

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from functions import normal
 from jaxprs import equations, full_size_values
 from peers import peft, torch
-from programs import normal
 from tolerances import assert_close
 from weight_table import factors, low_rank
 

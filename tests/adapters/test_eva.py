@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from functions import normal
 from peers import peft, torch
-from programs import normal
 
 import lora_jax
 from lora_jax import Axes, LoRA, PiSSA, adapt, attach, initializers

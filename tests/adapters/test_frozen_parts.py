@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from functions import normal
 from method_table import METHODS
-from programs import normal
 
 import lora_jax
 from lora_jax import LoRA, VeRA, adapt

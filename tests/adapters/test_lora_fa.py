@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from functions import normal
 from jaxprs import equations
-from programs import normal
 
 from lora_jax import LoRA, adapt, attach, init, join, partition, trainable_mask, tree
 

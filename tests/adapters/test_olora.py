@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from programs import normal
+from functions import normal
 from starts import peft_start, start
 from tolerances import assert_close
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from functions import normal
 from jaxprs import full_size_values
-from programs import normal
 from starts import peft_start, start
 from tolerances import assert_close
 

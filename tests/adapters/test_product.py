@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from functions import normal
 from jaxprs import compilations, full_size_values
 from method_table import KERNELS, METHODS, Kernel, Row
-from programs import normal
 from tolerances import assert_close
 
 import lora_jax

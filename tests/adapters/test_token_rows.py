@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from functions import normal
 from jax import lax
 from jaxprs import full_size_values
 from peers import peft, torch
-from programs import normal
 from tolerances import assert_close
 
 import lora_jax

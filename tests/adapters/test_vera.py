@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from functions import normal
 from jaxprs import equations
 from peers import peft, torch
-from programs import normal
 from tolerances import assert_close
 
 import lora_jax

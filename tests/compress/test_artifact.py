@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from programs import normal
+from functions import normal
 
 import lora_jax
 from lora_jax.compress import artifact

@@ -4,7 +4,7 @@ import json
 
 import jax
 import jax.numpy as jnp
-from programs import normal
+from functions import normal
 
 import lora_jax
 from lora_jax.compress import prune, report

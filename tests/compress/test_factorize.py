@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from programs import convolve, normal
+from functions import convolve, normal
 
 import lora_jax
 from lora_jax import adapt, cost, materialize, tree

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from programs import normal
+from functions import normal
 from weight_table import factors, low_rank
 
 import lora_jax

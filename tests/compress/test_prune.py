@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from programs import PROGRAMS, normal
+from functions import normal
+from programs import PROGRAMS
 from tolerances import assert_close
 
 import lora_jax

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from programs import normal
+from functions import normal
 from tolerances import assert_close
 
 import lora_jax

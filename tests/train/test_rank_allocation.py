@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 import tiny_run
+from functions import normal
 from jaxprs import compilations
 from peers import peft, torch
-from programs import normal
 from tolerances import assert_close
 
 import lora_jax

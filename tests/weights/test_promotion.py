@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from functions import normal
 from jax import lax
-from programs import PROGRAMS, normal
+from programs import PROGRAMS
 from tolerances import assert_close
 from weight_table import MAKERS, Kind, low_rank, with_weights
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import qwix
+from functions import normal
 from jax import lax
-from programs import normal
 from tolerances import assert_close
 
 import lora_jax
