@@ -1,11 +1,9 @@
 """Adapted functions on a mesh of explicit axes, in a process of their own: `explicit_worker.py`."""
 
-import os
 import pathlib
 import re
-import subprocess
-import sys
 
+import device_processes
 import jax
 import pytest
 
@@ -22,24 +20,9 @@ if not hasattr(jax, "reshard"):  # JAX 0.8
   SLOW_STATEMENTS = [name for name in SLOW_STATEMENTS if name not in OLD]
 
 
-def run(statements):
-  return subprocess.run(
-    [sys.executable, WORKER, *statements],
-    capture_output=True,
-    text=True,
-    timeout=900,
-    env=os.environ
-    | {
-      "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-      "PYTHONPATH": os.pathsep.join(sys.path),  # the checkout that the tests are of
-    },
-  )
-
-
 @pytest.fixture(scope="module")
 def done():
-  return run(STATEMENTS)
+  return device_processes.run(WORKER, STATEMENTS)
 
 
 @pytest.mark.parametrize("statement", STATEMENTS)
@@ -50,5 +33,5 @@ def test_on_explicit_axes(done, statement):
 @pytest.mark.slow
 @pytest.mark.parametrize("statement", SLOW_STATEMENTS)
 def test_on_explicit_axes_slowly(statement):
-  done = run([statement])
+  done = device_processes.run(WORKER, [statement])
   assert statement in done.stdout.splitlines(), done.stderr

@@ -251,14 +251,18 @@ def test_fused_kernels_and_norms_over_all_heads_are_not_pruned(loaded):
     structured.prune_heads(olmo.params, olmo.config, 1, {})
 
 
+def moments_of(config, kernel, width):
+  """Second moments of the inputs, of a size, to a kernel of each layer."""
+  rows = np.random.default_rng(0).normal(size=(200, width)).astype(np.float32)
+  return {
+    f"block_{i}/{kernel}/kernel": Moments(jnp.asarray(rows.T @ rows), jnp.asarray(200.0))
+    for i in range(config.num_layers)
+  }
+
+
 def test_heads_of_a_model_with_biases_are_pruned_with_their_biases_and_values_not_shrunk(loaded):
   found = loaded("Qwen 2")
-  path = "block_{}/attn/out/kernel"
-  rows = np.random.default_rng(0).normal(size=(200, 32)).astype(np.float32)
-  moments = {
-    path.format(i): Moments(jnp.asarray(rows.T @ rows), jnp.asarray(200.0))
-    for i in range(found.config.num_layers)
-  }
+  moments = moments_of(found.config, "attn/out", 32)
   params, config = structured.prune_heads(found.params, found.config, 1, moments)
   assert config.num_heads == 2
   shapes = {x: leaf.shape for x, leaf in tree.flatten(params).items()}
@@ -271,11 +275,7 @@ def test_heads_of_a_model_with_biases_are_pruned_with_their_biases_and_values_no
 
 def test_heads_are_pruned_with_their_sinks_and_channels_of_experts_are_not(loaded):
   found = loaded("gpt-oss")
-  rows = np.random.default_rng(0).normal(size=(200, 64)).astype(np.float32)
-  moments = {
-    f"block_{i}/attn/out/kernel": Moments(jnp.asarray(rows.T @ rows), jnp.asarray(200.0))
-    for i in range(found.config.num_layers)
-  }
+  moments = moments_of(found.config, "attn/out", 64)
   params, config = structured.prune_heads(found.params, found.config, 1, moments)
   assert {x: leaf.shape for x, leaf in tree.flatten(params).items()} == param_shapes(config)
   for i in range(config.num_layers):
@@ -291,11 +291,7 @@ def test_heads_are_pruned_with_their_sinks_and_channels_of_experts_are_not(loade
 
 def test_channels_of_gpt_2_are_pruned_with_their_biases_and_heads_of_a_fused_kernel_are_not(loaded):
   found = loaded("GPT-2")
-  rows = np.random.default_rng(0).normal(size=(200, 128)).astype(np.float32)
-  moments = {
-    f"block_{i}/mlp/down/kernel": Moments(jnp.asarray(rows.T @ rows), jnp.asarray(200.0))
-    for i in range(found.config.num_layers)
-  }
+  moments = moments_of(found.config, "mlp/down", 128)
   params, config = structured.prune_channels(found.params, found.config, 96, moments)
   shapes = {x: leaf.shape for x, leaf in tree.flatten(params).items()}
   assert config.mlp_width == 96 and shapes == param_shapes(config)

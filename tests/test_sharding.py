@@ -1,11 +1,9 @@
 """Rules and layouts on meshes without devices, and training on eight: `sharding_worker.py`."""
 
 import dataclasses
-import os
 import pathlib
-import subprocess
-import sys
 
+import device_processes
 import jax
 import jax.numpy as jnp
 import optax
@@ -45,19 +43,8 @@ SLOW_STATEMENTS = [
 
 def on_eight_devices(statements):
   # The compiler's last passes would take half of the time, and the program is what is looked at.
-  flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-  return subprocess.run(
-    [sys.executable, WORKER, *statements],
-    capture_output=True,
-    text=True,
-    timeout=900,
-    env=os.environ
-    | {
-      "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": flags,
-      "PYTHONPATH": os.pathsep.join(sys.path),  # the checkout that the tests are of
-    },
-  )
+  flags = "--xla_backend_optimization_level=0"
+  return device_processes.run(WORKER, statements, devices=8, flags=flags)
 
 
 @pytest.fixture(scope="module")

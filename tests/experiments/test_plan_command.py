@@ -1,17 +1,13 @@
 """`python -m experiments.plan`, on a model of which there is a configuration and no tensor."""
 
 import json
-import os
-import pathlib
 import re
 import runpy
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
-from main_programs import imported
+from main_programs import imported, run
 
 from lora_jax import tree
 from lora_jax.io import configs
@@ -19,7 +15,6 @@ from lora_jax.models import llama
 from lora_jax.train import plan
 
 command = imported("experiments.plan")
-ROOT = pathlib.Path(__file__).parents[2]
 
 CONFIG = """
 import ml_collections
@@ -60,19 +55,6 @@ def config(config_file):
   return runpy.run_path(str(config_file))["get_config"]()
 
 
-def run(*arguments, fails=False, **environment):
-  done = subprocess.run(
-    [sys.executable, "-m", "experiments.plan", *map(str, arguments)],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=600,
-    env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
-  )
-  assert (done.returncode != 0) == fails, done.stdout + done.stderr
-  return done.stdout + done.stderr
-
-
 def planned(config, mesh):
   case = command.read(config)
   share = command.share_of_a_device(config, case, mesh)
@@ -84,7 +66,7 @@ def mesh_of(data, fsdp, tensor):
 
 
 def test_it_prints_what_trains_what_it_costs_and_whether_it_fits(config_file):
-  printed = run(f"--config={config_file}", "--device_memory=1GB")
+  printed = run("plan", f"--config={config_file}", "--device_memory=1GB")
   assert re.search(r"data: \d+ examples in \d+ batches, \d+% padding; 160 steps are", printed)
   assert re.search(r"largest batch: 32 rows of 64 tokens, 1 of them", printed)
   assert "parameters train (" in printed
@@ -94,17 +76,17 @@ def test_it_prints_what_trains_what_it_costs_and_whether_it_fits(config_file):
 
 
 def test_what_does_not_fit_comes_with_a_remedy(config_file):
-  printed = run(f"--config={config_file}", "--device_memory=10MB")
+  printed = run("plan", f"--config={config_file}", "--device_memory=10MB")
   assert "it does not fit; config.model.remat=dots or nothing" in printed
 
 
 def test_the_arguments_are_those_that_training_has(config):
   mesh = mesh_of(1, 1, 1)
   case = command.read(config)
-  run = command.whole_run(config, case, mesh)
+  built = command.whole_run(config, case, mesh)
   params = sum(leaf.size for leaf in jax.tree.leaves(case.params))
-  assert sum(leaf.size for leaf in jax.tree.leaves(run.frozen)) == params
-  assert run.batch["tokens"].shape == (32, 64) and run.batch["at"].shape == (32, 1)
+  assert sum(leaf.size for leaf in jax.tree.leaves(built.frozen)) == params
+  assert built.batch["tokens"].shape == (32, 64) and built.batch["at"].shape == (32, 1)
   assert planned(config, mesh).base == 4 * params
 
 
@@ -118,9 +100,9 @@ def test_packing_accumulation_and_the_chunked_loss_are_planned(config):
   config.train.accumulate, config.data.packed_length = 1, 64
   case = command.read(config)
   ((shape, _),) = case.data["shapes"].items()
-  run = command.whole_run(config, case, mesh)
-  assert run.batch["segments"].shape == (32, 64)
-  assert run.batch["at"].shape == (32, shape[1]) and shape[1] > 1
+  built = command.whole_run(config, case, mesh)
+  assert built.batch["segments"].shape == (32, 64)
+  assert built.batch["at"].shape == (32, shape[1]) and shape[1] > 1
   whole = planned(config, mesh)
   config.train.loss_chunk = 1
   assert planned(config, mesh).flops > whole.flops  # the head's forward pass once more
@@ -137,8 +119,8 @@ def test_a_mesh_shares_out_the_base_the_rows_and_the_heads(config):
 
 def test_heads_that_do_not_divide_stay_whole(config):
   case = command.read(config)
-  run = command.share_of_a_device(config, case, mesh_of(1, 1, 8))  # of four key/value heads
-  shapes = {path: leaf.shape for path, leaf in tree.flatten(run.frozen).items()}
+  built = command.share_of_a_device(config, case, mesh_of(1, 1, 8))  # of four key/value heads
+  shapes = {path: leaf.shape for path, leaf in tree.flatten(built.frozen).items()}
   assert shapes["blocks/attn/key/kernel/w"] == (4, 128, 64)
   assert shapes["blocks/mlp/up/kernel/w"] == (4, 128, 48)
   assert planned(config, mesh_of(1, 1, 8)).activations > 0
@@ -202,7 +184,7 @@ def share_of_the_compiled(printed):
 
 
 def test_the_compiler_reports_what_was_planned(config_file):
-  printed = run(f"--config={config_file}", "--compile=here")
+  printed = run("plan", f"--config={config_file}", "--compile=here")
   assert share_of_the_compiled(printed) == pytest.approx(1, abs=0.1)
 
 
@@ -216,7 +198,7 @@ def test_the_compiler_reports_what_was_planned_for_a_device_of_a_mesh(
     f"--config.mesh.{name}={n}" for name, n in zip(("data", "fsdp", "tensor"), sizes, strict=True)
   ]
   printed = run(
-    f"--config={config_file}:{arguments}", *mesh, "--compile=here",
+    "plan", f"--config={config_file}:{arguments}", *mesh, "--compile=here",
     JAX_NUM_CPU_DEVICES=f"{np.prod(sizes)}",
   )  # fmt: skip
   assert share_of_the_compiled(printed) == pytest.approx(1, abs=0.1)
