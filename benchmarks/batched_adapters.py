@@ -10,20 +10,19 @@ as in `benchmarks.step`, and every ratio is taken within a round.
 
 import functools
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags
-from tqdm import tqdm
 
 import lora_jax
 from benchmarks.circumstances import describe_circumstances
 from benchmarks.models import MODELS, Case
 from benchmarks.reporting import define_output, publish
 from benchmarks.rows import Adapters, make_adapters
+from benchmarks.turns import ratio, run_in_turns, timed
 
 PyTree = Any
 Run = Callable[[], jax.Array]
@@ -56,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
   )
   table, temporary = make_rows(case, [int(count) for count in _ADAPTERS.value], _RANK.value)
   check_rows(table)
-  seconds = run_in_turns(table, _ROUNDS.value)
+  seconds = run_in_turns({label: timed(run) for label, run in table.items()}, _ROUNDS.value)
   size = sum(leaf.size for leaf in jax.tree.leaves(case.params))
   title = (
     f"{_MODEL.value} ({size / 1e6:,.1f}M), {_BATCH.value} × {_LENGTH.value}, {_DTYPE.value}, "
@@ -134,25 +133,12 @@ def check_rows(table: Mapping[str, Run]) -> None:
       raise RuntimeError(f"{label}: the result is {error:.1%} from that of {ONE}")
 
 
-def run_in_turns(table: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
-  """`{row: seconds of each round}`, in an order that is reversed every other round."""
-  seconds = {label: [] for label in table}
-  for i in tqdm(range(rounds), desc="rounds"):
-    for label in table if i % 2 == 0 else reversed(table):
-      started = time.perf_counter()
-      jax.block_until_ready(table[label]())
-      seconds[label].append(time.perf_counter() - started)
-  return seconds
-
-
 def format_table(seconds: Mapping[str, Sequence[float]], temporary: Mapping[str, int]) -> str:
   """The table in markdown."""
   lines = ["| row | ms | / one adapter | temporary, MB |", "| --- | ---: | ---: | ---: |"]
   for label, own in seconds.items():
-    ratios = [x / y for x, y in zip(own, seconds[ONE], strict=True)]
-    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
     lines.append(
-      f"| {label} | {1e3 * statistics.median(own):,.1f} | {median:.2f} ({low:.2f}–{high:.2f}) "
+      f"| {label} | {1e3 * statistics.median(own):,.1f} | {ratio(own, seconds[ONE])} "
       f"| {temporary[label] / 1e6:,.1f} |"
     )
   return "\n".join(lines)

@@ -44,7 +44,7 @@ class Case:
   floor: str
 
   @property
-  def is_language_model(self) -> bool:
+  def islanguage_model(self) -> bool:
     """Whether `transformers` knows the model."""
     return hasattr(self.module.config, "vocab_size")
 
@@ -138,7 +138,7 @@ def small(dtype: DTypeLike, batch: int, length: int, scan_layers: bool) -> Case:
 def smollm2(dtype: DTypeLike, batch: int, length: int, scan_layers: bool) -> Case:
   """SmolLM2-135M-Instruct."""
   model = pretrained.load(pretrained.DEFAULT, dtype=dtype, scan_layers=scan_layers)
-  return _language_model(model.config, model.params, batch, length)
+  return language_model(model.config, model.params, batch, length)
 
 
 def llama1b(dtype: DTypeLike, batch: int, length: int, scan_layers: bool) -> Case:
@@ -158,7 +158,7 @@ def llama1b(dtype: DTypeLike, batch: int, length: int, scan_layers: bool) -> Cas
     dtype=dtype,
     param_dtype=dtype,
   )
-  return _language_model(config, None, batch, length)
+  return language_model(config, None, batch, length)
 
 
 def tiny(dtype: DTypeLike, batch: int, length: int, scan_layers: bool) -> Case:
@@ -177,12 +177,10 @@ def tiny(dtype: DTypeLike, batch: int, length: int, scan_layers: bool) -> Case:
     dtype=dtype,
     param_dtype=dtype,
   )
-  return _language_model(config, None, batch, length)
+  return language_model(config, None, batch, length)
 
 
-def _language_model(
-  config: families.Config, params: PyTree | None, batch: int, length: int
-) -> Case:
+def language_model(config: families.Config, params: PyTree | None, batch: int, length: int) -> Case:
   """A decoder with the loss of the next token at every position; params None makes random ones."""
   keys = jax.random.split(jax.random.key(0), 2)
   tokens = jax.random.randint(keys[0], (batch, length + 1), 0, config.vocab_size)

@@ -8,8 +8,8 @@ to one length or to the nearest of the config's buckets, and packed, several exa
 same batches in all rounds' order; every ratio is taken within a round.
 """
 
+import functools
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -20,6 +20,7 @@ from tqdm import tqdm
 import lora_jax
 from benchmarks.circumstances import describe_circumstances
 from benchmarks.reporting import define_output, publish
+from benchmarks.turns import ratio, run_in_turns, timed
 from configs import quickstart
 from experiments import methods, parts
 from lora_jax.data import batches, packing
@@ -59,7 +60,11 @@ def main(argv: Sequence[str]) -> None:
     ),
   }
   ways = {name: [dataset[n] for n in range(_STEPS.value)] for name, dataset in ways.items()}
-  seconds = run_in_turns(ways, make_run(config, task, pretrained), _ROUNDS.value)
+  run = make_run(config, task, pretrained)
+  for data in tqdm(ways.values(), desc="compile"):
+    run(data)
+  turns = {name: timed(functools.partial(run, data)) for name, data in ways.items()}
+  seconds = run_in_turns(turns, _ROUNDS.value)
   report = "\n".join([
     "## Packing short examples: SmolLM2-135M, LoRA of rank 8, layers scanned",
     "",
@@ -94,21 +99,6 @@ def make_run(config, task, pretrained) -> Callable[[Batches], None]:
   return run
 
 
-def run_in_turns(
-  ways: Mapping[str, Batches], run: Callable[[Batches], None], rounds: int
-) -> dict[str, list[float]]:
-  """`{way: seconds of each round}`; every batch is taken once before, so all is compiled."""
-  seconds = {name: [] for name in ways}
-  for data in tqdm(ways.values(), desc="compile"):
-    run(data)
-  for i in tqdm(range(rounds), desc="rounds"):
-    for name in ways if i % 2 == 0 else reversed(ways):
-      started = time.perf_counter()
-      run(ways[name])
-      seconds[name].append(time.perf_counter() - started)
-  return seconds
-
-
 def counted(batch: step.Batch) -> np.ndarray:
   """True [rows, tokens] where a token is an example's."""
   if "segments" in batch:
@@ -128,11 +118,9 @@ def format_table(ways: Mapping[str, Batches], seconds: Mapping[str, Sequence[flo
     tokens = sum(counted(batch).sum() for batch in data)
     places = sum(batch["tokens"].size for batch in data)
     rates[name] = [tokens / own for own in seconds[name]]
-    ratios = [x / y for x, y in zip(rates[name], next(iter(rates.values())), strict=True)]
-    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
     lines.append(
       f"| {name} | {100 * (1 - tokens / places):.0f} | {statistics.median(rates[name]):,.0f} "
-      f"| {median:.2f} ({low:.2f}–{high:.2f}) |"
+      f"| {ratio(rates[name], next(iter(rates.values())))} |"
     )
   return "\n".join(lines)
 

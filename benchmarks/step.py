@@ -11,6 +11,7 @@ always measured, since the ratios are to them.
 """
 
 import contextlib
+import functools
 import importlib.util
 import os
 import statistics
@@ -29,6 +30,7 @@ from benchmarks.models import MODELS, Case
 from benchmarks.reporting import define_output, publish
 from benchmarks.rows import ADAPTED, BARE, JaxRow
 from benchmarks.torch_peer import TorchRow
+from benchmarks.turns import ratio, run_in_turns
 
 Row = JaxRow | TorchRow
 
@@ -90,7 +92,8 @@ def main(argv: Sequence[str]) -> None:
     for row in tqdm(table, desc="start"):
       row.start()
       stack.callback(row.close)
-    seconds = run_in_turns(table, _ROUNDS.value, _STEPS.value)
+    turns = {row.label: functools.partial(row.run, _STEPS.value) for row in table}
+    seconds = run_in_turns(turns, _ROUNDS.value)
   size = sum(leaf.size for leaf in jax.tree.leaves(case.params))
   title = f"{_MODEL.value} ({size / 1e6:,.1f}M), {batch} × {length}, {_DTYPE.value}"
   report = "\n\n".join(
@@ -151,24 +154,6 @@ def compile_in_turns(table: Sequence[Row], rounds: int) -> dict[str, list[float]
   for row in tqdm(turns, desc="compile"):
     seconds[row.label].append(row.compile())
   return seconds
-
-
-def run_in_turns(table: Sequence[Row], rounds: int, steps: int) -> dict[str, list[float]]:
-  """`{label: seconds of a step in each round}`."""
-  seconds = {row.label: [] for row in table}
-  for i in tqdm(range(rounds), desc="rounds"):
-    for row in table if i % 2 == 0 else reversed(table):
-      seconds[row.label].append(row.run(steps))
-  return seconds
-
-
-def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> str:
-  """The median of the ratios round by round, and their quartiles."""
-  ratios = [x / y for x, y in zip(numerator, denominator, strict=True)]
-  if len(ratios) == 1:
-    return f"{ratios[0]:.2f}"
-  low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
-  return f"{median:.2f} ({low:.2f}–{high:.2f})"
 
 
 def format_table(

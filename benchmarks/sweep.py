@@ -21,13 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import app, flags
-from tqdm import tqdm
 
 import lora_jax
 from benchmarks import rows
 from benchmarks.circumstances import describe_circumstances
 from benchmarks.models import MODELS, Case
 from benchmarks.reporting import define_output, publish
+from benchmarks.turns import ratio, run_in_turns, timed
 from lora_jax.train import members, step
 
 PyTree = Any
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
   )
   table = make_rows(case, counts, ranks)
   check_rows(table)
-  seconds = run_in_turns(table, _ROUNDS.value)
+  seconds = run_in_turns({label: timed(row.step) for label, row in table.items()}, _ROUNDS.value)
   size = sum(leaf.size for leaf in jax.tree.leaves(case.params))
   title = (
     f"{_MODEL.value} ({size / 1e6:,.1f}M), {_BATCH.value} × {_LENGTH.value} a member, "
@@ -216,19 +216,6 @@ def check_rows(table: Mapping[tuple[str, int], Row]) -> None:
       raise RuntimeError(f"{count} members: the losses of the two forms differ by {error:.2%}")
 
 
-def run_in_turns(
-  table: Mapping[tuple[str, int], Row], rounds: int
-) -> dict[tuple[str, int], list[float]]:
-  """`{row: seconds of each round}`, in an order that is reversed every other round."""
-  seconds = {label: [] for label in table}
-  for i in tqdm(range(rounds), desc="rounds"):
-    for label in table if i % 2 == 0 else reversed(table):
-      started = time.perf_counter()
-      table[label].step()
-      seconds[label].append(time.perf_counter() - started)
-  return seconds
-
-
 def format_table(
   table: Mapping[tuple[str, int], Row], seconds: Mapping[tuple[str, int], Sequence[float]]
 ) -> str:
@@ -239,12 +226,11 @@ def format_table(
     "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
   ]
   for (form, count), own in seconds.items():
-    ratios = [x / y for x, y in zip(own, seconds[FORMS[0], count], strict=True)]
-    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
     ms = 1e3 * statistics.median(own)
+    alone = ratio(own, seconds[FORMS[0], count])
     row = table[form, count]
     lines.append(
-      f"| {count} | {form} | {ms:,.1f} | {ms / count:,.1f} | {median:.2f} ({low:.2f}–{high:.2f}) "
+      f"| {count} | {form} | {ms:,.1f} | {ms / count:,.1f} | {alone} "
       f"| {row.compile:.1f} | {row.temporary / 1e6:,.1f} |"
     )
   return "\n".join(lines)

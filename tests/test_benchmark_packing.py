@@ -1,6 +1,5 @@
 """`benchmarks.packing`: what it counts, on batches as the data room makes them."""
 
-import numpy as np
 from main_programs import imported
 
 from lora_jax.data import batches, packing
@@ -23,10 +22,3 @@ def test_padding_does_not_count_in_any_way_of_batching():
   cells = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
   assert cells[0][:3] == ["rows", "62", "6"]  # 12 of 32 places
   assert cells[1] == ["packed", "25", "18", "3.00 (2.50–3.50)"]  # 12 of 16 places
-
-
-def test_the_ways_take_turns_in_alternating_order():
-  taken = []
-  seconds = packing_benchmark.run_in_turns({"x": ["x"], "y": ["y"]}, taken.append, rounds=2)
-  assert taken == [["x"], ["y"], ["x"], ["y"], ["y"], ["x"]]
-  assert np.all([len(own) == 2 for own in seconds.values()])
