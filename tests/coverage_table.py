@@ -68,7 +68,7 @@ Against `transformers` and `peft`, on tiny random models (`tests/models/test_fam
 `tests/test_family_exchange.py`, `tests/io/test_family_configs.py`, `tests/test_gpt2_files.py`):
 logits, greedy tokens with a cache and without, adapters in and out, presets, merging, nf4, factors,
 the merged model exported. On a mesh (`tests/sharding_worker.py`): Llama, models that have their
-switches together, one with experts, and GPT-2. Rotary frequencies, linear, dynamic, YaRN, LongRoPE
+switches together, two with experts, and GPT-2. Rotary frequencies, linear, dynamic, YaRN, LongRoPE
 and Llama 3.1's, at lengths up to and beyond the first context: `tests/models/test_rope.py`. Experts
 (`tests/models/test_experts.py`, `tests/test_experts_exchange.py`): their router's loss is not
 computed, sweeps refuse them, for JAX has no `vmap` of `ragged_dot` over adapters alone, and MXFP4
@@ -117,24 +117,8 @@ COLUMNS = {
     ],
     LLAMA,
   ),
-  # sharding_worker.py, whose models have the switches of these.
-  "mesh": (
-    [],
-    {
-      "llama",
-      "mistral",
-      "qwen2",
-      "qwen3",
-      "gemma2",
-      "gemma3_text",
-      "phi3",
-      "smollm3",
-      "granite",
-      "ministral3",
-      "qwen3_moe",
-      "gpt2",
-    },
-  ),
+  # sharding_worker.py, whose models have between them the switches of every family.
+  "mesh": ([], set(library.FAMILIES)),
 }
 """What is claimed of a family: the tests that hold it, and families that they have beside their own
 parameters."""

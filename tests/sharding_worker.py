@@ -44,6 +44,24 @@ FUSED = dataclasses.replace(
   CONFIG, fused=True, rotary_dim=6, rotated_layers=(True, False), pre_norms=False, post_norms=True,
   residual_multiplier=0.5, query_growth=0.1, query_length=4,
 )  # fmt: skip
+OLMO = dataclasses.replace(
+  CONFIG,
+  pre_norms=False,
+  post_norms=True,
+  qk_norm=True,
+  whole_qk_norm=True,
+  window=5,
+  local_layers=(True, False),
+)
+GPT_OSS = dataclasses.replace(
+  CONFIG,
+  qkv_bias=True,
+  out_bias=True,
+  attn_sinks=True,
+  window=5,
+  local_layers=(True, False),
+  experts=llama.ExpertConfig(num_experts=6, per_token=2, width=80, clamped=True, biases=True),
+)
 GPT2 = gpt2.GPT2Config(
   vocab_size=112, width=64, mlp_width=160, num_layers=2, num_heads=8, head_dim=8, max_length=32,
   scan_layers=True,
@@ -207,6 +225,20 @@ def the_losses_with_fused_kernels_are_those_of_one_device():
   assert_same_losses((2, 2, 2), FUSED)
   *_, ops = trained((2, 1, 4), FUSED)
   assert not gathered(ops) & {(64, 96), (64, 160), (64, 320)}  # out, down, qkv and gate_up
+
+
+def the_losses_of_a_model_with_norms_over_all_heads_are_those_of_one_device():
+  assert_same_losses((2, 2, 2), OLMO)
+  assert_same_losses((2, 1, 4), OLMO)
+  *_, ops = trained((2, 1, 4), OLMO)
+  assert not gathered(ops) & KERNELS
+
+
+def the_losses_of_a_model_with_sinks_and_biased_experts_are_those_of_one_device():
+  assert_same_losses((2, 2, 2), GPT_OSS)
+  assert_same_losses((2, 1, 4), GPT_OSS)
+  *_, ops = trained((2, 1, 4), GPT_OSS)
+  assert not gathered(ops) & (KERNELS | OF_EXPERTS)
 
 
 def the_losses_of_gpt_2_are_those_of_one_device():
