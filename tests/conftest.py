@@ -12,14 +12,19 @@ HAS_TORCH = importlib.util.find_spec("torch") is not None
 def pytest_configure(config):
   """Has XLA compile for tests, where each of thousands of programs runs once or twice.
 
-  It optimises little, and a program that another test, worker, main program or day compiled is
-  read from pytest's cache folder; `pytest --cache-clear` empties it. The environment's own settings
-  have precedence.
+  It optimises little, and a program that another test, worker or day compiled is read from pytest's
+  cache folder; `pytest --cache-clear` empties it. The environment's own settings have precedence.
   """
   if hasattr(config, "cache"):
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("compiled")))
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
   os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+  import jax  # reads these
+
+  del jax
+  # Not in the processes that tests start: XLA aborts where it reads a CPU's program for several
+  # devices, and one that is killed leaves half a file. `main_programs.run` allows it again.
+  os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
 
 
 def _needs_torch(error: BaseException | None) -> bool:

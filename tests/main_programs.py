@@ -22,14 +22,16 @@ def run(program: str, *arguments, fails: bool = False, **environment: str) -> st
   """Runs `python -m experiments.<program>`; returns what it printed, errors last.
 
   fails: whether it must end with an error; otherwise it must not.
+  environment: its variables beside the tests' own; JAX_NUM_CPU_DEVICES for several devices.
   """
+  cached = {} if "JAX_NUM_CPU_DEVICES" in environment else {"JAX_ENABLE_COMPILATION_CACHE": "1"}
   done = subprocess.run(
     [sys.executable, "-m", f"experiments.{program}", *map(str, arguments)],
     cwd=pathlib.Path(__file__).parents[1],
     capture_output=True,
     text=True,
     timeout=600,
-    env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"} | cached | environment,
   )
   assert (done.returncode != 0) == fails, done.stdout + done.stderr
   return done.stdout + done.stderr

@@ -22,7 +22,7 @@ all_programs = pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAM
 def pairs(*everyday: str, some: tuple[str, ...] = (), formed: bool = True):
   """The rows of the table of programs with those of the table of weights.
 
-  At every commit: every program with the weights named in `everyday`, and every fifth program,
+  At every commit: every program with the weights named in `everyday`, and every tenth program,
   other ones for each weight, with those in `some`. The rest are slow tests. Without `formed` those
   weights are left out whose arrays are formed anyway.
   """
@@ -31,7 +31,7 @@ def pairs(*everyday: str, some: tuple[str, ...] = (), formed: bool = True):
     if kind.is_formed and not formed:
       continue
     for row, (name, program) in enumerate(PROGRAMS.items()):
-      often = weight in everyday or (weight in some and (row + column) % 5 == 0)
+      often = weight in everyday or (weight in some and (row + column) % 10 == 0)
       marks = [] if often else [pytest.mark.slow]
       found.append(pytest.param(program, kind, id=f"{name}-{weight}", marks=marks))
   return pytest.mark.parametrize(("program", "kind"), found)
@@ -78,7 +78,7 @@ def differentiate(f, program: Program):
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-@pairs("bfloat16-base", some=("nf4", "gguf", "dora", "lokr"))
+@pairs(some=("bfloat16-base", "nf4", "gguf", "dora", "lokr"))
 def test_the_adapted_function_of_the_tree_is_the_function_of_the_materialized_tree(program, kind):
   params, x = arguments(program, kind)
   assert_close(adapt(program.f)(params, x), program.f(materialize(params), x), kind.dtype)
@@ -380,7 +380,12 @@ def test_a_low_rank_update_of_a_user_s_own_kind_of_weight_is_factored():
 
 
 @pytest.mark.parametrize(
-  "program", [pytest.param(p, id=name) for name, p in PROGRAMS.items() if p.vmap]
+  "program",
+  [
+    pytest.param(p, id=name, marks=[pytest.mark.slow] if row % 4 else [])
+    for row, (name, p) in enumerate(PROGRAMS.items())
+    if p.vmap
+  ],
 )
 def test_vmap_over_adapters_gives_what_each_adapter_gives_alone(program):
   params, x = arguments(program, WEIGHTS["float32"])

@@ -45,6 +45,7 @@ def get_config(tmp_path_factory, smollm2):
   return get_config
 
 
+@pytest.mark.slow
 def test_a_sweep_makes_the_runs_that_are_not_there_yet(get_config, tmp_path, monkeypatch):
   results = tmp_path / "folder" / "methods.jsonl"
   runs = [("base", get_config("lora", 0)), ("lora", get_config("lora", 0))]
@@ -101,6 +102,7 @@ def test_the_table_has_a_row_for_each_method_over_its_seeds():
   ]
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_said_to_and_does_not_stop_the_sweep(get_config, tmp_path):
   config = get_config("lora", 0)
   config.optimizer.peak = 1e30

@@ -41,6 +41,17 @@ def report(tmp_path_factory) -> str:
   return done.stdout
 
 
+def test_a_step_is_measured_beside_the_floor_and_full_fine_tuning():
+  done = run_benchmark(
+    "--model=tiny", "--scan_layers", "--rows=ours", "--rounds=2", "--compilations=1"
+  )
+  assert done.returncode == 0, done.stderr
+  table = read_table(done.stdout)
+  assert list(table) == ["floor: base frozen", "full fine-tuning", "ours, rank 8"]
+  assert losses(table["ours, rank 8"])[0] == losses(table["full fine-tuning"])[0]
+
+
+@pytest.mark.slow
 def test_rows_that_train_the_same_reach_the_same_loss_in_jax_in_qwix_and_in_pytorch(report):
   table = read_table(report)
   full, ours = table["full fine-tuning"], table["ours, rank 8"]
@@ -58,6 +69,7 @@ def test_rows_that_train_the_same_reach_the_same_loss_in_jax_in_qwix_and_in_pyto
     assert table[name]["trains"] == ours["trains"]
 
 
+@pytest.mark.slow
 def test_the_report_names_the_command_the_versions_and_every_cell_of_the_baselines(report):
   assert "`python -m benchmarks.step --model=tiny --scan_layers --rounds=2" in report
   for package in ("jax", "flax", "optax", "torch", "transformers", "peft"):
@@ -91,9 +103,9 @@ def test_pytorch_s_rows_are_left_out_of_a_model_that_it_does_not_have():
   [
     (["--rows=theirs"], "--rows takes some of floor, full"),
     (["--ranks=8,0"], "--ranks takes positive whole numbers"),
-    (["--rounds=1"], "rounds"),
+    pytest.param(["--rounds=1"], "rounds", marks=pytest.mark.slow),
     (["--output=no/such/folder/results.md"], "a folder that exists"),
-    (["--model=huge"], "small|smollm2|llama1b|tiny"),
+    pytest.param(["--model=huge"], "small|smollm2|llama1b|tiny", marks=pytest.mark.slow),
   ],
 )
 def test_a_wrong_argument_is_refused_with_what_it_could_be(arguments, words):

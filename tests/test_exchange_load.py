@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from peers import peft
-from torch_models import gpt2_twins, image_twins, in_peft, llama_twins, made_by_peft
+from torch_models import gpt2_twins, image_twins, in_peft, llama_twins, made_by_peft, of_models
 
 from lora_jax.weights import (
   AdaLoRA,
@@ -240,11 +240,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-  ("case", "model", "n"),
-  [(case, model, n) for case, row in CASES.items() for n, model in enumerate(row[0])],
-  ids=lambda x: str(x),
-)
+@pytest.mark.parametrize(("case", "model", "n"), of_models(CASES))
 def test_an_adapter_made_by_peft_gives_the_same_logits(case, model, n, tmp_path):
   twins, (_, config, counts, kinds) = TWINS[model], CASES[case]
   expected = made_by_peft(twins, config(), tmp_path)

@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import traverse_util
 from jax import lax
 from peers import peft, torch, transformers
@@ -49,6 +50,20 @@ class Twins:
   def save(self, folder, adapters, **changes):
     settings = self.settings | {"base_model": "tiny", "task_type": None} | changes
     exchange.save(folder, adapters, self.params, self.axes, **settings)
+
+
+def of_models(cases: Mapping[str, tuple]) -> list:
+  """(case, model, its number) of each model that a case's row begins with.
+
+  At every commit each case is tested on one model, and each model on some of the cases.
+  """
+  return [
+    pytest.param(
+      case, model, n, id=f"{case}-{model}", marks=[] if n == i % len(row[0]) else [pytest.mark.slow]
+    )
+    for i, (case, row) in enumerate(cases.items())
+    for n, model in enumerate(row[0])
+  ]
 
 
 def torch_logits(model: torch.nn.Module, inputs: np.ndarray) -> np.ndarray:

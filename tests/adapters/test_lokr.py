@@ -72,8 +72,10 @@ USES = {
 }  # fmt: skip
 
 
-PAIRS = [(use, spec) for use in USES for spec in ("low-rank", "full")]
-PAIRS += [(use, spec) for use in ("x @ w", "x @ w.T", "heads out") for spec in [*SPECS][2:]]
+PAIRS = [(use, "low-rank") for use in USES] + [("x @ w", spec) for spec in [*SPECS][1:]]
+RARER = [(use, "full") for use in [*USES][1:]]
+RARER += [(use, spec) for use in ("x @ w.T", "heads out") for spec in [*SPECS][2:]]
+PAIRS += [pytest.param(*pair, marks=pytest.mark.slow) for pair in RARER]
 
 # The numbers are what is looked at here, and most of the time is the compiler's.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -15,8 +15,7 @@ import lora_jax
 from lora_jax import Axes, adapt, attach, init, join, merge, partition, trainable_mask, unmerge
 
 KEY = jax.random.key(0)
-# At every commit: four methods on every kernel, variants of a method on one, the others on three.
-THOROUGH = ("LoRA", "DoRA", "LoKr", "PiSSA")
+# At every commit: LoRA on every kernel, variants of a method on one, the other methods on three.
 VARIANTS = (
   "rsLoRA",
   "DoRA, the norm not constant",
@@ -30,7 +29,7 @@ FEW = ("matrix", "layers", "convolution")
 def is_everyday(method: str, kernel: str) -> bool:
   if method in VARIANTS:
     return kernel == "matrix"
-  return method in THOROUGH or kernel in FEW
+  return method == "LoRA" or kernel in FEW
 
 
 PAIRS = [
@@ -163,9 +162,14 @@ def test_training_moves_what_trains_and_leaves_the_rest_bit_identical(row, kerne
     return jnp.mean((adapt(kernel.f)(join(train, rest), kernel.x) - target) ** 2)
 
   train, rest = partition(weights, mask)
+
+  @jax.jit
+  def step(train, rest):
+    return jax.tree.map(lambda x, g: x - 0.05 * g, train, jax.grad(loss)(train, rest))
+
   after = train
   for _ in range(3):
-    after = jax.tree.map(lambda x, g: x - 0.05 * g, after, jax.grad(loss)(after, rest))
+    after = step(after, rest)
   assert loss(after, rest) < loss(train, rest)
   changed = jax.tree.map(lambda x, y: bool((x != y).any()), join(after, rest), weights)
   assert jax.tree.leaves(changed) == jax.tree.leaves(mask)

@@ -129,6 +129,7 @@ def test_evaluate_repeats_the_numbers_of_the_run(finished):
   assert result["adapter"]["accuracy"] == recorded["after"]["accuracy"]
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_on_its_mesh_and_in_chunks_of_positions_with_the_same_numbers(
   finished, tmp_path
 ):

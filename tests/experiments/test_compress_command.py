@@ -169,12 +169,10 @@ def test_factors_whose_ranks_are_fours_are_pruned_two_of_four(program, tiny):
     np.testing.assert_array_equal(np.asarray(factor.mask).reshape(d // 4, 4, k).sum(1), 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("levels", "block", "double", "method"),
-  [
-    ("nf4", 16, True, "gptq"),
-    pytest.param("int4", 8, False, "nearest", marks=pytest.mark.slow),
-  ],
+  [("nf4", 16, True, "gptq"), ("int4", 8, False, "nearest")],
 )
 def test_a_compressed_model_goes_through_a_further_step_in_a_run_of_its_own(
   program, tiny, factorised, capsys, levels, block, double, method

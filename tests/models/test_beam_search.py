@@ -101,7 +101,12 @@ def assert_found(result, row, expected, eos_id):
 
 @pytest.mark.parametrize(
   ("penalty", "alpha"),
-  [(decode.power, 0.0), (decode.power, 1.0), (decode.power, -1.0), (decode.gnmt, 0.6)],
+  [
+    (decode.power, 1.0),
+    (decode.gnmt, 0.6),
+    pytest.param(decode.power, 0.0, marks=pytest.mark.slow),
+    pytest.param(decode.power, -1.0, marks=pytest.mark.slow),
+  ],
 )
 def test_a_beam_as_wide_as_all_texts_finds_them_all_in_the_order_of_their_scores(penalty, alpha):
   vocab_size, steps, eos_id = 3, 3, 2
@@ -141,7 +146,7 @@ def forward(params):
   return lambda text: apply(jnp.array([text + [0] * (16 - len(text))]), len(text) - 1)
 
 
-@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("cached", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("alpha", "eos_id"), [(0.0, EOS), (2.0, EOS), (1.0, None)])
 def test_prompts_of_different_length_together_are_the_plain_twin_of_each(
   params, forward, alpha, eos_id, cached
