@@ -33,7 +33,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   config.model.scan_layers = False  # layers have ranks of their own
 
   config.text = source = ml_collections.ConfigDict()
-  source.source = _EDITORIALS
+  source.source = config_dict.FieldReference(_EDITORIALS, field_type=object)  # or several
   source.format, source.columns = "tsv", ("id", "rating", "text")
   source.encoding = "utf-8-sig"  # that of the file, as in utf-16 or latin-1
   source.quoted = config_dict.placeholder(bool)  # as in configs/quickstart.py

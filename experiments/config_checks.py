@@ -125,6 +125,10 @@ DECAY = Rule(
 )
 SIZE = real(-_LARGEST)
 PATTERNS = sequence(NAME, empty=False)
+SOURCES = Rule(
+  "an address that is not empty, or a tuple of them",
+  lambda value: NAME.holds(value) or PATTERNS.holds(value),
+)
 
 _MODEL = {
   "model.source": NAME,
@@ -138,9 +142,12 @@ _MODEL = {
 
 
 _DATA = {
-  "source": NAME, "format": NAME, "columns": sequence(TEXT), "encoding": NAME,
+  "source": SOURCES, "format": NAME, "columns": sequence(TEXT), "encoding": NAME,
   "quoted": optional(FLAG), "detokenise": sequence(TEXT), "sign_of": TEXT, "neutral": real(0.0),
-  "split_by": NAME, "train": SHARE, "validation": SHARE, "test": SHARE, "test_source": TEXT,
+  "split_by": NAME, "train": SHARE, "validation": SHARE, "test": SHARE,
+  "test_source": Rule(
+    f"{SOURCES.words}; or '' for none", lambda value: value == "" or SOURCES.holds(value)
+  ),
   "max_length": whole(2), "buckets": sequence(COUNT, empty=False),
 }  # fmt: skip
 # The fields of `data` and of `task` that a task has.
@@ -271,7 +278,7 @@ COMPRESSION = {
   **_MODEL,
   "adapter": TEXT,
   "keep_adapter": FLAG,
-  "text.source": NAME,
+  "text.source": SOURCES,
   "text.format": NAME,
   "text.columns": sequence(TEXT),
   "text.encoding": NAME,

