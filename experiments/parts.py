@@ -179,10 +179,16 @@ def pick(rows: Mapping[str, list[records.Record]], split: str, field: str) -> li
   """The records of one split.
 
   Raises:
-    ValueError: when the config has no such split, by the field that asks for it.
+    ValueError: when the config has no such split, or none is in it, by the field that asks for it.
   """
   if split not in rows:
     raise ValueError(f"{field} {split!r} is no split of the data; there are {', '.join(rows)}")
+  if not rows[split]:
+    raise ValueError(
+      f"{field} {split!r}: no record is in it; records that agree in data.split_by stay together, "
+      "and there are too few that differ for all the splits; add some, or name a file in "
+      "data.test_source"
+    )
   return rows[split]
 
 

@@ -69,6 +69,11 @@ class Case:
     return not processes.is_first()
 
   @property
+  def evaluate_every(self) -> int:
+    """The steps between validations; 0 where there is nothing to validate on."""
+    return 0 if self.validation_data is None else self.config.train.evaluate_every
+
+  @property
   def forward(self) -> Callable:
     """The function that is adapted."""
     return self.task.forward(self.model)
@@ -127,8 +132,10 @@ def prepare(config: ConfigDict, configs: Sequence[ConfigDict], run: workdir.Work
   train_records = parts.pick(records, "train", "data.train")
   held_out_records = parts.pick(records, config.evaluation.split, "evaluation.split")
   validation_records = []
-  if config.train.evaluate_every:
+  if config.train.evaluate_every and records.get("validation", True):
     validation_records = parts.pick(records, "validation", "train.evaluate_every")
+  elif config.train.evaluate_every:
+    print("validation: left out, for there are too few different records to hold some out for it")
   base = parts.extend(parts.load_model(config.model, mesh), task, config)
   task = task.of_model(base)
   with stage("tokenise"):

@@ -96,7 +96,7 @@ def train(config, run):
           log_every=config.train.log_every,
           log_at=trained.log_at,
           checkpoint_every=config.train.checkpoint_every,
-          evaluate_every=config.train.evaluate_every,
+          evaluate_every=case.evaluate_every,
           evaluate=functools.partial(trained.validate, measure),
           checkpoints=checkpoints,
           writer=writer,

@@ -150,6 +150,22 @@ def check_values(records: Sequence[Record], columns: Iterable[str], wanted_by: s
         )
 
 
+def from_json(what: str, text: str) -> Any:
+  """Returns what JSON in a text holds, under the limits of a record.
+
+  Args:
+    what: the text is, the first words of an error.
+    text: JSON.
+
+  Raises:
+    ValueError: for what is not JSON, names a key twice or is nested deeper than 64.
+  """
+  with _named(what, lambda error: f"column {error.colno}: {text[:80]!r}"):
+    value = json.loads(text, object_pairs_hook=_object)
+  _check_depth(what, value, text.count("[") + text.count("{"))
+  return value
+
+
 def _format_of(path: pathlib.Path) -> str:
   name = path.name.lower().removesuffix(".gz")
   suffix = name.rpartition(".")[2]
@@ -275,7 +291,7 @@ def _depth(value: Any) -> int:
   return depth - 1
 
 
-def _check_depth(where: str, record: Record, brackets: int) -> None:
+def _check_depth(where: str, record: Any, brackets: int) -> None:
   if brackets > _MAX_DEPTH and _depth(record) > _MAX_DEPTH:
     raise ValueError(_too_deep(where))
 

@@ -5,9 +5,11 @@
 
 Where a record goes depends on its own text alone: not on the order, the other records, a seed or
 the process (Python's `hash` differs from one to the next). A data set can grow, and what was held
-out stays held out.
+out stays held out. The exception is a data set so small that a split would be empty: it gets one
+text of the largest split.
 """
 
+import collections
 import hashlib
 import itertools
 import math
@@ -31,6 +33,10 @@ def split(
   u = SHA-256(normalise(text)) / 2^256 lies in [0, 1); a record goes to the split i for which
   fractions[0] + ... + fractions[i - 1] <= u < fractions[0] + ... + fractions[i].
 
+  A split that would be empty gets, from the split with the most texts, the text whose u is nearest.
+  Where there are fewer texts than splits, the first split is filled first, then the others from the
+  last, and the rest stay empty.
+
   Args:
     records: as `lora_jax.data.records.read` returns them.
     column: the column that decides; records that agree on it (see `normalise`) stay together.
@@ -45,11 +51,34 @@ def split(
   require(records, [column], "split")
   names = list(fractions)
   bounds = list(itertools.accumulate(shares))[:-1]  # the last split takes the rest, rounding too
+  points = [_point(str(record[column])) for record in records]
+  places = {point: sum(point >= bound for bound in bounds) for point in points}
+  if len(set(places.values())) < len(names):
+    _fill(places, [0.0, *bounds, 1.0])
   parts = {name: [] for name in names}
-  for record in records:
-    point = _point(str(record[column]))
-    parts[names[sum(point >= bound for bound in bounds)]].append(record)
+  for record, point in zip(records, points, strict=True):
+    parts[names[places[point]]].append(record)
   return parts
+
+
+def _fill(places: dict[float, int], edges: Sequence[float]) -> None:
+  """Moves points into splits that have none.
+
+  Args:
+    places: `{point: its split}`, changed in place.
+    edges: of the splits' intervals, one more than there are splits.
+  """
+  splits = range(len(edges) - 1)
+  order = (splits[0], *reversed(splits[1:]))
+  for rank, empty in enumerate(order):
+    counts = collections.Counter(places.values())
+    # The only text of a split is taken where that one comes later.
+    givers = [n for n in splits if counts[n] > 1] or [n for n in order[rank:] if counts[n]]
+    if counts[empty] or not givers:
+      continue
+    largest, (low, high) = max(givers, key=lambda n: counts[n]), edges[empty : empty + 2]
+    there = [point for point, place in places.items() if place == largest]
+    places[min(there, key=lambda point: (max(low - point, point - high), point))] = empty
 
 
 def without(records: Sequence[Record], held_out: Sequence[Record], column: str) -> list[Record]:

@@ -101,10 +101,12 @@ def test_a_missing_file_is_named_together_with_its_neighbour(tmp_path):
 @pytest.mark.parametrize(
   ("name", "contents", "options", "message"),
   [
-    ("a.txt", "x", {}, "does not tell the format; give format= one of jsonl, csv, tsv"),
-    ("a.csv", "x", {"format": "xml"}, "unknown format 'xml'; use one of jsonl, csv, tsv"),
-    ("a.jsonl", "{}", {"columns": ["x"]}, "a JSONL line names its own fields"),
-    ("a.jsonl", "{}", {"quoted": True}, "a JSONL line names its own fields"),
+    ("a.txt", "x", {}, "does not tell the format; give format= .* one of jsonl, json, csv"),
+    ("a.csv", "x", {"format": "xml"}, "unknown format 'xml'; use one of jsonl, json, csv, tsv, p"),
+    ("a.jsonl", "{}", {"columns": ["x"]}, "a record of jsonl names its own fields"),
+    ("a.jsonl", "{}", {"quoted": True}, "a record of jsonl names its own fields"),
+    ("a.json", "[{}]", {"columns": ["x"]}, "a record of json names its own fields"),
+    ("a.parquet", "x", {"quoted": False}, "a record of parquet names its own fields"),
     ("a.jsonl", '{"x": 1}\n{"x": \n', {}, "line 2 is not JSON"),
     ("a.jsonl", '\n\n{"x": 1}\n[1]\n', {}, "line 4 holds a list; every line must be one object"),
     ("a.jsonl", "", {}, "the data set is empty"),

@@ -1,0 +1,294 @@
+r"""Conversations from tables of several layouts: which columns hold what.
+
+  chats, words = read(records)                            # by the columns, where one reading fits
+  chats, words = read(records, reading="instruction")     # as config.data.conversation says
+  chats[0]["messages"]       # [{"role": "user", "content": "…"}, {"role": "assistant", …}]
+
+| reading         | columns                                                                       |
+| --------------- | ----------------------------------------------------------------------------- |
+| "messages"      | `messages`, a list of {"role", "content"}, perhaps with "tool_calls"          |
+| "conversations" | `conversations`, a list of {"from", "value"}                                  |
+| "prompt"        | `prompt` and `completion`, each a text or a list of messages                  |
+| "instruction"   | `instruction`, perhaps `input`, and `output`                                  |
+| "text"          | `text`: no conversation, so it is refused, with what to do                    |
+
+With any of them a column `system` is the system message, and a column `tools` the tools that the
+assistant may call, a list of JSON schemas or that list as a text. Other columns are left out, but
+under "auto" none may belong to another reading. A column that is null in every record is none.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from lora_jax.checks import shown
+from lora_jax.data import messages
+from lora_jax.data.records import Record, from_json
+
+Message = dict[str, Any]
+
+AUTO = "auto"
+"""The reading that the columns tell."""
+
+# Of {"from", "value"}. LLaMA-Factory's files call a tool by "function_call" and hear "observation".
+_SPEAKERS = {
+  "system": "system", "human": "user", "user": "user", "gpt": "assistant",
+  "assistant": "assistant", "tool": "tool", "observation": "tool",
+}  # fmt: skip
+_CALL = "function_call"
+_CALL_IN_TEXT = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+_SHOWN = 20  # columns that a message lists
+
+
+def read(records: Sequence[Record], reading: str = AUTO) -> tuple[list[Record], str]:
+  """Returns the conversations of records, in their order, and words on how they were read.
+
+  Args:
+    records: as `lora_jax.data.records.read` returns them.
+    reading: a name of `READINGS`, or "auto" for the one that the columns tell.
+
+  Returns:
+    For each record {"messages": …} and, where it has tools, "tools", as `messages.check` returns
+    them; and a line for people.
+
+  Raises:
+    ValueError: an unknown reading; columns that fit none, or more than one, with the config's line
+      for each; a record that holds no conversation, by its number: a value of a wrong type, and as
+      `messages.check` does.
+  """
+  columns = _columns(records)
+  name = _by_columns(columns) if reading == AUTO else reading
+  if name not in READINGS:
+    known = ", ".join(map(repr, (AUTO, *READINGS)))
+    raise ValueError(f"data.conversation {shown(reading)} is unknown; use one of {known}")
+  if name == _TEXT:
+    raise ValueError(_of_plain_text(columns))
+  found = []
+  for number, record in enumerate(records):
+    try:
+      found.append(_conversation(record, READINGS[name]))
+    except ValueError as error:
+      raise ValueError(f"record {number}: {error}") from None
+  return found, _words(name, columns, found)
+
+
+class Reading(NamedTuple):
+  """The columns of a layout, and how a record of it becomes messages.
+
+  Attributes:
+    needs: the columns that every record has.
+    may: columns that a record may have.
+    words: what is in them, for people.
+    messages: of a record.
+  """
+
+  needs: tuple[str, ...]
+  may: tuple[str, ...]
+  words: str
+  messages: Callable[[Record], list[Message]]
+
+
+def _conversation(record: Record, reading: Reading) -> Record:
+  for column in reading.needs:
+    if record.get(column) is None:
+      raise ValueError(f"has no {column!r}; add it, or leave the record out")
+  found = reading.messages(record)
+  if system := _text(record, "system", may_lack=True):
+    if found and found[0].get("role") in ("system", "developer"):
+      raise ValueError(
+        "has a system message in its column 'system' and one in its conversation; keep one of them"
+      )
+    found = [{"role": "system", "content": system}, *found]
+  chat = {"messages": found}
+  if record.get("tools"):
+    tools = record["tools"]
+    chat["tools"] = from_json("its tools", tools) if isinstance(tools, str) else tools
+  checked = messages.check(chat)
+  for n, message in enumerate(checked.messages):
+    if message.get("weight", 1) != 1:
+      raise ValueError(
+        f"message {n}: its weight {shown(message['weight'])} would be ignored; take the field out "
+        "where its turn is to be learnt, else leave the record out"
+      )
+  return {"messages": checked.messages} | ({"tools": checked.tools} if checked.tools else {})
+
+
+# ---- the readings
+
+
+def _of_messages(record: Record) -> list[Message]:
+  return _list(record, "messages")
+
+
+def _of_conversations(record: Record) -> list[Message]:
+  given = _list(record, "conversations")
+  found = []
+  for n, turn in enumerate(given):
+    if turn.get("from") is None and turn.get("role") is not None:
+      found.append(turn)
+      continue
+    where, speaker, text = f"message {n}", turn.get("from"), turn.get("value")
+    if speaker not in (*_SPEAKERS, _CALL):
+      known = ", ".join([*_SPEAKERS, _CALL])
+      raise ValueError(f"{where}: its 'from' {shown(speaker)} is none of {known}; rename it")
+    if not isinstance(text, str):
+      raise ValueError(f"{where}: its 'value' {shown(text)} is no text")
+    if speaker == _CALL:
+      found.append(_calling("", [text], where))
+      continue
+    heard = n + 1 < len(given) and given[n + 1].get("from") in ("tool", "observation")
+    calls = _CALL_IN_TEXT.findall(text) if heard and _SPEAKERS[speaker] == "assistant" else []
+    if calls:
+      found.append(_calling(_CALL_IN_TEXT.sub("", text).strip(), calls, where))
+    else:
+      found.append({"role": _SPEAKERS[speaker], "content": text})
+  return found
+
+
+def _calling(content: str, calls: Sequence[str], where: str) -> Message:
+  """The assistant's turn that calls tools, each call or list of calls written as JSON."""
+  parsed = []
+  for call in calls:
+    found = from_json(f"{where}: its tool call", call)
+    parsed += found if isinstance(found, list) else [found]
+  return {
+    "role": "assistant",
+    "content": content,
+    "tool_calls": [{"type": "function", "function": each} for each in parsed],
+  }
+
+
+def _of_prompt(record: Record) -> list[Message]:
+  found = []
+  for column, role in (("prompt", "user"), ("completion", "assistant")):
+    if isinstance(record[column], str):
+      found.append({"role": role, "content": record[column]})
+    else:
+      found += _list(record, column, "a text or a list of messages")
+  return found
+
+
+def _of_instruction(record: Record) -> list[Message]:
+  asked, more = _text(record, "instruction"), _text(record, "input", may_lack=True)
+  return [
+    {"role": "user", "content": f"{asked}\n\n{more}" if more.strip() else asked},
+    {"role": "assistant", "content": _text(record, "output")},
+  ]
+
+
+def _of_text(record: Record) -> list[Message]:
+  raise AssertionError("`read` refuses it")
+
+
+_TEXT = "text"
+READINGS = {
+  "messages": Reading(("messages",), (), "lists of role and content", _of_messages),
+  "conversations": Reading(("conversations",), (), "lists of from and value", _of_conversations),
+  "prompt": Reading(("prompt", "completion"), (), "texts or lists of messages", _of_prompt),
+  "instruction": Reading(("instruction", "output"), ("input",), "texts", _of_instruction),
+  _TEXT: Reading(("text",), (), "plain text, no conversation", _of_text),
+}
+"""By `data.conversation` of a config."""
+
+# Of pairs, of which one answer is preferred: no reading of conversations takes them.
+_PAIRS = ("chosen", "rejected")
+
+
+# ---- values
+
+
+def _list(record: Record, column: str, wanted: str = "a list of messages") -> list[Message]:
+  found = record[column]
+  if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
+    hint = "; parse its JSON first" if isinstance(found, str) and found[:1] == "[" else ""
+    raise ValueError(f"its {column} {shown(found)} is not {wanted}, each an object{hint}")
+  return found
+
+
+def _text(record: Record, column: str, *, may_lack: bool = False) -> str:
+  found = record.get(column)
+  if found is None and may_lack:
+    return ""
+  if not isinstance(found, str):
+    raise ValueError(f"its {column} {shown(found)} is a {type(found).__name__} and no text")
+  return found
+
+
+# ---- which reading
+
+
+def _columns(records: Sequence[Record]) -> list[str]:
+  found: dict[str, None] = {}
+  for record in records:
+    found |= dict.fromkeys(name for name, value in record.items() if value is not None)
+  return list(found)
+
+
+def _by_columns(columns: Sequence[str]) -> str:
+  """The one reading that the columns fit.
+
+  Raises:
+    ValueError: where there is none or more than one, or a column is of another.
+  """
+  fit = [name for name, each in READINGS.items() if set(each.needs) <= set(columns)]
+  own = {name: {*each.needs, *each.may} & set(columns) for name, each in READINGS.items()}
+  touched = [name for name in READINGS if own[name]]
+  pairs = [column for column in _PAIRS if column in columns]
+  if len(fit) == 1 and touched == fit and not pairs:
+    return fit[0]
+  listed = ", ".join(shown(column, 60) for column in columns[:_SHOWN])
+  more = f" and {len(columns) - _SHOWN:,} more" if len(columns) > _SHOWN else ""
+  lines = [f"the columns {listed}{more} fit " + ("more than one reading" if fit else "no reading")]
+  if len(fit) == 1:
+    others = sorted(set().union(*(own[name] for name in touched if name != fit[0]), pairs))
+    lines = [
+      f"the columns {listed}{more} fit the reading {fit[0]!r}, but {', '.join(map(repr, others))} "
+      "may be meant for another"
+    ]
+  lines[0] += " of conversations; say which is meant in the config, or rename columns:"
+  lines += [_line(name, columns) for name in (touched if fit else READINGS)]
+  if pairs:
+    lines.append(
+      "  'chosen' and 'rejected' are pairs of answers; to learn the chosen ones, rename 'chosen' "
+      "to 'completion' and take 'rejected' out"
+    )
+  lines.append(
+    '  config.task.name = "completion"   # for texts in columns of other names, by data.prompt and '
+    "data.completion"
+  )
+  raise ValueError("\n".join(lines))
+
+
+def _line(name: str, columns: Sequence[str]) -> str:
+  reading = READINGS[name]
+  lacking = [column for column in reading.needs if column not in columns]
+  note = f"; {', '.join(lacking)} is missing" if lacking else ""
+  wanted = [*reading.needs, *(f"perhaps {column}" for column in reading.may)]
+  return f'  config.data.conversation = "{name}"   # {", ".join(wanted)}: {reading.words}{note}'
+
+
+def _of_plain_text(columns: Sequence[str]) -> str:
+  return (
+    f"the column 'text' of {', '.join(shown(column, 60) for column in columns[:_SHOWN])} is plain "
+    "text and no conversation; to learn it as it is, set\n"
+    '  config.task.name = "completion"\n'
+    '  config.data.prompt = "\\n"\n'
+    '  config.data.completion = "{text}"\n'
+    "or make it a conversation, with a column 'messages' or 'prompt' and 'completion'"
+  )
+
+
+def _words(name: str, columns: Sequence[str], chats: Sequence[Record]) -> str:
+  reading = READINGS[name]
+  used = [
+    column for column in (*reading.needs, *reading.may, "system", "tools") if column in columns
+  ]
+  left_out = [column for column in columns if column not in used]
+  calls = sum(any("tool_calls" in each for each in chat["messages"]) for chat in chats)
+  begun = sum(chat["messages"][0]["role"] != "user" for chat in chats)
+  words = f"conversations: read as {name!r}, from {', '.join(used)}: {len(chats):,} records"
+  words += f", {begun:,} with a system message" if begun else ""
+  words += f", {calls:,} with tool calls" if calls else ""
+  if left_out:
+    words += "; not read: " + ", ".join(shown(column, 60) for column in left_out[:_SHOWN])
+  return words
