@@ -17,9 +17,8 @@ assistant may call, a list of JSON schemas or that list as a text. Other columns
 under "auto" none may belong to another reading. A column that is null in every record is none.
 """
 
-import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from lora_jax.checks import shown
 from lora_jax.data import messages
@@ -36,7 +35,8 @@ _SPEAKERS = {
   "assistant": "assistant", "tool": "tool", "observation": "tool",
 }  # fmt: skip
 _CALL = "function_call"
-_CALL_IN_TEXT = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+# How Hermes and Qwen write a call within the assistant's text.
+_OPENED, _CLOSED = "<tool_call>", "</tool_call>"
 _SHOWN = 20  # columns that a message lists
 
 
@@ -61,8 +61,6 @@ def read(records: Sequence[Record], reading: str = AUTO) -> tuple[list[Record], 
   if name not in READINGS:
     known = ", ".join(map(repr, (AUTO, *READINGS)))
     raise ValueError(f"data.conversation {shown(reading)} is unknown; use one of {known}")
-  if name == _TEXT:
-    raise ValueError(_of_plain_text(columns))
   found = []
   for number, record in enumerate(records):
     try:
@@ -137,12 +135,22 @@ def _of_conversations(record: Record) -> list[Message]:
       found.append(_calling("", [text], where))
       continue
     heard = n + 1 < len(given) and given[n + 1].get("from") in ("tool", "observation")
-    calls = _CALL_IN_TEXT.findall(text) if heard and _SPEAKERS[speaker] == "assistant" else []
-    if calls:
-      found.append(_calling(_CALL_IN_TEXT.sub("", text).strip(), calls, where))
+    content, *calls = text.split(_OPENED)
+    if heard and _SPEAKERS[speaker] == "assistant" and calls:
+      found.append(_calling(content.strip(), [_closed(each, where) for each in calls], where))
     else:
       found.append({"role": _SPEAKERS[speaker], "content": text})
   return found
+
+
+def _closed(call: str, where: str) -> str:
+  inside, closed, after = call.partition(_CLOSED)
+  if not closed or after.strip():
+    raise ValueError(
+      f"{where}: its text goes on after a tool call, {shown(call, 80)}; each must end by {_CLOSED}, "
+      "and the text come before them"
+    )
+  return inside
 
 
 def _calling(content: str, calls: Sequence[str], where: str) -> Message:
@@ -176,17 +184,23 @@ def _of_instruction(record: Record) -> list[Message]:
   ]
 
 
-def _of_text(record: Record) -> list[Message]:
-  raise AssertionError("`read` refuses it")
+def _of_text(record: Record) -> NoReturn:
+  del record
+  raise ValueError(
+    "its 'text' is plain text and no conversation; to learn it as it is, set\n"
+    '  config.task.name = "completion"\n'
+    '  config.data.prompt = "\\n"\n'
+    '  config.data.completion = "{text}"\n'
+    "or make it a conversation, with a column 'messages' or 'prompt' and 'completion'"
+  )
 
 
-_TEXT = "text"
 READINGS = {
   "messages": Reading(("messages",), (), "lists of role and content", _of_messages),
   "conversations": Reading(("conversations",), (), "lists of from and value", _of_conversations),
   "prompt": Reading(("prompt", "completion"), (), "texts or lists of messages", _of_prompt),
   "instruction": Reading(("instruction", "output"), ("input",), "texts", _of_instruction),
-  _TEXT: Reading(("text",), (), "plain text, no conversation", _of_text),
+  "text": Reading(("text",), (), "plain text, no conversation", _of_text),
 }
 """By `data.conversation` of a config."""
 
@@ -236,46 +250,37 @@ def _by_columns(columns: Sequence[str]) -> str:
   pairs = [column for column in _PAIRS if column in columns]
   if len(fit) == 1 and touched == fit and not pairs:
     return fit[0]
-  listed = ", ".join(shown(column, 60) for column in columns[:_SHOWN])
   more = f" and {len(columns) - _SHOWN:,} more" if len(columns) > _SHOWN else ""
-  lines = [f"the columns {listed}{more} fit " + ("more than one reading" if fit else "no reading")]
-  if len(fit) == 1:
+  listed = ", ".join(shown(column, 60) for column in columns[:_SHOWN]) + more
+  if not fit:
+    said = f"no reading of conversations fits the columns {listed}; rename them to those of one:"
+  elif len(fit) > 1:
+    said = f"several readings of conversations fit the columns {listed}; say which is meant:"
+  else:
     others = sorted(set().union(*(own[name] for name in touched if name != fit[0]), pairs))
-    lines = [
-      f"the columns {listed}{more} fit the reading {fit[0]!r}, but {', '.join(map(repr, others))} "
-      "may be meant for another"
-    ]
-  lines[0] += " of conversations; say which is meant in the config, or rename columns:"
-  lines += [_line(name, columns) for name in (touched if fit else READINGS)]
+    said = (
+      f"the columns {listed} fit the reading {fit[0]!r} of conversations, but "
+      f"{', '.join(map(repr, others))} may be meant for another; say which is meant:"
+    )
+  lines = [said, *(_line(name, columns) for name in (touched if fit else READINGS))]
   if pairs:
     lines.append(
       "  'chosen' and 'rejected' are pairs of answers; to learn the chosen ones, rename 'chosen' "
       "to 'completion' and take 'rejected' out"
     )
   lines.append(
-    '  config.task.name = "completion"   # for texts in columns of other names, by data.prompt and '
-    "data.completion"
+    '  config.task.name = "completion"   # by data.prompt and data.completion, of any columns'
   )
   raise ValueError("\n".join(lines))
 
 
 def _line(name: str, columns: Sequence[str]) -> str:
+  """The config's line for a reading, and what it is of."""
   reading = READINGS[name]
-  lacking = [column for column in reading.needs if column not in columns]
-  note = f"; {', '.join(lacking)} is missing" if lacking else ""
   wanted = [*reading.needs, *(f"perhaps {column}" for column in reading.may)]
+  lacking = [column for column in reading.needs if column not in columns]
+  note = f"; not there: {', '.join(lacking)}" if lacking else ""
   return f'  config.data.conversation = "{name}"   # {", ".join(wanted)}: {reading.words}{note}'
-
-
-def _of_plain_text(columns: Sequence[str]) -> str:
-  return (
-    f"the column 'text' of {', '.join(shown(column, 60) for column in columns[:_SHOWN])} is plain "
-    "text and no conversation; to learn it as it is, set\n"
-    '  config.task.name = "completion"\n'
-    '  config.data.prompt = "\\n"\n'
-    '  config.data.completion = "{text}"\n'
-    "or make it a conversation, with a column 'messages' or 'prompt' and 'completion'"
-  )
 
 
 def _words(name: str, columns: Sequence[str], chats: Sequence[Record]) -> str:
