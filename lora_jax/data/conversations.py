@@ -147,8 +147,8 @@ def _closed(call: str, where: str) -> str:
   inside, closed, after = call.partition(_CLOSED)
   if not closed or after.strip():
     raise ValueError(
-      f"{where}: its text goes on after a tool call, {shown(call, 80)}; each must end by {_CLOSED}, "
-      "and the text come before them"
+      f"{where}: its text goes on after a tool call, {shown(call, 80)}; each must end by "
+      f"{_CLOSED}, and the text come before them"
     )
   return inside
 

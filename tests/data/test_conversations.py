@@ -155,7 +155,8 @@ AMBIGUOUS = {"messages": HELLO, "prompt": "Hi", "id": 3}
 def test_an_ambiguous_table_is_read_as_the_config_says_alone():
   words = (
     r"the columns 'messages', 'prompt', 'id' fit the reading 'messages' .* but 'prompt' may be "
-    r'meant for another; say which is meant:\n  config.data.conversation = "messages"   # messages: .*\n'
+    r"meant for another; say which is meant:\n"
+    r'  config.data.conversation = "messages"   # messages: .*\n'
     r'  config.data.conversation = "prompt"   # prompt, completion: .*; not there: completion\n'
   )
   with pytest.raises(ValueError, match=words):
@@ -188,7 +189,10 @@ def test_fields_that_parquet_fills_with_null_are_none():
 
 @pytest.mark.parametrize("reading", ["auto", "text"])
 def test_plain_text_is_refused_with_what_to_do(reading):
-  words = r'(?s)record 0: its .text. is plain text and no conversation.*config.task.name = "completion".*"\{text\}"'
+  words = (
+    r"(?s)record 0: its 'text' is plain text and no conversation"
+    r'.*config.task.name = "completion".*"\{text\}"'
+  )
   with pytest.raises(ValueError, match=words):
     read([{"text": "Once upon a time", "id": 1}], reading)
 
@@ -228,7 +232,8 @@ def test_an_unknown_reading_is_refused():
     ({"conversations": turns(("gpt", "a"), ("human", "b"))}, "message 0 of the role assistant"),
     ({"conversations": turns(("human", "a"), ("function_call", "area(5)"))},
      "message 1: its tool call is not JSON"),
-    ({"conversations": turns(("human", "a"), ("function_call", "[3]"))}, "message 1: its tool call"),
+    ({"conversations": turns(("human", "a"), ("function_call", "[3]"))},
+     "message 1: its tool call 0"),
     ({"conversations": turns(("human", "a"), ("gpt", "<tool_call>{}"), ("tool", "b"))},
      "message 1: its text goes on after a tool call, '{}'; each must end by </tool_call>"),
     ({"prompt": 3, "completion": "a"}, "its prompt 3 is not a text or a list of messages"),

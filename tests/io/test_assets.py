@@ -218,6 +218,12 @@ HUB_FILES = {
   "tokenizer.json": b"{}",
 }
 COMMIT = "a" * 40
+CONVERTED = "b" * 40
+# By revision, of the data set owner/set.
+DATA_FILES = {
+  "main": {"data/train.jsonl": b'{"a": 1}\n', "other.jsonl": b"{}"},
+  "refs%2Fconvert%2Fparquet": {"default/train/0000.parquet": b"PAR1"},
+}
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -232,7 +238,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     self.answer(with_body=True)
 
   def answer(self, with_body):
-    path = self.path.partition("?")[0]
+    path, commit = self.path.partition("?")[0], COMMIT
     if path.startswith("/api/models/owner/tiny/tree/"):
       entries = [
         {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
@@ -246,13 +252,18 @@ class Hub(http.server.BaseHTTPRequestHandler):
       name = path.removeprefix(f"/owner/tiny/resolve/{COMMIT}/")
       self.asked.append(name)
       body = HUB_FILES[name]
+    elif path.startswith("/datasets/owner/set/resolve/"):
+      revision, _, name = path.removeprefix("/datasets/owner/set/resolve/").partition("/")
+      commit = COMMIT if revision == "main" else CONVERTED
+      body = DATA_FILES.get(revision, {}).get(name)
+      self.asked.append(f"{revision}/{name}")
     else:
       body = None
     self.send_response(200 if body is not None else 404)
     if body is None:
       self.send_header("X-Error-Code", "RepoNotFound")
       body = b"{}"
-    self.send_header("X-Repo-Commit", COMMIT)
+    self.send_header("X-Repo-Commit", commit)
     self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
     self.send_header("Content-Length", str(len(body)))
     self.end_headers()
@@ -352,6 +363,59 @@ print("the same")
 """
   resolve_apart("hf://owner/tiny", hub, tmp_path)
   assert run_apart(code, "http://127.0.0.1:9", tmp_path) == "the same"
+
+
+def test_a_file_of_a_hub_data_set_comes_alone(hub, tmp_path):
+  path = Path(resolve_apart("hf://datasets/owner/set/data/train.jsonl", hub, tmp_path))
+  assert path.is_relative_to(tmp_path) and path.name == "train.jsonl"
+  assert path.read_bytes() == b'{"a": 1}\n'
+  address = "hf://datasets/owner/set@refs/convert/parquet/default/train/0000.parquet"
+  assert Path(resolve_apart(address, hub, tmp_path)).read_bytes() == b"PAR1"
+  assert set(Hub.asked) == {
+    "main/data/train.jsonl", "refs%2Fconvert%2Fparquet/default/train/0000.parquet",
+  }  # fmt: skip
+
+
+def test_records_are_read_from_a_hub_data_set_that_is_asked_for_once(hub, tmp_path):
+  """What a process has fingerprinted is what it reads."""
+  code = """
+from experiments import parts
+from lora_jax.io import assets, fingerprints
+from ml_collections import ConfigDict
+address = "hf://datasets/owner/set/data/train.jsonl"
+[name] = fingerprints.of(address)
+assets.huggingface_hub.hf_hub_download = None
+print(name, parts.read_file(ConfigDict({"format": "auto", "columns": ()}), address))
+"""
+  assert run_apart(code, hub, tmp_path) == "train.jsonl [{'a': 1}]"
+
+
+def test_a_file_of_a_hub_data_set_is_not_fetched_unasked(hub, tmp_path):
+  address, unasked = "hf://datasets/owner/set/data/train.jsonl", {"fetch": False}
+  text = resolve_apart(address, hub, tmp_path, **unasked)
+  assert text.startswith(f"NotFetchedError {address}: is not in the hub's cache; to fetch it is to")
+  assert "data/train.jsonl of the data set owner/set" in text and Hub.asked == []
+  path = resolve_apart(address, hub, tmp_path)
+  assert resolve_apart(address, "http://127.0.0.1:9", tmp_path, **unasked) == path
+
+
+def test_a_file_of_a_hub_data_set_that_is_not_there_is_an_error_with_a_remedy(hub, tmp_path):
+  text = resolve_apart("hf://datasets/owner/set/none.jsonl", hub, tmp_path)
+  assert text.startswith("FileNotFoundError hf://datasets/owner/set/none.jsonl: ")
+  assert "check the name" in text
+  text = resolve_apart("hf://datasets/owner/set/none.jsonl", "http://127.0.0.1:9", tmp_path)
+  assert text.startswith("ConnectionError hf://datasets/owner/set/none.jsonl: the hub cannot be")
+
+
+@pytest.mark.parametrize(
+  "path",
+  ["", "/", "/../x", "/a/../../x", "/a//b", "/./a", "/a/.", "@../x", "@a..b/x", "/a#b", "/a\0"],
+)
+def test_a_path_that_leads_out_of_a_data_set_is_malformed(path, monkeypatch):
+  monkeypatch.setattr(assets.huggingface_hub, "hf_hub_download", None)
+  monkeypatch.setattr(assets.huggingface_hub, "snapshot_download", None)
+  with pytest.raises(ValueError, match="malformed; "):
+    assets.resolve(f"hf://datasets/owner/set{path}")
 
 
 def test_what_is_not_in_the_cache_is_not_fetched_unasked(packages, cache, monkeypatch):
