@@ -79,6 +79,8 @@ BOMBS = {
   ),
   "lines.jsonl": lambda: many(b'{"a": 1}\n' * MIB, 400),
   "one line.jsonl": lambda: gzip.compress(b'{"a": "') + many(b"x" * (1 << 24), 300),
+  "an array.json": lambda: gzip.compress(b"[{}") + many(b",{}" * (1 << 22), 300),
+  "an array of an array.json": lambda: gzip.compress(b"[" * (1 << 26)),
   "table.csv": lambda: gzip.compress(b"text\n") + many(b"a\n" * (1 << 23), 300),
   "a quote that stays open.csv": lambda: gzip.compress(b'text\n"') + many(b"a\n" * (1 << 23), 300),
 }  # fmt: skip

@@ -20,7 +20,9 @@ import tarfile
 import zipfile
 
 import bombs
+import pyarrow as pa
 from bombs import with_sum, zipped
+from pyarrow import parquet
 
 from lora_jax.data import labels, records, splits, templates
 from lora_jax.io import archives, assets, package_index, pip_settings
@@ -158,17 +160,21 @@ TEXTS = [
 
 
 class Records:
-  """JSONL, CSV and TSV, plain and packed, in two encodings, and what is made of their records."""
+  """JSONL, JSON, CSV, TSV and Parquet, the texts plain and packed, in two encodings, and what is
+  made of their records."""
 
   def __init__(self, folder: pathlib.Path):
     self.folder = folder
 
   def damage(self, chance: random.Random) -> str:
-    self.format = chance.choice(["jsonl", "csv", "tsv"])
+    self.format = chance.choice(["jsonl", "json", "csv", "tsv", "parquet"])
     self.encoding = chance.choice(["utf-8-sig", "utf-8-sig", "utf-16"])
     packed, how = chance.random() < 0.3, "whole"
     rows = [dict(row) for row in ROWS]
-    if self.format == "jsonl" and chance.random() < 0.6:
+    self.path = self.folder / f"data.{self.format}"
+    if self.format == "parquet":
+      return self.damage_parquet(rows, chance)
+    if self.format.startswith("json") and chance.random() < 0.6:
       text, how = self.other_json(rows, chance)
     else:
       text = self.written(rows)
@@ -179,9 +185,23 @@ class Records:
       data = gzip.compress(data)
       if how == "whole":
         data, how = damaged(data, chance)
-    self.path = self.folder / f"data.{self.format}"
     self.path.write_bytes(data)
     return f"{self.format} {self.encoding} {'packed ' if packed else ''}{how}"
+
+  def damage_parquet(self, rows: list[dict], chance: random.Random) -> str:
+    self.encoding, options = "utf-8-sig", {"write_page_checksum": True}
+    if chance.random() < 0.7:  # else texts alone
+      for row in rows:
+        row["messages"] = [{"role": "user", "content": "a"}, {"role": "tool", "n": [[1], []]}]
+    table = pa.Table.from_pylist(rows)
+    if chance.random() < 0.5:  # else columns as Arrow keeps them in the file, which has no sum
+      table, options["store_schema"] = table.replace_schema_metadata(None), False
+    buffer = io.BytesIO()
+    compression = chance.choice(["none", "snappy", "zstd", "gzip"])
+    parquet.write_table(table, buffer, compression=compression, row_group_size=4, **options)
+    data, how = damaged(buffer.getvalue(), chance)
+    self.path.write_bytes(data)
+    return f"parquet {compression} {how}"
 
   def other_json(self, rows: list[dict], chance: random.Random) -> tuple[str, str]:
     row, name = chance.choice(rows), chance.choice(list(ROWS[0]))
@@ -195,6 +215,8 @@ class Records:
   def written(self, rows: list[dict]) -> str:
     if self.format == "jsonl":
       return "".join(json.dumps(row) + "\n" for row in rows)
+    if self.format == "json":
+      return json.dumps(rows)
     text = io.StringIO()
     if self.format == "csv":
       writer = csv.DictWriter(text, list(rows[0]))
@@ -222,10 +244,15 @@ class Records:
   def check(self, found: list[dict]) -> None:
     """Holds records against what the file as it now is says to another reader."""
     data = self.path.read_bytes()
+    if self.format == "parquet":
+      expected = parquet.read_table(io.BytesIO(data), use_threads=False).to_pylist()
+      assert repr(found) == repr(expected), "other records"
+      return
     text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode(self.encoding)
-    if self.format == "jsonl":
+    if self.format.startswith("json"):
       # NaN differs from itself, so what is compared is written again.
-      expected = [json.loads(line) for line in text.split("\n") if line.strip()]
+      lines = [line for line in text.split("\n") if line.strip()]
+      expected = [json.loads(x) for x in lines] if self.format == "jsonl" else json.loads(text)
       assert json.dumps(found) == json.dumps(expected), "other records"
       return
     rows = csv.reader(
@@ -322,7 +349,7 @@ class Bombs:
 
   def damage(self, chance: random.Random) -> str:
     self.name = self.left.pop()
-    is_data = self.name.endswith(("jsonl", "csv"))
+    is_data = self.name.endswith(("json", "jsonl", "csv"))
     self.path = self.folder / (self.name if is_data else "archive")
     self.path.write_bytes(bombs.BOMBS[self.name]())
     return self.name

@@ -115,6 +115,8 @@ def test_a_number_that_is_none_or_out_of_range_is_refused_with_its_field(method)
     ("model.dtype", ["float64", "int8", "", "x"]),
     ("model.source", ["", " "]),
     ("data.buckets", [(), (0,), (8.0,), 8]),
+    ("data.source", ["", (), [], ("a.csv", ""), ("a.csv", 3), 2024, None]),
+    ("data.test_source", [(), ("a.csv", ""), 2024, None]),
   ],
 )
 def test_the_ends_of_ranges(field, values):
@@ -132,7 +134,8 @@ def test_the_ends_of_ranges(field, values):
   [
     ("seed", 2**32 - 1), ("optimizer.b1", 0.0), ("optimizer.clip_norm", math.inf),
     ("optimizer.peak", 1e30), ("optimizer.b2", 0.999999), ("mesh.data", -1),
-    ("optimizer.eps", 1e-30),
+    ("optimizer.eps", 1e-30), ("data.source", ("a.csv", "b.json")), ("data.source", ["a.csv"]),
+    ("data.test_source", ""), ("data.test_source", ("a.csv",)), ("data.test_source", "a.csv"),
   ],
 )  # fmt: skip
 def test_what_is_still_in_range(field, value):
