@@ -199,7 +199,9 @@ class Records:
     buffer = io.BytesIO()
     compression = chance.choice(["none", "snappy", "zstd", "gzip"])
     parquet.write_table(table, buffer, compression=compression, row_group_size=4, **options)
-    data, how = damaged(buffer.getvalue(), chance)
+    data, how = buffer.getvalue(), "whole"
+    if chance.random() < 0.9:
+      data, how = damaged(data, chance)
     self.path.write_bytes(data)
     return f"parquet {compression} {how}"
 
