@@ -21,7 +21,7 @@ _CHUNK = 1 << 20
 # Text is packed to a tenth, and where every record has the same long prompt to a thirtieth.
 _RATIO = 50
 _FREE = 1 << 26  # what a packed file may always hold, however small it is
-_GZIP = b"\x1f\x8b"
+_GZIP, _PARQUET = b"\x1f\x8b", b"PAR1"
 _DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error)
 _BYTE_ORDER_MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 _COMPARED = 1000
@@ -124,6 +124,8 @@ def _misread(path: Path, file: BinaryIO, packed: bool, encoding: str, error: Uni
   remedy = f"give the file's own encoding= (data.encoding in a config), here perhaps {likely!r}"
   decoder = codecs.getincrementaldecoder(encoding)()
   chunk, line, at = start + content.read(_CHUNK), 1, 0
+  if chunk.startswith(_PARQUET):
+    return f"{path}: is a Parquet file; give format= (data.format in a config) 'parquet'"
   while True:
     before = len(decoder.getstate()[0])
     try:

@@ -4,7 +4,7 @@ import gzip
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_jax.data import records
@@ -15,6 +15,7 @@ VALUES = st.recursive(
 )
 
 
+@settings(max_examples=40)
 @given(
   rows=st.lists(st.dictionaries(st.text(), VALUES), min_size=1),
   indent=st.sampled_from([None, 2]),

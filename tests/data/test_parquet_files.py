@@ -135,6 +135,13 @@ def test_what_else_is_no_parquet_file_is_told(tmp_path):
     read(path, encoding="utf-16")
 
 
+def test_a_parquet_file_under_another_format_is_told(tmp_path):
+  path = write(tmp_path / "a.parquet", {"real": [0.1] * 1000})
+  for format in ("jsonl", "csv", "json"):
+    with pytest.raises(ValueError, match=r"a.parquet: is a Parquet file; give format= .*'parquet'"):
+      read(path, format=format)
+
+
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
   path = write(tmp_path / "a.parquet", {"text": ["a"] * 1000})
   with pytest.raises(ValueError, match=r"a.parquet: changed while it was read"):

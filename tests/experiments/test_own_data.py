@@ -125,27 +125,37 @@ def test_the_test_split_may_be_several_files(folder):
 FEW = {"data.train": 0.9, "data.validation": 0.05, "data.test": 0.05, "train.evaluate_every": 1}
 
 
-@pytest.mark.parametrize("count", [2, 3, 10])
+def few(folder, count):
+  """The address of a file of so many records."""
+  lines = (folder / "data.jsonl").read_text().splitlines(keepends=True)
+  (folder / f"few{count}.jsonl").write_text("".join(lines[:count]))
+  return {"data.source": str(folder / f"few{count}.jsonl")}
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(3, [1, 1, 1]), (10, [8, 1, 1]), (20, [18, 1, 1])])
+def test_few_records_fill_each_split(folder, count, sizes):
+  config = config_of(folder, **FEW, **few(folder, count))
+  found = parts.load_records(config.data, parts.make_task(config))
+  assert [len(found[name]) for name in ("train", "validation", "test")] == sizes
+
+
+@pytest.mark.parametrize("count", [2, 3])
 def test_a_run_on_few_records_has_some_in_each_split_or_says_what_it_leaves_out(
   folder, capsys, count
 ):
-  lines = (folder / "data.jsonl").read_text().splitlines(keepends=True)
-  (folder / "few.jsonl").write_text("".join(lines[:count]))
-  source = {"data.source": str(folder / "few.jsonl")}
-  results, opened = run(folder, f"few{count}", **FEW, **source)
+  results, opened = run(folder, f"few{count}", **FEW, **few(folder, count))
   validated = [x for x in opened.metrics.read_text().splitlines() if "validation" in x]
   said = capsys.readouterr().out
   assert results["after"]["rows"] == 1
   assert ("validation: left out, for there are too few" in said) == (count == 2)
   assert bool(validated) == (count > 2)
-  assert f"data: {max(1, count - 2)} to train on, 1 held out" in said
+  assert "data: 1 to train on, 1 held out" in said
 
 
 def test_one_record_is_too_few_and_is_refused_before_the_model_is_loaded(folder, monkeypatch):
-  (folder / "few.jsonl").write_text('{"text": "a", "label": "positive"}\n')
   monkeypatch.setattr(parts, "load_model", None)
   with pytest.raises(ValueError, match=r"^evaluation.split 'test': no record is in it; .*add some"):
-    run(folder, "one_record", **FEW, **{"data.source": str(folder / "few.jsonl")})
+    run(folder, "one_record", **FEW, **few(folder, 1))
 
 
 def test_a_config_of_an_earlier_run_names_one_file(folder):
