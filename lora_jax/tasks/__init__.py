@@ -23,6 +23,7 @@ import jax
 from lora_jax.checks import shown
 from lora_jax.data.records import Record
 from lora_jax.io.pretrained import Pretrained
+from lora_jax.tasks.chat import Chat
 from lora_jax.tasks.classification import Classification
 from lora_jax.tasks.completion import Completion
 from lora_jax.train.step import Batch, Objective
@@ -142,7 +143,7 @@ class Task(Protocol):
   def write(
     self, apply: Callable, weights: PyTree, asked: Sequence[Mapping[str, Any]], **how: Any
   ) -> list[dict[str, Any]]:
-    """`prompt`, `text` and `references` of each prompt; see `Completion.write`."""
+    """`prompt`, `text` and `references` of each prompt; see `Writing.write`."""
 
   def longest_choice(self) -> int | None:
     """The tokens of the longest answer; None where the answers are not given."""
@@ -160,6 +161,7 @@ class Task(Protocol):
 TASKS: Mapping[str, type[Task]] = {
   "completion": Completion,
   "classification": Classification,
+  "chat": Chat,
 }
 """By `task.name` of a config."""
 
