@@ -24,7 +24,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -40,6 +39,7 @@ from lora_jax.io.tokenizer import Tokenizer
 LEARN = ("all", "last")
 TOO_LONG = ("cut_left", "cut_right", "drop", "error")
 _BEGINNING = 60  # characters of a conversation that an error shows
+_ENDING = 20  # characters of a message that must be in its text
 
 
 class Tokens(NamedTuple):
@@ -148,7 +148,7 @@ def tokenise(
   _check_special(conversation, special)
   with renderer.named():
     text, spans = _spans(conversation, renderer, learn)
-    _check_tools(conversation, text.text)
+    _check_written(conversation, text.text)
     ids, offsets = tokenizer.encode_pieces(text.pieces)
     turns = [
       [n for n, (first, last) in enumerate(offsets) if first < end and last > start]
@@ -264,18 +264,26 @@ def _check_special(conversation: Conversation, special: Sequence[str]) -> None:
         raise ValueError(f"message {n}: its parts join to a special token; make one part of them")
 
 
-def _check_tools(conversation: Conversation, text: str) -> None:
-  """Raises ValueError where a template leaves out tools, or calls of them."""
+def _check_written(conversation: Conversation, text: str) -> None:
+  """Raises ValueError where a template leaves out a question, an answer, a tool or a call.
+
+  Of a message the end is looked for: a template may leave out the thoughts before an answer.
+  """
+  remedy = "use a template that writes it, or leave the record out"
+  for n, message in enumerate(conversation.messages):
+    if message["role"] in ("user", "assistant") and "tool_calls" not in message:
+      content = message["content"]
+      content = content if isinstance(content, str) else content[-1]["text"]
+      if content.strip()[-_ENDING:] not in text:
+        shortly = shown(content, _BEGINNING)
+        raise TemplateError(f"leaves out the text of message {n}, {shortly}; {remedy}")
   calls = [call for message in conversation.messages for call in message.get("tool_calls", ())]
-  for what, given in (("tools", conversation.tools or ()), ("tool calls", calls)):
+  for what, given in (("the tool", conversation.tools or ()), ("the call of", calls)):
     for each in given:
       inner = each["function"] if isinstance(each.get("function"), dict) else each
       name = inner.get("name")
       if isinstance(name, str) and name not in text:
-        raise TemplateError(
-          f"leaves out {what}, as {shown(name)}; use a template that writes them, or leave the "
-          "record out"
-        )
+        raise TemplateError(f"leaves out {what} {shown(name)}; {remedy}")
 
 
 def _example(tokens: Tokens) -> Example:
@@ -318,6 +326,8 @@ def _cut(
 
 def _where(number: int, record: Record) -> str:
   """A record by its number, and by its beginning: it may stand elsewhere in its file."""
-  text = json.dumps(record, ensure_ascii=False, default=str)
-  found = re.search(r'"content": "(.{0,60})', text)
-  return f"record {number}, which has {found[1]!r}" if found else f"record {number}"
+  given = record.get("messages")
+  for message in given if isinstance(given, list) else ():
+    if isinstance(message, dict) and message.get("content"):
+      return f"record {number}, which has {shown(message['content'], _BEGINNING)}"
+  return f"record {number}"
