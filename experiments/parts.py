@@ -179,6 +179,11 @@ def inspect_model(model: ConfigDict) -> pretrained.Pretrained:
       f"model.quantize {model.quantize}: a plan is of a base as it is stored in model.dtype; give "
       "--config.model.quantize=none, and take the difference of the base's bytes"
     )
+  return read_shapes(model)
+
+
+def read_shapes(model: ConfigDict) -> pretrained.Pretrained:
+  """The base before any quantization, shapes in the place of its arrays: none of them is read."""
   found = pretrained.inspect(model.source, **_model_options(model))
   return new_tokens.add(found, new_tokens_of(model))
 

@@ -198,7 +198,7 @@ def test_special_tokens_that_cannot_be_told_are_refused(tokenizers):
   given = [TALK[0] | {"content": "a <|im_end|> b"}, TALK[1]]
   for change in ("upper", "truncate(6, true, '', 0)", "replace('<|im_end|>', '!')"):
     source = chat_peers.CHATML.replace("message['content']", f"(message['content'] | {change})~''")
-    with pytest.raises(ValueError, match="special token|leaves out the text of message 0"):
+    with pytest.raises(ValueError, match=r"special token|leaves out the text of message 0"):
       tokenise(ours, source, given)
 
 

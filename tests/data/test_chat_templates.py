@@ -100,6 +100,16 @@ def test_the_values_that_templates_print_are_those_of_transformers(tokenizers):
   assert check_same_text(tokenizers, source, [given]) == 2
 
 
+def test_templates_know_the_tokens_that_transformers_tells_them(tmp_path, smollm2_tokenizer):
+  folder = chat_peers.write(tmp_path, smollm2_tokenizer)
+  path = folder / "tokenizer_config.json"
+  token = {"content": "<|user|>", "lstrip": False, "special": True}
+  extra = {"extra_special_tokens": {"image_token": "<|tool|>"}, "unk_token": token}
+  path.write_text(json.dumps(json.loads(path.read_text()) | extra))
+  ours, peer = chat_peers.both(folder)
+  assert ours.named_tokens == peer.special_tokens_map and len(ours.named_tokens) == 5
+
+
 def test_the_day_is_the_one_that_is_given(tokenizers):
   template = chat_peers.template_of(tokenizers[0], "{{ strftime_now('%A %d %b %Y') }}")
   with chat_templates.Renderer(template, date="2024-02-29") as renderer:

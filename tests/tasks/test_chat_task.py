@@ -10,6 +10,7 @@ import sys
 import time
 
 import chat_peers
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -29,9 +30,9 @@ train = imported("experiments.train")
 ROOT = pathlib.Path(__file__).parents[2]
 FIELDS = {
   "data.train": 0.6, "data.validation": 0.0, "data.test": 0.4, "data.test_source": "",
-  "data.max_length": 61, "data.buckets": (60,), "train.steps": 40, "train.batch_size": 8,
+  "data.max_length": 61, "data.buckets": (60,), "train.steps": 30, "train.batch_size": 8,
   "train.accumulate": 1, "train.log_every": 5, "train.checkpoint_every": 20,
-  "optimizer.warmup_steps": 1, "optimizer.peak": 3e-3, "evaluation.batch_size": 8,
+  "optimizer.warmup_steps": 1, "optimizer.peak": 2e-2, "evaluation.batch_size": 8,
   "evaluation.samples": 2,
 }  # fmt: skip
 ANSWERS = {"red": "warm", "blue": "cold"}
@@ -119,8 +120,6 @@ def test_the_loss_is_pytorchs_on_the_tokens_of_the_assistants_turns(config):
 
 
 def test_packed_rows_have_the_loss_and_the_gradient_of_rows_of_their_own(config):
-  import jax
-
   task, _, examples = task_and_examples(config)
   found = pretrained.load(config.model.source)
   apply = lora_jax.adapt(parts.make_model(found.config).apply)
@@ -133,8 +132,8 @@ def test_packed_rows_have_the_loss_and_the_gradient_of_rows_of_their_own(config)
 
   def both(task, batch):
     batch = {name: jnp.asarray(x) for name, x in batch.items() if name != "index"}
-    value = jax.value_and_grad(lambda p: task.objective(apply)(p, batch)[0])
-    return value(found.params)
+    value = jax.value_and_grad(lambda params: task.objective(apply)(params, batch)[0])
+    return jax.jit(value)(found.params)
 
   (loss, gradient), (expected, wanted) = both(packed, several), both(task, alone)
   assert float(loss) == pytest.approx(float(expected), rel=1e-5)
@@ -179,6 +178,36 @@ def test_bad_records_are_refused_with_file_and_number(config, tmp_path):
     changed.data.source = str(path)
     with pytest.raises(ValueError, match=rf"{number}\.jsonl: {words}"):
       parts.load_records(changed.data, parts.make_task(changed))
+
+
+@pytest.mark.parametrize(
+  ("fields", "words"),
+  [
+    ({"data.max_length": 10}, "all .* conversations are longer than max_length 10"),
+    ({"data.too_long": "error"}, "1 of .* conversations are longer than max_length 61 .first: rec"),
+    ({"data.max_length": 13, "data.too_long": "cut_right"}, "before the first answer fills max_l"),
+    ({"task.template": "raises.jinja"}, "raises.jinja: raises 'not today' .its line 1."),
+  ],
+)
+def test_what_the_template_refuses_is_told_before_the_model_is_loaded(
+  config, folder, tmp_path, monkeypatch, fields, words
+):
+  (tmp_path / "raises.jinja").write_text("{{ raise_exception('not today') }}")
+  changed = config.copy_and_resolve_references()
+  with changed.ignore_type():
+    changed.update_from_flattened_dict(fields)
+  if changed.task.template:
+    changed.task.template = str(tmp_path / changed.task.template)
+
+  def load_model(*unused):
+    raise AssertionError("the model is loaded")
+
+  monkeypatch.setattr(parts, "load_model", load_model)
+  with (
+    workdir.open_workdir(tmp_path / "run", changed.to_dict()) as opened,
+    pytest.raises(ValueError, match=words),
+  ):
+    train.train(changed, opened)
 
 
 def test_fields_that_do_not_go_together_are_refused(config, folder):
