@@ -103,7 +103,7 @@ def test_the_values_that_templates_print_are_those_of_transformers(tokenizers):
 def test_templates_know_the_tokens_that_transformers_tells_them(tmp_path, smollm2_tokenizer):
   folder = chat_peers.write(tmp_path, smollm2_tokenizer)
   path = folder / "tokenizer_config.json"
-  token = {"content": "<|user|>", "lstrip": False, "special": True}
+  token = {"content": "<|user|>", "lstrip": False, "special": True, "__type": "AddedToken"}
   extra = {"extra_special_tokens": {"image_token": "<|tool|>"}, "unk_token": token}
   path.write_text(json.dumps(json.loads(path.read_text()) | extra))
   ours, peer = chat_peers.both(folder)

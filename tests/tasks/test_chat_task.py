@@ -35,6 +35,7 @@ FIELDS = {
   "optimizer.warmup_steps": 1, "optimizer.peak": 2e-2, "evaluation.batch_size": 8,
   "evaluation.samples": 2,
 }  # fmt: skip
+ENDLESS = 2e9  # a limit that lets a run come to its end
 ANSWERS = {"red": "warm", "blue": "cold"}
 
 
@@ -259,7 +260,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(folder, tmp_path):
       stderr=subprocess.DEVNULL,
     )
 
-  whole = start("whole", 1e9)
+  whole = start("whole", ENDLESS)
   killed = start("killed", 5)
   until = time.monotonic() + 300
   while not (tmp_path / "killed" / "checkpoints" / "4").exists():
@@ -267,6 +268,6 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(folder, tmp_path):
     time.sleep(0.1)
   killed.send_signal(signal.SIGKILL)
   killed.wait()
-  assert start("killed", 1e9).wait(timeout=300) == 0 and whole.wait(timeout=300) == 0
+  assert start("killed", ENDLESS).wait(timeout=300) == 0 and whole.wait(timeout=300) == 0
   for file in ("adapter/adapter_model.safetensors", "eval.json"):
     assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
