@@ -16,6 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lora_jax import checks
+from lora_jax.data import chat, conversations
 
 _TINY, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 _MOST = 2**31 - 1  # steps, rows and tokens are counted in int32
@@ -160,6 +161,14 @@ _OF_TASKS = {
     {},
   ),
   "classification": ({}, {"text": TEXT, "label": TEXT, "labels": sequence(NAME, empty=False)}),
+  "chat": (
+    {
+      "conversation": either(conversations.AUTO, *conversations.READINGS),
+      "too_long": either(*chat.TOO_LONG),
+      "packed_length": ANY_COUNT,
+    },
+    {"learn": either(*chat.LEARN), "template": optional(NAME), "date": NAME},
+  ),
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from experiments import parts, teachers
+from lora_jax.data.chat_templates import is_file
 from lora_jax.io import assets, fingerprints
 from lora_jax.train import workdir
 
@@ -26,7 +27,7 @@ Inputs = dict[str, dict[str, str]]
 
 
 def of_run(config: ConfigDict) -> Inputs:
-  """Of what training reads: the data, the base with its tokenizer, and the teacher.
+  """Of what training reads: the data, the base with its tokenizer, the teacher, a chat template.
 
   Raises:
     FileNotFoundError: when one of them is not there.
@@ -36,6 +37,8 @@ def of_run(config: ConfigDict) -> Inputs:
     sources["data.test_source"] = config.data.test_source
   if teachers.is_taught(config) and config.distill.teacher != "base":
     sources["distill.teacher"] = config.distill.teacher
+  if "task" in config and config.task.get("template") and is_file(config.task.template):
+    sources["task.template"] = config.task.template
   return _fingerprints(sources)
 
 

@@ -149,13 +149,15 @@ def _read_file(data: ConfigDict, source: str, task: tasks.Task) -> list[records.
   rows = read_file(data, source)
   try:
     # Before records are left out, so that their numbers are those in the file.
-    task.check_values(rows)
+    rows, words = task.read(rows)
     rows = detokenise.detokenise_columns(rows, data.detokenise)
     if data.sign_of:
       rows = labels.sign_label(rows, data.sign_of, neutral=data.neutral)
     task.check(rows)
   except ValueError as error:
     raise ValueError(f"{source}: {error}") from None
+  if words:
+    print(f"{source}: {words}")
   return rows
 
 
@@ -205,6 +207,11 @@ def inspect_model(model: ConfigDict) -> pretrained.Pretrained:
       f"model.quantize {model.quantize}: a plan is of a base as it is stored in model.dtype; give "
       "--config.model.quantize=none, and take the difference of the base's bytes"
     )
+  return read_shapes(model)
+
+
+def read_shapes(model: ConfigDict) -> pretrained.Pretrained:
+  """The base before any quantization, shapes in the place of its arrays: none of them is read."""
   found = pretrained.inspect(model.source, **_model_options(model))
   return new_tokens.add(found, new_tokens_of(model))
 

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 import lora_jax
 from experiments import config_checks, inputs, methods, parts, processes, samples, teachers
 from lora_jax import sharding
+from lora_jax.compress import storage
 from lora_jax.io.pretrained import Pretrained
 from lora_jax.tasks import Task
 from lora_jax.train import evaluation, progress, workdir
@@ -136,12 +137,16 @@ def prepare(config: ConfigDict, configs: Sequence[ConfigDict], run: workdir.Work
     validation_records = parts.pick(records, "validation", "train.evaluate_every")
   elif config.train.evaluate_every:
     print("validation: left out, for there are too few different records to hold some out for it")
-  base = parts.extend(parts.load_model(config.model, mesh), task, config)
-  task = task.of_model(base)
+  base = None
+  if storage.is_compressed(config.model.source):
+    base = parts.load_model(config.model, mesh)
   with stage("tokenise"):
+    task = task.of_model(parts.extend(base or parts.read_shapes(config.model), task, config))
     examples = task.examples(train_records)
     held_out = task.examples(held_out_records)[: config.evaluation.examples or None]
     validation = task.examples(validation_records) if validation_records else []
+  base = parts.extend(base or parts.load_model(config.model, mesh), task, config)
+  task = task.of_model(base)
   described = task.describe(training=examples, held_out=held_out)
   print(f"data: {len(examples):,} to train on, {len(held_out):,} held out")
   print("\n".join(task.lines(described)))

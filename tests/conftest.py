@@ -76,6 +76,14 @@ def smollm2():
 
 
 @pytest.fixture(scope="session")
+def smollm2_tokenizer():
+  """Its tokenizer alone."""
+  from lora_jax.io import pretrained
+
+  return pretrained.inspect(pretrained.DEFAULT).tokenizer
+
+
+@pytest.fixture(scope="session")
 def public_data():
   """The folder of public data sets; it is no part of the repository."""
   beside = pathlib.Path(__file__).parents[1] / ".." / "shared" / "data"

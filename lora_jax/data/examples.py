@@ -56,12 +56,18 @@ class Example:
     prompt_length: how many of them are the prompt's, at least 1.
     cut: how many tokens of the prompt were left out to keep to the maximum length.
     shared: whether a token has characters of the prompt and of the completion, see `encode`.
+    learnt: the numbers of the tokens that are learnt, rising and from 1 on, where these are not
+      just those of the completion, as in a conversation with several answers.
+    left_out: how many records just before this one are no examples, as they are too long; of the
+      last example, those after it too.
   """
 
   tokens: tuple[int, ...]
   prompt_length: int
   cut: int
   shared: bool = False
+  learnt: tuple[int, ...] | None = None
+  left_out: int = 0
 
   @property
   def inputs(self) -> tuple[int, ...]:
@@ -69,14 +75,23 @@ class Example:
     return self.tokens[:-1]
 
   @property
-  def targets(self) -> tuple[int, ...]:
-    """The completion's tokens."""
+  def completion(self) -> tuple[int, ...]:
+    """The tokens after the prompt."""
     return self.tokens[self.prompt_length :]
 
   @property
-  def positions(self) -> range:
+  def targets(self) -> tuple[int, ...]:
+    """The tokens that are learnt: the completion's, or those of `learnt`."""
+    if self.learnt is None:
+      return self.completion
+    return tuple(self.tokens[n] for n in self.learnt)
+
+  @property
+  def positions(self) -> Sequence[int]:
     """The positions in `inputs` where the model predicts `targets`."""
-    return range(self.prompt_length - 1, len(self.tokens) - 1)
+    if self.learnt is None:
+      return range(self.prompt_length - 1, len(self.tokens) - 1)
+    return [n - 1 for n in self.learnt]
 
 
 def encode(

@@ -4,9 +4,10 @@ A prompt template may write `<|im_end|>` and mean the token, while a column of d
 same characters, as a question about chat formats does, means the characters.
 
     special = SpecialText(tokenizer_json)
-    special.encode(special.join([("<|user|>", True), ("what does </s> mean?", False)]))
+    special.encode([("<|user|>", True), ("what does </s> mean?", False)])
 """
 
+import bisect
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -49,20 +50,19 @@ class SpecialText:
     self._pattern = re.compile("|".join(map(re.escape, longest)) or r"(?!)")
     self._marked: dict[str, str] = {}
 
-  def join(self, pieces: Pieces) -> str:
-    """Returns the pieces as one text, with marks on the special tokens that are meant.
+  def encode(self, pieces: Pieces) -> tuple[list[int], list[tuple[int, int]]]:
+    """Returns the ids of the pieces as one text, and where each of them lies in it.
 
     Raises ValueError for a plain piece with the character that marks.
     """
     for text, meant in pieces:
       if not meant and _MARK in text:
         raise ValueError(f"the text {text[:40]!r} holds U+FDD0, which is no character; take it out")
-    return "".join(self._mark(text) if meant else text for text, meant in pieces)
-
-  def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Returns the ids of a text with marks, and where each of them lies in it."""
-    encoding = self._backend.encode(text, add_special_tokens=False)
-    return [self._meant.get(i, i) for i in encoding.ids], encoding.offsets
+    joined = "".join(self._mark(text) if meant else text for text, meant in pieces)
+    encoding = self._backend.encode(joined, add_special_tokens=False)
+    marks = [found.start() for found in re.finditer(_MARK, joined)]
+    offsets = [tuple(at - bisect.bisect_left(marks, at) for at in x) for x in encoding.offsets]
+    return [self._meant.get(i, i) for i in encoding.ids], offsets
 
   def _mark(self, text: str) -> str:
     if text not in self._marked:  # the parts of a template, which recur with every record

@@ -94,6 +94,17 @@ class Tokenizer:
     """The template without a name."""
     return self.chat_templates.get("default")
 
+  @property
+  def special_tokens(self) -> dict[str, int]:
+    """The id of every special token, by its text."""
+    added = self._backend.get_added_tokens_decoder()
+    return {added[i].content: i for i in sorted(self._special_ids)}
+
+  @property
+  def named_tokens(self) -> dict[str, str]:
+    """The tokens that its files name, as a chat template reads them: `{"eos_token": "</s>"}`."""
+    return tokenizer_files.named_tokens(self.files.contents)
+
   def with_tokens(self, tokens: Sequence[str]) -> "Tokenizer":
     """Returns the tokenizer with more tokens, each of which is one token wherever a text has it.
 
@@ -139,7 +150,7 @@ class Tokenizer:
 
     Raises ValueError for half of a surrogate pair, which is no text.
     """
-    ids, _, _ = self._encode([(text, special_tokens)], [])
+    ids, _ = self._encode([(text, special_tokens)])
     if add_special_tokens and ids[: len(self._before)] != self._before:
       return self._before + ids
     return ids
@@ -155,7 +166,8 @@ class Tokenizer:
 
     Raises ValueError for half of a surrogate pair, which is no text.
     """
-    ids, offsets, start = self._encode(prompt, completion)
+    ids, offsets = self._encode([*prompt, *completion])
+    start = sum(len(piece) for piece, _ in prompt)
     ends_after = (n for n, (_, end) in enumerate(offsets) if end > start)
     boundary = next(ends_after, len(ids)) if start else 0
     shared = boundary < len(ids) and offsets[boundary][0] < start
@@ -163,6 +175,15 @@ class Tokenizer:
     if written and boundary >= written and ids[:written] == self._before:
       return Pair(ids[written:], boundary - written, shared)
     return Pair(ids, boundary, shared)
+
+  def encode_pieces(self, pieces: Pieces) -> tuple[list[int], list[tuple[int, int]]]:
+    """Returns the tokens of the pieces as one text, and where each lies in it: `(start, end)`.
+
+    Nothing is put before the text, such as BOS.
+
+    Raises ValueError for half of a surrogate pair, which is no text.
+    """
+    return self._encode(pieces)
 
   def decode(
     self, ids: Sequence[int], *, skip_special_tokens: bool = True, after: Sequence[int] = ()
@@ -202,11 +223,8 @@ class Tokenizer:
       self.special, self._before, self._after
     ) | gguf_words.describe_templates(self.chat_templates)
 
-  def _encode(
-    self, prompt: Pieces, completion: Pieces
-  ) -> tuple[list[int], list[tuple[int, int]], int]:
-    """The ids of one text, where each of them lies in it, and where the completion begins."""
-    pieces = [*prompt, *completion]
+  def _encode(self, pieces: Pieces) -> tuple[list[int], list[tuple[int, int]]]:
+    """The ids of one text, and where each of them lies in it."""
     text = "".join(piece for piece, _ in pieces)
     try:
       with panics.as_value_errors(f"the tokenizer cannot encode {text[:40]!r}"):
@@ -215,9 +233,8 @@ class Tokenizer:
       raise ValueError(f"{_lone_surrogate(text)}; mend the text where it was cut") from None
     as_meant = all(meant for _, meant in pieces)
     if as_meant or self._special_ids.isdisjoint(encoding.ids):
-      return encoding.ids, encoding.offsets, sum(len(piece) for piece, _ in prompt)
-    ids, offsets = self._special_text.encode(self._special_text.join(pieces))
-    return ids, offsets, len(self._special_text.join(prompt))
+      return encoding.ids, encoding.offsets
+    return self._special_text.encode(pieces)
 
   @functools.cached_property
   def _special_text(self) -> SpecialText:

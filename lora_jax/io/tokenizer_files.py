@@ -91,6 +91,23 @@ def read_special(folder: Path, token_to_id: Callable[[str], int | None]) -> Spec
   return Special(**first, stop_ids=tuple(dict.fromkeys(found["eos"])))
 
 
+def named_tokens(contents: Mapping[str, bytes]) -> dict[str, str]:
+  """Returns the tokens that the files name: `{"bos_token": "<s>", "image_token": "<image>"}`.
+
+  contents: as `Files` has them.
+  """
+  found: dict[str, str] = {}
+  for name in (_MAP, _SETTINGS):  # the latter has precedence
+    fields = json_files.parse(contents[name]) if name in contents else {}
+    extra = fields.get("extra_special_tokens")
+    fields |= extra if isinstance(extra, dict) else {}
+    for field, token in fields.items():
+      text = token.get("content") if isinstance(token, dict) else token
+      if field.endswith("_token") and isinstance(text, str):
+        found[field] = text
+  return found
+
+
 def check_growth(fields: Mapping[str, Any]) -> None:
   """Raises ValueError for a `tokenizer.json` whose replacements, one after another, may make a text
   thousands of times as long; a few dozen of them would take all memory for one word."""

@@ -1,7 +1,7 @@
 """Tasks: what a run is about. One file a task, and one literal dict of them.
 
     task = tasks.make(config.task, config.data, loss_chunk=0)   # what the config says, checked
-    records = …                                                 # rows of the data's file
+    records, words = task.read(records)                         # of the data's file
     task.check(records)                                         # before a model is loaded
     found = task.extend(found, key)                             # of a model that was loaded
     task = task.of_model(found)
@@ -23,6 +23,7 @@ import jax
 from lora_jax.checks import shown
 from lora_jax.data.records import Record
 from lora_jax.io.pretrained import Pretrained
+from lora_jax.tasks.chat import Chat
 from lora_jax.tasks.classification import Classification
 from lora_jax.tasks.completion import Completion
 from lora_jax.train.step import Batch, Objective
@@ -55,8 +56,11 @@ class Task(Protocol):
     Raises ValueError for values that do not go together.
     """
 
-  def check_values(self, records: Sequence[Record]) -> None:
-    """Raises ValueError for a column of the file that holds what the task cannot read."""
+  def read(self, records: Sequence[Record]) -> tuple[list[Record], str]:
+    """The records of a file as the task takes them, and words on how they were read, or none.
+
+    Raises ValueError for a column that holds what the task cannot read.
+    """
 
   def check(self, records: Sequence[Record]) -> None:
     """Raises ValueError for records that lack a column which the task needs."""
@@ -142,7 +146,7 @@ class Task(Protocol):
   def write(
     self, apply: Callable, weights: PyTree, asked: Sequence[Mapping[str, Any]], **how: Any
   ) -> list[dict[str, Any]]:
-    """`prompt`, `text` and `references` of each prompt; see `Completion.write`."""
+    """`prompt`, `text` and `references` of each prompt; see `Writing.write`."""
 
   def longest_choice(self) -> int | None:
     """The tokens of the longest answer; None where the answers are not given."""
@@ -160,6 +164,7 @@ class Task(Protocol):
 TASKS: Mapping[str, type[Task]] = {
   "completion": Completion,
   "classification": Classification,
+  "chat": Chat,
 }
 """By `task.name` of a config."""
 

@@ -61,9 +61,10 @@ class Classification(Texts):
       buckets=tuple(data["buckets"]), packed_length=0, loss_chunk=0,
     )  # fmt: skip
 
-  def check_values(self, rows: Sequence[records.Record]) -> None:
+  def read(self, rows: Sequence[records.Record]) -> tuple[list[records.Record], str]:
     for name, template in {"text": self.text, "label": self.label}.items():
       records.check_values(rows, templates.fields(template), f"{name} template {template!r:.200}")
+    return list(rows), ""
 
   def check(self, rows: Sequence[records.Record]) -> None:
     templates.check(self.text, rows, "text")

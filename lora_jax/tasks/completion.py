@@ -8,24 +8,19 @@ Its fields stand in the config's `data`. The loss is taken on the completion alo
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from lora_jax.data import examples, records, references, templates
 from lora_jax.data.examples import Example
-from lora_jax.models import decode
-from lora_jax.tasks.texts import Texts, check_generation
-from lora_jax.train import generation
-
-PyTree = Any
-Text = dict[str, Any]
+from lora_jax.tasks.writing import Text, Writing
 
 # What the configs of earlier runs, which lack a field, meant without it.
 _BEFORE_THE_FIELD = {"special_tokens": True}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Completion(Texts):
+class Completion(Writing):
   """See the module; its other fields are those of `Texts`. A longer prompt loses its beginning.
 
   prompt, completion: templates, see `lora_jax.data.templates`.
@@ -52,10 +47,11 @@ class Completion(Texts):
 
   # ---- records and examples
 
-  def check_values(self, rows: Sequence[records.Record]) -> None:
+  def read(self, rows: Sequence[records.Record]) -> tuple[list[records.Record], str]:
     for name, template in self._templates().items():
       what = f"{name} template {template!r:.200}"
       records.check_values(rows, templates.fields(template), what)
+    return list(rows), ""
 
   def check(self, rows: Sequence[records.Record]) -> None:
     for name, template in self._templates().items():
@@ -84,58 +80,6 @@ class Completion(Texts):
       special_tokens=self.special_tokens,
     )
 
-  # ---- what people are shown
-
-  def given(self, encoded: Sequence[Example]) -> list[dict[str, str]]:
-    tokenizer = self.model.tokenizer
-    return [
-      {
-        "prompt": tokenizer.decode(example.tokens[: example.prompt_length]),
-        "wanted": tokenizer.decode(
-          generation.until_end(example.targets, tokenizer.stop_ids),
-          after=example.tokens[: example.prompt_length],
-        ),
-      }
-      for example in encoded
-    ]
-
-  def make_show(
-    self, apply: Callable, encoded: Sequence[Example], put: Callable, share: int
-  ) -> Callable[[PyTree], list[str]]:
-    """What the model greedily writes after each example's prompt.
-
-    A text has at most as many tokens as the longest completion that is wanted, and as the model has
-    positions for.
-    """
-    tokenizer, config = self.model.tokenizer, self.model.config
-    prompts = [example.tokens[: example.prompt_length] for example in encoded]
-    longest = max(len(example.targets) for example in encoded)
-    generate_step = generation.make_generate_step(
-      apply,
-      self._new_cache,
-      max_tokens=min(longest, config.max_length + 1 - max(map(len, prompts))),
-      beams=1,
-      penalty=decode.power(1.0),
-      eos_id=tokenizer.stop_ids,
-    )
-    [batch] = generation.prompt_batches(
-      prompts,
-      batch_size=-(-len(prompts) // share) * share,
-      buckets=(max(map(len, prompts)),),
-      pad_id=tokenizer.pad_id,
-    )
-
-    def show(weights: PyTree) -> list[str]:
-      found = generation.generate(
-        lambda *inputs: put(generate_step(*inputs)), weights, [batch], tokenizer.stop_ids
-      )
-      return [
-        tokenizer.decode(tokens, after=prompt)
-        for prompt, tokens in zip(prompts, found, strict=True)
-      ]
-
-    return show
-
   # ---- texts for the prompts of a split, and their score
 
   def prompts(
@@ -152,59 +96,6 @@ class Completion(Texts):
       tokens = example.tokens[: example.prompt_length]
       found.setdefault(text, {"prompt": text, "references": known[text], "tokens": tokens})
     return list(found.values())[:limit]
-
-  def write(
-    self,
-    apply: Callable,
-    weights: PyTree,
-    asked: Sequence[Text],
-    *,
-    batch_size: int,
-    max_tokens: int,
-    beams: int,
-    length_penalty: float,
-    watch: Callable[[Sequence], Any] = iter,
-  ) -> list[Text]:
-    """`prompt`, `text` and `references` of each prompt.
-
-    apply: the adapted model.
-    asked: as `prompts` returns them.
-    max_tokens, beams: as in `lora_jax.train.generation`.
-    length_penalty: the power of the length by which a beam search divides.
-    watch: goes over the batches.
-
-    Raises ValueError where the model has not the positions for it.
-    """
-    tokenizer, tokens = self.model.tokenizer, [each["tokens"] for each in asked]
-    check_generation(tokens, max_tokens, self.model.config)
-    generate_step = generation.make_generate_step(
-      apply,
-      self._new_cache,
-      max_tokens=max_tokens,
-      beams=beams,
-      penalty=decode.power(length_penalty),
-      eos_id=tokenizer.stop_ids,
-    )
-    data = generation.prompt_batches(
-      tokens, batch_size, buckets=self.buckets, pad_id=tokenizer.pad_id
-    )
-    found = generation.generate(generate_step, weights, watch(data), tokenizer.stop_ids)
-    return [
-      {
-        "prompt": each["prompt"],
-        "text": tokenizer.decode(written, after=each["tokens"]).strip(),
-        "references": each["references"],
-      }
-      for each, written in zip(asked, found, strict=True)
-    ]
-
-  def _new_cache(self, rows: int, slots: int) -> PyTree:
-    """A cache for texts that `check_generation` lets through.
-
-    Beyond the model's positions there is only padding, and the last token of a text, after which
-    nothing is made.
-    """
-    return self.model.new_cache(rows, min(slots, self.model.config.max_length))
 
   def longest_choice(self) -> int | None:
     """The tokens of the longest choice; None where there are none."""

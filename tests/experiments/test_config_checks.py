@@ -5,7 +5,7 @@ import math
 import pytest
 from ml_collections import ConfigDict
 
-from configs import adapters, classify, compress, e2e, quickstart, translate
+from configs import adapters, classify, compress, e2e, quickstart, sft, translate
 from configs import methods as methods_config
 from experiments import config_checks
 from lora_jax import tasks
@@ -16,6 +16,8 @@ CONFIGS = {
   "e2e": lambda: e2e.get_config(),
   "translate": lambda: translate.get_config(),
   "classify": lambda: classify.get_config(),
+  "sft": lambda: sft.get_config(),
+  "sft on a file": lambda: sft.get_config("data=mine.jsonl,full"),
   "methods": lambda: methods_config.get_config(),
 } | {f"method={m}": lambda m=m: quickstart.get_config(f"method={m}") for m in adapters.METHODS}
 
@@ -95,6 +97,29 @@ def test_a_number_that_is_none_or_out_of_range_is_refused_with_its_field(method)
       with pytest.raises(ValueError, match=rf"^{field} is .*; it must be ") as caught:
         config_checks.check_run(changed)
       assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+  ("field", "values"),
+  [
+    ("task.learn", ["first", "", None, 1]),
+    ("task.template", ["", " ", 1]),
+    ("task.date", ["", None, 20260101]),
+    ("data.too_long", ["cut", "", None]),
+    ("data.packed_length", [-1, None, "8"]),
+  ],
+)
+def test_the_fields_of_conversations(field, values):
+  section, _, name = field.rpartition(".")
+  for wrong in values:
+    config = sft.get_config()
+    with config.ignore_type(), config.unlocked():
+      config[section][name] = wrong
+    with pytest.raises(ValueError, match=rf"^{field} is .*; it must be "):
+      config_checks.check_run(config)
+  del config[section][name]
+  with pytest.raises(ValueError, match=f"^{field} is missing; it must be "):
+    config_checks.check_run(config)
 
 
 @pytest.mark.parametrize(

@@ -200,3 +200,43 @@ def test_damaged_tokenizer_files_are_refused_by_name(ours, tmp_path):
   path.write_bytes(path.read_bytes()[:1000])
   with pytest.raises(ValueError, match=r"tokenizer.json: not a tokenizer"):
     tokenizer.from_folder(tmp_path)
+
+
+PIECES = [
+  [("<|im_start|>user\n", True), ("What does <|im_end|> mean?", False), ("<|im_end|>\n", True)],
+  [
+    ("é<|im_end|>", False),
+    ("<|im_end|>", True),
+    (" 日本 <|im_start|>", False),
+    ("", True),
+    ("x", True),
+  ],
+  [("one text", True)],
+  [],
+]
+
+
+@pytest.mark.parametrize("pieces", PIECES)
+def test_pieces_are_one_text_whose_tokens_lie_where_it_says(ours, pieces):
+  ids, offsets = ours.encode_pieces(pieces)
+  text = "".join(piece for piece, _ in pieces)
+  assert ours.decode(ids, skip_special_tokens=False) == text
+  special = {number: token for token, number in ours.special_tokens.items()}
+  meant = [
+    token for piece, is_meant in pieces if is_meant for token in special.values() if token in piece
+  ]
+  assert [special[n] for n in ids if n in special] == meant
+  for n, (start, end) in zip(ids, offsets, strict=True):
+    if n in special:
+      assert text[start:end] == special[n]
+  # Every character lies in a token, and the tokens follow each other.
+  assert {n for start, end in offsets for n in range(start, end)} == set(range(len(text)))
+  assert [start for start, _ in offsets] == sorted(start for start, _ in offsets)
+
+
+def test_special_tokens_are_those_of_transformers(ours, peer):
+  expected = {str(x): n for n, x in peer.added_tokens_decoder.items() if x.special}
+  assert ours.special_tokens == expected and len(expected) > 10
+  assert ours.named_tokens == {
+    "bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>",
+  }  # fmt: skip

@@ -1,0 +1,141 @@
+"""Conversations: a language model learns the assistant's turns, as its chat template writes them.
+
+task.name = "chat"
+task.learn = "all"           # the assistant's turns, or the "last" alone
+task.template = None         # the model's own; the name of one of its others, or a .jinja file
+task.date = "2026-01-01"     # what templates that ask for the day are told
+
+A table has `messages`, or another layout of `lora_jax.data.conversations`. The loss is taken on the
+tokens of the turns, with the one that ends a turn; see `lora_jax.data.chat`. For people, and where
+texts are generated, the last turn is what the model is to write.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+from lora_jax.checks import shown
+from lora_jax.data import chat, chat_templates, conversations, records
+from lora_jax.data.examples import Example
+from lora_jax.io.pretrained import Pretrained
+from lora_jax.tasks.writing import Text, Writing
+from lora_jax.train import generation
+
+_COUNTS = ("examples", "cut", "left_out", "longest", "learnt", "tokens")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chat(Writing):
+  """See the module; its other fields are those of `Texts`.
+
+  conversation: the layout of the table, as `lora_jax.data.conversations.read` takes it.
+  learn, template, date, too_long: as `lora_jax.data.chat.encode` takes them.
+  end_id: the token that ends a turn; None until `of_model`, and for a template that writes none.
+  """
+
+  FIELDS: ClassVar[tuple[str, ...]] = ("learn", "template", "date")
+
+  conversation: str
+  learn: str
+  template: str | None
+  date: str
+  too_long: str
+  end_id: int | None = None
+
+  @classmethod
+  def of(cls, task: Mapping[str, Any], data: Mapping[str, Any], loss_chunk: int) -> Self:
+    chat_templates.check_date(task["date"])
+    if task["template"] is not None and chat_templates.is_file(task["template"]):
+      chat_templates.read_file(task["template"])
+    return cls(
+      conversation=data["conversation"], learn=task["learn"], template=task["template"],
+      date=task["date"], too_long=data["too_long"],
+      max_length=data["max_length"], buckets=tuple(data["buckets"]),
+      packed_length=data["packed_length"], loss_chunk=loss_chunk,
+    )  # fmt: skip
+
+  # ---- records and examples
+
+  def read(self, rows: Sequence[records.Record]) -> tuple[list[records.Record], str]:
+    return conversations.read(rows, self.conversation)
+
+  def check(self, rows: Sequence[records.Record]) -> None:
+    """Nothing more: `read` holds each record against what a conversation is."""
+
+  def of_model(self, found: Pretrained) -> Self:
+    template = chat_templates.find(found.tokenizer, self.template)
+    with chat_templates.Renderer(template, date=self.date) as renderer:
+      end = chat.end_of_turn(renderer)
+    end_id = None if end is None else found.tokenizer.special_tokens[end]
+    return dataclasses.replace(super().of_model(found), end_id=end_id)
+
+  def examples(self, rows: Sequence[records.Record]) -> list[Example]:
+    return chat.encode(
+      rows, self.model.tokenizer, self.template, date=self.date, learn=self.learn,
+      max_length=self.max_length, too_long=self.too_long,
+    )  # fmt: skip
+
+  def choice_ids(self) -> list[int]:
+    return []
+
+  def describe(self, **encoded: Sequence[Example]) -> dict[str, Any]:
+    return {
+      "max_length": self.max_length,
+      "positions": self.model.config.max_length,
+      "splits": {
+        name: {
+          "examples": len(each),
+          "cut": sum(example.cut > 0 for example in each),
+          "left_out": sum(example.left_out for example in each),
+          "longest": max(len(example.inputs) for example in each),
+          "learnt": sum(len(example.targets) for example in each),
+          "tokens": sum(len(example.tokens) for example in each),
+        }
+        for name, each in encoded.items()
+      },
+    }
+
+  def lines(self, described: Mapping[str, Any]) -> list[str]:
+    splits = described.get("splits")
+    if not isinstance(splits, dict) or not all(isinstance(x, dict) for x in splits.values()):
+      raise ValueError(f"data splits is {shown(splits)}")
+    counts = {f"data {name}": described.get(name) for name in ("max_length", "positions")}
+    for split in splits.values():
+      for name, count in (counts | {f"data {x}": split.get(x) for x in _COUNTS}).items():
+        if type(count) is not int:
+          raise ValueError(f"{name} is {shown(count)}")
+    return [
+      f"{name}: {split['examples']:,} conversations, {split['cut']:,} of them cut to max_length "
+      f"{described['max_length']:,}; {split['left_out']:,} longer ones left out; "
+      f"{split['learnt']:,} of {split['tokens']:,} tokens learnt; the longest input has "
+      f"{split['longest']:,} tokens, the model {described['positions']:,} positions"
+      for name, split in splits.items()
+    ]
+
+  # ---- the last turn as a text
+
+  @property
+  def stop_ids(self) -> tuple[int, ...]:
+    ids = (self.end_id, *self.model.tokenizer.stop_ids)
+    return tuple(dict.fromkeys(x for x in ids if x is not None))
+
+  def decode_prompt(self, tokens: Sequence[int]) -> str:
+    return self.model.tokenizer.decode(tokens, skip_special_tokens=False)
+
+  def prompts(
+    self, rows: Sequence[records.Record], encoded: Sequence[Example], limit: int | None
+  ) -> list[Text]:
+    """The different conversations before the last turn, in their order: `prompt`, `references`,
+    which are the last turns, and `tokens`."""
+    del rows  # some are no examples
+    found: dict[tuple[int, ...], Text] = {}
+    for example in encoded:
+      tokens = example.tokens[: example.prompt_length]
+      wanted = generation.until_end(example.completion, self.stop_ids)
+      new = {"prompt": self.decode_prompt(tokens), "references": [], "tokens": tokens}
+      answer = self.model.tokenizer.decode(wanted, after=tokens).strip()
+      found.setdefault(tokens, new)["references"].append(answer)
+    return list(found.values())[:limit]
+
+  def longest_choice(self) -> None:
+    """None: answers are free."""
