@@ -5,7 +5,8 @@ r"""Conversations of one's own, with LoRA or in full fine-tuning: the assistant'
 
 A line of the file is a conversation, {"messages": [{"role": "user", "content": "…"}, {"role":
 "assistant", "content": "…"}]}, perhaps with "tools". Other layouts are told by their columns, see
-`lora_jax.data.conversations`. The model's own chat template writes it as text. The loss is taken on the turns of the assistant and on the token that ends each.
+`lora_jax.data.conversations`. The model's own chat template writes a conversation as text. The loss
+is taken on the turns of the assistant and on the token that ends each.
 
 Without a file, the conversations are those of `chat_sft/train.jsonl`; `chat_sft/dev.jsonl` is the
 test. They are looked for in the folder LORA_JAX_DATA, else in ../shared/data. Of a file of one's

@@ -162,10 +162,26 @@ def test_the_conversations_before_the_last_turn_are_prompts_with_their_answers(c
   ]
 
 
+def test_a_table_of_instructions_is_read_as_conversations_and_said_to_be(config, tmp_path, capsys):
+  path = tmp_path / "mine.csv"
+  path.write_text("instruction,output\n" + "".join(f"say {n},{n}\n" for n in range(10)))
+  changed = config.copy_and_resolve_references()
+  changed.data.source = str(path)
+  found = parts.load_records(changed.data, parts.make_task(changed))
+  rows = sorted(row["messages"][1]["content"] for each in found.values() for row in each)
+  assert rows == [str(n) for n in range(10)]
+  said = "conversations: read as 'instruction', from instruction, output: 10 records"
+  assert f"{path}: {said}" in capsys.readouterr().out
+  changed.data.conversation = "messages"
+  with pytest.raises(ValueError, match=r"mine\.csv: record 0: has no 'messages'"):
+    parts.load_records(changed.data, parts.make_task(changed))
+
+
 def test_bad_records_are_refused_with_file_and_number(config, tmp_path):
   for number, (row, words) in enumerate(
     [
-      ({"text": "a"}, r"record 1: has no messages; it has \['text'\]"),
+      ({"text": "a"}, "several readings of conversations fit the columns 'messages', 'text'"),
+      ({"other": "a"}, "record 1: has no 'messages'"),
       (
         {"messages": [{"role": "assistant", "content": "a"}]},
         "record 1: message 0 of the role ass",
