@@ -43,12 +43,12 @@ def short(words: list[str], runs: pathlib.Path, model: pathlib.Path) -> list[str
   """A command on a tiny model, in smoke form, below a folder of its own.
 
   runs: takes the place of runs/.
-  model: a tiny model's folder, beside it the same as a GGUF file.
+  model: a tiny model's folder, beside it the same as a GGUF file, and conversations in mine.jsonl.
   """
   program, *arguments = words
   made = []
   for argument in arguments:
-    for old, new in _NAMES.items():
+    for old, new in (_NAMES | {"=mine.jsonl": f"={model.parent / 'mine.jsonl'}"}).items():
       argument = argument.replace(old, new)
     name, equals, value = argument.partition("=")
     if name == "--config":

@@ -82,18 +82,24 @@ def test_what_the_first_command_installs_is_all_that_the_main_programs_import():
 
 
 # A chip or a cluster of them is wanted, the machine's own hours, or a file of one's own.
-_NOT_HERE = ("--distributed", "--config.mesh.tensor=4", "benchmarks.", "mine.jsonl")
+_NOT_HERE = ("--distributed", "--config.mesh.tensor=4", "benchmarks.")
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-  """A tiny model's folder, and beside it the same as a GGUF file."""
+  """A tiny model's folder, and beside it the same as a GGUF file and some conversations."""
   import tiny_experiment  # not installed everywhere that the flow above is tried
 
   from lora_jax.io import gguf_model, pretrained
 
   folder = tmp_path_factory.mktemp("readme")
-  tiny_experiment.write(folder, pretrained.inspect(pretrained.DEFAULT).tokenizer)
+  words = pretrained.inspect(pretrained.DEFAULT).tokenizer
+  tiny_experiment.write(folder, words, max_length=256)
+  chats = [
+    {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}!"}]}
+    for n in range(40)
+  ]
+  (folder / "mine.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
   model = pretrained.load(folder / "model")
   gguf_model.save(
     f"{folder / 'model'}.gguf", model.params, model.config, model.tokenizer, dtype="q8_0"

@@ -31,17 +31,20 @@ def get_config(text=""):
 """
 
 
-def write(folder: pathlib.Path, tokenizer, **sections: dict) -> pathlib.Path:
+def write(
+  folder: pathlib.Path, tokenizer, *, max_length: int = 64, **sections: dict
+) -> pathlib.Path:
   """Writes them into a folder; returns the config's file.
 
   Args:
     folder: an empty one.
     tokenizer: SmolLM2's, as `lora_jax.io.pretrained.load` gives it.
+    max_length: positions of the model.
     **sections: fields of the config that are to be others, by section: `train={"steps": 20}`.
   """
   config = llama.LlamaConfig(
     vocab_size=tokenizer.vocab_size, width=32, mlp_width=64, num_layers=2, num_heads=4,
-    num_kv_heads=2, head_dim=8, max_length=64, tie_embeddings=True,
+    num_kv_heads=2, head_dim=8, max_length=max_length, tie_embeddings=True,
   )  # fmt: skip
   params = llama.Llama(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
   export.save(folder / "model", params, config, tokenizer)
