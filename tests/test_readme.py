@@ -94,7 +94,7 @@ def tiny(tmp_path_factory):
 
   folder = tmp_path_factory.mktemp("readme")
   words = pretrained.inspect(pretrained.DEFAULT).tokenizer
-  tiny_experiment.write(folder, words, max_length=256)
+  tiny_experiment.write(folder, words, max_length=512)
   chats = [
     {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}!"}]}
     for n in range(40)

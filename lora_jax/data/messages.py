@@ -6,13 +6,12 @@ A conversation begins with a user's message, perhaps after a system message, and
 the assistant. A tool's message follows the call. Content is a text, or texts in parts.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lora_jax.checks import shown
-from lora_jax.data.records import Record
+from lora_jax.data.records import Record, from_json
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # The names of an assistant's thoughts. `transformers` gives templates the first two.
@@ -115,12 +114,8 @@ def _tool_calls(where: str, role: str, given: Any) -> list[dict[str, Any]]:
       )
     arguments = inner.get("arguments", {})
     if isinstance(arguments, str):
-      try:
-        arguments = json.loads(arguments)
-      except (ValueError, RecursionError) as error:
-        raise ValueError(
-          f"{here}: its arguments {shown(arguments)} are no JSON ({error}); mend them"
-        ) from None
+      arguments = from_json(f"{here}: its text of arguments {shown(arguments)}", arguments)
+      _check_texts(f"{here}: its arguments", arguments)
     if not isinstance(arguments, dict):
       raise ValueError(f"{here}: its arguments {shown(arguments)} are no object of JSON")
     inner = inner | {"arguments": arguments}

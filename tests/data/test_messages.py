@@ -97,7 +97,19 @@ def test_a_record_is_not_changed():
     (record(USER, ANSWER | {"tool_calls": ["add"]}), 'its tool call 0 .* is no {"function"'),
     (
       record(USER, ANSWER | {"tool_calls": [{"function": {"name": "f", "arguments": "{a: 1}"}}]}),
-      "message 1: its tool call 0: its arguments '{a: 1}' are no JSON",
+      "message 1: its tool call 0: its text of arguments '{a: 1}' is not JSON",
+    ),
+    (
+      record(USER, ANSWER | {"tool_calls": [{"name": "f", "arguments": '{"a": 1, "a": 2}'}]}),
+      "its text of arguments .* names 'a' twice",
+    ),
+    (
+      record(USER, ANSWER | {"tool_calls": [{"name": "f", "arguments": "[" * 70 + "]" * 70}]}),
+      "its text of arguments .* is nested deeper than 64",
+    ),
+    (
+      record(USER, ANSWER | {"tool_calls": [{"name": "f", "arguments": '{"a": "\\ud800"}'}]}),
+      r"message 1: its tool call 0: its arguments: holds U\+D800",
     ),
     (
       record(USER, ANSWER | {"tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}),
