@@ -19,6 +19,8 @@ def pytest_configure(config):
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("compiled")))
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
   os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+  # PyTorch's threads spin while they wait, and every core has a worker of its own.
+  os.environ.setdefault("OMP_NUM_THREADS", "1")
   import jax  # reads these
 
   del jax

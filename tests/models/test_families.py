@@ -53,7 +53,8 @@ def kinds(*everyday, without=()):
 
 
 # Those that differ from another one of these by what is tested with it are slow.
-EVERYDAY = {*families.FIRST.values(), "Qwen 3, tied"} - {"Ministral", "OLMo 3"}
+RARER = {"Ministral", "Ministral 3", "OLMo 3", "SmolLM 3", "Granite"}
+EVERYDAY = {*families.FIRST.values(), "Qwen 3, tied"} - RARER
 
 
 @pytest.mark.parametrize("name", kinds(*EVERYDAY))
