@@ -25,6 +25,7 @@ def case():
   return compression.Case("", model, params, axes, tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("name", "share"),
   [

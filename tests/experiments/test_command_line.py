@@ -165,6 +165,7 @@ def _json_line(printed):
   return line
 
 
+@pytest.mark.slow
 def test_generate_makes_the_same_text_with_a_cache_and_without(finished):
   workdir, _ = finished
   prompts = ["--prompt=fine film", "--prompt=a"]
@@ -268,6 +269,7 @@ def test_the_adapter_of_a_run_of_another_method_is_read_back_from_its_file(confi
   assert loss == pytest.approx(scores["after"]["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_what_trains_is_in_memory_once_while_it_trains(config_file, tmp_path, monkeypatch):
   config = runpy.run_path(str(config_file))["get_config"]()
   config.adapter.also_train, config.train.steps = ("embed/embedding",), 2

@@ -231,6 +231,7 @@ def kept(program, tiny, adapted):
   return compressed(program, tiny, "kept", "steps=prune+quantize", **fields)
 
 
+@pytest.mark.slow
 def test_an_adapter_that_is_kept_stays_as_it_is_on_a_smaller_base(program, tiny, adapted, kept):
   folder, config = kept
   before, after = (

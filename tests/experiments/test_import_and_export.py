@@ -103,6 +103,7 @@ def test_as_a_plain_lora_of_full_rank_it_loses_nothing(
   np.testing.assert_allclose(logits(model), made_by_peft[1], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_gguf_has_no_dora_but_takes_the_lora_that_is_nearest(imported, config_file, tmp_path):
   workdir, output = imported[0], tmp_path / "adapter.gguf"
   printed = run("export", f"--workdir={workdir}", "--to=gguf", f"--output={output}", fails=True)

@@ -69,6 +69,7 @@ def test_a_policy_leaves_the_loss_and_the_gradient_as_they_are(remat):
   assert all(np.any(grad) for grad in jax.tree.leaves(results[0][1]))
 
 
+@pytest.mark.slow
 def test_the_less_a_policy_keeps_the_less_memory_the_compiled_step_needs():
   temporary = {
     name: compiled(name)[0].memory_analysis().temp_size_in_bytes for name in REMAT_POLICIES
