@@ -15,7 +15,7 @@ import lora_jax
 from lora_jax import Axes, adapt, attach, init, join, merge, partition, trainable_mask, unmerge
 
 KEY = jax.random.key(0)
-# At every commit: LoRA on every kernel, variants of a method on one, the other methods on three.
+# At every commit: LoRA on every kernel, variants of a method on one, the other methods on two.
 VARIANTS = (
   "rsLoRA",
   "DoRA, the norm not constant",
@@ -23,7 +23,7 @@ VARIANTS = (
   "PiSSA, randomised",
   "Full",
 )
-FEW = ("matrix", "layers", "convolution")
+FEW = ("matrix", "layers")
 
 
 def is_everyday(method: str, kernel: str) -> bool:
