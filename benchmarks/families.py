@@ -51,7 +51,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "n_positions": 256,
   },
 }  # fmt: skip
-"""What a family's config.json says beside the common sizes; GPT-2's has names of its own."""
+"""The fields of a family's config.json, in addition to `_SIZES`. GPT-2 takes these alone."""
 
 _FAMILIES = flags.DEFINE_list("families", list(families.FAMILIES), "Some of the families.")
 _RANK = flags.DEFINE_integer("rank", 8, "Rank of the adapters.", lower_bound=1)

@@ -19,7 +19,7 @@ and so does an adapter on top of them; on a dense base it is merged.
 
 --to=peft writes the adapter of a run alone, as its adapter/ has it already; with --rank, whatever
 its method, as the nearest plain LoRA of that rank, and says what that loses. --to=gguf writes it as
-one file that llama.cpp loads beside its base (`--lora adapter.gguf`), by default in float32, as
+one file that llama.cpp loads with its base (`--lora adapter.gguf`). Its default is float32, as
 adapters are trained.
 """
 

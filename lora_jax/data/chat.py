@@ -5,19 +5,22 @@
   found = encode(records, tokenizer, None, date="2026-01-01", learn="all", max_length=512,
                  too_long="drop")
 
-By SmolLM2's template, with what is learnt underlined:
+SmolLM2's template writes this. The loss covers the underlined tokens:
 
   <|im_start|>user⏎Hi<|im_end|>⏎<|im_start|>assistant⏎Hello!<|im_end|>⏎
                                                      ‾‾‾‾‾‾‾‾‾‾‾‾‾‾‾‾
 
-**What is learnt.** A template with `{% generation %}` blocks says it, as for `transformers`'
-`return_assistant_tokens_mask`: every token that has a character of a block. Of another template the
-beginnings of a conversation are rendered. The turn of message i is what the messages up to it have
-beyond those before it with a generation prompt. Each must be a beginning of the next. The turn ends
-with the first of the special tokens that it closes with, the end of the turn; line breaks and an
-EOS behind it are not learnt. A template that changes earlier turns when later ones follow, as some
-leave out earlier thoughts, has no such beginnings. Its conversations are refused, unless the last
-turn alone is learnt and is no part of that.
+**Which tokens the loss covers.** A template may mark them by `{% generation %}` blocks. Every token
+with a character in a block then counts, as in `transformers`' `return_assistant_tokens_mask`.
+
+Without marks, prefixes of the conversation are rendered. The turn of message i is the text that
+messages[:i + 1] add to messages[:i] with a generation prompt. Each rendering must be a prefix of
+the next. A turn ends with its end-of-turn token, the first of the special tokens at its end. Line
+breaks and an EOS after that token do not count.
+
+Some templates change earlier turns when later ones follow: they drop earlier thoughts, say. Then
+one rendering is no prefix of the next, and the conversation is refused. With `learn="last"` only
+the last turn has to fit.
 """
 
 import contextlib
@@ -47,7 +50,7 @@ class Tokens(NamedTuple):
 
   text: that the template wrote.
   ids: its tokens; nothing is put before them.
-  turns: of each turn that is learnt, the numbers of its tokens.
+  turns: the token indices of each turn that the loss covers.
   shared: whether the first token of a turn begins before it.
   """
 
@@ -139,7 +142,7 @@ def encode(
 def tokenise(
   conversation: Conversation, renderer: Renderer, tokenizer: Tokenizer, learn: str
 ) -> Tokens:
-  """Returns the tokens of a conversation; see the module for what is learnt.
+  """Returns the tokens of a conversation, and those that the loss covers; see the module.
 
   Raises:
     ValueError: as `encode` does.

@@ -54,7 +54,7 @@ class Template:
 
   name: of the template, for errors.
   source: its text.
-  variables: what it knows beside the conversation: `{"bos_token": "<s>"}`.
+  variables: what the template may use in addition to the conversation: `{"bos_token": "<s>"}`.
   special: the special tokens, the longest first.
   """
 

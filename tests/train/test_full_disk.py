@@ -29,7 +29,7 @@ def small_disk(tmp_path):
   folder.mkdir()
   mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", folder]
   if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-    pytest.skip("no file system can be mounted here")
+    pytest.skip("needs a user who may mount a tmpfs, as root may")
   yield folder, lambda: subprocess.run(["mount", "-o", "remount,size=8m", folder], check=True)
   subprocess.run(["umount", "--lazy", folder], check=True)
 
