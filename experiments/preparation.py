@@ -137,20 +137,21 @@ def prepare(config: ConfigDict, configs: Sequence[ConfigDict], run: workdir.Work
     validation_records = parts.pick(records, "validation", "train.evaluate_every")
   elif config.train.evaluate_every:
     print("validation: left out, for there are too few different records to hold some out for it")
-  base = None
-  if storage.is_compressed(config.model.source):
-    base = parts.load_model(config.model, mesh)
+  compressed = storage.is_compressed(config.model.source)  # its shapes stand in no config.json
+  base = parts.load_model(config.model, mesh) if compressed else parts.read_shapes(config.model)
   with stage("tokenise"):
-    task = task.of_model(parts.extend(base or parts.read_shapes(config.model), task, config))
+    # Before the weights are loaded, for a record may still be refused.
+    task = task.of_model(parts.extend(base, task, config))
     examples = task.examples(train_records)
     held_out = task.examples(held_out_records)[: config.evaluation.examples or None]
     validation = task.examples(validation_records) if validation_records else []
-  base = parts.extend(base or parts.load_model(config.model, mesh), task, config)
-  task = task.of_model(base)
   described = task.describe(training=examples, held_out=held_out)
   print(f"data: {len(examples):,} to train on, {len(held_out):,} held out")
   print("\n".join(task.lines(described)))
 
+  if not compressed:
+    base = parts.load_model(config.model, mesh)
+  base = parts.extend(base, task, config)
   axes = parts.trace_axes(parts.make_model(base.config), base.params)
   specs = [methods.specs_of(base, config.model, each, axes) for each in rules]
 

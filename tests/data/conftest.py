@@ -2,6 +2,7 @@
 
 import pytest
 
+from lora_jax.data import messages, records
 from lora_jax.io import assets
 
 REVIEWS = (
@@ -38,3 +39,14 @@ def byte_tokenizer_with_bos():
 def ratings_file():
   """Returns the path of one of the rated sets: sentences with the mean of human ratings."""
   return lambda name: assets.resolve(f"{REVIEWS}{name}_GroundTruth.txt")
+
+
+@pytest.fixture(scope="session")
+def conversations(public_data):
+  """Real ones, with system messages, several turns, tools and calls of them."""
+  rows = [
+    row
+    for name in ("chat_sft", "chat_tools")
+    for row in records.read(public_data / name / "dev.jsonl")[:12]
+  ]
+  return [messages.check(row) for row in rows]

@@ -28,16 +28,6 @@ def tokenizers(folder):
   return chat_peers.both(folder)
 
 
-@pytest.fixture(scope="module")
-def conversations(public_data):
-  rows = [
-    row
-    for name in ("chat_sft", "chat_tools")
-    for row in records.read(public_data / name / "dev.jsonl")[:12]
-  ]
-  return [messages.check(row) for row in rows]
-
-
 def tokenise(tokenizer, source, given, learn="all", tools=None):
   with chat_peers.renderer(tokenizer, source) as renderer:
     return chat.tokenise(messages.Conversation(given, tools), renderer, tokenizer, learn)

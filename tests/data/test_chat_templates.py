@@ -8,7 +8,7 @@ import time
 import chat_peers
 import pytest
 
-from lora_jax.data import chat_templates, messages, records
+from lora_jax.data import chat_templates, messages
 
 SHORT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
 
@@ -16,17 +16,6 @@ SHORT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory, smollm2_tokenizer):
   return chat_peers.both(chat_peers.write(tmp_path_factory.mktemp("words"), smollm2_tokenizer))
-
-
-@pytest.fixture(scope="module")
-def conversations(public_data):
-  """Real ones, with system messages, several turns, tools and calls of them."""
-  rows = [
-    row
-    for name in ("chat_sft", "chat_tools")
-    for row in records.read(public_data / name / "dev.jsonl")[:12]
-  ]
-  return [messages.check(row) for row in rows]
 
 
 def rendered(renderer, conversation, prompt=False):
