@@ -2,13 +2,21 @@
 
 from pathlib import Path
 
+import nbformat
 from mkdocs.structure.files import File
 
-ROOT = Path(__file__).parents[1]
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
 
 def on_files(files, config):
-  for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
-    name = f"notebooks/{notebook.name}"
-    files.append(File.generated(config, name, abs_src_path=str(notebook)))
+  """Adds a page for each notebook: its text and its code. The notebooks hold no outputs."""
+  for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+    files.append(File.generated(config, f"notebooks/{path.stem}.md", content=as_markdown(path)))
   return files
+
+
+def as_markdown(path: Path) -> str:
+  cells = nbformat.read(path, as_version=4).cells
+  where = f"This page is the notebook `notebooks/{path.name}`, which CI runs."
+  parts = [c.source if c.cell_type == "markdown" else f"```python\n{c.source}\n```" for c in cells]
+  return "\n\n".join([parts[0], where, *parts[1:]])
