@@ -15,12 +15,13 @@ import bisect
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -245,7 +246,7 @@ class Renderer:
     """Returns the text with marks of each rendering; see `read`.
 
     Args:
-      messages: plain JSON, checked by `lora_jax.data.chat.conversation`.
+      messages: plain JSON, checked by `lora_jax.data.messages.check`.
       tools: likewise; None for none.
       renderings: the beginnings of the conversation that are rendered.
 
@@ -304,6 +305,25 @@ class Renderer:
       yield
     except TemplateError as error:
       raise TemplateError(f"{self.template.name}: {error}") from None
+
+
+@contextlib.contextmanager
+def renderers(
+  tokenizer: Tokenizer, name: str | None, date: str
+) -> Iterator[Callable[[bool], Renderer]]:
+  """Yields `(whether there are tools) -> Renderer`, which are started where they are asked for.
+
+  Args:
+    tokenizer, name: as `find` takes them.
+    date: as `Renderer` takes it.
+  """
+  with contextlib.ExitStack() as stack:
+
+    @functools.cache
+    def renderer(tools: bool) -> Renderer:
+      return stack.enter_context(Renderer(find(tokenizer, name, tools=tools), date=date))
+
+    yield renderer
 
 
 def _map_texts(value: Any, function: Any) -> Any:
