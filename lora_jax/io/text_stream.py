@@ -6,6 +6,7 @@ for token in tokens:
 print(stream.end())
 """
 
+import itertools
 from collections.abc import Sequence
 
 from lora_jax.io.tokenizer import Tokenizer
@@ -34,7 +35,8 @@ class TextStream:
       skip_special_tokens: whether special tokens have no text.
     """
     self._tokenizer, self._skip = tokenizer, skip_special_tokens
-    self._before = list(after[-_BEFORE:])
+    # In parts that begin at characters. Bytes that begin within one would be no text.
+    self._before = [self._end_of(after)]
     self.held: list[int] = []
 
   def add(self, token: int) -> str:
@@ -43,7 +45,9 @@ class TextStream:
     text = self._text()
     if text.endswith(_INCOMPLETE) and len(self.held) < _HELD:
       return ""
-    self._before = [*self._before, *self.held][-_BEFORE:]
+    self._before.append(self.held)
+    while sum(map(len, self._before[1:])) >= _BEFORE:
+      del self._before[0]
     self.held = []
     return text
 
@@ -53,5 +57,13 @@ class TextStream:
     self.held = []
     return text
 
+  def _end_of(self, tokens: Sequence[int]) -> list[int]:
+    """The last tokens, from where a character begins."""
+    count = _BEFORE
+    while count < len(tokens) and _INCOMPLETE in self._tokenizer.decode(tokens[-count:]):
+      count *= 2
+    return list(tokens[-count:])
+
   def _text(self) -> str:
-    return self._tokenizer.decode(self.held, skip_special_tokens=self._skip, after=self._before)
+    before = list(itertools.chain.from_iterable(self._before))
+    return self._tokenizer.decode(self.held, skip_special_tokens=self._skip, after=before)
