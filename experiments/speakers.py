@@ -50,13 +50,15 @@ class Speaker:
 
     Args:
       template: by name, or a file; None for the run's, or the model's own.
-      date: what templates that ask for the day are told; None for the run's, or today.
+      date: what templates that ask for the day are told, a flag; None for the run's, or today.
 
     Raises:
       ValueError: for a template that does not do, and a run whose task writes no texts.
       FileNotFoundError: for a file that is not there.
     """
     talk = self.task.talk if self.task else Talk()
+    if date:
+      chat_templates.check_date("--date", date)
     date = date or talk.date or datetime.date.today().isoformat()
     tokenizer = self.shapes.tokenizer
     with chat_templates.renderers(tokenizer, template or talk.template, date) as renderer:

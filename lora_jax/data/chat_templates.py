@@ -122,12 +122,12 @@ def read_file(path: str) -> str:
   return files.read_text(Path(path), _MAX_BYTES)
 
 
-def check_date(date: str) -> None:
-  """Raises ValueError for what is no day."""
+def check_date(field: str, date: str) -> None:
+  """Raises ValueError for what is no day, by the field that says it."""
   try:
     datetime.datetime.strptime(date, "%Y-%m-%d")
   except (TypeError, ValueError):
-    raise ValueError(f"task.date {shown(date)} is no day; write it as 2026-01-31") from None
+    raise ValueError(f"{field} {shown(date)} is no day; write it as 2026-01-31") from None
 
 
 class Text(NamedTuple):

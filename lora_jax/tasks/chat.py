@@ -44,7 +44,7 @@ class Chat(Writing):
 
   @classmethod
   def of(cls, task: Mapping[str, Any], data: Mapping[str, Any], loss_chunk: int) -> Self:
-    chat_templates.check_date(task["date"])
+    chat_templates.check_date("task.date", task["date"])
     if task["template"] is not None and chat_templates.is_file(task["template"]):
       chat_templates.read_file(task["template"])
     return cls(
