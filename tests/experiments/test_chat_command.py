@@ -1,6 +1,5 @@
 """experiments.chat and generate --chat, on a tiny Llama and a run that has learnt to answer."""
 
-import importlib
 import io
 import json
 import os
@@ -13,10 +12,9 @@ import sys
 import time
 
 import chat_peers
+import main_programs
 import pytest
 import tiny_experiment
-from absl import flags
-from absl.testing import flagsaver
 from main_programs import imported
 from peers import torch, transformers
 
@@ -79,17 +77,9 @@ def call(monkeypatch, capsys):
   """Runs a main program in this process: `(name, *arguments, lines="") -> what it printed`."""
 
   def call(name, *arguments, lines=""):
-    program = importlib.import_module(f"experiments.{name}")
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     capsys.readouterr()
-    try:
-      with flagsaver.flagsaver():
-        flags.FLAGS([name, *map(str, arguments)])
-        program.main([name])
-    finally:  # several programs have flags of one name
-      for flag in list(flags.FLAGS.flags_by_module_dict()[program.__name__]):
-        delattr(flags.FLAGS, flag.name)
-      del sys.modules[program.__name__]
+    main_programs.call(name, *arguments)
     return capsys.readouterr().out
 
   return call
