@@ -1,7 +1,11 @@
 r"""Conversations of one's own, with LoRA or in full fine-tuning: the assistant's turns are learnt.
 
-    python -m experiments.train --config=configs/sft.py --workdir=runs/sft
+    python -m experiments.preview --config=configs/sft.py:data=mine.jsonl
     python -m experiments.train --config=configs/sft.py:data=mine.jsonl --workdir=runs/mine
+    python -m experiments.chat --workdir=runs/mine
+
+    python -m experiments.train --config=configs/sft.py --workdir=runs/sft
+    python -m experiments.train --config=configs/sft.py:full --workdir=runs/sft_full
 
 A line of the file is a conversation, {"messages": [{"role": "user", "content": "…"}, {"role":
 "assistant", "content": "…"}]}, perhaps with "tools". Other layouts are told by their columns, see
@@ -61,10 +65,10 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   data.buckets = (192, 384, 640)  # of evaluation
 
   train = config.train
-  train.steps = 44  # about once over the conversations
+  train.steps = 40  # nine tenths of the conversations
   train.batch_size = 4  # rows of a step, 2,560 tokens
   train.accumulate = 2  # two rows at a time
-  train.checkpoint_every = 22  # steps; in full fine-tuning each is 1.6 GB
+  train.checkpoint_every = 20  # steps; in full fine-tuning each is 1.6 GB
   train.keep = 1 if args["full"] else 2
 
   config.optimizer.warmup_steps = 10

@@ -93,7 +93,7 @@ def test_the_notebook_on_own_data_previews_trains_talks_and_exports(tmp_path, mo
   printed, errors, folder = execute("own_data_colab.ipynb", tmp_path, monkeypatch)
   printed = printed.replace("\r\n", "\n")
   assert "mine.jsonl: conversations: read as 'messages', from messages: 30 records" in printed
-  assert '+ "A"' in printed and " <|im_end|>\n" in printed
+  assert re.search(r'^\+ "Arr" ","', printed, re.MULTILINE) and " <|im_end|>\n" in printed
   before, after = numbers(r"before: loss ([\d.]+) on[^$]*after:  loss ([\d.]+) on", printed)
   assert after < before / 2
   adapted, base = re.findall(r"^> How do I make coffee\?\n(.*)", printed, re.MULTILINE)
