@@ -148,6 +148,9 @@ class Task(Protocol):
     """The different prompts of records, as `write` takes them; raises ValueError for a task that
     writes no texts."""
 
+  def check_room(self, asked: Sequence[Mapping[str, Any]], max_tokens: int) -> None:
+    """Raises ValueError where the model has not the positions for prompts and what follows them."""
+
   def write(
     self, apply: Callable, weights: PyTree, asked: Sequence[Mapping[str, Any]], **how: Any
   ) -> list[dict[str, Any]]:
