@@ -216,6 +216,7 @@ class Renderer:
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       stderr=subprocess.DEVNULL,
+      start_new_session=True,  # so that a terminal's Ctrl-C is not for it
     )
     try:
       with self.named():

@@ -19,7 +19,7 @@ from main_programs import imported
 from peers import torch, transformers
 
 from configs import sft
-from experiments import speakers
+from experiments import programs, speakers
 from lora_jax import tree
 from lora_jax.io import pretrained
 from lora_jax.train import workdir
@@ -29,6 +29,7 @@ train = imported("experiments.train")
 
 ROOT = pathlib.Path(__file__).parents[2]
 POSITIONS = 4096
+CTRL_C = b"\x03"
 ANSWERS = {"red": "warm", "blue": "cold"}
 FIELDS = {
   "data.train": 0.9, "data.validation": 0.0, "data.test": 0.1, "data.test_source": "",
@@ -269,9 +270,12 @@ def test_conversations_of_files_are_answered_together_by_a_run(call, run, tmp_pa
 def terminal(*arguments):
   """Starts experiments.chat in a terminal; returns the process and the terminal's other end."""
   ours, its = pty.openpty()
-  heed = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+  begin = (
+    "import fcntl, os, signal, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, sys.argv[1:])"
+  )
   process = subprocess.Popen(
-    [sys.executable, "-c", f"{heed}os.execv(sys.executable, sys.argv[1:])", sys.executable,
+    [sys.executable, "-c", begin, sys.executable,
      "-m", "experiments.chat", *map(str, arguments)],
     stdin=its, stdout=its, stderr=subprocess.DEVNULL, cwd=ROOT,
     env=os.environ | {"PYTHONPATH": str(ROOT), "TERM": "dumb"},
@@ -289,20 +293,22 @@ def until(ours, words, count=1):
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_program_and_twice_at_the_prompt_leaves(folder):
-  process, ours = terminal(f"--source={folder / 'model'}", f"--max_tokens={POSITIONS // 2}")
+  """Typed, so that the process that renders the template hears it too."""
+  process, ours = terminal(f"--source={folder / 'model'}", f"--max_tokens={POSITIONS // 3}")
   until(ours, b"> ")
-  os.write(ours, b"Hi\n")
-  until(ours, b"Hi\r\n")
-  os.read(ours, 100)  # of an answer, which goes on for seconds
-  process.send_signal(signal.SIGINT)
-  assert "(stopped)" in until(ours, b"(stopped)\r\n> ")
+  for n in range(2):
+    os.write(ours, b"Hi\n")
+    until(ours, b"Hi\r\n")
+    os.read(ours, 100)  # of an answer, which goes on for seconds
+    os.write(ours, CTRL_C)
+    assert until(ours, b"> ").endswith(" (stopped)\r\n> "), n
   os.write(ours, b"/help\n")
   until(ours, b"/exit    leave\r\n> ")
-  process.send_signal(signal.SIGINT)
+  os.write(ours, CTRL_C)
   until(ours, b"(Ctrl-C again leaves, as does /exit)\r\n> ")
-  time.sleep(5.5)  # longer than a program that does not heed a signal may live
+  time.sleep(programs.PATIENCE + 0.5)  # longer than a program lives that does not heed a signal
   assert process.poll() is None
-  process.send_signal(signal.SIGINT)
+  os.write(ours, CTRL_C)
   assert process.wait(timeout=60) == 0
   os.close(ours)
 
