@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lora_jax.data import chat_templates, chat_tokens, messages
 from lora_jax.models import decode, llama, streaming
+from lora_jax.train import generation
 
 POSITIONS = 96
 CONFIG = llama.LlamaConfig(
@@ -157,6 +159,36 @@ def test_a_cache_that_is_too_small_is_made_anew_and_larger(params, monkeypatch):
   # To the last position, beyond which the padding of a chunk lies.
   assert streamer.room(LONG) == MOST
   assert streamer.text(params, LONG, steps=MOST) == decoded(params, LONG, steps=MOST)
+
+
+@pytest.mark.slow
+def test_the_turns_of_a_real_model_are_those_that_decode_writes_after_the_whole(smollm2):
+  model = llama.Llama(smollm2.config)
+  words, reads = smollm2.tokenizer, []
+
+  def apply(variables, tokens, **options):
+    reads.append(tokens.shape[1])
+    return model.apply(variables, tokens, **options)
+
+  streamer = streaming.Streamer(apply, smollm2.new_cache, choose=decode.greedy, positions=8192)
+  template = chat_templates.find(words, None)
+  said = []
+  with chat_templates.Renderer(template, date="2026-01-01") as renderer:
+    stops = chat_tokens.stop_ids(renderer, words)
+    for question in ("What is the capital of France?", "And of Spain?"):
+      said.append({"role": "user", "content": question})
+      prompt = chat_tokens.ask(messages.check_asked({"messages": said}), renderer, words)
+      key = jax.random.key(0)
+      found = list(streamer.write(smollm2.params, prompt, steps=24, stop_ids=stops, key=key))
+      tokens, lengths = decode.pad_prompts([prompt], 0)
+      whole = decode.decode(
+        model.apply, smollm2.params, tokens, lengths, steps=24, choose=decode.greedy, key=key,
+        eos_id=stops, cache=smollm2.new_cache(1, len(prompt) + 24),
+      )  # fmt: skip
+      assert found == generation.until_end(np.asarray(whole)[0].tolist(), stops)
+      said.append({"role": "assistant", "content": words.decode(found, after=prompt)})
+  assert "Paris" in said[1]["content"] and "Madrid" in said[3]["content"]
+  assert sorted(reads) == [1, 64]
 
 
 @pytest.mark.parametrize(
