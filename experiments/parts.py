@@ -197,7 +197,7 @@ def pick(rows: Mapping[str, list[records.Record]], split: str, field: str) -> li
 def inspect_model(model: ConfigDict) -> pretrained.Pretrained:
   """The base that a model config names, shapes in the place of its arrays.
 
-  A compressed one is loaded for it.
+  A compressed one is loaded for it: what its parameters are made of is in its tensors.
   """
   if storage.is_compressed(model.source):
     found = load_model(model)
@@ -211,8 +211,9 @@ def inspect_model(model: ConfigDict) -> pretrained.Pretrained:
 
 
 def read_shapes(model: ConfigDict) -> pretrained.Pretrained:
-  """The base before any quantization, shapes in the place of its arrays: none of them is read."""
-  found = pretrained.inspect(model.source, **_model_options(model))
+  """The base before any compression, shapes in the place of its arrays: none of them is read."""
+  inspect = storage.inspect if storage.is_compressed(model.source) else pretrained.inspect
+  found = inspect(model.source, **_model_options(model))
   return new_tokens.add(found, new_tokens_of(model))
 
 
@@ -244,6 +245,18 @@ def extend(
 ) -> pretrained.Pretrained:
   """A run's base with the leaves that its task adds, which start from the run's seed."""
   return task.extend(found, jax.random.fold_in(jax.random.key(config.seed), _OF_THE_TASK))
+
+
+def task_of_model(task: tasks.Task, config: ConfigDict) -> tasks.Task:
+  """The task on a run's base, of which the configuration and the tokenizer are read."""
+  return task.of_model(extend(read_shapes(config.model), task, config))
+
+
+def inspect_source(source: str) -> pretrained.Pretrained:
+  """What `load_source` loads, shapes in the place of its arrays: none of them is read."""
+  if storage.is_compressed(source):
+    return storage.inspect(source)
+  return pretrained.inspect(source, scan_layers=True)
 
 
 def load_source(source: str) -> pretrained.Pretrained:

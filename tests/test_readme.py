@@ -181,13 +181,16 @@ def test_every_command_runs_to_its_end_in_the_order_of_the_page(tiny, tmp_path):
   for words in run:
     done = subprocess.run(
       [sys.executable, "-m", *short(words, tmp_path, tiny)],
-      cwd=ROOT, text=True, capture_output=True, timeout=600,
+      cwd=ROOT, text=True, capture_output=True, timeout=600, input="Hello!\n",
       env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
     assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
     if words[0] == "experiments.generate":
       (text,) = [json.loads(line) for line in done.stdout.splitlines() if line[:1] == "{"]
-      assert len(text["completion"].split()) <= 3  # an answer, and not the same one sixty times
+      # An answer that is chosen, and not the same one sixty times.
+      assert "messages" in text or len(text["completion"].split()) <= 3
+    if words[0] == "experiments.chat":
+      assert "\n> Hello!\n" in done.stdout
   code = artifact_program().replace("runs/", f"{tmp_path}/")
   scope = {}
   exec(code, scope)

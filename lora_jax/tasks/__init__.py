@@ -22,10 +22,12 @@ import jax
 
 from lora_jax.checks import shown
 from lora_jax.data.records import Record
+from lora_jax.data.token_texts import TokenText
 from lora_jax.io.pretrained import Pretrained
 from lora_jax.tasks.chat import Chat
 from lora_jax.tasks.classification import Classification
 from lora_jax.tasks.completion import Completion
+from lora_jax.tasks.writing import Talk
 from lora_jax.train.step import Batch, Objective
 
 PyTree = Any
@@ -96,6 +98,9 @@ class Task(Protocol):
   def lines(self, described: Mapping[str, Any]) -> list[str]:
     """Lines for people about what `describe` returned; raises ValueError where it is damaged."""
 
+  def tokens(self, example: Example) -> list[TokenText]:
+    """The tokens of an example as a person reads them; raises ValueError where it is no text."""
+
   def shape_of(self, batch: Batch) -> tuple[int, int]:
     """The rows and the tokens of a row of a batch: of text, of patches, of frames."""
 
@@ -143,6 +148,9 @@ class Task(Protocol):
     """The different prompts of records, as `write` takes them; raises ValueError for a task that
     writes no texts."""
 
+  def check_room(self, asked: Sequence[Mapping[str, Any]], max_tokens: int) -> None:
+    """Raises ValueError where the model has not the positions for prompts and what follows them."""
+
   def write(
     self, apply: Callable, weights: PyTree, asked: Sequence[Mapping[str, Any]], **how: Any
   ) -> list[dict[str, Any]]:
@@ -150,6 +158,11 @@ class Task(Protocol):
 
   def longest_choice(self) -> int | None:
     """The tokens of the longest answer; None where the answers are not given."""
+
+  @property
+  def talk(self) -> Talk:
+    """How conversations with the model are written; raises ValueError for a task that writes no
+    texts."""
 
   def make_show(
     self, apply: Callable, examples: Sequence[Example], put: Callable, share: int

@@ -22,6 +22,7 @@ from lora_jax import families
 from lora_jax.checks import shown
 from lora_jax.data import batches, records, templates
 from lora_jax.data.examples import Example
+from lora_jax.data.token_texts import TokenText, token_texts
 from lora_jax.io.pretrained import Pretrained
 from lora_jax.tasks.texts import Texts
 
@@ -104,6 +105,11 @@ class Classification(Texts):
   def choice_ids(self) -> list[int]:
     return list(range(len(self.labels)))
 
+  def tokens(self, example: Example) -> list[TokenText]:
+    """Those of the text, and the name of its class as the one that is learnt."""
+    found = token_texts(self.model.tokenizer, example.inputs, learnt=())
+    return [*found, TokenText(self.labels[example.targets[0]], 1, special=False, learnt=True)]
+
   def given(self, encoded: Sequence[Example]) -> list[dict[str, str]]:
     decode = self.model.tokenizer.decode
     return [
@@ -140,4 +146,8 @@ class Classification(Texts):
     raise ValueError("the task classification writes no texts")
 
   def longest_choice(self) -> NoReturn:
+    raise ValueError("the task classification writes no texts; use experiments.evaluate")
+
+  @property
+  def talk(self) -> NoReturn:
     raise ValueError("the task classification writes no texts; use experiments.evaluate")
