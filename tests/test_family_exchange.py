@@ -195,8 +195,11 @@ def test_a_gguf_file_is_read_back_here_and_by_transformers(loaded, tmp_path, nam
 @pytest.mark.parametrize(
   ("name", "words"),
   [
-    ("gpt-oss", "GGUF files of the family 'gpt_oss' are not supported; supported: llama, mistral"),
-    ("Phi 4 mini", "GGUF files of the family 'phi3' are not supported"),
+    (
+      "gpt-oss, tied, no windows, unscaled",
+      "llama.cpp's architecture 'gpt-oss' has no head that is tied to the embedding; export the",
+    ),
+    ("Phi 3 with a window", "llama.cpp's architecture 'phi3' has no window=6; export the model"),
     ("Mistral", "llama.cpp's architecture 'llama' has no window=6; export the model as a folder"),
     ("GPT-2 of Stanford", "llama.cpp's architecture 'gpt2' has no scale_by_layer=True; export the"),
   ],

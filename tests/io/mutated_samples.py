@@ -20,7 +20,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 import lora_jax
 from lora_jax import exchange, families, is_weight
 from lora_jax.compress import storage
-from lora_jax.io import export, gguf, gguf_model, pretrained, safetensors
+from lora_jax.io import export, gguf, gguf_model, names, pretrained, safetensors
 from lora_jax.io import tokenizer as tokenizers_lib
 from lora_jax.models import llama
 from lora_jax.weights import Factored, Pruned
@@ -159,7 +159,7 @@ def _adapters(folder: Path, params: Any, kinds: Collection[str] | None) -> dict[
   )
 
   def observe(path: Path) -> dict[str, Any]:
-    return _of_adapters(exchange.load(path, params, axes))
+    return _of_adapters(exchange.load(path, params, axes, table=names.LLAMA_HF))
 
   for name, rules in METHODS.items():
     asked = {f"peft {name}"} | ({"gguf lora"} if name == "lora" else set())
@@ -168,7 +168,7 @@ def _adapters(folder: Path, params: Any, kinds: Collection[str] | None) -> dict[
     specs = lora_jax.match(params, rules, axes)
     made = lora_jax.init(jax.random.key(0), params, specs, axes)
     made = jax.tree.map(lambda x: x + 0.01, made)
-    exchange.save(folder / name, made, params, axes, base_model="base")
+    exchange.save(folder / name, made, params, axes, base_model="base", table=names.LLAMA_HF)
     found[f"peft {name}"] = Sample(
       folder / name, ("adapter_config.json", "adapter_model.safetensors"), observe,
       ("params", "settings", "kinds", "rows"), shares=name == "vera",
