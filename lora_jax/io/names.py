@@ -157,6 +157,20 @@ GPT2_GGUF = {
   "output.weight": "head/kernel",
 }
 
+GEMMA4_HF = {
+  name: path
+  for name, path in (LLAMA_HF | _NORMS_ON_BOTH_SIDES_HF | _HEAD_NORMS_HF).items()
+  if not name.endswith(".inv_freq")
+} | {
+  "model.embed_tokens_per_layer.weight": "embed_per_layer/embedding",
+  "model.per_layer_model_projection.weight": "per_layer_model/kernel",
+  "model.per_layer_projection_norm.weight": "per_layer_norm/scale",
+  "model.layers.{i}.per_layer_input_gate.weight": "block_{i}/per_layer_gate/kernel",
+  "model.layers.{i}.per_layer_projection.weight": "block_{i}/per_layer_out/kernel",
+  "model.layers.{i}.post_per_layer_input_norm.weight": "block_{i}/per_layer_norm/scale",
+  "model.layers.{i}.layer_scalar": "block_{i}/scalar",
+}
+
 HUGGING_FACE = {
   "llama": LLAMA_HF,
   "mistral": LLAMA_HF,
