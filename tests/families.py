@@ -199,6 +199,8 @@ FIRST = {kind.family: name for name, kind in reversed(KINDS.items())}
 PROJECTIONS = ("query", "key", "value", "out", "gate", "up", "down")
 
 
+PER_LAYER = ("per_layer_gate", "per_layer_out")
+
 WITH_EXPERTS = ("qwen3_moe", "gpt_oss")
 
 
@@ -210,7 +212,16 @@ def projections(family: str) -> tuple[str, ...]:
     return ("qkv", "out", "up", "down")
   if family in WITH_EXPERTS:
     return (*PROJECTIONS[:4], "gate_up", "down")
+  if family == "gemma4_text":
+    return (*PROJECTIONS[:4], *PER_LAYER, *PROJECTIONS[4:])
   return PROJECTIONS
+
+
+def num_kernels(name: str, projections: tuple[str, ...]) -> int:
+  """How many of these a model has in all its layers, of which some may share keys and values."""
+  shared = KINDS[name].fields.get("num_kv_shared_layers", 0)
+  kept = [x for x in projections if x in ("key", "value")]
+  return num_layers(name) * len(projections) - shared * len(kept)
 
 
 def num_layers(name: str) -> int:

@@ -110,9 +110,12 @@ def _of_full_layers(fields: Fields, local: tuple[bool, ...]) -> dict[str, Any]:
   """The heads of the layers without the window: of each layer in the files of transformers 5."""
   own = checked_fields.object_of(fields, "per_layer_config")
   if own:
-    full = {str(i) for i, each in enumerate(local) if not each}
+    full = [i for i, each in enumerate(local) if not each]
     ways = list(own.values())
-    if own.keys() != full or not all(way == ways[0] for way in ways):
+    # Numbers of layers, "05".
+    if sorted(int(key) if key.isdecimal() else -1 for key in own) != full or not all(
+      way == ways[0] for way in ways
+    ):
       raise ValueError(
         "per_layer_config: other heads are supported for all layers of full attention alike, and "
         f"for no other; it is {shown(own)}"

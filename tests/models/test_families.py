@@ -149,7 +149,9 @@ def test_a_token_sees_the_window_of_each_layer_and_no_more(cached):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [x for x in families.FIRST.values() if x != "GPT-2"])
+@pytest.mark.parametrize(
+  "name", [x for x in families.FIRST.values() if x not in ("GPT-2", "Gemma 4")]
+)
 def test_no_switch_of_a_family_could_be_left_off(loaded, name):
   _, found = loaded(name)
   tokens_BT = np.arange(40).reshape(2, 20)
