@@ -76,8 +76,9 @@ switches together, two with experts, GPT-2 and Gemma 4. What Gemma 4's layers sh
 `tests/models/test_gemma4.py`. Rotary frequencies, linear, dynamic, YaRN, LongRoPE and Llama 3.1's,
 at lengths up to and beyond the first context: `tests/models/test_rope.py`. Experts
 (`tests/models/test_experts.py`, `tests/test_experts_exchange.py`): their router's loss is not
-computed, and sweeps refuse them, for JAX has no `vmap` of `ragged_dot` over adapters alone. Experts
-in MXFP4, of safetensors (`tests/io/test_mxfp4.py`) and of GGUF: gpt-oss.
+computed, and members of a sweep take each step in turn (`tests/train/test_members.py`), for JAX has
+no `vmap` of `ragged_dot` over adapters alone. Experts in MXFP4, of safetensors
+(`tests/io/test_mxfp4.py`) and of GGUF: gpt-oss.
 
 Y: a test of the family holds it, every day or by `pytest -m slow`. –: no test of its own; it is the
 program of a family that has one. R: refused by name, with the reason. In GGUF windows of `mistral`,
