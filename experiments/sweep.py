@@ -40,7 +40,6 @@ def start(
 ) -> program.Program:
   """The members on their base, at the start; `fields` are those that each of them changes."""
   configs, base = case.configs, case.base
-  members.check(case.axes)
   check_starts(base.params, case.specs, case.axes)
   print(f"{case.tables[0]}\n{len(configs)} members; the table shows the first:")
   print("\n".join(f"  {n}: {sweep_config.label(each)}" for n, each in enumerate(fields)))
@@ -123,6 +122,7 @@ def start(
     train_step=members.make_train_step(
       methods.make_objective(case.config, case.task, apply), make_tx,
       parts=case.config.train.accumulate, shardings=shardings[0],
+      in_turn=members.in_turn(case.axes),
     ),
     steps=settings.rates.shape[1],
     log_at={each.train.steps for each in configs},

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from lora_jax.checks import shown
-from lora_jax.io import configs, gpt2_configs, names
-from lora_jax.models import gpt2, layers, llama
+from lora_jax.io import configs, gemma4_configs, gpt2_configs, names
+from lora_jax.models import gemma4, gpt2, layers, llama
 
 Rules = Sequence[tuple[str, jax.P]]
 Config = Any
@@ -49,6 +49,8 @@ class Family:
   example_inputs: config to the shapes of the arguments of the smallest call that uses every
     parameter, for tracing.
   sharding: (pattern, PartitionSpec) pairs, as `lora_jax.sharding.lay_out` takes them.
+  layers_alike: whether the parameters of all layers have the same shapes, so that they may be
+    stacked and scanned.
   """
 
   parse_config: Callable[[Mapping[str, Any]], Config]
@@ -59,6 +61,7 @@ class Family:
   example_inputs: Callable[[Config], tuple[jax.ShapeDtypeStruct, ...]]
   sharding: Rules
   prefix: str = ""
+  layers_alike: bool = True
 
 
 DECODER_SHARDING = (
@@ -115,6 +118,22 @@ FAMILIES: Mapping[str, Family] = {
     sharding=DECODER_SHARDING,
     prefix="transformer.",
   ),
+  "gemma4_text": Family(
+    parse_config=gemma4_configs.from_hugging_face,
+    write_config=gemma4_configs.to_hugging_face,
+    make_model=gemma4.Gemma4,
+    init_cache=gemma4.init_cache,
+    names={"safetensors": names.GEMMA4_HF},
+    example_inputs=_tokens,
+    sharding=(
+      ("embed_per_layer/embedding", jax.P("tensor", None)),
+      ("per_layer_model/kernel", jax.P("fsdp", "tensor")),
+      (r"block_\d+/per_layer_gate/kernel", jax.P("fsdp", "tensor")),
+      (r"block_\d+/per_layer_out/kernel", jax.P("tensor", "fsdp")),
+      *DECODER_SHARDING,
+    ),
+    layers_alike=False,
+  ),
 }
 """By `model_type`, the name that a config.json has for the family."""
 
@@ -142,12 +161,14 @@ def param_shapes(
 ) -> dict[str, tuple[int, ...]]:
   """Returns {slash path: shape} of the model's parameters, without making any."""
   family = family_of(config, families)
-  # One layer is traced, and not each.
-  model = family.make_model(dataclasses.replace(config, scan_layers=True))
+  if family.layers_alike:  # then one layer is traced, and not each
+    model = family.make_model(dataclasses.replace(config, scan_layers=True))
+  else:
+    model = family.make_model(config)
   variables = jax.eval_shape(model.init, jax.random.key(0), *family.example_inputs(config))
   leaves = traverse_util.flatten_dict(variables["params"], sep="/")
   shapes = {path: leaf.shape for path, leaf in leaves.items()}
-  if not config.scan_layers:
+  if family.layers_alike and not config.scan_layers:
     each = [(path, layers.layer_paths(path, config.num_layers)) for path in shapes]
     shapes = {x: shapes[path][x != path :] for path, xs in each for x in xs}
   return dict(sorted(shapes.items(), key=lambda item: item[0].split("/")))

@@ -72,15 +72,19 @@ Against `transformers` and `peft`, on tiny random models (`tests/models/test_fam
 `tests/test_family_exchange.py`, `tests/io/test_family_configs.py`, `tests/test_gpt2_files.py`):
 logits, greedy tokens with a cache and without, adapters in and out, presets, merging, nf4, factors,
 the merged model exported. On a mesh (`tests/sharding_worker.py`): Llama, models that have their
-switches together, two with experts, and GPT-2. Rotary frequencies, linear, dynamic, YaRN, LongRoPE
-and Llama 3.1's, at lengths up to and beyond the first context: `tests/models/test_rope.py`. Experts
+switches together, two with experts, GPT-2 and Gemma 4. What Gemma 4's layers share:
+`tests/models/test_gemma4.py`. Rotary frequencies, linear, dynamic, YaRN, LongRoPE and Llama 3.1's,
+at lengths up to and beyond the first context: `tests/models/test_rope.py`. Experts
 (`tests/models/test_experts.py`, `tests/test_experts_exchange.py`): their router's loss is not
-computed, sweeps refuse them, for JAX has no `vmap` of `ragged_dot` over adapters alone, and MXFP4
-files are refused.
+computed, and members of a sweep take each step in turn (`tests/train/test_members.py`), for JAX has
+no `vmap` of `ragged_dot` over adapters alone. Experts in MXFP4, of safetensors
+(`tests/io/test_mxfp4.py`) and of GGUF: gpt-oss.
 
 Y: a test of the family holds it, every day or by `pytest -m slow`. –: no test of its own; it is the
-program of a family that has one. R: refused by name, with the reason. In GGUF windows of `mistral`
-and scores and activations that are not GPT-2's own are refused too. A column's tests:
+program of a family that has one. R: refused by name, with the reason. In GGUF windows of `mistral`,
+`ministral`, `ministral3`, `smollm3` and `phi3`, layers of another pattern than llama.cpp's, heads
+that are tied where it has one apart, and scores and activations that are not GPT-2's own are
+refused too. A column's tests:
 
 """
 

@@ -19,7 +19,7 @@ from jax.sharding import SingleDeviceSharding
 import lora_jax
 from lora_jax import compress, families, sharding, tree
 from lora_jax.io import shards
-from lora_jax.models import gpt2, llama
+from lora_jax.models import gemma4, gpt2, llama
 from lora_jax.train import optimizer, parallel, step
 
 # No two kernels have the same axes, whole or cut in 2, 4 or 8.
@@ -66,7 +66,15 @@ GPT2 = gpt2.GPT2Config(
   vocab_size=112, width=64, mlp_width=160, num_layers=2, num_heads=8, head_dim=8, max_length=32,
   scan_layers=True,
 )  # fmt: skip
+# Two layers have keys and values, two see theirs; MLPs of two widths.
+GEMMA4 = gemma4.Gemma4Config(
+  vocab_size=112, width=64, mlp_width=160, num_layers=4, num_heads=12, num_kv_heads=4, head_dim=8,
+  full_kv_heads=4, full_head_dim=16, rotary_dim=4, max_length=32, window=5, shared_layers=2,
+  local_layers=(True, False, True, False), wide_shared_mlp=True, per_layer_width=24,
+  per_layer_vocab=112, logit_softcap=10.0,
+)  # fmt: skip
 KERNELS = {(64, 96), (32, 64), (64, 160), (64, 112)}
+GEMMA4_KERNELS = KERNELS | {(64, 192), (64, 320), (24, 64)}
 GPT2_KERNELS = {(64, 192), (64, 64), (64, 160), (64, 112)}
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 1, 4), (2, 2, 2)]
 
@@ -247,6 +255,14 @@ def the_losses_of_gpt_2_are_those_of_one_device():
   assert not gathered(ops) & GPT2_KERNELS
   *_, ops = trained((1, 8, 1), GPT2)
   assert (64, 192) in gathered(ops)  # else the line above could not fail
+
+
+def the_losses_of_gemma_4_are_those_of_one_device():
+  assert_same_losses((2, 2, 2), GEMMA4)
+  *_, ops = trained((2, 1, 4), GEMMA4)
+  assert not gathered(ops) & GEMMA4_KERNELS
+  *_, ops = trained((1, 8, 1), GEMMA4)
+  assert {(64, 192), (64, 320), (24, 64)} <= gathered(ops)  # else the line above could not fail
 
 
 def the_losses_over_all_three_axes_are_those_of_one_device():

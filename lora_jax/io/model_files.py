@@ -12,6 +12,7 @@ from lora_jax.io import (
   gguf,
   gguf_configs,
   json_files,
+  mxfp4,
   names,
   safetensors,
 )
@@ -72,11 +73,12 @@ def open_folder(folder: Path, families: Mapping[str, Family]) -> ModelFile:
   tensors = names.with_prefix(safetensors.open_folder(folder), table, family.prefix)
   if config.tie_embeddings and not config.classes:
     tensors = _without_tied_head(folder, tensors, table)
+  tensors = mxfp4.joined(tensors, folder, table)
   return ModelFile(
     config=config,
     family=family,
     tokenizer=tokenizers.from_folder(folder),
-    tensors=expert_tensors.joined(tensors, folder),
+    tensors=expert_tensors.joined(tensors, folder, table),
     table=table,
     rotates_neighbours=False,
   )
@@ -101,24 +103,24 @@ def _without_tied_head(folder: Path, tensors: Tensors, table: names.Table) -> Te
 def open_gguf(path: Path, families: Mapping[str, Family]) -> ModelFile:
   """Opens a GGUF file; raises as `load` does."""
   file = gguf.read(path)
-  factors = file.tensors.get("rope_freqs.weight")
+  factors = {x: file.tensors[x] for x in gguf_configs.ROPE_FACTORS if x in file.tensors}
   try:
     config = gguf_configs.from_gguf(
       file.metadata,
       tie_embeddings="output.weight" not in file.tensors,
-      rope_factors_R=None if factors is None else factors.load(),
+      rope_factors={name: tensor.load() for name, tensor in factors.items()},
     )
     family = family_of(config, families)
     tokenizer = tokenizers.from_gguf(file.metadata)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from None
-  tensors = expert_tensors.joined(file.tensors, path)
+  tensors = expert_tensors.joined(file.tensors, path, family.names["gguf"])
   return ModelFile(
     config=config,
     family=family,
     tokenizer=tokenizer,
     tensors=tensors,
     table=family.names["gguf"],
-    rotates_neighbours=gguf_configs.rotates_neighbours(config.family),
+    rotates_neighbours=gguf_configs.rotates_neighbours(file.metadata["general.architecture"]),
     blocks=tensors,
   )
