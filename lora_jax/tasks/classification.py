@@ -1,13 +1,15 @@
-"""Classes of texts: a decoder with a head of classes at the last token of a text.
+"""Classes of texts: a head of classes at one token of a text.
 
 task.name = "classification"
 task.text = "{sentence}"                       # a template, see lora_jax.data.templates
+task.pair = ""                                 # of a second text, for encoders; "" for none
 task.label = "{label}"                         # another, which gives the name of a class
 task.labels = ("negative", "positive")         # the names, in the order of the head's outputs
 
-The head `head/kernel` [width, classes] is new. It starts from the run's seed, trains in full and is
-saved with the adapter, as PEFT's `SEQ_CLS` does of `score`. The model is transformers'
-`...ForSequenceClassification`, which reads a text's last token that is no padding.
+The head is new. It starts from the run's seed, trains in full and is saved with the adapter, as
+PEFT's `SEQ_CLS` does. The model is transformers' `...ForSequenceClassification`. A decoder has a
+kernel [width, classes], `score` there, at a text's last token that is no padding. An encoder has a
+dense layer and a kernel at the first token; see `lora_jax.tasks.pooled_classification`.
 """
 
 import dataclasses
@@ -23,12 +25,11 @@ from lora_jax.checks import shown
 from lora_jax.data import batches, records, templates
 from lora_jax.data.examples import Example
 from lora_jax.io.pretrained import Pretrained
+from lora_jax.tasks import heads
+from lora_jax.tasks.pooled_classification import PooledClassification
 from lora_jax.tasks.texts import Texts
 
 PyTree = Any
-
-HEAD = "head/kernel"
-_DEVIATION = 0.02  # of the new head, as transformers' initializer_range
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,13 +37,15 @@ class Classification(Texts):
   """See the module; its other fields are those of `Texts`. A longer text loses its end.
 
   text, label: templates of a text and of the name of its class.
+  pair: of a second text, which only an encoder reads; "" for none.
   labels: the names of the classes.
   """
 
-  FIELDS: ClassVar[tuple[str, ...]] = ("text", "label", "labels")
-  TRAINS: ClassVar[tuple[str, ...]] = (HEAD,)
+  FIELDS: ClassVar[tuple[str, ...]] = ("text", "pair", "label", "labels")
+  TRAINS: ClassVar[tuple[str, ...]] = PooledClassification.TRAINS
 
   text: str
+  pair: str
   label: str
   labels: tuple[str, ...]
 
@@ -57,35 +60,36 @@ class Classification(Texts):
         "one; set it to 0"
       )
     return cls(
-      text=task["text"], label=task["label"], labels=labels, max_length=data["max_length"],
+      text=task["text"], pair=task["pair"], label=task["label"], labels=labels,
+      max_length=data["max_length"],
       buckets=tuple(data["buckets"]), packed_length=0, loss_chunk=0,
     )  # fmt: skip
 
+  def _of_encoders(self) -> PooledClassification:
+    return PooledClassification(
+      text=self.text, pair=self.pair, label=self.label, labels=self.labels,
+      max_length=self.max_length, buckets=self.buckets,
+    )  # fmt: skip
+
   def read(self, rows: Sequence[records.Record]) -> tuple[list[records.Record], str]:
-    for name, template in {"text": self.text, "label": self.label}.items():
-      records.check_values(rows, templates.fields(template), f"{name} template {template!r:.200}")
-    return list(rows), ""
+    return self._of_encoders().read(rows)
 
   def check(self, rows: Sequence[records.Record]) -> None:
-    templates.check(self.text, rows, "text")
-    templates.check(self.label, rows, "label")
-    for number, row in enumerate(rows):
-      if (found := templates.fill(self.label, row)) not in self.labels:
-        raise ValueError(
-          f"record {number}: its label {shown(found)} is none of task.labels {shown(self.labels)}"
-        )
+    self._of_encoders().check(rows)
 
   def extend(self, found: Pretrained, key: jax.Array) -> Pretrained:
-    config = dataclasses.replace(found.config, classes=self.labels)
-    shape = families.param_shapes(config)[HEAD]
+    return heads.add(found, key, self.labels)
 
-    def start() -> jax.Array:
-      return (_DEVIATION * jax.random.normal(key, shape)).astype(config.param_dtype)
-
-    is_shape = isinstance(jax.tree.leaves(found.params)[0], jax.ShapeDtypeStruct)
-    kernel = jax.eval_shape(start) if is_shape else start()
-    params = {name: x for name, x in found.params.items() if name != "head"}
-    return dataclasses.replace(found, config=config, params=params | {"head": {"kernel": kernel}})
+  def of_model(self, found: Pretrained) -> Self | PooledClassification:
+    """The task on a decoder, or that of encoders on an encoder."""
+    if found.family.kind == families.ENCODER:
+      return self._of_encoders().of_model(found)
+    if self.pair:
+      raise ValueError(
+        f"task.pair {self.pair!r:.80}: {found.source} is a {found.config.family!r}, which reads "
+        "one text; write both texts into task.text"
+      )
+    return super().of_model(found)
 
   def examples(self, rows: Sequence[records.Record]) -> list[Example]:
     """A text's tokens, and after them the number of its class, which is its one target."""
