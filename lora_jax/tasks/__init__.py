@@ -153,14 +153,14 @@ class Task(Protocol):
   def longest_choice(self) -> int | None:
     """The tokens of the longest answer; None where the answers are not given."""
 
-  def asked(self, given: str) -> list[Record]:
-    """What a person asks about by a file's path or in a text of their own, as `predict` takes it;
-    raises ValueError for what the task cannot read, and for a task that predicts nothing."""
+  def asked(self, given: str) -> list[Example]:
+    """What a person asks about, by the path of a file or as a text, as `predict` takes it; raises
+    ValueError for what the task cannot read, and for a task that predicts nothing."""
 
   def predict(
-    self, apply: Callable, weights: PyTree, rows: Sequence[Record], **how: Any
+    self, apply: Callable, weights: PyTree, examples: Sequence[Example], **how: Any
   ) -> list[dict[str, Any]]:
-    """An answer for each record, as JSON has it; see `EncodedTexts.predict`."""
+    """An answer for each example, as JSON has it; see `EncodedTexts.predict`."""
 
   def make_show(
     self, apply: Callable, examples: Sequence[Example], put: Callable, share: int

@@ -18,16 +18,16 @@ from typing import Any, ClassVar, NoReturn, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lora_jax import families
 from lora_jax.checks import shown
 from lora_jax.data import batches, records, templates
 from lora_jax.data.examples import Example
 from lora_jax.io.pretrained import Pretrained
-from lora_jax.tasks import heads
+from lora_jax.tasks import heads, questions
 from lora_jax.tasks.pooled_classification import PooledClassification
 from lora_jax.tasks.texts import Texts
+from lora_jax.train.step import Batch
 
 PyTree = Any
 
@@ -93,17 +93,17 @@ class Classification(Texts):
 
   def examples(self, rows: Sequence[records.Record]) -> list[Example]:
     """A text's tokens, and after them the number of its class, which is its one target."""
-    found = []
-    for number, row in enumerate(rows):
-      ids = self.model.tokenizer.encode(templates.fill(self.text, row))
-      if not ids:
-        raise ValueError(f"record {number}: the text has no tokens; add some")
-      kept = ids[: self.max_length - 1]
-      label = self.labels.index(templates.fill(self.label, row))
-      found.append(
-        Example(tokens=(*kept, label), prompt_length=len(kept), cut=len(ids) - len(kept))
-      )
-    return found
+    return [
+      self._example(row, f"record {n}", self.labels.index(templates.fill(self.label, row)))
+      for n, row in enumerate(rows)
+    ]
+
+  def _example(self, row: records.Record, where: str, label: int) -> Example:
+    ids = self.model.tokenizer.encode(templates.fill(self.text, row))
+    if not ids:
+      raise ValueError(f"{where}: the text has no tokens; add some")
+    kept = ids[: self.max_length - 1]
+    return Example(tokens=(*kept, label), prompt_length=len(kept), cut=len(ids) - len(kept))
 
   def choice_ids(self) -> list[int]:
     return list(range(len(self.labels)))
@@ -124,18 +124,45 @@ class Classification(Texts):
       encoded, rows, buckets=(max(len(each.inputs) for each in encoded),),
       pad_id=self.model.tokenizer.pad_id,
     )  # fmt: skip
-
-    @jax.jit
-    def classes(weights: PyTree, tokens_BT: jax.Array, at_B1: jax.Array) -> jax.Array:
-      logits_B1K = apply({"params": weights}, tokens_BT, at_BC=at_B1)
-      return jnp.argmax(logits_B1K[:, 0], axis=-1)
+    probabilities = self._probabilities(apply)
 
     def show(weights: PyTree) -> list[str]:
-      found = np.asarray(put(classes(weights, batch["tokens"], batch["at"])))
-      by_example = dict(zip(batch["index"].tolist(), found.tolist(), strict=True))
-      return [self.labels[by_example[n]] for n in range(len(encoded))]
+      found = questions.answers(
+        lambda batch: put(probabilities(weights, batch)), [batch], self._of_encoders().answer
+      )
+      return [each["label"] for each in found]
 
     return show
+
+  def _probabilities(self, apply: Callable) -> Callable[[PyTree, Batch], jax.Array]:
+    """The jitted step `(weights, batch) -> the probability of each class`, [rows, classes]."""
+
+    @jax.jit
+    def step(weights: PyTree, batch: Batch) -> jax.Array:
+      logits_B1K = apply({"params": weights}, batch["tokens"], at_BC=batch["at"])
+      return jax.nn.softmax(logits_B1K[:, 0].astype(jnp.float32), axis=-1)
+
+    return step
+
+  # ---- answers for texts of one's own
+
+  def asked(self, given: str) -> list[Example]:
+    rows = questions.records_of(given, [self.text])
+    return [self._example(row, f"{given[:200]}: record {n}", 0) for n, row in enumerate(rows)]
+
+  def predict(
+    self,
+    apply: Callable,
+    weights: PyTree,
+    encoded: Sequence[Example],
+    *,
+    batch_size: int,
+    watch: Callable[[Sequence], Any] = iter,
+  ) -> list[questions.Answer]:
+    """As `EncodedTexts.predict`."""
+    step = self._probabilities(apply)
+    data = watch(self.eval_batches(encoded, batch_size))
+    return questions.answers(lambda batch: step(weights, batch), data, self._of_encoders().answer)
 
   def prompts(self, *unused: Any) -> NoReturn:
     raise ValueError("the task classification writes no texts; leave --beams out")

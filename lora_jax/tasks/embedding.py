@@ -32,7 +32,7 @@ from lora_jax.data import records, templates
 from lora_jax.data.encoded import EncodedExample
 from lora_jax.io.pretrained import Pretrained
 from lora_jax.tasks import scores
-from lora_jax.tasks.encoded_texts import Answer, EncodedTexts, asked_texts
+from lora_jax.tasks.encoded_texts import Answer, EncodedTexts
 from lora_jax.tasks.regression import check_loss_chunk, number
 from lora_jax.train.step import Batch, Objective
 
@@ -183,20 +183,18 @@ class Embedding(EncodedTexts):
 
   # ---- answers: the embedding of each text
 
-  def asked(self, given: str) -> list[records.Record]:
-    return asked_texts(given, [self.text])
+  def asked(self, given: str) -> list[EncodedExample]:
+    return super(Embedding, self._alone).asked(given)
 
   def predict(
-    self,
-    apply: Callable,
-    weights: PyTree,
-    rows: Sequence[records.Record],
-    *,
-    batch_size: int,
-    watch: Callable[[Sequence], Any] = iter,
+    self, apply: Callable, weights: PyTree, found: Sequence[EncodedExample], **how: Any
   ) -> list[Answer]:
-    alone = dataclasses.replace(self, pair="")
-    return super(Embedding, alone).predict(apply, weights, rows, batch_size=batch_size, watch=watch)
+    return super(Embedding, self._alone).predict(apply, weights, found, **how)
+
+  @property
+  def _alone(self) -> Self:
+    """The task of one text, by the template of the first."""
+    return dataclasses.replace(self, pair="")
 
   def _predictions(self, apply: Callable) -> Callable[[PyTree, Batch], jax.Array]:
     return jax.jit(self.vectors(apply))

@@ -1,7 +1,6 @@
 """What tasks share whose texts an encoder reads as a whole, alone or in pairs."""
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NoReturn, Self
 
@@ -13,15 +12,16 @@ import numpy as np
 
 from lora_jax import families
 from lora_jax.checks import shown
-from lora_jax.data import batches, encoded, records, templates, text_files
+from lora_jax.data import batches, encoded, records, templates
 from lora_jax.data.encoded import Encoded, EncodedExample
 from lora_jax.io.pretrained import Pretrained
+from lora_jax.tasks import questions
 from lora_jax.tasks.texts import check_positions
 from lora_jax.train.distillation import Reading
 from lora_jax.train.step import Batch
 
 PyTree = Any
-Answer = dict[str, Any]
+Answer = questions.Answer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -264,25 +264,30 @@ class EncodedTexts:
 
   # ---- answers for texts of one's own
 
-  def asked(self, given: str) -> list[records.Record]:
-    return asked_texts(given, [x for x in (self.text, self.pair) if x])
+  def asked(self, given: str) -> list[EncodedExample]:
+    rows = questions.records_of(given, [x for x in (self.text, self.pair) if x])
+    return [self._example(row, f"{given[:200]}: record {n}", 0.0) for n, row in enumerate(rows)]
 
   def predict(
     self,
     apply: Callable,
     weights: PyTree,
-    rows: Sequence[records.Record],
+    found: Sequence[EncodedExample],
     *,
     batch_size: int,
     watch: Callable[[Sequence], Any] = iter,
   ) -> list[Answer]:
-    found = [self._example(row, f"record {number}", 0.0) for number, row in enumerate(rows)]
-    step, answers = self._predictions(apply), [None] * len(found)
-    for batch in watch(self.eval_batches(found, batch_size)):
-      for index, output in zip(batch["index"], np.asarray(step(weights, batch)), strict=True):
-        if index >= 0:
-          answers[index] = self.answer(output)
-    return answers
+    """An answer for each example, in their order.
+
+    apply: the adapted function of `forward`.
+    found: as `asked` returns them.
+    batch_size: rows that are computed at once.
+    watch: goes over the batches.
+    """
+    step = self._predictions(apply)
+    return questions.answers(
+      lambda batch: step(weights, batch), watch(self.eval_batches(found, batch_size)), self.answer
+    )
 
   def _predictions(self, apply: Callable) -> Callable[[PyTree, Batch], jax.Array]:
     """The jitted step `(weights, batch) -> an answer for each row`, as `answer` takes it."""
@@ -291,47 +296,6 @@ class EncodedTexts:
   def answer(self, output: np.ndarray) -> Answer:
     """An answer, for JSON."""
     raise NotImplementedError
-
-
-def asked_texts(given: str, wanted: Sequence[str]) -> list[records.Record]:
-  """The records that a person asks about: those of a file, or one of the text itself.
-
-  A file of JSON, CSV, TSV or Parquet has the columns of the templates; of one that ends in .txt
-  each line is a text.
-
-  Args:
-    given: the path of a file, or a text.
-    wanted: the templates to fill.
-
-  Raises:
-    ValueError: for a file without the columns, and a text where several columns are asked for.
-  """
-  columns = list(dict.fromkeys(field for x in wanted for field in templates.fields(x)))
-  path = pathlib.Path(given)
-  try:
-    is_file = path.is_file()
-  except OSError:  # a text that is too long for a path
-    is_file = False
-  if is_file and path.suffix != ".txt":
-    rows = records.read(path)
-    try:
-      for template in wanted:
-        templates.check(template, rows, "--input")
-    except ValueError as error:
-      raise ValueError(f"{given}: {error}") from None
-    return rows
-  if len(columns) != 1:
-    raise ValueError(
-      f"--input: a text has one column, and the task asks for {', '.join(columns)}; give a file "
-      "with these, as JSONL or CSV"
-    )
-  if not is_file:
-    return [{columns[0]: given}]
-  with text_files.lines(path, records.UTF_8, newline=None) as (lines, _):
-    found = [{columns[0]: line.rstrip("\n")} for line in lines if line.strip()]
-  if not found:
-    raise ValueError(f"{given}: has no line with a text")
-  return found
 
 
 def _inputs(batch: Batch) -> tuple[jax.Array]:
