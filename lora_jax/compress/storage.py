@@ -212,13 +212,14 @@ def load(
   except ValueError as error:
     raise ValueError(f"{folder}: {error}") from None
   # The norms are never compressed, and were in the dtype of the model that was.
+  norm = min((path for path in shapes if path.endswith("norm/scale")), key=len)
   return Pretrained(
     config=config,
     family=families.family_of(config),
     params=params,
     tokenizer=tokenizer,
     source=str(folder),
-    stored_dtype=structure["leaves"]["norm/scale"].get("dtype", "float32"),
+    stored_dtype=structure["leaves"][norm].get("dtype", "float32"),
   )
 
 
