@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import tiny_encoder
 from peers import torch, transformers
 
 _SIZES = {
@@ -249,7 +250,7 @@ def write_model(folder, model):
   import tiny_tokenizers  # which needs PyTorch, and the table above does not
 
   if model.config.model_type in {kind.family for kind in ENCODERS.values()}:
-    words = tiny_tokenizers.wordpiece()
+    words = tiny_encoder.wordpiece()
   else:
     words = tiny_tokenizers.byte_level()
     assert [words.token_to_id(x) for x in ("<s>", "</s>")] == [340, 341]

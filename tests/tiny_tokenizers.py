@@ -85,23 +85,6 @@ def gemma() -> tokenizers.Tokenizer:
   return words
 
 
-def wordpiece() -> tokenizers.Tokenizer:
-  """As BERT's: lower case, pieces of words, special tokens around a text and between two."""
-  words = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
-  words.normalizer = normalizers.BertNormalizer(lowercase=True)
-  words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-  words.decoder = decoders.WordPiece(prefix="##")
-  special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-  trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=special, show_progress=False)
-  words.train_from_iterator(_CORPUS, trainer)
-  words.post_processor = processors.TemplateProcessing(
-    single="[CLS] $A [SEP]",
-    pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-    special_tokens=[(token, words.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
-  )
-  return words
-
-
 KINDS = {make.__name__: make for make in (byte_level, sentencepiece_bpe, metaspace, unigram, gemma)}
 
 

@@ -29,10 +29,12 @@ class Encoded:
 
   ids: its tokens, special ones included.
   types: which text of the pair each belongs to.
+  spans: where the tokens of each text itself begin and end.
   """
 
   ids: tuple[int, ...]
   types: tuple[int, ...]
+  spans: tuple[tuple[int, int], ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

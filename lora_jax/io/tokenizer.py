@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import processors
 
 from lora_jax.checks import shown
-from lora_jax.io import files, gguf_words, json_files, outputs, panics, tokenizer_files
+from lora_jax.io import files, gguf_words, json_files, outputs, panics, tokenizer_files, wordpiece
 from lora_jax.io.special_text import Pieces, SpecialText
 from lora_jax.models import limits
 
@@ -39,11 +39,13 @@ class Whole(NamedTuple):
 
   ids: of the tokens.
   types: which text of the pair each belongs to, as the settings say.
+  spans: where the tokens of each text itself begin and end.
   cut: how many tokens of the texts were left out to keep to a length.
   """
 
   ids: list[int]
   types: list[int]
+  spans: list[tuple[int, int]]
   cut: int
 
 
@@ -221,7 +223,10 @@ class Tokenizer:
       encoding.truncate(length)
     with panics.as_value_errors("the tokenizer cannot join texts"):
       whole = around.process(*encodings) if around else encodings[0]
-    return Whole(whole.ids, whole.type_ids, sum(lengths) - sum(kept))
+    own = [n for n, added in enumerate(whole.special_tokens_mask) if not added]
+    starts = own[0], own[-1] + 1 - kept[-1]
+    spans = [(start, start + length) for start, length in zip(starts, kept, strict=False)]
+    return Whole(whole.ids, whole.type_ids, spans, sum(lengths) - sum(kept))
 
   def encode_pieces(self, pieces: Pieces) -> tuple[list[int], list[tuple[int, int]]]:
     """Returns the tokens of the pieces as one text, and where each lies in it: `(start, end)`.
@@ -297,22 +302,26 @@ class Tokenizer:
 
 
 def from_folder(folder: str | Path) -> Tokenizer:
-  """Reads the `tokenizer.json` of a model's folder, and what other files say of special tokens.
+  """Reads the `tokenizer.json` of a model's folder, or BERT's `vocab.txt` where there is none, and
+  what other files say of special tokens.
 
   These are `tokenizer_config.json`, `special_tokens_map.json`, `config.json` and
   `generation_config.json`, where they are there.
 
-  Raises FileNotFoundError without a `tokenizer.json`, ValueError for a file that cannot be read or
+  Raises FileNotFoundError without either, ValueError for a file that cannot be read or
   is no tokenizer.
   """
   folder = Path(folder)
   path = folder / "tokenizer.json"
-  if not path.exists():
+  if path.exists():
+    content = files.read_bytes(path, tokenizer_files.MAX_BYTES)
+  elif (folder / wordpiece.VOCABULARY).exists():
+    content = wordpiece.from_vocabulary(folder).to_str().encode()
+  else:
     raise FileNotFoundError(
       f"{path}: no such file; a SentencePiece `tokenizer.model` is not read: save the tokenizer "
       "with transformers' `save_pretrained` to make a tokenizer.json"
     )
-  content = files.read_bytes(path, tokenizer_files.MAX_BYTES)
   with panics.as_value_errors(f"{path}: not a tokenizer"):
     # The library takes the last of two equal tokens.
     fields = json_files.parse(content)
@@ -326,7 +335,7 @@ def from_folder(folder: str | Path) -> Tokenizer:
         )
   special = tokenizer_files.read_special(folder, backend.token_to_id)
   templates = tokenizer_files.read_templates(folder)
-  written = tokenizer_files.read_files(folder)
+  written = tokenizer_files.read_files(folder, content)
   with panics.as_value_errors(f"{path}: not a tokenizer"):
     return Tokenizer(backend, special=special, chat_templates=templates, files=written)
 

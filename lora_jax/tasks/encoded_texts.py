@@ -105,7 +105,9 @@ class EncodedTexts:
     except ValueError as error:
       raise ValueError(f"{where}: {error}") from None
     return EncodedExample(
-      texts=tuple(Encoded(ids=tuple(x.ids), types=tuple(x.types)) for x in found),
+      texts=tuple(
+        Encoded(ids=tuple(x.ids), types=tuple(x.types), spans=tuple(x.spans)) for x in found
+      ),
       target=target,
       cut=sum(x.cut for x in found),
     )
@@ -213,17 +215,8 @@ class EncodedTexts:
 
   def _texts(self, example: EncodedExample) -> list[str]:
     """The texts of an example as the model reads them, without its special tokens."""
-    tokenizer = self.model.tokenizer
-    special, parts = set(tokenizer.special_tokens.values()), []
-    for text in example.texts:
-      part: list[int] = []
-      for token in (*text.ids, None):
-        if token is not None and token not in special:
-          part.append(token)
-        elif part:
-          parts.append(tokenizer.decode(part))
-          part = []
-    return parts
+    decode = self.model.tokenizer.decode
+    return [decode(text.ids[start:end]) for text in example.texts for start, end in text.spans]
 
   def make_show(
     self, apply: Callable, found: Sequence[EncodedExample], put: Callable, share: int
