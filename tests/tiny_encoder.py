@@ -6,17 +6,17 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from configs import embed, glue
 from lora_jax.io import export, tokenizer
 from lora_jax.models import bert
 
-_CORPUS = [
-  "a joy of a fine film . positive review , number 1",
-  "the worst dull film ever , negative review , number 2",
-  "hello world ! how are you today ? 3 4 5 6 7 8 9 0",
-] * 30
+_WORDS = (
+  "joy", "of", "fine", "film", "positive", "review", "number", "the", "worst", "dull", "ever",
+  "negative", "hello", "world",
+)  # fmt: skip
+_CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?"
 SETTINGS = {
   "tokenizer_class": "BertTokenizer", "pad_token": "[PAD]", "sep_token": "[SEP]",
   "cls_token": "[CLS]", "unk_token": "[UNK]", "mask_token": "[MASK]", "do_lower_case": True,
@@ -32,13 +32,14 @@ BOTH = {
 
 def wordpiece() -> tokenizers.Tokenizer:
   """As BERT's: lower case, pieces of words, special tokens around a text and between two."""
-  words = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+  special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+  pieces = [*special, *_CHARACTERS, *(f"##{x}" for x in _CHARACTERS), *_WORDS]
+  ids = {piece: number for number, piece in enumerate(pieces)}
+  words = tokenizers.Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
   words.normalizer = normalizers.BertNormalizer(lowercase=True)
   words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
   words.decoder = decoders.WordPiece(prefix="##")
-  special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-  trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=special, show_progress=False)
-  words.train_from_iterator(_CORPUS, trainer)
+  words.add_special_tokens(special)
   words.post_processor = processors.TemplateProcessing(
     single="[CLS] $A [SEP]",
     pair="[CLS] $A [SEP] $B:1 [SEP]:1",
