@@ -95,12 +95,14 @@ def main(argv):
 def load() -> tuple[pretrained.Pretrained, PyTree, int | None]:
   """What the flags name, its weights as they are used, and the tokens of a run's longest choice."""
   if _SOURCE.value:
+    parts.check_writes(_SOURCE.value)
     found = parts.load_source(_SOURCE.value)
     weights, longest_choice = found.params, None
   else:
     run, config = parts.open_run(_WORKDIR.value)
     inputs.require_of(run, config, ["model.source"], fetch=_FETCH.value)
     inputs.warn_of_changes(run, config, ["model.source"])
+    parts.check_writes(config.model.source)
     found = methods.load_base(config)
     axes = parts.trace_axes(parts.make_model(found.config), found.params)
     table = found.table

@@ -18,7 +18,7 @@ from lora_jax import checks, compress, families, new_tokens, sharding, tasks, tr
 from lora_jax.compress import storage
 from lora_jax.compress.quantize import quantize_leaf
 from lora_jax.data import detokenise, labels, records, splits
-from lora_jax.io import assets, pretrained
+from lora_jax.io import assets, model_files, pretrained
 from lora_jax.train import progress, workdir
 
 PyTree = Any
@@ -259,6 +259,18 @@ def load_source(source: str) -> pretrained.Pretrained:
   if storage.is_compressed(source):
     return storage.load(source)
   return pretrained.load(source, scan_layers=True)
+
+
+def check_writes(source: str) -> None:
+  """Raises ValueError for a model that writes no texts, before its weights are loaded."""
+  if storage.is_compressed(source):
+    config = model_files.read_config(pathlib.Path(source).expanduser(), families.FAMILIES)
+  else:
+    config = pretrained.inspect(source).config
+  if families.family_of(config).init_cache is None:
+    raise ValueError(
+      f"{source}: a {config.family!r} generates no text; experiments.predict answers by a run of it"
+    )
 
 
 def _load_compressed(model: ConfigDict, mesh: Mesh | None = None) -> pretrained.Pretrained:

@@ -92,11 +92,18 @@ DECODER_SHARDING = (
   ("embed/embedding", jax.P("tensor", None)),
   (".*", jax.P()),
 )
-"""Of decoders and encoders, layers stacked or not. Biases and norms stay whole.
+"""Of decoders, layers stacked or not. Biases and norms stay whole.
 
 Where the devices of `tensor` do not divide the heads of queries and of keys, the result is the
 same, but attention's activations are gathered in each layer.
 """
+
+
+ENCODER_SHARDING = (
+  *(rule for rule in DECODER_SHARDING if rule[0] not in ("head/kernel", ".*")),
+  (".*", jax.P()),
+)
+"""Of encoders, as of decoders. The pooler and the head of classes are small and stay whole."""
 
 
 def _tokens(config: Config) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -139,7 +146,7 @@ def _encoder(name: str) -> Family:
     init_cache=None,
     names={"safetensors": bert_names.HUGGING_FACE[name]},
     example_inputs=_tokens,
-    sharding=DECODER_SHARDING,
+    sharding=ENCODER_SHARDING,
     prefix=f"{name}.",
     kind=ENCODER,
     class_head={},
