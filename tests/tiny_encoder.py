@@ -80,6 +80,26 @@ def write(folder: pathlib.Path) -> None:
   (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+_CONFIG = """
+import pathlib, sys
+
+sys.path.insert(0, {tests!r})
+import tiny_encoder
+
+def get_config(text=""):
+  config = tiny_encoder.config_of(pathlib.Path({folder!r}), {task!r}, text)
+  config.update_from_flattened_dict({fields!r})
+  return config
+"""
+
+
+def write_config(folder: pathlib.Path, task: str, fields: dict) -> pathlib.Path:
+  """Writes the file of `config_of` a folder, with other fields; returns its path."""
+  path, tests = folder / "config.py", str(pathlib.Path(__file__).parent)
+  path.write_text(_CONFIG.format(tests=tests, folder=str(folder), task=task, fields=fields))
+  return path
+
+
 def config_of(folder: pathlib.Path, task: str, arguments: str = ""):
   """The config of a task on what `write` wrote, with the arguments of configs/glue.py."""
   if task == "embedding":

@@ -1,7 +1,6 @@
 """The main programs on tiny models of other families than Llama's, as a user runs them."""
 
 import json
-import pathlib
 import shutil
 
 import families
@@ -92,17 +91,7 @@ def test_an_encoder_is_planned_trained_evaluated_asked_and_exported(tmp_path, na
 
 def write_encoder(folder, name):
   """A config's file, with a body of a kind of encoder and records of pairs."""
-  tiny_encoder.write(folder / "tiny")
   families.write(folder / "model", name, "Model")
-  path = folder / "config.py"
-  path.write_text(
-    "import pathlib, sys\n"
-    f"sys.path.insert(0, {str(pathlib.Path(__file__).parents[1])!r})\n"
-    "import tiny_encoder\n\n"
-    "def get_config(text=''):\n"
-    f"  folder = pathlib.Path({str(folder / 'tiny')!r})\n"
-    "  config = tiny_encoder.config_of(folder, 'classification')\n"
-    f"  config.model.source = {str(folder / 'model')!r}\n"
-    "  return config\n"
-  )
-  return path
+  tiny_encoder.write(folder / "tiny")
+  source = {"model.source": str(folder / "model")}
+  return tiny_encoder.write_config(folder / "tiny", "classification", source)
