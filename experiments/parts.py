@@ -199,15 +199,23 @@ def inspect_model(model: ConfigDict) -> pretrained.Pretrained:
 
   A compressed one is loaded for it: what its parameters are made of is in its tensors.
   """
-  if storage.is_compressed(model.source):
-    found = load_model(model)
-    return dataclasses.replace(found, params=jax.eval_shape(lambda: found.params))
-  if model.quantize != "none":
+  if model.quantize != "none" and not storage.is_compressed(model.source):
     raise ValueError(
       f"model.quantize {model.quantize}: a plan is of a base as it is stored in model.dtype; give "
       "--config.model.quantize=none, and take the difference of the base's bytes"
     )
-  return read_shapes(model)
+  return shapes_of(model)
+
+
+def shapes_of(model: ConfigDict) -> pretrained.Pretrained:
+  """The base that a model config names, before any quantization, shapes in the place of its arrays.
+
+  A compressed one is loaded for it.
+  """
+  if not storage.is_compressed(model.source):
+    return read_shapes(model)
+  found = load_model(model)
+  return dataclasses.replace(found, params=jax.eval_shape(lambda: found.params))
 
 
 def read_shapes(model: ConfigDict) -> pretrained.Pretrained:
@@ -264,6 +272,15 @@ def load_source(source: str) -> pretrained.Pretrained:
   if storage.is_compressed(source):
     return storage.load(source)
   return pretrained.load(source, scan_layers=True)
+
+
+def check_writes(found: pretrained.Pretrained) -> None:
+  """Raises ValueError for a model that writes no texts, of which shapes are enough."""
+  if found.family.init_cache is None:
+    raise ValueError(
+      f"{found.source}: a {found.config.family!r} generates no text; experiments.predict answers "
+      "by a run of it"
+    )
 
 
 def _load_compressed(model: ConfigDict, mesh: Mesh | None = None) -> pretrained.Pretrained:

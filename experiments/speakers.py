@@ -83,10 +83,12 @@ class Prompts:
 
 
 def of_source(source: str) -> Speaker:
-  """A model alone, by its address."""
+  """A model alone, by its address; raises ValueError for one that writes no texts."""
+  shapes = parts.inspect_source(source)
+  parts.check_writes(shapes)
   return Speaker(
     name=source,
-    shapes=parts.inspect_source(source),
+    shapes=shapes,
     task=None,
     load=lambda: (parts.load_source(source), None),
   )
@@ -100,12 +102,14 @@ def of_run(path: str, *, fetch: bool) -> Speaker:
     fetch: whether what its config names may be downloaded.
 
   Raises:
-    ValueError, FileNotFoundError: as `parts.open_run` and `inputs.require_of` do.
+    ValueError: as `parts.open_run` does, and for a model that writes no texts.
+    FileNotFoundError: as `inputs.require_of` does.
   """
   run, config = parts.open_run(path)
   inputs.require_of(run, config, ["model.source"], fetch=fetch)
   inputs.warn_of_changes(run, config, ["model.source"])
   shapes = parts.extend(parts.read_shapes(config.model), parts.make_task(config), config)
+  parts.check_writes(shapes)
   return Speaker(
     name=f"{config.model.source} with the adapter of {run.path}",
     shapes=shapes,

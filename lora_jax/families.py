@@ -13,7 +13,7 @@ A family of your own is a row in a dict of your own:
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -22,14 +22,16 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from lora_jax.checks import shown
-from lora_jax.io import configs, gemma4_configs, gpt2_configs, names
-from lora_jax.models import gemma4, gpt2, layers, llama
+from lora_jax.io import bert_configs, bert_names, configs, gemma4_configs, gpt2_configs, names
+from lora_jax.models import bert, gemma4, gpt2, layers, llama
 
 Rules = Sequence[tuple[str, jax.P]]
 Config = Any
 """A frozen dataclass. Every family's has `family`, `num_layers`, `scan_layers`, `remat_policy`,
-`constrain`, `dtype` and `param_dtype`; a decoder's `vocab_size`, `max_length` and
+`constrain`, `dtype` and `param_dtype`; that of a model of texts `vocab_size`, `max_length` and
 `classes`, the names of the outputs of its head where that is no vocabulary, too."""
+
+DECODER, ENCODER = "decoder", "encoder"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,15 @@ class Family:
   sharding: (pattern, PartitionSpec) pairs, as `lora_jax.sharding.lay_out` takes them.
   layers_alike: whether the parameters of all layers have the same shapes, so that they may be
     stacked and scanned.
+  kind: DECODER, whose tokens see those before them, so that a text can be written or read at its
+    last token, or ENCODER, whose tokens see the whole text, so that it is read at its first token
+    or at all of them.
+  class_head: {tensor name: path} of a head of classes where `names` does not have it.
+  peft_task: what PEFT calls the use of a model without classes, `task_type` of its adapters.
+  bare: whether a model without classes is the body alone in transformers, so that the names of its
+    tensors lack `prefix`.
+  as_stored: (config, names of the tensors) to the config of these tensors, of a family whose
+    config.json does not say which parts there are; None for others.
   """
 
   parse_config: Callable[[Mapping[str, Any]], Config]
@@ -62,6 +73,13 @@ class Family:
   sharding: Rules
   prefix: str = ""
   layers_alike: bool = True
+  kind: str = DECODER
+  class_head: Mapping[str, str] = dataclasses.field(
+    default_factory=lambda: {"score.weight": "head/kernel"}
+  )
+  peft_task: str = "CAUSAL_LM"
+  bare: bool = False
+  as_stored: Callable[[Config, Collection[str]], Config] | None = None
 
 
 DECODER_SHARDING = (
@@ -84,6 +102,13 @@ same, but attention's activations are gathered in each layer.
 """
 
 
+ENCODER_SHARDING = (
+  *(rule for rule in DECODER_SHARDING if rule[0] not in ("head/kernel", ".*")),
+  (".*", jax.P()),
+)
+"""Of encoders, as of decoders. The pooler and the head of classes are small and stay whole."""
+
+
 def _tokens(config: Config) -> tuple[jax.ShapeDtypeStruct, ...]:
   """One row of two tokens: a shorter one has no product over positions."""
   del config
@@ -103,6 +128,34 @@ def _decoder(name: str) -> Family:
     names=tables,
     example_inputs=_tokens,
     sharding=DECODER_SHARDING,
+  )
+
+
+def _with_stored_pooler(config: Config, stored: Collection[str]) -> Config:
+  """BERT's files have a pooler or not, whatever their config.json says of their architecture; one
+  with a head of classes always has it."""
+  if config.classes:
+    return config
+  suffix = "pooler.dense.weight"
+  return dataclasses.replace(config, pooler=any(name.endswith(suffix) for name in stored))
+
+
+def _encoder(name: str) -> Family:
+  """BERT or a relative of it, told apart by switches of its config."""
+  return Family(
+    parse_config=bert_configs.from_hugging_face,
+    write_config=bert_configs.to_hugging_face,
+    make_model=bert.Bert,
+    init_cache=None,
+    names={"safetensors": bert_names.HUGGING_FACE[name]},
+    example_inputs=_tokens,
+    sharding=ENCODER_SHARDING,
+    prefix=f"{name}.",
+    kind=ENCODER,
+    class_head={},
+    peft_task="FEATURE_EXTRACTION",
+    bare=True,
+    as_stored=_with_stored_pooler if bert_configs.STYLES[name].pooled else None,
   )
 
 
@@ -134,6 +187,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     layers_alike=False,
   ),
+  **{name: _encoder(name) for name in bert_configs.STYLES},
 }
 """By `model_type`, the name that a config.json has for the family."""
 
@@ -174,13 +228,22 @@ def param_shapes(
   return dict(sorted(shapes.items(), key=lambda item: item[0].split("/")))
 
 
-def tensor_names(config: Config, families: Mapping[str, Family] = FAMILIES) -> names.Table:
-  """The names of a model's tensors in safetensors files, a head of classes as `score`."""
-  table = family_of(config, families).names["safetensors"]
-  if not config.classes:
+def stored_names(config: Config, families: Mapping[str, Family] = FAMILIES) -> names.Table:
+  """The names of a model's tensors in safetensors files that have its family's prefix."""
+  family = family_of(config, families)
+  table, head = family.names["safetensors"], family.class_head
+  if not config.classes or not head:
     return table
-  rest = {name: path for name, path in table.items() if path != "head/kernel"}
-  return rest | {"score.weight": "head/kernel"}
+  return {name: path for name, path in table.items() if path not in head.values()} | dict(head)
+
+
+def tensor_names(config: Config, families: Mapping[str, Family] = FAMILIES) -> names.Table:
+  """The names of a model's tensors in the safetensors files and adapters that are written of it, a
+  decoder's head of classes as `score`."""
+  family, table = family_of(config, families), stored_names(config, families)
+  if not family.bare or config.classes:
+    return table
+  return {name.removeprefix(family.prefix): path for name, path in table.items()}
 
 
 def _find(name: Any, families: Mapping[str, Family]) -> Family:

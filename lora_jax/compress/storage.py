@@ -197,6 +197,8 @@ def inspect(
     shapes = families.param_shapes(config)
   except ValueError as error:
     raise ValueError(f"{folder}: {error}") from None
+  # The norms are never compressed, and were in the dtype of the model that was.
+  norm = min((path for path in shapes if path.endswith("norm/scale")), key=len)
   leaves = {path: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for path, shape in shapes.items()}
   return Pretrained(
     config=config,
@@ -204,6 +206,7 @@ def inspect(
     params=traverse_util.unflatten_dict(leaves, sep="/"),
     tokenizer=tokenizer,
     source=str(folder),
+    stored_dtype=structure["leaves"][norm].get("dtype", "float32"),
   )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_jax.families import Config, Family, family_of, parse_config, tensor_names
+from lora_jax.families import Config, Family, family_of, parse_config, stored_names
 from lora_jax.io import (
   expert_tensors,
   gguf,
@@ -65,13 +65,22 @@ def read_config(folder: Path, families: Mapping[str, Family]) -> Config:
     raise ValueError(f"{path}: {error}") from None
 
 
-def open_folder(folder: Path, families: Mapping[str, Family]) -> ModelFile:
-  """Opens a folder with `config.json`, `*.safetensors` and a tokenizer; raises as `load` does."""
+def read_shape(folder: Path, families: Mapping[str, Family]) -> Config:
+  """As `read_config`, with what only the names of the tensors tell, where these are there."""
   config = read_config(folder, families)
   family = family_of(config, families)
-  table = tensor_names(config, families)
+  if family.as_stored and any(folder.glob("*.safetensors")):
+    return family.as_stored(config, safetensors.open_folder(folder))
+  return config
+
+
+def open_folder(folder: Path, families: Mapping[str, Family]) -> ModelFile:
+  """Opens a folder with `config.json`, `*.safetensors` and a tokenizer; raises as `load` does."""
+  config = read_shape(folder, families)
+  family = family_of(config, families)
+  table = stored_names(config, families)
   tensors = names.with_prefix(safetensors.open_folder(folder), table, family.prefix)
-  if config.tie_embeddings and not config.classes:
+  if getattr(config, "tie_embeddings", False) and not config.classes:
     tensors = _without_tied_head(folder, tensors, table)
   tensors = mxfp4.joined(tensors, folder, table)
   return ModelFile(

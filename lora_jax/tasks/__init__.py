@@ -27,6 +27,8 @@ from lora_jax.io.pretrained import Pretrained
 from lora_jax.tasks.chat import Chat
 from lora_jax.tasks.classification import Classification
 from lora_jax.tasks.completion import Completion
+from lora_jax.tasks.embedding import Embedding
+from lora_jax.tasks.regression import Regression
 from lora_jax.tasks.writing import Talk
 from lora_jax.train.step import Batch, Objective
 
@@ -164,6 +166,15 @@ class Task(Protocol):
     """How conversations with the model are written; raises ValueError for a task that writes no
     texts."""
 
+  def asked(self, given: str) -> list[Example]:
+    """What a person asks about, by the path of a file or as a text, as `predict` takes it; raises
+    ValueError for what the task cannot read, and for a task that predicts nothing."""
+
+  def predict(
+    self, apply: Callable, weights: PyTree, examples: Sequence[Example], **how: Any
+  ) -> list[dict[str, Any]]:
+    """An answer for each example, as JSON has it; see `EncodedTexts.predict`."""
+
   def make_show(
     self, apply: Callable, examples: Sequence[Example], put: Callable, share: int
   ) -> Callable[[PyTree], list[str]]:
@@ -178,8 +189,13 @@ TASKS: Mapping[str, type[Task]] = {
   "completion": Completion,
   "classification": Classification,
   "chat": Chat,
+  "regression": Regression,
+  "embedding": Embedding,
 }
 """By `task.name` of a config."""
+
+# What the configs of earlier runs, which lack a field, meant without it.
+_BEFORE_THE_FIELD = {"classification": {"pair": ""}}
 
 
 def make(
@@ -199,6 +215,7 @@ def make(
   if name not in known:
     raise ValueError(f"task.name {shown(name)} is unknown; use one of {', '.join(known)}")
   kind = known[name]
+  task = _BEFORE_THE_FIELD.get(name, {}) | dict(task)
   if unknown := sorted(set(task) - {"name", *kind.FIELDS}):
     has = ", ".join(kind.FIELDS) or "none of its own"
     raise ValueError(f"task.{unknown[0]}: the task {name} has no such field; its fields are {has}")

@@ -2,9 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn, Self
 
 from lora_jax.data.examples import Example
+from lora_jax.io.pretrained import Pretrained
 from lora_jax.models import decode
 from lora_jax.tasks.texts import Texts, check_generation
 from lora_jax.train import generation
@@ -27,6 +28,14 @@ class Talk(NamedTuple):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Writing(Texts):
   """A task whose examples have a prompt, and a completion that the model is to write."""
+
+  def of_model(self, found: Pretrained) -> Self:
+    if found.family.init_cache is None:
+      raise ValueError(
+        f"this task writes texts, and {found.source} is a {found.config.family!r}, which writes "
+        "none; use task.name classification, regression or embedding"
+      )
+    return super().of_model(found)
 
   @property
   def stop_ids(self) -> tuple[int, ...]:
@@ -93,6 +102,12 @@ class Writing(Texts):
       ]
 
     return show
+
+  def asked(self, *unused: Any) -> NoReturn:
+    raise ValueError("this task writes texts; use experiments.generate")
+
+  def predict(self, *unused: Any, **how: Any) -> NoReturn:
+    raise ValueError("this task writes texts; use experiments.generate")
 
   # ---- texts for the prompts of a split
 
