@@ -27,7 +27,7 @@ from lora_jax.io.pretrained import Pretrained
 from lora_jax.tasks.chat import Chat
 from lora_jax.tasks.classification import Classification
 from lora_jax.tasks.completion import Completion
-from lora_jax.tasks.writing import Talk
+from lora_jax.tasks.writing import ChatFormat
 from lora_jax.train.step import Batch, Objective
 
 PyTree = Any
@@ -160,7 +160,7 @@ class Task(Protocol):
     """The tokens of the longest answer; None where the answers are not given."""
 
   @property
-  def talk(self) -> Talk:
+  def chat_format(self) -> ChatFormat:
     """How conversations with the model are written; raises ValueError for a task that writes no
     texts."""
 
