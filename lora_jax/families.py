@@ -22,14 +22,14 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from lora_jax.checks import shown
-from lora_jax.io import configs, gpt2_configs, names
-from lora_jax.models import gpt2, layers, llama
+from lora_jax.io import configs, dinov2_onnx, gpt2_configs, image_configs, image_names, names
+from lora_jax.models import convolutions, gpt2, layers, llama, mobilenet, resnet, vit
 
 Rules = Sequence[tuple[str, jax.P]]
 Config = Any
 """A frozen dataclass. Every family's has `family`, `num_layers`, `scan_layers`, `remat_policy`,
-`constrain`, `dtype` and `param_dtype`; a decoder's `vocab_size`, `max_length` and
-`classes`, the names of the outputs of its head where that is no vocabulary, too."""
+`constrain`, `dtype`, `param_dtype` and `classes`, the names of the outputs of its head where that
+is no vocabulary; a decoder's `vocab_size` and `max_length`, one of images `channels`, too."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,13 +42,21 @@ class Family:
   make_model: config to the Linen module.
   init_cache: (config, rows, slots, dtype) to an empty cache; None for a family that generates
     nothing.
-  names: {file format: {tensor name: path}}, of "safetensors" and, where the family has GGUF files,
-    "gguf". See `lora_jax.io.names`.
+  names: {file format: {tensor name: path}}, of "safetensors" and, where the family has such files,
+    "gguf", "torch" and "onnx"; of "modules" where PEFT knows the modules by other names than those
+    in files. See `lora_jax.io.names`.
   prefix: what the names of "safetensors" begin with, the head's excepted, and files that hold no
     head may leave out; "" where they leave out nothing.
   example_inputs: config to the shapes of the arguments of the smallest call that uses every
     parameter, for tracing.
   sharding: (pattern, PartitionSpec) pairs, as `lora_jax.sharding.lay_out` takes them.
+  class_head: config to the names of the tensors of a head of classes.
+  class_task: what PEFT calls a model with such a head, `task_type` of its adapters; None: nothing.
+  bare: {file format: reader}, of files that hold no configuration: from what the format's module in
+    `lora_jax.io` makes of a file to (config, tensors), or None where it is of another family.
+  has_tokenizer: whether the family's folders have one.
+  has_like_layers: whether its layers have one shape, so that `scan_layers` can stack them.
+  statistics: a pattern of the leaves that are measured and not learned, which never train.
   """
 
   parse_config: Callable[[Mapping[str, Any]], Config]
@@ -59,6 +67,14 @@ class Family:
   example_inputs: Callable[[Config], tuple[jax.ShapeDtypeStruct, ...]]
   sharding: Rules
   prefix: str = ""
+  class_head: Callable[[Config], names.Table] = lambda config: {"score.weight": "head/kernel"}
+  class_task: str | None = "SEQ_CLS"
+  bare: Mapping[str, Callable[[Any], tuple[Config, Mapping[str, Any]] | None]] = dataclasses.field(
+    default_factory=dict
+  )
+  has_tokenizer: bool = True
+  has_like_layers: bool = True
+  statistics: str | None = None
 
 
 DECODER_SHARDING = (
@@ -103,6 +119,48 @@ def _decoder(name: str) -> Family:
   )
 
 
+IMAGE_SHARDING = (
+  (r"(.*/)?attn/(query|key|value)/kernel", jax.P("fsdp", "tensor")),
+  (r"(.*/)?attn/out/kernel", jax.P("tensor", "fsdp")),
+  (r"(.*/)?mlp/up/kernel", jax.P("fsdp", "tensor")),
+  (r"(.*/)?mlp/down/kernel", jax.P("tensor", "fsdp")),
+  # A convolution's kernel is small beside what it is applied to.
+  (".*", jax.P()),
+)
+"""Of models of images."""
+
+
+def _image(config: Config) -> tuple[jax.ShapeDtypeStruct, ...]:
+  """One image of the size that the model was made for."""
+  shape = (1, config.image_size, config.image_size, config.channels)
+  return (jax.ShapeDtypeStruct(shape, jnp.float32),)
+
+
+def _of_images(name: str, **how: Any) -> Family:
+  """A family whose inputs are images."""
+  return Family(
+    init_cache=None,
+    names={
+      "safetensors": image_names.FILES[name],
+      "modules": image_names.MODULES[name],
+      **how.pop("others", {}),
+    },
+    example_inputs=_image,
+    sharding=IMAGE_SHARDING,
+    class_head=image_configs.head_names,
+    class_task=None,
+    has_tokenizer=False,
+    **how,
+  )
+
+
+def _vit(name: str, **how: Any) -> Family:
+  return _of_images(
+    name, parse_config=image_configs.vit, write_config=image_configs.write_vit,
+    make_model=vit.ViT, prefix=f"{name}.", **how,
+  )  # fmt: skip
+
+
 FAMILIES: Mapping[str, Family] = {
   **{name: _decoder(name) for name in configs.FAMILIES},
   "gpt2": Family(
@@ -114,6 +172,31 @@ FAMILIES: Mapping[str, Family] = {
     example_inputs=_tokens,
     sharding=DECODER_SHARDING,
     prefix="transformer.",
+  ),
+  "vit": _vit("vit"),
+  "deit": _vit("deit"),
+  "dinov2": _vit(
+    "dinov2", others={"onnx": image_names.DINO_ONNX}, bare={"onnx": dinov2_onnx.backbone}
+  ),
+  "mobilenet_v2": _of_images(
+    "mobilenet_v2",
+    parse_config=image_configs.mobilenet_v2,
+    write_config=image_configs.write_mobilenet_v2,
+    make_model=mobilenet.MobileNetV2,
+    prefix="mobilenet_v2.",
+    others={"torch": image_names.TORCHVISION_MOBILENET},
+    bare={"torch": image_configs.torchvision_mobilenet},
+    has_like_layers=False,
+    statistics=convolutions.STATISTICS,
+  ),
+  "resnet": _of_images(
+    "resnet",
+    parse_config=image_configs.resnet,
+    write_config=image_configs.write_resnet,
+    make_model=resnet.ResNet,
+    prefix="resnet.",
+    has_like_layers=False,
+    statistics=convolutions.STATISTICS,
   ),
 }
 """By `model_type`, the name that a config.json has for the family."""
@@ -142,24 +225,32 @@ def param_shapes(
 ) -> dict[str, tuple[int, ...]]:
   """Returns {slash path: shape} of the model's parameters, without making any."""
   family = family_of(config, families)
-  # One layer is traced, and not each.
-  model = family.make_model(dataclasses.replace(config, scan_layers=True))
+  traced = config
+  if family.has_like_layers:  # one of them is traced, and not each
+    traced = dataclasses.replace(config, scan_layers=True)
+  model = family.make_model(traced)
   variables = jax.eval_shape(model.init, jax.random.key(0), *family.example_inputs(config))
   leaves = traverse_util.flatten_dict(variables["params"], sep="/")
   shapes = {path: leaf.shape for path, leaf in leaves.items()}
-  if not config.scan_layers:
+  if traced.scan_layers and not config.scan_layers:
     each = [(path, layers.layer_paths(path, config.num_layers)) for path in shapes]
     shapes = {x: shapes[path][x != path :] for path, xs in each for x in xs}
   return dict(sorted(shapes.items(), key=lambda item: item[0].split("/")))
 
 
-def tensor_names(config: Config, families: Mapping[str, Family] = FAMILIES) -> names.Table:
-  """The names of a model's tensors in safetensors files, a head of classes as `score`."""
-  table = family_of(config, families).names["safetensors"]
+def tensor_names(
+  config: Config, families: Mapping[str, Family] = FAMILIES, kind: str = "safetensors"
+) -> names.Table:
+  """The names of a model's tensors in safetensors files, those of a head of classes with them.
+
+  kind: "modules" for the names by which PEFT knows them.
+  """
+  family = family_of(config, families)
+  table = family.names.get(kind, family.names["safetensors"])
   if not config.classes:
     return table
-  rest = {name: path for name, path in table.items() if path != "head/kernel"}
-  return rest | {"score.weight": "head/kernel"}
+  head = family.class_head(config)
+  return {name: path for name, path in table.items() if path not in head.values()} | head
 
 
 def _find(name: Any, families: Mapping[str, Family]) -> Family:
