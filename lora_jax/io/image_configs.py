@@ -1,4 +1,4 @@
-"""Configurations of models of images as a `config.json` has them, and what state dicts tell of them.
+"""Configurations of models of images, as a `config.json` has them and as a state dict tells them.
 
     config = vit({"model_type": "vit", "hidden_size": 768, ...})
     fields = write_vit(config)
@@ -197,8 +197,8 @@ def torchvision_mobilenet(tensors: Mapping[str, Any]) -> tuple[MobileNetV2Config
   channels = mobilenet.widths(config)
   if (first.shape[0], last.shape[0]) != (channels[0], channels[2]):
     raise ValueError(
-      f"its first and last convolutions have {first.shape[0]} and {last.shape[0]} channels; read is "
-      f"a MobileNetV2 of width 1, with {channels[0]} and {channels[2]}"
+      f"its first and last convolutions have {first.shape[0]} and {last.shape[0]} channels; read "
+      f"is a MobileNetV2 of width 1, with {channels[0]} and {channels[2]}"
     )
   return config, tensors
 

@@ -5,8 +5,8 @@
 
 HUGGING_FACE and GGUF have the table of each family. In a template `{i}` stands for the number of a
 layer. A name whose path is None is known and holds nothing that the configuration does not say; it
-is left out. A path that is `InOut(...)` is of a kernel that is stored as it is, `Conv(...)` of one of
-a convolution. `lora_jax.io.image_names` has the tables of models of images.
+is left out. A path that is `InOut(...)` is of a kernel that is stored as it is, `Conv(...)` of a
+convolution's kernel. `lora_jax.io.image_names` has the tables of models of images.
 """
 
 import re
