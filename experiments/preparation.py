@@ -102,8 +102,9 @@ class Case:
   ) -> dict[str, float]:
     """The figures of weights on batches, with a bar of progress."""
     shown = progress.watched(
-      data, what, compiled=set(), shape_of=self.task.shape_of, disable=self.quiet, **bar
-    )
+      data, what, compiled=set(), shape_of=self.task.shape_of, unit=self.task.UNIT,
+      disable=self.quiet, **bar,
+    )  # fmt: skip
     return evaluation.evaluate(eval_step, weights, shown, self.task.metrics)
 
 
@@ -139,7 +140,7 @@ def prepare(config: ConfigDict, configs: Sequence[ConfigDict], run: workdir.Work
     print("validation: left out, for there are too few different records to hold some out for it")
   compressed = storage.is_compressed(config.model.source)  # its shapes stand in no config.json
   base = parts.load_model(config.model, mesh) if compressed else parts.read_shapes(config.model)
-  with stage("tokenise"):
+  with stage("make the examples"):
     # Before the weights are loaded, for a record may still be refused.
     task = task.of_model(parts.extend(base, task, config))
     examples = task.examples(train_records)

@@ -51,6 +51,7 @@ class Family:
     parameter, for tracing.
   sharding: (pattern, PartitionSpec) pairs, as `lora_jax.sharding.lay_out` takes them.
   class_head: config to the names of the tensors of a head of classes.
+  with_classes: (config, names) to the config of the model with a head of these classes.
   class_task: what PEFT calls a model with such a head, `task_type` of its adapters; None: nothing.
   bare: {file format: reader}, of files that hold no configuration: from what the format's module in
     `lora_jax.io` makes of a file to (config, tensors), or None where it is of another family.
@@ -68,6 +69,9 @@ class Family:
   sharding: Rules
   prefix: str = ""
   class_head: Callable[[Config], names.Table] = lambda config: {"score.weight": "head/kernel"}
+  with_classes: Callable[[Config, tuple[str, ...]], Config] = lambda config, classes: (
+    dataclasses.replace(config, classes=classes)
+  )
   class_task: str | None = "SEQ_CLS"
   bare: Mapping[str, Callable[[Any], tuple[Config, Mapping[str, Any]] | None]] = dataclasses.field(
     default_factory=dict
@@ -157,7 +161,7 @@ def _of_images(name: str, **how: Any) -> Family:
 def _vit(name: str, **how: Any) -> Family:
   return _of_images(
     name, parse_config=image_configs.vit, write_config=image_configs.write_vit,
-    make_model=vit.ViT, prefix=f"{name}.", **how,
+    make_model=vit.ViT, prefix=f"{name}.", with_classes=image_configs.with_classes, **how,
   )  # fmt: skip
 
 

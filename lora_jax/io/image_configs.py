@@ -7,6 +7,7 @@
 As in `lora_jax.io.configs`, what is not known or not computed is refused by name.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -137,6 +138,12 @@ def write_vit(config: ViTConfig) -> dict[str, Any]:
     "hidden_act": spelling[config.activation],
     "qkv_bias": config.qkv_bias,
   }
+
+
+def with_classes(config: ViTConfig, classes: tuple[str, ...]) -> ViTConfig:
+  """The configuration with a new head: one, where there were two."""
+  pooling = "token" if config.pooling == "two heads" else config.pooling
+  return dataclasses.replace(config, classes=classes, pooling=pooling)
 
 
 # ---- convolutional networks

@@ -18,17 +18,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import families
 from lora_jax.checks import shown
 from lora_jax.data import batches, records, templates
 from lora_jax.data.examples import Example
 from lora_jax.io.pretrained import Pretrained
+from lora_jax.tasks import heads
 from lora_jax.tasks.texts import Texts
 
 PyTree = Any
 
 HEAD = "head/kernel"
-_DEVIATION = 0.02  # of the new head, as transformers' initializer_range
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,9 +47,7 @@ class Classification(Texts):
 
   @classmethod
   def of(cls, task: Mapping[str, Any], data: Mapping[str, Any], loss_chunk: int) -> Self:
-    labels = tuple(task["labels"])
-    if len(labels) < 2 or len(set(labels)) < len(labels):
-      raise ValueError(f"task.labels {shown(labels)}: give two or more different names")
+    labels = heads.labels_of(task)
     if loss_chunk:
       raise ValueError(
         f"train.loss_chunk {loss_chunk}: is for logits of many tokens, and a class is read from "
@@ -76,16 +73,7 @@ class Classification(Texts):
         )
 
   def extend(self, found: Pretrained, key: jax.Array) -> Pretrained:
-    config = dataclasses.replace(found.config, classes=self.labels)
-    shape = families.param_shapes(config)[HEAD]
-
-    def start() -> jax.Array:
-      return (_DEVIATION * jax.random.normal(key, shape)).astype(config.param_dtype)
-
-    is_shape = isinstance(jax.tree.leaves(found.params)[0], jax.ShapeDtypeStruct)
-    kernel = jax.eval_shape(start) if is_shape else start()
-    params = {name: x for name, x in found.params.items() if name != "head"}
-    return dataclasses.replace(found, config=config, params=params | {"head": {"kernel": kernel}})
+    return heads.with_head(found, self.labels, key)
 
   def examples(self, rows: Sequence[records.Record]) -> list[Example]:
     """A text's tokens, and after them the number of its class, which is its one target."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import flax.linen as nn
@@ -10,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.checks import shown
-from lora_jax.data import batches, examples, packing
+from lora_jax.data import batches, examples, packing, records
 from lora_jax.data.examples import Example
 from lora_jax.io.pretrained import Pretrained
+from lora_jax.tasks import tables
 from lora_jax.train import evaluation, step
 from lora_jax.train.chunked_loss import chunked_completion_objective
 from lora_jax.train.distillation import Reading
@@ -39,6 +41,14 @@ class Texts:
   model: Pretrained | None = None
 
   TRAINS: ClassVar[tuple[str, ...]] = ()
+  UNIT: ClassVar[str] = "token"
+
+  def open(self, path: Path, data: Mapping[str, Any], *, held_out: bool) -> list[records.Record]:
+    del held_out
+    return tables.read(path, data)
+
+  def derive(self, rows: Sequence[records.Record], data: Mapping[str, Any]) -> list[records.Record]:
+    return tables.derive(rows, data)
 
   def extend(self, found: Pretrained, key: jax.Array) -> Pretrained:
     del key
@@ -48,7 +58,14 @@ class Texts:
     """The classes that an answer is among, for the accuracy; none where it is free."""
     raise NotImplementedError
 
+  def draw(self, encoded: Sequence[Example], samples: Sequence[Mapping[str, str]]) -> None:
+    """Texts are shown as texts."""
+
   def of_model(self, found: Pretrained) -> Self:
+    if found.tokenizer is None:
+      raise ValueError(
+        f"{found.source}: a {found.config.family!r} takes no text, and the task is on text"
+      )
     positions = found.config.max_length
     check_positions(
       found.config, self.max_length - 1, f"data.max_length {self.max_length}", positions + 1
