@@ -77,7 +77,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   data.test_arrays = ("images", "labels")
   data.split_by = "digest"  # a picture that comes twice is in one split
   data.train, data.validation, data.test = 0.9, 0.1, 0.0  # shares of the pictures
-  data.size = 98 if is_vit else 96  # pixels of a side; a patch of the ViT has 14
+  data.size = 84 if is_vit else 96  # pixels of a side; a patch of the ViT has 14
   data.mean, data.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
   data.crop_area = 0.6  # the least share of a picture that a crop has, in training
   data.flip = 0.5  # the share of pictures that are flipped, in training
@@ -88,7 +88,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
     data.crop_area, data.flip = 0.8, 0.0  # the heart lies on the left
 
   train = config.train
-  train.steps = 300
+  train.steps = 200
   train.batch_size = 32
   train.checkpoint_every = 100
 

@@ -31,6 +31,8 @@ Config = Any
 `constrain`, `dtype`, `param_dtype` and `classes`, the names of the outputs of its head where that
 is no vocabulary; a decoder's `vocab_size` and `max_length`, one of images `channels`, too."""
 
+Reader = Callable[[Any], tuple[Config, Mapping[str, Any]] | None]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
@@ -53,8 +55,9 @@ class Family:
   class_head: config to the names of the tensors of a head of classes.
   with_classes: (config, names) to the config of the model with a head of these classes.
   class_task: what PEFT calls a model with such a head, `task_type` of its adapters; None: nothing.
-  bare: {file format: reader}, of files that hold no configuration: from what the format's module in
-    `lora_jax.io` makes of a file to (config, tensors), or None where it is of another family.
+  of_tensors: {file format: reader}, of files that hold no configuration: from what the format's
+    module in `lora_jax.io` makes of a file to (config, tensors), or None where it is of another
+    family.
   has_tokenizer: whether the family's folders have one.
   has_like_layers: whether its layers have one shape, so that `scan_layers` can stack them.
   statistics: a pattern of the leaves that are measured and not learned, which never train.
@@ -73,8 +76,8 @@ class Family:
     dataclasses.replace(config, classes=classes)
   )
   class_task: str | None = "SEQ_CLS"
-  bare: Mapping[str, Callable[[Any], tuple[Config, Mapping[str, Any]] | None]] = dataclasses.field(
-    default_factory=dict
+  of_tensors: Mapping[str, Callable[[Any], tuple[Config, Mapping[str, Any]] | None]] = (
+    dataclasses.field(default_factory=dict)
   )
   has_tokenizer: bool = True
   has_like_layers: bool = True
@@ -180,7 +183,7 @@ FAMILIES: Mapping[str, Family] = {
   "vit": _vit("vit"),
   "deit": _vit("deit"),
   "dinov2": _vit(
-    "dinov2", others={"onnx": image_names.DINO_ONNX}, bare={"onnx": dinov2_onnx.backbone}
+    "dinov2", others={"onnx": image_names.DINO_ONNX}, of_tensors={"onnx": dinov2_onnx.backbone}
   ),
   "mobilenet_v2": _of_images(
     "mobilenet_v2",
@@ -189,7 +192,7 @@ FAMILIES: Mapping[str, Family] = {
     make_model=mobilenet.MobileNetV2,
     prefix="mobilenet_v2.",
     others={"torch": image_names.TORCHVISION_MOBILENET},
-    bare={"torch": image_configs.torchvision_mobilenet},
+    of_tensors={"torch": image_configs.torchvision_mobilenet},
     has_like_layers=False,
     statistics=convolutions.STATISTICS,
   ),

@@ -122,7 +122,7 @@ def open_file(path: Path, families: Mapping[str, Family]) -> ModelFile:
 
 def _open_bare(path: Path, kind: str, found: Any, families: Mapping[str, Family]) -> ModelFile:
   """Opens a file without a configuration, of the family that knows its tensors."""
-  readers = {name: x.bare[kind] for name, x in families.items() if kind in x.bare}
+  readers = {name: x.of_tensors[kind] for name, x in families.items() if kind in x.of_tensors}
   for name, read in readers.items():
     try:
       if (known := read(found)) is None:

