@@ -24,6 +24,8 @@ _RATIO, _FREE = 100, 1 << 26  # as of any archive
 _MAX_HEADER = 10_000
 _MAX_NAMES = 8
 _ENDING = ".npy"
+# What zipfile raises, OSError for a place before the file's beginning.
+_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError)
 _HEADERS = {
   (1, 0): np.lib.format.read_array_header_1_0,
   (2, 0): np.lib.format.read_array_header_2_0,
@@ -43,18 +45,18 @@ def read(path: str | Path, names: Sequence[str]) -> list[np.ndarray]:
       not of its bytes or is over 4 GiB, or a hundred times the file and 64 MiB.
   """
   path = Path(path)
-  try:
-    with files.open_regular(path) as file:
-      limit = min(_MOST_BYTES, max(_FREE, _RATIO * os.fstat(file.fileno()).st_size))
+  with files.open_regular(path) as file:
+    limit = min(_MOST_BYTES, max(_FREE, _RATIO * os.fstat(file.fileno()).st_size))
+    try:
       with (
         archives.Capped(io.FileIO(os.dup(file.fileno()))) as capped,
         zipfile.ZipFile(capped) as packed,
       ):
         return [_array(packed, name, limit) for name in names]
-  except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-    raise ValueError(f"{path}: not a whole .npz file ({str(error)[:200]})") from None
-  except ValueError as error:
-    raise ValueError(f"{path}: {str(error)[:500]}") from None
+    except ValueError as error:
+      raise ValueError(f"{path}: {str(error)[:500]}") from None
+    except _DAMAGED as error:
+      raise ValueError(f"{path}: not a whole .npz file ({str(error)[:200]})") from None
 
 
 def _array(packed: zipfile.ZipFile, name: str, limit: int) -> np.ndarray:

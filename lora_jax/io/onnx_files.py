@@ -92,14 +92,15 @@ def open_file(path: str | Path) -> Graph:
 def _graph(graph: Any) -> Graph:
   names = {}
   for node in graph.node:
-    for number, name in enumerate(node.input):
+    for number, name in enumerate(map(_text, node.input)):
       if name.startswith(_ANONYMOUS):
         names.setdefault(name, _called_after(node, number))
   tensors: dict[str, OnnxTensor] = {}
   for initializer in graph.initializer:
     if initializer.data_type not in _FLOATS:
       continue  # shapes and indices
-    name = names.get(initializer.name, initializer.name)
+    name = _text(initializer.name)
+    name = names.get(name, name)
     if name in tensors:
       raise ValueError(f"has two tensors {shown(name)}")
     tensors[name] = _tensor(name, initializer)
@@ -119,8 +120,15 @@ def _called_after(node: Any, number: int) -> str:
   return f"{module}.weight" if is_weight else f"{module}.{last}.{number}"
 
 
-def _module(name: str) -> str:
-  return name.strip("/").replace("/", ".")
+def _text(name: str | bytes) -> str:
+  """A name in a message, which is bytes where it is no UTF-8."""
+  if not isinstance(name, str):
+    raise ValueError(f"has a name that is no text, {shown(name)}")
+  return name
+
+
+def _module(name: str | bytes) -> str:
+  return _text(name).strip("/").replace("/", ".")
 
 
 def _tensor(name: str, found: Any) -> OnnxTensor:

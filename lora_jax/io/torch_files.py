@@ -125,11 +125,14 @@ def _members(path: Path) -> tuple[dict[str, zipfile.ZipInfo], int]:
     if file.read(4) != _ZIP:
       raise ValueError("is no zip file; write it again by torch.save of PyTorch 1.6 or newer")
     size = os.fstat(file.fileno()).st_size
-    with (
-      archives.Capped(io.FileIO(os.dup(file.fileno()))) as capped,
-      zipfile.ZipFile(capped) as packed,
-    ):
-      infos = packed.infolist()
+    try:
+      with (
+        archives.Capped(io.FileIO(os.dup(file.fileno()))) as capped,
+        zipfile.ZipFile(capped) as packed,
+      ):
+        infos = packed.infolist()
+    except OSError as error:  # of a place before the file's beginning
+      raise ValueError(f"its directory leads nowhere ({error.strerror})") from None
   if len(infos) > _MAX_MEMBERS:
     raise ValueError(f"has {len(infos):,} members, over the limit of {_MAX_MEMBERS:,}")
   members = {info.filename: info for info in infos}

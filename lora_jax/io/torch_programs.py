@@ -159,8 +159,8 @@ def run(program: Program) -> Any:
         arguments, function = _pop(stack, tuple), _pop(stack, _Global)
         stack.append(_called(function, arguments))
       case "s":
-        value, key = _pop(stack, object), _pop(stack, str)
-        _top(stack, dict)[key] = value
+        value, key = _pop(stack, object), _pop(stack, object)
+        _set(_top(stack, dict), [key, value])
       case "u":
         items = _since_mark(stack)
         _set(_top(stack, dict), items)
