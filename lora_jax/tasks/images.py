@@ -38,6 +38,7 @@ Record = dict[str, Any]
 # A larger picture is shrunk as it is read, to so many times the size that the model sees: then no
 # crop of a quarter of its area or more is enlarged.
 _KEPT = 2
+_COLOURS = 3
 _COLUMNS = 6  # of the grid of pictures that is drawn
 
 
@@ -71,6 +72,11 @@ class Images:
         f"train.loss_chunk {loss_chunk}: is for logits of many tokens, and an image has those of "
         "its class; set it to 0"
       )
+    for field in ("mean", "std"):
+      if len(data[field]) != _COLOURS:
+        raise ValueError(
+          f"data.{field} has {len(data[field])} values; give one for each of red, green and blue"
+        )
     return cls(
       labels=heads.labels_of(task), size=data["size"], mean=tuple(data["mean"]),
       std=tuple(data["std"]), crop_area=data["crop_area"], flip=data["flip"],
@@ -97,10 +103,10 @@ class Images:
 
   def of_model(self, found: Pretrained) -> Self:
     config = found.config
-    if getattr(config, "channels", None) != len(self.mean):
+    if getattr(config, "channels", None) != _COLOURS:
       raise ValueError(
-        f"{found.source}: a {config.family!r} takes no images of {len(self.mean)} colours, and the "
-        "task images gives it some"
+        f"{found.source}: a {config.family!r} takes no images of {_COLOURS} colours, and the task "
+        "images gives it some"
       )
     if self.size % getattr(config, "patch_size", 1):
       raise ValueError(
@@ -167,7 +173,7 @@ class Images:
 
   def batch_of(self, shape: tuple[int, int], rows: int) -> dict[str, jax.ShapeDtypeStruct]:
     return {
-      "images": jax.ShapeDtypeStruct((rows, *shape, len(self.mean)), jnp.uint8),
+      "images": jax.ShapeDtypeStruct((rows, *shape, _COLOURS), jnp.uint8),
       "labels": jax.ShapeDtypeStruct((rows,), jnp.int32),
       "weights": jax.ShapeDtypeStruct((rows,), jnp.float32),
     }
