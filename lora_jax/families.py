@@ -51,6 +51,8 @@ class Family:
     head may leave out; "" where they leave out nothing.
   example_inputs: config to the shapes of the arguments of the smallest call that uses every
     parameter, for tracing.
+  inputs: (config, rows, length) to the shape of the one argument of a plain call: tokens, by default
+    128 of a text, or images of `length` pixels a side, by default those of the config.
   sharding: (pattern, PartitionSpec) pairs, as `lora_jax.sharding.lay_out` takes them.
   class_head: config to the names of the tensors of a head of classes.
   with_classes: (config, names) to the config of the model with a head of these classes.
@@ -71,6 +73,9 @@ class Family:
   example_inputs: Callable[[Config], tuple[jax.ShapeDtypeStruct, ...]]
   sharding: Rules
   prefix: str = ""
+  inputs: Callable[[Config, int, int | None], jax.ShapeDtypeStruct] = lambda config, rows, length: (
+    jax.ShapeDtypeStruct((rows, length or 128), jnp.int32)
+  )
   class_head: Callable[[Config], names.Table] = lambda config: {"score.weight": "head/kernel"}
   with_classes: Callable[[Config, tuple[str, ...]], Config] = lambda config, classes: (
     dataclasses.replace(config, classes=classes)
@@ -137,10 +142,10 @@ IMAGE_SHARDING = (
 """Of models of images."""
 
 
-def _image(config: Config) -> tuple[jax.ShapeDtypeStruct, ...]:
-  """One image of the size that the model was made for."""
-  shape = (1, config.image_size, config.image_size, config.channels)
-  return (jax.ShapeDtypeStruct(shape, jnp.float32),)
+def _images(config: Config, rows: int, side: int | None) -> jax.ShapeDtypeStruct:
+  """Images, by default of the size that the model was made for."""
+  side = side or config.image_size
+  return jax.ShapeDtypeStruct((rows, side, side, config.channels), jnp.float32)
 
 
 def _of_images(name: str, **how: Any) -> Family:
@@ -152,7 +157,8 @@ def _of_images(name: str, **how: Any) -> Family:
       "modules": image_names.MODULES[name],
       **how.pop("others", {}),
     },
-    example_inputs=_image,
+    example_inputs=lambda config: (_images(config, 1, None),),
+    inputs=_images,
     sharding=IMAGE_SHARDING,
     class_head=image_configs.head_names,
     class_task=None,

@@ -289,7 +289,8 @@ def _draw(
 
   columns = min(_COLUMNS, len(examples))
   rows = -(-len(examples) // columns)
-  figure = Figure(figsize=(2.0 * columns, 2.55 * rows), dpi=100, layout="constrained")
+  figure = Figure(figsize=(2.0 * columns, 2.8 * rows), dpi=100)
+  figure.subplots_adjust(hspace=0.45, wspace=0.06)  # room for the lines below a picture
   for place, (example, sample) in enumerate(zip(examples, samples, strict=True)):
     axes = figure.add_subplot(rows, columns, place + 1)
     axes.imshow(image_batches.crop(example.picture, size, 1.0, 0.5, 0.5))
