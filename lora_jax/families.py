@@ -51,8 +51,8 @@ class Family:
     head may leave out; "" where they leave out nothing.
   example_inputs: config to the shapes of the arguments of the smallest call that uses every
     parameter, for tracing.
-  inputs: (config, rows, length) to the shape of the one argument of a plain call: tokens, by default
-    128 of a text, or images of `length` pixels a side, by default those of the config.
+  inputs: (config, rows, length) to the shape of the one argument of a plain call: tokens, by
+    default 128 of a text, or images of `length` pixels a side, by default those of the config.
   sharding: (pattern, PartitionSpec) pairs, as `lora_jax.sharding.lay_out` takes them.
   class_head: config to the names of the tensors of a head of classes.
   with_classes: (config, names) to the config of the model with a head of these classes.
