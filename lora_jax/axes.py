@@ -98,7 +98,7 @@ class AxesReport(dict[str, Axes]):
 _NAMES = {"s": "stack", "i": "in", "o": "out"}
 
 
-def trace_axes(f: Callable, params: PyTree, *args, **kwargs) -> AxesReport:
+def trace_axes(f: Callable, params: PyTree, *args: Any, **kwargs: Any) -> AxesReport:
   """Returns `{path: Axes}` for every leaf of `params`, by tracing `f(params, *args, **kwargs)`.
 
   `print` it for a table.
@@ -110,9 +110,10 @@ def trace_axes(f: Callable, params: PyTree, *args, **kwargs) -> AxesReport:
   Args:
     f: the function that uses the parameters.
     params: a pytree of arrays, `jax.ShapeDtypeStruct`s or Weights, of which the shape is looked at.
-    *args, **kwargs: the other arguments of `f`; arrays may be `jax.ShapeDtypeStruct`s. Pass the
-      inputs here and do not close over them: an array that depends on them is an activation, an
-      array that depends on the parameters alone is a parameter still.
+    *args: the other arguments of `f`; arrays may be `jax.ShapeDtypeStruct`s. Pass the inputs here
+      and do not close over them: an array that depends on them is an activation, an array that
+      depends on the parameters alone is a parameter still.
+    **kwargs: as `args`.
   """
   params = jax.tree.map(lambda x: x.aval if is_weight(x) else x, params, is_leaf=is_weight)
   ndims = {path: len(jax.numpy.shape(x)) for path, x in tree.flatten(params).items()}

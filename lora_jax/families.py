@@ -13,7 +13,7 @@ A family of your own is a row in a dict of your own:
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -22,16 +22,28 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from lora_jax.checks import shown
-from lora_jax.io import configs, dinov2_onnx, gpt2_configs, image_configs, image_names, names
-from lora_jax.models import convolutions, gpt2, layers, llama, mobilenet, resnet, vit
+from lora_jax.io import (
+  bert_configs,
+  bert_names,
+  configs,
+  dinov2_onnx,
+  gemma4_configs,
+  gpt2_configs,
+  image_configs,
+  image_names,
+  names,
+)
+from lora_jax.models import bert, convolutions, gemma4, gpt2, layers, llama, mobilenet, resnet, vit
 
 Rules = Sequence[tuple[str, jax.P]]
 Config = Any
 """A frozen dataclass. Every family's has `family`, `num_layers`, `scan_layers`, `remat_policy`,
 `constrain`, `dtype`, `param_dtype` and `classes`, the names of the outputs of its head where that
-is no vocabulary; a decoder's `vocab_size` and `max_length`, one of images `channels`, too."""
+is no vocabulary; that of a model of texts `vocab_size` and `max_length`, that of one of images
+`channels` and `image_size`, too."""
 
 Reader = Callable[[Any], tuple[Config, Mapping[str, Any]] | None]
+DECODER, ENCODER, IMAGES = "decoder", "encoder", "images"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,14 +66,22 @@ class Family:
   inputs: (config, rows, length) to the shape of the one argument of a plain call: tokens, by
     default 128 of a text, or images of `length` pixels a side, by default those of the config.
   sharding: (pattern, PartitionSpec) pairs, as `lora_jax.sharding.lay_out` takes them.
-  class_head: config to the names of the tensors of a head of classes.
-  with_classes: (config, names) to the config of the model with a head of these classes.
-  class_task: what PEFT calls a model with such a head, `task_type` of its adapters; None: nothing.
+  layers_alike: whether the parameters of all layers have the same shapes, so that they may be
+    stacked and scanned.
+  kind: DECODER, whose tokens see those before them, so that a text can be written or read at its
+    last token, or ENCODER, whose tokens see the whole text, so that it is read at its first token
+    or at all of them; or IMAGES, which takes no text and whose files have no tokenizer.
+  class_head: {tensor name: path} of a head of classes where `names` does not have it.
+  peft_task, class_task: what PEFT calls the use of a model without classes and with some,
+    `task_type` of its adapters; None for what has no name.
+  with_classes: (config, names) to the config of the model with a new head of these classes.
+  bare: whether a model without classes is the body alone in transformers, so that the names of its
+    tensors lack `prefix`.
+  as_stored: (config, names of the tensors) to the config of these tensors, of a family whose
+    config.json does not say which parts there are; None for others.
   of_tensors: {file format: reader}, of files that hold no configuration: from what the format's
     module in `lora_jax.io` makes of a file to (config, tensors), or None where it is of another
     family.
-  has_tokenizer: whether the family's folders have one.
-  has_like_layers: whether its layers have one shape, so that `scan_layers` can stack them.
   statistics: a pattern of the leaves that are measured and not learned, which never train.
   """
 
@@ -76,17 +96,25 @@ class Family:
   inputs: Callable[[Config, int, int | None], jax.ShapeDtypeStruct] = lambda config, rows, length: (
     jax.ShapeDtypeStruct((rows, length or 128), jnp.int32)
   )
-  class_head: Callable[[Config], names.Table] = lambda config: {"score.weight": "head/kernel"}
+  layers_alike: bool = True
+  kind: str = DECODER
+  class_head: Mapping[str, str] = dataclasses.field(
+    default_factory=lambda: {"score.weight": "head/kernel"}
+  )
+  peft_task: str | None = "CAUSAL_LM"
+  class_task: str | None = "SEQ_CLS"
   with_classes: Callable[[Config, tuple[str, ...]], Config] = lambda config, classes: (
     dataclasses.replace(config, classes=classes)
   )
-  class_task: str | None = "SEQ_CLS"
-  of_tensors: Mapping[str, Callable[[Any], tuple[Config, Mapping[str, Any]] | None]] = (
-    dataclasses.field(default_factory=dict)
-  )
-  has_tokenizer: bool = True
-  has_like_layers: bool = True
+  bare: bool = False
+  as_stored: Callable[[Config, Collection[str]], Config] | None = None
+  of_tensors: Mapping[str, Reader] = dataclasses.field(default_factory=dict)
   statistics: str | None = None
+
+  @property
+  def has_tokenizer(self) -> bool:
+    """Whether the family's folders have one."""
+    return self.kind != IMAGES
 
 
 DECODER_SHARDING = (
@@ -107,6 +135,13 @@ DECODER_SHARDING = (
 Where the devices of `tensor` do not divide the heads of queries and of keys, the result is the
 same, but attention's activations are gathered in each layer.
 """
+
+
+ENCODER_SHARDING = (
+  *(rule for rule in DECODER_SHARDING if rule[0] not in ("head/kernel", ".*")),
+  (".*", jax.P()),
+)
+"""Of encoders, as of decoders. The pooler and the head of classes are small and stay whole."""
 
 
 def _tokens(config: Config) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -131,6 +166,34 @@ def _decoder(name: str) -> Family:
   )
 
 
+def _with_stored_pooler(config: Config, stored: Collection[str]) -> Config:
+  """BERT's files have a pooler or not, whatever their config.json says of their architecture; one
+  with a head of classes always has it."""
+  if config.classes:
+    return config
+  suffix = "pooler.dense.weight"
+  return dataclasses.replace(config, pooler=any(name.endswith(suffix) for name in stored))
+
+
+def _encoder(name: str) -> Family:
+  """BERT or a relative of it, told apart by switches of its config."""
+  return Family(
+    parse_config=bert_configs.from_hugging_face,
+    write_config=bert_configs.to_hugging_face,
+    make_model=bert.Bert,
+    init_cache=None,
+    names={"safetensors": bert_names.HUGGING_FACE[name]},
+    example_inputs=_tokens,
+    sharding=ENCODER_SHARDING,
+    prefix=f"{name}.",
+    kind=ENCODER,
+    class_head={},
+    peft_task="FEATURE_EXTRACTION",
+    bare=True,
+    as_stored=_with_stored_pooler if bert_configs.STYLES[name].pooled else None,
+  )
+
+
 IMAGE_SHARDING = (
   (r"(.*/)?attn/(query|key|value)/kernel", jax.P("fsdp", "tensor")),
   (r"(.*/)?attn/out/kernel", jax.P("tensor", "fsdp")),
@@ -148,21 +211,21 @@ def _images(config: Config, rows: int, side: int | None) -> jax.ShapeDtypeStruct
   return jax.ShapeDtypeStruct((rows, side, side, config.channels), jnp.float32)
 
 
-def _of_images(name: str, **how: Any) -> Family:
-  """A family whose inputs are images."""
+def _of_images(name: str, files: Mapping[str, names.Table] | None = None, **how: Any) -> Family:
+  """A family whose inputs are images; `files` has the names of further formats."""
   return Family(
     init_cache=None,
-    names={
-      "safetensors": image_names.FILES[name],
-      "modules": image_names.MODULES[name],
-      **how.pop("others", {}),
-    },
+    names={"safetensors": image_names.FILES[name], "modules": image_names.MODULES[name]}
+    | (files or {}),
     example_inputs=lambda config: (_images(config, 1, None),),
     inputs=_images,
     sharding=IMAGE_SHARDING,
-    class_head=image_configs.head_names,
+    prefix=f"{name}.",
+    kind=IMAGES,
+    class_head={},
+    peft_task=None,
     class_task=None,
-    has_tokenizer=False,
+    bare=True,
     **how,
   )
 
@@ -170,7 +233,7 @@ def _of_images(name: str, **how: Any) -> Family:
 def _vit(name: str, **how: Any) -> Family:
   return _of_images(
     name, parse_config=image_configs.vit, write_config=image_configs.write_vit,
-    make_model=vit.ViT, prefix=f"{name}.", with_classes=image_configs.with_classes, **how,
+    make_model=vit.ViT, with_classes=image_configs.with_classes, **how,
   )  # fmt: skip
 
 
@@ -186,20 +249,36 @@ FAMILIES: Mapping[str, Family] = {
     sharding=DECODER_SHARDING,
     prefix="transformer.",
   ),
+  "gemma4_text": Family(
+    parse_config=gemma4_configs.from_hugging_face,
+    write_config=gemma4_configs.to_hugging_face,
+    make_model=gemma4.Gemma4,
+    init_cache=gemma4.init_cache,
+    names={"safetensors": names.GEMMA4_HF},
+    example_inputs=_tokens,
+    sharding=(
+      ("embed_per_layer/embedding", jax.P("tensor", None)),
+      ("per_layer_model/kernel", jax.P("fsdp", "tensor")),
+      (r"block_\d+/per_layer_gate/kernel", jax.P("fsdp", "tensor")),
+      (r"block_\d+/per_layer_out/kernel", jax.P("tensor", "fsdp")),
+      *DECODER_SHARDING,
+    ),
+    layers_alike=False,
+  ),
+  **{name: _encoder(name) for name in bert_configs.STYLES},
   "vit": _vit("vit"),
   "deit": _vit("deit"),
   "dinov2": _vit(
-    "dinov2", others={"onnx": image_names.DINO_ONNX}, of_tensors={"onnx": dinov2_onnx.backbone}
+    "dinov2", files={"onnx": image_names.DINO_ONNX}, of_tensors={"onnx": dinov2_onnx.backbone}
   ),
   "mobilenet_v2": _of_images(
     "mobilenet_v2",
+    files={"torch": image_names.TORCHVISION_MOBILENET},
     parse_config=image_configs.mobilenet_v2,
     write_config=image_configs.write_mobilenet_v2,
     make_model=mobilenet.MobileNetV2,
-    prefix="mobilenet_v2.",
-    others={"torch": image_names.TORCHVISION_MOBILENET},
     of_tensors={"torch": image_configs.torchvision_mobilenet},
-    has_like_layers=False,
+    layers_alike=False,
     statistics=convolutions.STATISTICS,
   ),
   "resnet": _of_images(
@@ -207,8 +286,7 @@ FAMILIES: Mapping[str, Family] = {
     parse_config=image_configs.resnet,
     write_config=image_configs.write_resnet,
     make_model=resnet.ResNet,
-    prefix="resnet.",
-    has_like_layers=False,
+    layers_alike=False,
     statistics=convolutions.STATISTICS,
   ),
 }
@@ -238,32 +316,40 @@ def param_shapes(
 ) -> dict[str, tuple[int, ...]]:
   """Returns {slash path: shape} of the model's parameters, without making any."""
   family = family_of(config, families)
-  traced = config
-  if family.has_like_layers:  # one of them is traced, and not each
-    traced = dataclasses.replace(config, scan_layers=True)
-  model = family.make_model(traced)
+  if family.layers_alike:  # then one layer is traced, and not each
+    model = family.make_model(dataclasses.replace(config, scan_layers=True))
+  else:
+    model = family.make_model(config)
   variables = jax.eval_shape(model.init, jax.random.key(0), *family.example_inputs(config))
   leaves = traverse_util.flatten_dict(variables["params"], sep="/")
   shapes = {path: leaf.shape for path, leaf in leaves.items()}
-  if traced.scan_layers and not config.scan_layers:
+  if family.layers_alike and not config.scan_layers:
     each = [(path, layers.layer_paths(path, config.num_layers)) for path in shapes]
     shapes = {x: shapes[path][x != path :] for path, xs in each for x in xs}
   return dict(sorted(shapes.items(), key=lambda item: item[0].split("/")))
 
 
-def tensor_names(
-  config: Config, families: Mapping[str, Family] = FAMILIES, kind: str = "safetensors"
+def stored_names(
+  config: Config, families: Mapping[str, Family] = FAMILIES, where: str = "safetensors"
 ) -> names.Table:
-  """The names of a model's tensors in safetensors files, those of a head of classes with them.
-
-  kind: "modules" for the names by which PEFT knows them.
-  """
+  """The names of a model's tensors in safetensors files that have its family's prefix; `where` is
+  "modules" for the names by which PEFT knows them."""
   family = family_of(config, families)
-  table = family.names.get(kind, family.names["safetensors"])
-  if not config.classes:
+  table, head = family.names.get(where, family.names["safetensors"]), family.class_head
+  if not config.classes or not head:
     return table
-  head = family.class_head(config)
-  return {name: path for name, path in table.items() if path not in head.values()} | head
+  return {name: path for name, path in table.items() if path not in head.values()} | dict(head)
+
+
+def tensor_names(
+  config: Config, families: Mapping[str, Family] = FAMILIES, where: str = "safetensors"
+) -> names.Table:
+  """The names of a model's tensors in the safetensors files that are written of it, a decoder's
+  head of classes as `score`; `where` is "modules" for those in adapters."""
+  family, table = family_of(config, families), stored_names(config, families, where)
+  if not family.bare or config.classes:
+    return table
+  return {name.removeprefix(family.prefix): path for name, path in table.items()}
 
 
 def _find(name: Any, families: Mapping[str, Family]) -> Family:

@@ -22,7 +22,7 @@ import scipy.linalg
 
 from lora_jax import tree
 from lora_jax.compress.factorize import check_rows, factor_root
-from lora_jax.compress.structured import check_separate
+from lora_jax.compress.structured import check_alike, check_separate
 from lora_jax.families import Config
 from lora_jax.models.llama_config import value_features
 from lora_jax.weights import is_weight
@@ -72,7 +72,8 @@ def query_key(
   Args:
     query: Wq of the query heads, [N, D, H].
     key: Wk, [D, H].
-    features, root: as in `value_output`, of the inputs of Wk.
+    features: as in `value_output`, of the inputs of Wk.
+    root: as there.
 
   Returns:
     Wq' [N, D, features] and Wk' [D, features].
@@ -131,6 +132,7 @@ def shrink_values(
   """
   if config.scan_layers:
     raise ValueError("the layers are stacked; load the model with scan_layers=False")
+  check_alike(config, "value_dim")
   check_separate(params, "value_heads")
   if config.qkv_bias:
     raise ValueError("value_dim: values that have a bias cannot be shrunk; leave value_dim out")

@@ -1,12 +1,12 @@
 """Adapters from and to other libraries: PEFT's folders, and GGUF files for llama.cpp.
 
     axes = lora_jax.trace_axes(lambda p, t: model.apply({"params": p}, t), params, tokens)
-    adapters = exchange.load("adapter", params, axes)
-    exchange.save("copy", adapters, params, axes, base_model="HuggingFaceTB/SmolLM2-135M")
+    table = pretrained.table           # lora_jax.families.tensor_names(config)
+    adapters = exchange.load("adapter", params, axes, table=table)
+    exchange.save("copy", adapters, params, axes, base_model="owner/name", table=table)
 
 A table says which tensor of the PyTorch model is which leaf here, by templates with `{i}` for the
-number of a layer. `lora_jax.families.FAMILIES` has that of each family; another model's is a
-dict:
+number of a layer. `lora_jax.families` has that of each family; another model's is a dict:
 
     GPT2 = {
       "transformer.wte.weight": "wte/embedding",
@@ -42,7 +42,7 @@ def load(
   params: PyTree,
   axes: Mapping[str, Axes],
   *,
-  table: names.Table = names.LLAMA_HF,
+  table: names.Table | None = None,
 ) -> dict[str, Adapted]:
   """Returns the adapters `{path: adapter}` in a folder that `peft` or `save` wrote.
 
@@ -60,12 +60,15 @@ def load(
       of tokens, modules to save) or starts from them (PiSSA); else shapes will do.
     axes: what `lora_jax.trace_axes` found.
     table: {name of a tensor: path of its leaf}; a leaf that several names lead to is tied, and
-      `names.InOut` marks tensors that are (in, out): transformers' Conv1D.
+      `names.InOut` marks tensors that are (in, out): transformers' Conv1D. It must be given: no
+      family's names are another's.
 
   Raises:
+    TypeError: without a table.
     FileNotFoundError: when a file is missing.
     ValueError: when a file is damaged, asks for what is not supported, or does not fit the model.
   """
+  table = _given(table)
   file = peft.read(folder)
   found = modules.modules(params, axes, table)
   try:
@@ -81,7 +84,7 @@ def save(
   axes: Mapping[str, Axes],
   *,
   base_model: str,
-  table: names.Table = names.LLAMA_HF,
+  table: names.Table | None = None,
   task_type: str | None = "CAUSAL_LM",
 ) -> None:
   """Writes adapters to a folder that `peft` loads; it appears whole or not at all.
@@ -94,11 +97,13 @@ def save(
     folder: replaced if it is an adapter's folder already.
     adapters: `{path: adapter}`.
     params: the base. Its values are needed for leaves trained in full and for rows of tokens.
-    axes, table: as in `load`.
+    axes: as in `load`.
+    table: as in `load`.
     base_model: what the adapters belong to, the config's `base_model_name_or_path`.
     task_type: the config's; it chooses the class of PEFT's model.
 
   Raises:
+    TypeError: without a table.
     ValueError: when there is no adapter, one does not fit its leaf, or PEFT cannot say it: the
       layers of a stack other than the model's, kinds that do not go together, a LoHa of an
       embedding.
@@ -116,7 +121,7 @@ def check(
   params: PyTree,
   axes: Mapping[str, Axes],
   *,
-  table: names.Table = names.LLAMA_HF,
+  table: names.Table | None = None,
 ) -> None:
   """Raises what `save` would of these adapters, so that a training need not end with it.
 
@@ -144,7 +149,8 @@ def save_gguf(
     path: of the file; replaced if it is there.
     adapters: `{path: adapter}` that all come down to products of two factors: LoRA, PiSSA, OLoRA,
       AdaLoRA, VeRA, LoHa, LoKr.
-    params, axes: the base, of which shapes will do, and its axes, as in `load`.
+    params: the base; shapes will do.
+    axes: as in `load`.
     config: of the model, of a family that llama.cpp knows (`io.names.GGUF`).
     dtype: of the tensors: float32, float16 or bfloat16.
 
@@ -160,8 +166,17 @@ def save_gguf(
   gguf_lora.write(path, factors, alpha=alpha, architecture=architecture, dtype=dtype)
 
 
+def _given(table: names.Table | None) -> names.Table:
+  if table is None:
+    raise TypeError(
+      "table: the names of the model's tensors are needed, {name: path}; of a family of lora_jax "
+      "they are lora_jax.families.tensor_names(config), or `.table` of what pretrained.load returns"
+    )
+  return table
+
+
 def _written(where, adapters, params, axes, table):
-  found = modules.modules(params, axes, table)
+  found = modules.modules(params, axes, _given(table))
   try:
     return writing.folder(adapters, found, tree.flatten(params, is_leaf=is_weight))
   except ValueError as error:

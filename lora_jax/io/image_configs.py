@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.checks import shown
-from lora_jax.io import checked_fields, image_names
+from lora_jax.io import checked_fields
 from lora_jax.io.configs import check_known
 from lora_jax.models import convolutions, mobilenet
 from lora_jax.models.mobilenet import MobileNetV2Config
@@ -260,14 +260,6 @@ def write_resnet(config: ResNetConfig) -> dict[str, Any]:
     "hidden_act": config.activation,
     **{theirs: getattr(config, ours) for theirs, ours in _RESNET_SWITCHES.items()},
   }
-
-
-def head_names(config: ViTConfig | MobileNetV2Config | ResNetConfig) -> image_names.Table:
-  """The names of a head's tensors."""
-  if config.family == "resnet":
-    return image_names.RESNET_HEAD
-  is_two = isinstance(config, ViTConfig) and config.pooling == "two heads"
-  return image_names.TWO_HEADS if is_two else image_names.HEAD
 
 
 # ---- fields of all

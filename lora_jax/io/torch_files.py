@@ -43,6 +43,12 @@ def is_one(path: Path) -> bool:
     return file.read(len(_OLD)).startswith((_ZIP, _OLD))
 
 
+def is_zip_of_tensors(path: Path) -> bool:
+  """Whether a zip file is one of PyTorch's; raises ValueError for a damaged one."""
+  names = archives.list_zip(path)
+  return any(name == "data.pkl" or name.endswith("/data.pkl") for name in names)
+
+
 def open_file(path: str | Path) -> dict[str, StoredTensor]:
   """Returns the tensors of a state dict, unread, by their names; those of dicts within by paths.
 

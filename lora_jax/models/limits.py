@@ -13,7 +13,9 @@ LARGEST = {
   "vocab_size": 1 << 24, "width": 1 << 20, "mlp_width": 1 << 22, "num_layers": 1 << 10,
   "num_heads": 1 << 14, "num_kv_heads": 1 << 14, "head_dim": 1 << 14, "max_length": (1 << 31) - 1,
   "window": (1 << 31) - 1, "num_experts": 1 << 14, "per_token": 1 << 14, "rotary_dim": 1 << 14,
-  "query_length": (1 << 31) - 1, "image_size": 1 << 14, "patch_size": 1 << 12, "channels": 1 << 12,
+  "query_length": (1 << 31) - 1, "full_kv_heads": 1 << 14, "full_head_dim": 1 << 14,
+  "shared_layers": 1 << 10, "per_layer_width": 1 << 14, "per_layer_vocab": 1 << 24,
+  "image_size": 1 << 14, "patch_size": 1 << 12, "channels": 1 << 12,
   "stem_width": 1 << 14, "divisor": 1 << 10, "least_channels": 1 << 14, "output_stride": 32,
 }  # fmt: skip
 MOST_LEARNED_POSITIONS = 1 << 24

@@ -233,10 +233,11 @@ class ViT(nn.Module):
     else:  # their names are block_0, block_1, ...
       self.block = [block(c) for _ in range(c.num_layers)]
     self.norm = _norm(c, None)
-    if c.classes:
+    if c.classes and c.pooling == "two heads":
+      self.token_head = _dense(c, len(c.classes), None)
+      self.distillation_head = _dense(c, len(c.classes), None)
+    elif c.classes:
       self.head = _dense(c, len(c.classes), None)
-      if c.pooling == "two heads":
-        self.distillation_head = _dense(c, len(c.classes), None)
 
   def __call__(self, images_BHWC):
     tokens_BTD = self.hidden(images_BHWC)
@@ -271,7 +272,7 @@ class ViT(nn.Module):
     c = self.config
     first_BD = tokens_BTD[:, 0]
     if c.pooling == "two heads":
-      return (self.head(first_BD) + self.distillation_head(tokens_BTD[:, 1])) / 2
+      return (self.token_head(first_BD) + self.distillation_head(tokens_BTD[:, 1])) / 2
     if c.pooling == "token":
       return self.head(first_BD)
     mean_BD = tokens_BTD[:, 1 + c.distillation :].mean(axis=1)

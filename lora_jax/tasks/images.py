@@ -26,10 +26,10 @@ import numpy as np
 import optax
 
 from lora_jax.checks import shown
-from lora_jax.data import image_batches, image_sets
+from lora_jax.data import image_batches, image_sets, pictures
 from lora_jax.data.image_batches import Example
 from lora_jax.io.pretrained import Pretrained
-from lora_jax.tasks import class_metrics, heads
+from lora_jax.tasks import class_metrics, heads, questions
 from lora_jax.train.step import Batch, Objective
 
 PyTree = Any
@@ -54,7 +54,7 @@ class Images:
   """
 
   FIELDS: ClassVar[tuple[str, ...]] = ("labels",)
-  TRAINS: ClassVar[tuple[str, ...]] = (heads.HEAD,)
+  TRAINS: ClassVar[tuple[str, ...]] = ("head/.*",)
   UNIT: ClassVar[str] = "image"
 
   labels: tuple[str, ...]
@@ -99,7 +99,7 @@ class Images:
     del rows  # `image_sets.read` has checked each
 
   def extend(self, found: Pretrained, key: jax.Array) -> Pretrained:
-    return heads.with_head(found, self.labels, key)
+    return heads.add(found, key, self.labels)
 
   def of_model(self, found: Pretrained) -> Self:
     config = found.config
@@ -164,6 +164,9 @@ class Images:
       )
       found.append(f"{split}: {sum(counts):,} images of {described['size']} pixels a side: {each}")
     return found
+
+  def tokens(self, example: Example) -> NoReturn:
+    raise ValueError("the task images reads no texts, and has no tokens to show")
 
   def shape_of(self, batch: Batch) -> tuple[int, ...]:
     return batch["weights"].shape
@@ -246,15 +249,50 @@ class Images:
   ) -> Callable[[PyTree], list[str]]:
     """The class that the model gives each image."""
     [batch] = self.eval_batches(examples, -(-len(examples) // share) * share)
-    classes = jax.jit(
-      lambda weights, images: jnp.argmax(apply({"params": weights}, images), axis=-1)
-    )
+    probabilities = _probabilities(apply)
 
     def show(weights: PyTree) -> list[str]:
-      found = np.asarray(put(classes(weights, batch["images"])))
-      return [self.labels[n] for n in found[: len(examples)].tolist()]
+      found = questions.answers(
+        lambda batch: put(probabilities(weights, batch)), [batch], self._answer
+      )
+      return [each["label"] for each in found]
 
     return show
+
+  # ---- answers for images of one's own
+
+  def asked(self, given: str) -> list[Example]:
+    """The image of a file, or those of a folder in the order of their names."""
+    path = Path(given)
+    files = [path]
+    if path.is_dir():
+      files = sorted(x for x in path.iterdir() if x.suffix.lower() in pictures.ENDINGS)
+      if not files:
+        raise ValueError(
+          f"{given}: the folder has no pictures, whose names end in {', '.join(pictures.ENDINGS)}"
+        )
+    return [Example(pictures.read(x, _KEPT * self.size), 0, str(x)) for x in files]
+
+  def predict(
+    self,
+    apply: Callable,
+    weights: PyTree,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    watch: Callable[[Sequence], Any] = iter,
+  ) -> list[questions.Answer]:
+    """`image`, `label` and `probabilities` of each; `watch` goes over the batches."""
+    step = _probabilities(apply)
+    data = watch(self.eval_batches(examples, batch_size))
+    found = questions.answers(lambda batch: step(weights, batch), data, self._answer)
+    return [{"image": example.name} | each for example, each in zip(examples, found, strict=True)]
+
+  def _answer(self, probabilities: np.ndarray) -> questions.Answer:
+    return {
+      "label": self.labels[int(probabilities.argmax())],
+      "probabilities": dict(zip(self.labels, probabilities.tolist(), strict=True)),
+    }
 
   def draw(
     self, examples: Sequence[Example], samples: Sequence[Mapping[str, str]]
@@ -267,11 +305,28 @@ class Images:
   def prompts(self, *unused: Any) -> NoReturn:
     raise ValueError("the task images writes no texts; leave --beams out")
 
+  def check_room(self, *unused: Any) -> NoReturn:
+    raise ValueError("the task images writes no texts")
+
+  @property
+  def talk(self) -> NoReturn:
+    raise ValueError("the task images writes no texts; use experiments.predict")
+
   def write(self, *unused: Any, **how: Any) -> NoReturn:
     raise ValueError("the task images writes no texts")
 
   def longest_choice(self) -> NoReturn:
     raise ValueError("the task images writes no texts; use experiments.evaluate")
+
+
+def _probabilities(apply: Callable) -> Callable[[PyTree, Batch], jax.Array]:
+  """The jitted step `(weights, batch) -> the probability of each class`, [rows, classes]."""
+
+  @jax.jit
+  def step(weights: PyTree, batch: Batch) -> jax.Array:
+    return jax.nn.softmax(apply({"params": weights}, batch["images"]).astype(jnp.float32))
+
+  return step
 
 
 def _loss(logits_BK: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:

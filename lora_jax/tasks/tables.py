@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lora_jax.data import detokenise, labels, records
 
@@ -31,6 +31,22 @@ def derive(rows: Sequence[records.Record], data: Mapping[str, Any]) -> list[reco
   if data["sign_of"]:
     rows = labels.sign_label(rows, data["sign_of"], neutral=data["neutral"])
   return rows
+
+
+class OfTables:
+  """What tasks share whose records are rows of tables, and whose examples are texts."""
+
+  UNIT: ClassVar[str] = "token"
+
+  def open(self, path: Path, data: Mapping[str, Any], *, held_out: bool) -> list[records.Record]:
+    del held_out
+    return read(path, data)
+
+  def derive(self, rows: Sequence[records.Record], data: Mapping[str, Any]) -> list[records.Record]:
+    return derive(rows, data)
+
+  def draw(self, encoded: Sequence[Any], samples: Sequence[Mapping[str, str]]) -> None:
+    """Texts are shown as texts."""
 
 
 def _setting(data: Mapping[str, Any], name: str) -> Any:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import flax.linen as nn
@@ -11,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.checks import shown
-from lora_jax.data import batches, examples, packing, records
+from lora_jax.data import batches, examples, packing
 from lora_jax.data.examples import Example
+from lora_jax.data.token_texts import TokenText, token_texts
 from lora_jax.io.pretrained import Pretrained
 from lora_jax.tasks import tables
 from lora_jax.train import evaluation, step
@@ -24,7 +24,7 @@ PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Texts:
+class Texts(tables.OfTables):
   """A task whose examples are tokens and targets; see `lora_jax.tasks.Task` for its methods.
 
   max_length: tokens of an example at most.
@@ -41,14 +41,6 @@ class Texts:
   model: Pretrained | None = None
 
   TRAINS: ClassVar[tuple[str, ...]] = ()
-  UNIT: ClassVar[str] = "token"
-
-  def open(self, path: Path, data: Mapping[str, Any], *, held_out: bool) -> list[records.Record]:
-    del held_out
-    return tables.read(path, data)
-
-  def derive(self, rows: Sequence[records.Record], data: Mapping[str, Any]) -> list[records.Record]:
-    return tables.derive(rows, data)
 
   def extend(self, found: Pretrained, key: jax.Array) -> Pretrained:
     del key
@@ -57,9 +49,6 @@ class Texts:
   def choice_ids(self) -> list[int]:
     """The classes that an answer is among, for the accuracy; none where it is free."""
     raise NotImplementedError
-
-  def draw(self, encoded: Sequence[Example], samples: Sequence[Mapping[str, str]]) -> None:
-    """Texts are shown as texts."""
 
   def of_model(self, found: Pretrained) -> Self:
     if found.tokenizer is None:
@@ -96,6 +85,10 @@ class Texts:
         )
       found.append(line)
     return found
+
+  def tokens(self, example: Example) -> list[TokenText]:
+    learnt = {n + 1 for n in example.positions}
+    return token_texts(self.model.tokenizer, example.tokens, learnt)
 
   # ---- batches
 

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import re
 
 import image_families
 import jax
 import jax.numpy as jnp
+import main_programs
 import numpy as np
 import pytest
 from main_programs import imported
@@ -178,8 +180,10 @@ def test_a_new_head_takes_the_place_of_one_or_of_two(tmp_path):
   image_families.write(tmp_path, "DeiT, two heads")
   found = pretrained.load(tmp_path)
   assert found.config.pooling == "two heads" and "distillation_head" in found.params
-  made = heads.with_head(found, ("a", "b"), jax.random.key(0))
-  assert made.config.pooling == "token" and "distillation_head" not in made.params
+  made = heads.add(found, jax.random.key(0), ("a", "b"))
+  assert (
+    made.config.pooling == "token" and not {"distillation_head", "token_head"} & made.params.keys()
+  )
   assert made.params["head"]["kernel"].shape == (32, 2) and not made.params["head"]["bias"].any()
   shapes = heads.with_head(
     dataclasses.replace(found, params=jax.eval_shape(lambda: found.params)), ("a", "b"),
@@ -283,3 +287,55 @@ def test_a_sweep_of_learning_rates_trains_in_one_program(tmp_path, name, steps):
   one = json.loads(run_of(alone, tmp_path / "one").evaluation.read_text())["after"]
   assert found[1]["loss"] == pytest.approx(one["loss"], rel=1e-3)
   assert (run.path / "members" / "1" / "samples.png").exists()
+
+
+def test_predict_answers_for_a_picture_and_for_a_folder_of_them(run, config, tmp_path):
+  found = pictures(9, 5)
+  for n in (2, 0, 1):
+    Image.fromarray(found["images"][n]).save(tmp_path / f"{n}.png")
+  (tmp_path / "notes.txt").write_text("no picture")
+  printed = main_programs.run("predict", f"--workdir={run.path}", f"--input={tmp_path}")
+  answers = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+  assert [answer["image"] for answer in answers] == [str(tmp_path / f"{n}.png") for n in range(3)]
+  task = parts.make_task(config)
+  for answer in answers:
+    assert sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+    assert answer["label"] == max(answer["probabilities"], key=answer["probabilities"].get)
+  [one] = task.asked(str(tmp_path / "1.png"))
+  np.testing.assert_array_equal(one.picture, found["images"][1])
+  with pytest.raises(ValueError, match=r"notes\.txt: is no picture"):
+    task.asked(str(tmp_path / "notes.txt"))
+  (tmp_path / "empty").mkdir()
+  with pytest.raises(ValueError, match="the folder has no pictures"):
+    task.asked(str(tmp_path / "empty"))
+  with pytest.raises(FileNotFoundError):
+    task.asked("a text")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ViT", "DINOv2", "ResNet"])
+def test_a_family_is_planned_trained_evaluated_and_exported_by_commands(tmp_path, name):
+  config = write(tmp_path, name)
+  fields = {x: config[x].to_dict() for x in ("model", "data", "task", "train", "evaluation")}
+  path = tmp_path / "config.py"
+  path.write_text(
+    "from configs import images\n\ndef get_config(text=''):\n"
+    f"  config = images.get_config('cifar,model={'vit' if name != 'ResNet' else 'mobilenet'}')\n"
+    f"  for name, values in {fields!r}.items():\n    config[name].update(values)\n"
+    f"  config.adapter.targets = {tuple(config.adapter.targets)!r}\n"
+    f"  config.optimizer.peak, config.optimizer.warmup_steps = 2e-2, 1\n  return config\n"
+  )
+  folder = tmp_path / "run"
+  assert "it fits" in main_programs.run("plan", f"--config={path}")
+  printed = main_programs.run("plan", f"--config={path}", "--compile=here")
+  share = int(re.search(r"the plan's .* are (\d+)%", printed)[1])
+  assert 70 < share < 140  # of a model of kilobytes
+  main_programs.run("train", f"--config={path}", f"--workdir={folder}")
+  assert "adapter  accuracy" in main_programs.run("evaluate", f"--workdir={folder}")
+  merged = f"--output={tmp_path / 'merged'}"
+  main_programs.run("export", f"--workdir={folder}", "--to=merged", merged)
+  transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "merged")
+  artifact = f"--output={tmp_path / 'artifact'}"
+  main_programs.run("export", f"--workdir={folder}", "--to=artifact", artifact, "--length=28")
+  printed = main_programs.run("generate", f"--workdir={folder}", "--prompt=a", fails=True)
+  assert "writes no text" in printed
