@@ -41,6 +41,8 @@ class Axes:
     rows: how many rows meet each of its matrices, over all uses: tokens for a linear layer,
       positions of the result for a convolution, ids for a lookup. So the products of a leaf cost
       2 · rows · its size FLOPs forward. A loop of unknown length counts once, a cond each branch.
+    groups: in how many groups its outputs see inputs of their own: as many as there are channels in
+      a depthwise convolution, else 1.
     not_followed: the primitives behind which it is not known what becomes of the leaf.
     joined: the primitives by which the leaf is added to activations, or multiplies them.
   """
@@ -48,6 +50,7 @@ class Axes:
   roles: str
   uses: tuple[str, ...]
   rows: int = 0
+  groups: int = dataclasses.field(default=1, repr=False, compare=False)
   not_followed: tuple[str, ...] = dataclasses.field(default=(), repr=False, compare=False)
   joined: tuple[str, ...] = dataclasses.field(default=(), repr=False, compare=False)
 
@@ -148,6 +151,7 @@ def _axes(notes: Notes, path: str, ndim: int) -> Axes:
     "".join(first.roles.get(n, "o") for n in range(ndim)) if first else "",
     tuple(names),
     round(sum(use.rows for use in uses)),
+    first.groups if first else 1,
     tuple(dict.fromkeys(notes.not_followed.get(path, ()))),
     tuple(dict.fromkeys(notes.joined.get(path, ()))),
   )
