@@ -15,6 +15,7 @@ stopped and goes on, and one table:
 """
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,11 +27,12 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 import lora_jax
-from experiments import methods, parts, processes, program, sweep_config, sweep_results
+from experiments import methods, parts, processes, program, samples, sweep_config, sweep_results
 from experiments.preparation import Case
-from lora_jax import exchange, families, sharding, tables
+from lora_jax import exchange, families, sharding, tables, tree
 from lora_jax.data import batches
 from lora_jax.train import members, metrics, progress, report, workdir
+from lora_jax.weights import is_weight
 
 PyTree = Any
 
@@ -51,6 +53,7 @@ def start(
       )[1]
       for each, specs in zip(configs, case.specs, strict=True)
     ]  # fmt: skip
+    starts = [with_own_start(case, *each) for each in zip(configs, starts, strict=True)]
   exchange.check(starts[0], base.params, case.axes, table=case.table)  # that the run can end so
   adapters = members.stack(starts)
   like = jax.eval_shape(lambda x: x, starts)
@@ -106,11 +109,13 @@ def start(
           lines = sweep_results.lines_of(metrics.read_metrics(run.metrics), each, n, len(configs))
           sweep_results.write_member(folder, each, results, lines)
           command = sweep_results.command_of(fields[n])
+          samples.draw(case, results["samples"], folder)
           report.write_report(
-            folder, targets=case.tables[n], command=command, lines=case.task.lines
-          )
+            folder, targets=case.tables[n], command=command, lines=case.task.lines,
+            unit=case.task.UNIT,
+          )  # fmt: skip
     if processes.is_first():
-      sweep_results.write_results(run, fields, common, rows, case.task.line)
+      sweep_results.write_results(run, fields, common, rows, case.task)
     table = sweep_results.format_rows(rows, tables.rendered)
     print(f"after, on {case.config.evaluation.split}:\n{table}")
     print(f"everything is in {run.path}: results.md is the table, members/ has a folder of each")
@@ -133,6 +138,21 @@ def start(
     write_report=lambda: None,  # there is one for each member, at the end
     finish=finish,
   )  # fmt: skip
+
+
+def with_own_start(
+  case: Case, config: ConfigDict, adapters: Mapping[str, lora_jax.Adapted]
+) -> dict[str, lora_jax.Adapted]:
+  """The adapters of a member with the leaves that the task adds as its own seed starts them; in the
+  base, which all members share, they are those of the run's."""
+  own = tree.flatten(parts.extend(case.base, case.task, config).params, is_leaf=is_weight)
+  shared = tree.flatten(case.base.params, is_leaf=is_weight)
+  return {
+    path: dataclasses.replace(x, dw=x.dw + (own[path] - shared[path]))
+    if own[path] is not shared[path]
+    else x
+    for path, x in adapters.items()
+  }
 
 
 def check_starts(

@@ -41,6 +41,8 @@ class Axes:
     rows: how many rows meet each of its matrices, over all uses: tokens for a linear layer,
       positions of the result for a convolution, ids for a lookup. So the products of a leaf cost
       2 · rows · its size FLOPs forward. A loop of unknown length counts once, a cond each branch.
+    groups: in how many groups its outputs see inputs of their own: as many as there are channels in
+      a depthwise convolution, else 1.
     not_followed: the primitives behind which it is not known what becomes of the leaf.
     joined: the primitives by which the leaf is added to activations, or multiplies them.
   """
@@ -48,6 +50,7 @@ class Axes:
   roles: str
   uses: tuple[str, ...]
   rows: int = 0
+  groups: int = dataclasses.field(default=1, repr=False, compare=False)
   not_followed: tuple[str, ...] = dataclasses.field(default=(), repr=False, compare=False)
   joined: tuple[str, ...] = dataclasses.field(default=(), repr=False, compare=False)
 
@@ -95,7 +98,7 @@ class AxesReport(dict[str, Axes]):
 _NAMES = {"s": "stack", "i": "in", "o": "out"}
 
 
-def trace_axes(f: Callable, params: PyTree, *args, **kwargs) -> AxesReport:
+def trace_axes(f: Callable, params: PyTree, *args: Any, **kwargs: Any) -> AxesReport:
   """Returns `{path: Axes}` for every leaf of `params`, by tracing `f(params, *args, **kwargs)`.
 
   `print` it for a table.
@@ -107,9 +110,10 @@ def trace_axes(f: Callable, params: PyTree, *args, **kwargs) -> AxesReport:
   Args:
     f: the function that uses the parameters.
     params: a pytree of arrays, `jax.ShapeDtypeStruct`s or Weights, of which the shape is looked at.
-    *args, **kwargs: the other arguments of `f`; arrays may be `jax.ShapeDtypeStruct`s. Pass the
-      inputs here and do not close over them: an array that depends on them is an activation, an
-      array that depends on the parameters alone is a parameter still.
+    *args: the other arguments of `f`; arrays may be `jax.ShapeDtypeStruct`s. Pass the inputs here
+      and do not close over them: an array that depends on them is an activation, an array that
+      depends on the parameters alone is a parameter still.
+    **kwargs: as `args`.
   """
   params = jax.tree.map(lambda x: x.aval if is_weight(x) else x, params, is_leaf=is_weight)
   ndims = {path: len(jax.numpy.shape(x)) for path, x in tree.flatten(params).items()}
@@ -147,6 +151,7 @@ def _axes(notes: Notes, path: str, ndim: int) -> Axes:
     "".join(first.roles.get(n, "o") for n in range(ndim)) if first else "",
     tuple(names),
     round(sum(use.rows for use in uses)),
+    first.groups if first else 1,
     tuple(dict.fromkeys(notes.not_followed.get(path, ()))),
     tuple(dict.fromkeys(notes.joined.get(path, ()))),
   )

@@ -65,12 +65,12 @@ def stack(
 
   Args:
     adapters: at least one.
-    rank, raises: as in `align`.
+    rank: as in `align`.
     slots: the length of the axis; those after the adapters are empty, which is to say zero: the
       base without an adapter. None for one slot an adapter.
 
   Raises:
-    ValueError: when there is no adapter, or there are more than slots.
+    ValueError: when there is no adapter, or there are more than slots; and as `align` does.
   """
   slots = len(adapters) if slots is None else slots
   if not 0 < len(adapters) <= slots:

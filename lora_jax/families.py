@@ -13,7 +13,7 @@ A family of your own is a row in a dict of your own:
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -22,14 +22,28 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from lora_jax.checks import shown
-from lora_jax.io import configs, gemma4_configs, gpt2_configs, names
-from lora_jax.models import gemma4, gpt2, layers, llama
+from lora_jax.io import (
+  bert_configs,
+  bert_names,
+  configs,
+  dinov2_onnx,
+  gemma4_configs,
+  gpt2_configs,
+  image_configs,
+  image_names,
+  names,
+)
+from lora_jax.models import bert, convolutions, gemma4, gpt2, layers, llama, mobilenet, resnet, vit
 
 Rules = Sequence[tuple[str, jax.P]]
 Config = Any
 """A frozen dataclass. Every family's has `family`, `num_layers`, `scan_layers`, `remat_policy`,
-`constrain`, `dtype` and `param_dtype`; a decoder's `vocab_size`, `max_length` and
-`classes`, the names of the outputs of its head where that is no vocabulary, too."""
+`constrain`, `dtype`, `param_dtype` and `classes`, the names of the outputs of its head where that
+is no vocabulary; that of a model of texts `vocab_size` and `max_length`, that of one of images
+`channels` and `image_size`, too."""
+
+Reader = Callable[[Any], tuple[Config, Mapping[str, Any]] | None]
+DECODER, ENCODER, IMAGES = "decoder", "encoder", "images"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,15 +56,33 @@ class Family:
   make_model: config to the Linen module.
   init_cache: (config, rows, slots, dtype) to an empty cache; None for a family that generates
     nothing.
-  names: {file format: {tensor name: path}}, of "safetensors" and, where the family has GGUF files,
-    "gguf". See `lora_jax.io.names`.
+  names: {file format: {tensor name: path}}, of "safetensors" and, where the family has such files,
+    "gguf", "torch" and "onnx"; of "modules" where PEFT knows the modules by other names than those
+    in files. See `lora_jax.io.names`.
   prefix: what the names of "safetensors" begin with, the head's excepted, and files that hold no
     head may leave out; "" where they leave out nothing.
   example_inputs: config to the shapes of the arguments of the smallest call that uses every
     parameter, for tracing.
+  inputs: (config, rows, length) to the shape of the one argument of a plain call: tokens, by
+    default 128 of a text, or images of `length` pixels a side, by default those of the config.
   sharding: (pattern, PartitionSpec) pairs, as `lora_jax.sharding.lay_out` takes them.
   layers_alike: whether the parameters of all layers have the same shapes, so that they may be
     stacked and scanned.
+  kind: DECODER, whose tokens see those before them, so that a text can be written or read at its
+    last token, or ENCODER, whose tokens see the whole text, so that it is read at its first token
+    or at all of them; or IMAGES, which takes no text and whose files have no tokenizer.
+  class_head: {tensor name: path} of a head of classes where `names` does not have it.
+  peft_task, class_task: what PEFT calls the use of a model without classes and with some,
+    `task_type` of its adapters; None for what has no name.
+  with_classes: (config, names) to the config of the model with a new head of these classes.
+  bare: whether a model without classes is the body alone in transformers, so that the names of its
+    tensors lack `prefix`.
+  as_stored: (config, names of the tensors) to the config of these tensors, of a family whose
+    config.json does not say which parts there are; None for others.
+  of_tensors: {file format: reader}, of files that hold no configuration: from what the format's
+    module in `lora_jax.io` makes of a file to (config, tensors), or None where it is of another
+    family.
+  statistics: a pattern of the leaves that are measured and not learned, which never train.
   """
 
   parse_config: Callable[[Mapping[str, Any]], Config]
@@ -61,7 +93,28 @@ class Family:
   example_inputs: Callable[[Config], tuple[jax.ShapeDtypeStruct, ...]]
   sharding: Rules
   prefix: str = ""
+  inputs: Callable[[Config, int, int | None], jax.ShapeDtypeStruct] = lambda config, rows, length: (
+    jax.ShapeDtypeStruct((rows, length or 128), jnp.int32)
+  )
   layers_alike: bool = True
+  kind: str = DECODER
+  class_head: Mapping[str, str] = dataclasses.field(
+    default_factory=lambda: {"score.weight": "head/kernel"}
+  )
+  peft_task: str | None = "CAUSAL_LM"
+  class_task: str | None = "SEQ_CLS"
+  with_classes: Callable[[Config, tuple[str, ...]], Config] = lambda config, classes: (
+    dataclasses.replace(config, classes=classes)
+  )
+  bare: bool = False
+  as_stored: Callable[[Config, Collection[str]], Config] | None = None
+  of_tensors: Mapping[str, Reader] = dataclasses.field(default_factory=dict)
+  statistics: str | None = None
+
+  @property
+  def has_tokenizer(self) -> bool:
+    """Whether the family's folders have one."""
+    return self.kind != IMAGES
 
 
 DECODER_SHARDING = (
@@ -84,6 +137,13 @@ same, but attention's activations are gathered in each layer.
 """
 
 
+ENCODER_SHARDING = (
+  *(rule for rule in DECODER_SHARDING if rule[0] not in ("head/kernel", ".*")),
+  (".*", jax.P()),
+)
+"""Of encoders, as of decoders. The pooler and the head of classes are small and stay whole."""
+
+
 def _tokens(config: Config) -> tuple[jax.ShapeDtypeStruct, ...]:
   """One row of two tokens: a shorter one has no product over positions."""
   del config
@@ -104,6 +164,77 @@ def _decoder(name: str) -> Family:
     example_inputs=_tokens,
     sharding=DECODER_SHARDING,
   )
+
+
+def _with_stored_pooler(config: Config, stored: Collection[str]) -> Config:
+  """BERT's files have a pooler or not, whatever their config.json says of their architecture; one
+  with a head of classes always has it."""
+  if config.classes:
+    return config
+  suffix = "pooler.dense.weight"
+  return dataclasses.replace(config, pooler=any(name.endswith(suffix) for name in stored))
+
+
+def _encoder(name: str) -> Family:
+  """BERT or a relative of it, told apart by switches of its config."""
+  return Family(
+    parse_config=bert_configs.from_hugging_face,
+    write_config=bert_configs.to_hugging_face,
+    make_model=bert.Bert,
+    init_cache=None,
+    names={"safetensors": bert_names.HUGGING_FACE[name]},
+    example_inputs=_tokens,
+    sharding=ENCODER_SHARDING,
+    prefix=f"{name}.",
+    kind=ENCODER,
+    class_head={},
+    peft_task="FEATURE_EXTRACTION",
+    bare=True,
+    as_stored=_with_stored_pooler if bert_configs.STYLES[name].pooled else None,
+  )
+
+
+IMAGE_SHARDING = (
+  (r"(.*/)?attn/(query|key|value)/kernel", jax.P("fsdp", "tensor")),
+  (r"(.*/)?attn/out/kernel", jax.P("tensor", "fsdp")),
+  (r"(.*/)?mlp/up/kernel", jax.P("fsdp", "tensor")),
+  (r"(.*/)?mlp/down/kernel", jax.P("tensor", "fsdp")),
+  # A convolution's kernel is small beside what it is applied to.
+  (".*", jax.P()),
+)
+"""Of models of images."""
+
+
+def _images(config: Config, rows: int, side: int | None) -> jax.ShapeDtypeStruct:
+  """Images, by default of the size that the model was made for."""
+  side = side or config.image_size
+  return jax.ShapeDtypeStruct((rows, side, side, config.channels), jnp.float32)
+
+
+def _of_images(name: str, files: Mapping[str, names.Table] | None = None, **how: Any) -> Family:
+  """A family whose inputs are images; `files` has the names of further formats."""
+  return Family(
+    init_cache=None,
+    names={"safetensors": image_names.FILES[name], "modules": image_names.MODULES[name]}
+    | (files or {}),
+    example_inputs=lambda config: (_images(config, 1, None),),
+    inputs=_images,
+    sharding=IMAGE_SHARDING,
+    prefix=f"{name}.",
+    kind=IMAGES,
+    class_head={},
+    peft_task=None,
+    class_task=None,
+    bare=True,
+    **how,
+  )
+
+
+def _vit(name: str, **how: Any) -> Family:
+  return _of_images(
+    name, parse_config=image_configs.vit, write_config=image_configs.write_vit,
+    make_model=vit.ViT, with_classes=image_configs.with_classes, **how,
+  )  # fmt: skip
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -133,6 +264,30 @@ FAMILIES: Mapping[str, Family] = {
       *DECODER_SHARDING,
     ),
     layers_alike=False,
+  ),
+  **{name: _encoder(name) for name in bert_configs.STYLES},
+  "vit": _vit("vit"),
+  "deit": _vit("deit"),
+  "dinov2": _vit(
+    "dinov2", files={"onnx": image_names.DINO_ONNX}, of_tensors={"onnx": dinov2_onnx.backbone}
+  ),
+  "mobilenet_v2": _of_images(
+    "mobilenet_v2",
+    files={"torch": image_names.TORCHVISION_MOBILENET},
+    parse_config=image_configs.mobilenet_v2,
+    write_config=image_configs.write_mobilenet_v2,
+    make_model=mobilenet.MobileNetV2,
+    of_tensors={"torch": image_configs.torchvision_mobilenet},
+    layers_alike=False,
+    statistics=convolutions.STATISTICS,
+  ),
+  "resnet": _of_images(
+    "resnet",
+    parse_config=image_configs.resnet,
+    write_config=image_configs.write_resnet,
+    make_model=resnet.ResNet,
+    layers_alike=False,
+    statistics=convolutions.STATISTICS,
   ),
 }
 """By `model_type`, the name that a config.json has for the family."""
@@ -174,13 +329,27 @@ def param_shapes(
   return dict(sorted(shapes.items(), key=lambda item: item[0].split("/")))
 
 
-def tensor_names(config: Config, families: Mapping[str, Family] = FAMILIES) -> names.Table:
-  """The names of a model's tensors in safetensors files, a head of classes as `score`."""
-  table = family_of(config, families).names["safetensors"]
-  if not config.classes:
+def stored_names(
+  config: Config, families: Mapping[str, Family] = FAMILIES, where: str = "safetensors"
+) -> names.Table:
+  """The names of a model's tensors in safetensors files that have its family's prefix; `where` is
+  "modules" for the names by which PEFT knows them."""
+  family = family_of(config, families)
+  table, head = family.names.get(where, family.names["safetensors"]), family.class_head
+  if not config.classes or not head:
     return table
-  rest = {name: path for name, path in table.items() if path != "head/kernel"}
-  return rest | {"score.weight": "head/kernel"}
+  return {name: path for name, path in table.items() if path not in head.values()} | dict(head)
+
+
+def tensor_names(
+  config: Config, families: Mapping[str, Family] = FAMILIES, where: str = "safetensors"
+) -> names.Table:
+  """The names of a model's tensors in the safetensors files that are written of it, a decoder's
+  head of classes as `score`; `where` is "modules" for those in adapters."""
+  family, table = family_of(config, families), stored_names(config, families, where)
+  if not family.bare or config.classes:
+    return table
+  return {name.removeprefix(family.prefix): path for name, path in table.items()}
 
 
 def _find(name: Any, families: Mapping[str, Family]) -> Family:

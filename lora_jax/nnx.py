@@ -56,7 +56,8 @@ class PureModule:
       params: as `split` returns them.
       state: `f.state`, or what the call before this one returned. The new state has the structure,
         shapes and dtypes of this one, so that `jax.lax.scan` can carry it.
-      args, kwargs: of the module.
+      *args: of the module.
+      **kwargs: of the module.
 
     Raises:
       ValueError: when either tree has a leaf that the module does not have.

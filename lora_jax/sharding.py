@@ -237,7 +237,7 @@ def gather(params: PyTree) -> PyTree:
   """The tree as numpy arrays, whole, on every process; all processes must call it."""
 
   def whole(x: jax.Array) -> np.ndarray:
-    if x.is_fully_addressable:
+    if x.is_fully_addressable or x.is_fully_replicated:
       return np.asarray(x)
     return multihost_utils.process_allgather(x, tiled=True)
 

@@ -199,7 +199,7 @@ PROGRAMS = {
     lambda p, x: x @ (p["first"] - 0.5 * p["second"]), PAIR, PAIR_ROLES
   ),
   "interpolated and transposed": Program(
-    lambda p, x: x @ (0.3 * p["first"] + 0.7 * p["second"]).T, PAIR, PAIR_ROLES, normal(3, 13)
+    lambda p, x: x @ (0.3 * p["first"] + 0.7 * p["second"]).T, PAIR, PAIR_ROLES, normal(5, 13)
   ),
   "rows of a sum": Program(
     lambda p, i: jnp.take(p["first"] + p["second"], i, axis=0, fill_value=0.5),

@@ -1,6 +1,7 @@
 """A model as a compiled-to-be program and its numbers, which run without this package.
 
-    artifact.save("runs/small/artifact", lora_jax.adapt(model.apply), params, rows=1, length=128)
+    tokens = jax.ShapeDtypeStruct((1, 128), jnp.int32)
+    artifact.save("runs/small/artifact", lora_jax.adapt(model.apply), params, inputs=tokens)
 
     program.bin           the forward pass, as `jax.export` writes it: StableHLO, with its versions
     params.safetensors    the arrays that it takes, by name
@@ -37,8 +38,7 @@ def save(
   apply: Callable,
   params: PyTree,
   *,
-  rows: int,
-  length: int,
+  inputs: jax.ShapeDtypeStruct,
   platforms: Sequence[str] = ("cpu",),
   tokenizer: Tokenizer | None = None,
 ) -> None:
@@ -46,10 +46,10 @@ def save(
 
   Args:
     folder: to write.
-    apply: `apply({"params": params}, tokens) -> logits`; adapted, for params with Weights.
+    apply: `apply({"params": params}, inputs) -> logits`; adapted, for params with Weights.
     params: of arrays and Weights; masks, codes and scales are arrays of the file, codes in fp8 as
       the bytes that they are, which numpy's safetensors hold.
-    rows, length: of the tokens that the program takes, int32 [rows, length].
+    inputs: what the program takes: tokens, int32 [rows, length], or images.
     platforms: what it is lowered for: "cpu", "cuda", "tpu".
     tokenizer: of the model, to be written beside it.
 
@@ -62,13 +62,12 @@ def save(
   arrays = {name: _as_stored(np.asarray(leaf)) for name, leaf in leaves.items()}
   structure = jax.tree.structure(params)
 
-  def forward(arrays, tokens):
+  def forward(arrays, inputs):
     leaves = [_as_used(arrays[name], dtype) for name, dtype in dtypes.items()]
-    return apply({"params": jax.tree.unflatten(structure, leaves)}, tokens)
+    return apply({"params": jax.tree.unflatten(structure, leaves)}, inputs)
 
   shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
-  tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-  program = jax.export.export(jax.jit(forward), platforms=tuple(platforms))(shapes, tokens)
+  program = jax.export.export(jax.jit(forward), platforms=tuple(platforms))(shapes, inputs)
   with outputs.whole_folder(folder) as partial:
     outputs.write_bytes(partial / PROGRAM, program.serialize())
     safetensors.save_file(arrays, partial / PARAMS)

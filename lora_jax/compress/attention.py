@@ -72,7 +72,8 @@ def query_key(
   Args:
     query: Wq of the query heads, [N, D, H].
     key: Wk, [D, H].
-    features, root: as in `value_output`, of the inputs of Wk.
+    features: as in `value_output`, of the inputs of Wk.
+    root: as there.
 
   Returns:
     Wq' [N, D, features] and Wk' [D, features].

@@ -87,7 +87,9 @@ def prune_heads(
   Args:
     num_kv_heads: the key/value heads that stay.
     moments: of the inputs of `block_{i}/attn/out/kernel`, whole matrices.
-    params, config, damping: as in `prune_channels`.
+    params: as in `prune_channels`.
+    config: as there.
+    damping: as there.
 
   Raises:
     ValueError: as `prune_channels`.

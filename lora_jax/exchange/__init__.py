@@ -97,7 +97,8 @@ def save(
     folder: replaced if it is an adapter's folder already.
     adapters: `{path: adapter}`.
     params: the base. Its values are needed for leaves trained in full and for rows of tokens.
-    axes, table: as in `load`.
+    axes: as in `load`.
+    table: as in `load`.
     base_model: what the adapters belong to, the config's `base_model_name_or_path`.
     task_type: the config's; it chooses the class of PEFT's model.
 
@@ -148,7 +149,8 @@ def save_gguf(
     path: of the file; replaced if it is there.
     adapters: `{path: adapter}` that all come down to products of two factors: LoRA, PiSSA, OLoRA,
       AdaLoRA, VeRA, LoHa, LoKr.
-    params, axes: the base, of which shapes will do, and its axes, as in `load`.
+    params: the base; shapes will do.
+    axes: as in `load`.
     config: of the model, of a family that llama.cpp knows (`io.names.GGUF`).
     dtype: of the tensors: float32, float16 or bfloat16.
 

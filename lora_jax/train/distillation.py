@@ -58,7 +58,8 @@ def divergence(
   T² keeps the size of the gradient whatever the temperature. In float32, in nats.
 
   Args:
-    student_BCV, teacher_BCV: logits; the teacher's get no gradient.
+    student_BCV: logits.
+    teacher_BCV: logits, which get no gradient.
     weights_BC: 1 where a position counts, 0 where it is padding.
     temperature: T, above 0.
   """

@@ -115,7 +115,8 @@ def unstack(state: Members, frozen: Frozen, member: int, like: Adapters) -> dict
   """One member's adapters, as `lora_jax.detach` gives them after a training alone.
 
   Args:
-    state, frozen: of a training.
+    state: of a training.
+    frozen: of the same training.
     member: its place.
     like: what was stacked in its place, or the shapes of it.
   """

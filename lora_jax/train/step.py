@@ -120,7 +120,10 @@ def make_train_step(
   beside the batch, as a teacher's weights, goes to the objective as it is.
 
   Args:
-    objective, tx, parts, dropout_key: as in `make_update`.
+    objective: as in `make_update`.
+    tx: as in `make_update`.
+    parts: as in `make_update`.
+    dropout_key: as in `make_update`.
     shardings: a State with a sharding in the place of every array, which the new state gets; None
       leaves it to the compiler.
 

@@ -132,7 +132,7 @@ def healed(folder):
 
 def run_as_the_readme_says(artifact) -> np.ndarray:
   """The logits after the text, by an interpreter in which this package cannot be imported."""
-  snippet = next(block for block in readme_commands.blocks("python") if "runs/artifact" in block)
+  snippet = readme_commands.artifact_program()
   assert f'"{TEXT}"' in snippet
   there = artifact.parent / "elsewhere"
   (there / "runs").mkdir(parents=True)
