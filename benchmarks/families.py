@@ -1,4 +1,4 @@
-r"""What a step of LoRA costs over its floor, for each family of models at one small size.
+r"""What a step of LoRA costs over its floor, for each family of decoders at one small size.
 
     python -m benchmarks.families
     python -m benchmarks.families --families=gemma2,gpt2 --output=benchmarks/results.md
@@ -61,15 +61,17 @@ FIELDS: dict[str, dict[str, Any]] = {
 """The fields of a family's config.json, in addition to `_SIZES`; of ALONE these are all."""
 ALONE = ("gpt2", "gemma4_text")
 
-_FAMILIES = flags.DEFINE_list("families", list(families.FAMILIES), "Some of the families.")
+DECODERS = [name for name, x in families.FAMILIES.items() if x.kind == families.DECODER]
+
+_FAMILIES = flags.DEFINE_list("families", DECODERS, "Some of the families of decoders.")
 _RANK = flags.DEFINE_integer("rank", 8, "Rank of the adapters.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 15, "Times that each row takes its turn.", lower_bound=2)
 _OUTPUT = define_output()
 
 flags.register_validator(
   "families",
-  lambda names: names and set(names) <= set(families.FAMILIES),
-  f"--families takes some of {', '.join(families.FAMILIES)}",
+  lambda names: names and set(names) <= set(DECODERS),
+  f"--families takes some of {', '.join(DECODERS)}",
 )
 
 
