@@ -1,4 +1,4 @@
-"""What writes texts for people: a model alone, or a run's with its adapter; conversations with it.
+"""Models that write texts for people: one alone, or a run's with its adapter; conversations.
 
     speaker = of_run("runs/mine", fetch=False)      # its configuration and its tokenizer are read
     with speaker.prompts(None, None) as prompts:
