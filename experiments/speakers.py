@@ -5,7 +5,7 @@
       ids = prompts.ask(messages.check_asked(record))
     found, adapted = speaker.load()                 # its weights are loaded
 
-What is asked of it can so be refused before its weights are loaded.
+Prompts are so refused before weights are loaded.
 """
 
 import contextlib
