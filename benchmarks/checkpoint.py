@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
     "",
     f"- The loop is held for {1e3 * statistics.median(measured.held):,.0f} ms; the checkpoint is "
     f"on disk after {1e3 * statistics.median(measured.written):,.0f} ms.",
-    f"- It has {measured.bytes / 1e6:,.1f} MB; what trains, with the optimiser's two moments, "
+    f"- It has {measured.bytes / 1e6:,.1f} MB; what trains, with the optimizer's two moments, "
     f"{arrays / 1e6:,.1f} MB; the base, {4 * size / 1e6:,.1f} MB.",
   ])  # fmt: skip
   publish(report, _OUTPUT.value)

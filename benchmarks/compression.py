@@ -1,11 +1,11 @@
-r"""What quantisation costs: perplexity, and the bytes of the kernels.
+r"""What quantization costs: perplexity, and the bytes of the kernels.
 
     python -m benchmarks.compression --output=benchmarks/results.md
     python -m benchmarks.compression --rows=nf4,nf4-gptq
 
-SmolLM2-135M-Instruct, all linear layers of its blocks quantised, on newspaper sentences (Hutto and
+SmolLM2-135M-Instruct, all linear layers of its blocks quantized, on newspaper sentences (Hutto and
 Gilbert 2014) joined by spaces, in windows of 256 tokens: the first 64 for calibration, the next 40
-held out. The rows `gguf` keep the file's own blocks, of which `dense` is the dequantised model, and
+held out. The rows `gguf` keep the file's own blocks, of which `dense` is the dequantized model, and
 embeddings with them.
 """
 
@@ -120,7 +120,7 @@ def main(argv: Sequence[str]) -> None:
     table.append((name, found, *kernel_bytes(case, params), made))
     print(format_table(table[-1:])[-1], flush=True)
   report = "\n".join([
-    "## Quantisation: perplexity and bytes, SmolLM2-135M-Instruct",
+    "## Quantization: perplexity and bytes, SmolLM2-135M-Instruct",
     "",
     *describe_circumstances("benchmarks.compression", ["jax", "flax"]),
     f"- {len(case.calibration)} windows of 256 tokens for calibration, {len(held_out)} held out.",

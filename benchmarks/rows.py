@@ -1,4 +1,4 @@
-"""The rows of the table that run in JAX: one model, loss and optimiser; what trains, and how.
+"""The rows of the table that run in JAX: one model, loss and optimizer; what trains, and how.
 
 form = ADAPTED["naive"](case, adapters)     # apply, weights, mask
 row = JaxRow("naive, rank 8", form, case)
@@ -162,7 +162,7 @@ def _beside_the_kernels(apply, case: Case, adapters: Adapters, a: str, b: str) -
 
 
 class JaxRow:
-  """One form, compiled with its optimiser.
+  """One form, compiled with its optimizer.
 
   Attributes:
     label: of the row.

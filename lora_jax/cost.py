@@ -14,7 +14,7 @@ The memory is that of a program which runs its equations in their order, as XLA 
 - A fused result takes the place of an operand of its size that nothing reads any more.
 - A loop needs its stacked results from its beginning, and one step's memory.
 - Of an argument that is written over and that other results are computed from as well (an
-  optimiser's moments, which the new parameters are made of too) there is a copy at the end.
+  optimizer's moments, which the new parameters are made of too) there is a copy at the end.
 
 What compilers do beside this (layouts, padding, copies, another order) is left out; the tests hold
 the result to within a tenth of what XLA reports for whole training steps.

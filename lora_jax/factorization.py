@@ -75,7 +75,7 @@ def randomized_svd(
   """Nearly the first `rank` singular triplets, at the price of a few thin products.
 
   The range of the matrix is found by `iterations` subspace iterations on rank + oversampling
-  random vectors, orthonormalised after each product, and the small matrix that is left is
+  random vectors, orthonormalized after each product, and the small matrix that is left is
   decomposed exactly. Halko, Martinsson and Tropp 2011, arXiv 0909.4061, algorithms 4.4 and 5.1.
 
   Args:

@@ -1,4 +1,4 @@
-"""A rematerialisation policy that knows adapted products.
+"""A rematerialization policy that knows adapted products.
 
     block = nn.remat(Block, policy=lora_jax.products_saveable)
 

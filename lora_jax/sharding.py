@@ -117,11 +117,11 @@ class Layout:
     return "\n".join(lines)
 
   def follow(self, state: PyTree) -> PyTree:
-    """The shardings of what an optimiser keeps: a moment lies where its parameter lies.
+    """The shardings of what an optimizer keeps: a moment lies where its parameter lies.
 
     An array whose path ends with the whole path of an array of this layout, and that has its shape,
     gets its sharding; everything else (counters, factored moments) is whole on every device. No
-    optimiser has to be known for this: `1/0/mu/blocks/attn/query/kernel/a` is a moment of `a`.
+    optimizer has to be known for this: `1/0/mu/blocks/attn/query/kernel/a` is a moment of `a`.
 
     Args:
       state: any pytree of arrays, such as a whole `lora_jax.train.step.State`.

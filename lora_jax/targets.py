@@ -128,7 +128,7 @@ def match(
       is a regular expression for the whole path, or a preset: "all-linear" (every linear layer
       but embeddings, heads and routers), "attention" and "mlp" (those of them in such blocks: the
       last part of the path that names one of the two decides), "bias" and "norm" (all biases; all
-      parameters of normalisation layers; for `Full`).
+      parameters of normalization layers; for `Full`).
       The spec None leaves a leaf as it is.
     axes: what `trace_axes` found. With it the presets of linear layers take what the model
       multiplies by, whatever the name; without it, as "bias" and "norm" always, they go by the

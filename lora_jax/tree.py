@@ -80,7 +80,7 @@ def replace(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
 def partition(tree: PyTree, mask: PyTree) -> tuple[PyTree, PyTree]:
   """Splits a tree by a mask of bools into (selected, rest), each with None in the other's places.
 
-  None is an empty pytree: `jax.grad`, `optax` and checkpoints see nothing there, so an optimiser
+  None is an empty pytree: `jax.grad`, `optax` and checkpoints see nothing there, so an optimizer
   state made for `selected` holds no array for a leaf of `rest`. `join` is the inverse.
 
   Args:

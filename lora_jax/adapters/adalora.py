@@ -5,7 +5,7 @@
 
 Every matrix starts with `rank` triplets of a column of P, a number of E and a row of Q. Training
 finds out how much each of them matters, and leaves those that matter most within a budget for all
-matrices together: `lora_jax.train.adalora` wraps the optimiser for it, and keeps P and Q near
+matrices together: `lora_jax.train.adalora` wraps the optimizer for it, and keeps P and Q near
 orthogonal by a penalty. E starts at zero, so the adapted model starts as the base.
 
 Defined for every kernel that LoRA is defined for. The layers of a stack have ranks of their own.

@@ -58,7 +58,7 @@ def start(
       of a stack counted, is the budget.
     moments: the second moments of the kernels' inputs, as `calibration.second_moments` returns.
     rho: how many times its spec's rank a kernel may get; at least 1.
-    iterations: subspace iterations of a randomised decomposition, 8 say, for kernels of thousands
+    iterations: subspace iterations of a randomized decomposition, 8 say, for kernels of thousands
       of inputs: what needs d³ operations exactly needs rank * d² for each. None is exact.
     axes: what `trace_axes` found; by default what `match` was given for `specs`.
 

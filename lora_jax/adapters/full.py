@@ -7,7 +7,7 @@
     match(params, [("norm", Full()), ("all-linear", LoRA(rank=8, alpha=16.0))])
 
 The change dW starts at zero and is trained in float32 whatever the base's dtype is; the base itself
-stays as it is, so that what was learnt can be taken out, scaled and combined as any adapter's.
+stays as it is, so that what was learned can be taken out, scaled and combined as any adapter's.
 Weight decay pulls dW to zero, that is, the leaf to its base.
 
 Defined for every leaf of floats, with any number of axes. Sources: Ben Zaken et al. 2022, BitFit,

@@ -1,9 +1,9 @@
-"""LoftQ: a quantised base and LoRA factors that start from what quantisation lost.
+"""LoftQ: a quantized base and LoRA factors that start from what quantization lost.
 
     base, adapters = loftq.start(params, specs, quantize)     # instead of lora_jax.init
     weights = lora_jax.attach(base, adapters)
 
-By turns the base is quantised and the factors are the nearest ones to what is left,
+By turns the base is quantized and the factors are the nearest ones to what is left,
 
     Q = quantize(W - scale * A B),      scale * A B = the first `rank` singular triplets of W - Q,
 
@@ -12,7 +12,7 @@ section 3 and algorithm 1. The scale of the spec is divided out of the factors, 
 model starts where the algorithm ends whatever alpha is; PEFT leaves it in, and starts there for
 alpha = rank alone.
 
-Defined for every kernel, whatever its axes are; what is quantised is the leaf as it stands.
+Defined for every kernel, whatever its axes are; what is quantized is the leaf as it stands.
 """
 
 from collections.abc import Callable, Mapping
@@ -40,14 +40,14 @@ def start(
   iterations: int = 5,
   axes: Mapping[str, Axes] | None = None,
 ) -> tuple[PyTree, dict[str, LowRank]]:
-  """Returns the tree with quantised kernels, and their adapters, `{path: adapter}`.
+  """Returns the tree with quantized kernels, and their adapters, `{path: adapter}`.
 
   Args:
     params: the base, of arrays.
-    specs: what `match` returned, of LoRA alone; the kernels at these paths are quantised.
-    quantize: gives, of a float32 array, a Weight that stands for the quantised one, or the array
-      itself rounded to what the quantised one can hold; it is then stored in the leaf's dtype.
-    iterations: how often a kernel is quantised; 1 is quantisation and one SVD of what it lost.
+    specs: what `match` returned, of LoRA alone; the kernels at these paths are quantized.
+    quantize: gives, of a float32 array, a Weight that stands for the quantized one, or the array
+      itself rounded to what the quantized one can hold; it is then stored in the leaf's dtype.
+    iterations: how often a kernel is quantized; 1 is quantization and one SVD of what it lost.
     axes: what `trace_axes` found; by default what `match` was given for `specs`.
 
   Raises:
@@ -56,7 +56,7 @@ def start(
       `iterations` is below 1.
   """
   if checks.whole("LoftQ: iterations", iterations) < 1:
-    raise ValueError(f"LoftQ: iterations {iterations} is below 1; nothing would be quantised")
+    raise ValueError(f"LoftQ: iterations {iterations} is below 1; nothing would be quantized")
   checks.function("LoftQ: quantize", quantize)
   leaves = tree.flatten(params, is_leaf=is_weight)
   checks.by_path(specs, Method, "spec", leaves)
@@ -67,8 +67,8 @@ def start(
     base[path], adapters[path] = _alternate(
       path, leaves[path], spec, roles[path], quantize, iterations
     )
-  quantised = tree.map_with_path(lambda path, leaf: base.get(path, leaf), params, is_leaf=is_weight)
-  return quantised, adapters
+  quantized = tree.map_with_path(lambda path, leaf: base.get(path, leaf), params, is_leaf=is_weight)
+  return quantized, adapters
 
 
 def _checked_roles(path: str, spec: LoRA, leaves, axes) -> str:
@@ -82,7 +82,7 @@ def _checked_roles(path: str, spec: LoRA, leaves, axes) -> str:
 
 
 def _alternate(path: str, leaf, spec: LoRA, roles: str, quantize: Callable, iterations: int):
-  """The quantised kernel and the adapter of what it lost."""
+  """The quantized kernel and the adapter of what it lost."""
 
   def principal(matrix):
     u, s, vt = factorization.svd(matrix, spec.rank)

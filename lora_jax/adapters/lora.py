@@ -27,7 +27,7 @@ class LoRA(Method):
 
   Attributes:
     rank: the inner dimension of A B, at least 1 and at most that of the kernel.
-    alpha: the numerator of the scale. With 0 the model stays as the base, and nothing is learnt.
+    alpha: the numerator of the scale. With 0 the model stays as the base, and nothing is learned.
     rslora: divide alpha by sqrt(rank) instead of rank.
     train_a: train A as well as B; False is LoRA-FA.
     dropout: the share of the inputs of A that a training step drops. It needs a key:

@@ -6,12 +6,12 @@
 
 Meng et al. 2024, PiSSA, arXiv 2404.02948, sections 3 and 4. The paper trains with scale 1, which is
 alpha = rank; another scale is divided out of the factors, as PEFT does, so that the model starts as
-the base with any. With `iterations` the decomposition is randomised, the paper's fast variant.
+the base with any. With `iterations` the decomposition is randomized, the paper's fast variant.
 
 Defined for every kernel, whatever its axes are: the matrix is that of all inputs by all outputs. It
 starts from the values of the weights, so it asks for arrays where LoRA is content with shapes, and
-an attached tree holds its own copy of the kernels, less their principal part. On a quantised base
-the base stays quantised, and the principal part is subtracted in factored form.
+an attached tree holds its own copy of the kernels, less their principal part. On a quantized base
+the base stays quantized, and the principal part is subtracted in factored form.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class PiSSA(FromKernel):
     rank: of A B, at least 1 and at most that of the kernel.
     alpha: the numerator of the scale, above zero.
     rslora: divide alpha by sqrt(rank) instead of rank.
-    iterations: subspace iterations of the randomised decomposition (PEFT's `pissa_niter_4` has 4),
+    iterations: subspace iterations of the randomized decomposition (PEFT's `pissa_niter_4` has 4),
       each of which costs two products of the kernel with rank + 8 vectors; None decomposes exactly.
   """
 

@@ -38,7 +38,7 @@ class VeRA(Method):
 
   Attributes:
     rank: the inner dimension of A B, at least 1.
-    seed: from which the shared matrices are drawn. It is part of what was learnt: with another one
+    seed: from which the shared matrices are drawn. It is part of what was learned: with another one
       the trained vectors mean nothing.
     d_initial: the start of d.
     fan_in: the number of inputs for which A is drawn, uniform in ±√(6 / fan_in), the bound of He et

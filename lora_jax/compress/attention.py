@@ -37,7 +37,7 @@ def value_output(
 ) -> tuple[Matrix, Matrix]:
   """Smaller values of one key/value head, and the output projections of the heads that it serves.
 
-      minimise Σ_n ‖Sᵀ (Wv Wo_n - Wv' Wo'_n)‖²
+      minimize Σ_n ‖Sᵀ (Wv Wo_n - Wv' Wo'_n)‖²
 
   Exact where the products have no more than this rank together.
 
@@ -64,7 +64,7 @@ def query_key(
 ) -> tuple[Matrix, Matrix]:
   """Smaller keys of one head, and the queries of the heads that attend to it; no rotary positions.
 
-      minimise Σ_n ‖Sᵀ (Wq_n Wkᵀ - Wq'_n Wk'ᵀ)ᵀ‖²
+      minimize Σ_n ‖Sᵀ (Wq_n Wkᵀ - Wq'_n Wk'ᵀ)ᵀ‖²
 
   The scores keep their division by the root of the features that the head had: multiply by the
   root of new over old where the model divides by that of the new ones.
@@ -167,5 +167,5 @@ def refuse_rotary() -> NoReturn:
   raise ValueError(
     "queries and keys have rotary positions: a rotation stands between Wq and Wkᵀ, another for "
     "each distance, so no truncation of their product is right for all of them; shrink the values "
-    "(value_dim), or factorise the two kernels each for itself"
+    "(value_dim), or factorize the two kernels each for itself"
   )

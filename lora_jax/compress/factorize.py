@@ -1,4 +1,4 @@
-"""Low-rank factorisation of a trained model: kernels exchanged for two thin factors.
+"""Low-rank factorization of a trained model: kernels exchanged for two thin factors.
 
     paths  = factorize.select(params, ["all-linear"], axes)
     params = factorize.factorize(params, dict.fromkeys(paths, 128), factorize.svd, axes=axes)
@@ -8,7 +8,7 @@ How a kernel is decomposed is a function `(path, matrix, rank) -> (a, b)` of [d,
 the host: `svd`, `randomized`, `pivoted_qr`, or a `Whitened`, which weighs errors by what the model
 is used on. Ranks by a share of the energy: `energy_ranks`; by a budget: `sensitivity.allocate`.
 
-Sources: Halko, Martinsson and Tropp 2011, arXiv 0909.4061, for the randomised decomposition; Wang
+Sources: Halko, Martinsson and Tropp 2011, arXiv 0909.4061, for the randomized decomposition; Wang
 et al. 2024, SVD-LLM, arXiv 2403.07378, sections 3.2 and 3.3, for whitening and the update.
 """
 
@@ -118,7 +118,7 @@ def pivoted_qr(path: str, matrix: Matrix, rank: int) -> tuple[Matrix, Matrix]:
 class Whitened:
   """The factors that lose least of what the kernel is used for, not of the kernel itself.
 
-      minimise ‖Sᵀ (W - a b) R‖_F,     S Sᵀ = E[x xᵀ],   R Rᵀ = E[g gᵀ]
+      minimize ‖Sᵀ (W - a b) R‖_F,     S Sᵀ = E[x xᵀ],   R Rᵀ = E[g gᵀ]
 
   With inputs alone that is the mean square of x (W - a b), SVD-LLM's truncation-aware whitening;
   with gradients it is the change of the loss, see `compress.sensitivity`. A decomposition like the
@@ -192,7 +192,7 @@ def check_rows(path: str, moments: Moments, inputs: int) -> int:
   if rows < inputs:
     raise ValueError(
       f"{path}: the calibration data have {rows} rows for its {inputs} inputs; give more, or "
-      "factorise it without them"
+      "factorize it without them"
     )
   return rows
 
@@ -302,7 +302,7 @@ def factorize(
       kernel's; all are looked at before the first is decomposed.
   """
   if not ranks:
-    raise ValueError("there is no kernel to factorise: the ranks are empty")
+    raise ValueError("there is no kernel to factorize: the ranks are empty")
   select(params, [re.escape(path) for path in ranks], axes)
   leaves = tree.flatten(params, is_leaf=is_weight)
   roles = {path: roles_of(Method(), path, leaves, axes) for path in ranks}
@@ -333,7 +333,7 @@ def update(
       b = argmin_b E‖x (W - a b)‖²  =  (aᵀ C a)⁻¹ aᵀ C W,     C = E[x xᵀ]
 
   After earlier layers were compressed, the inputs of the later ones are no longer those that they
-  were factorised for (SVD-LLM, section 3.3). Take the moments from `compressed`, in which the
+  were factorized for (SVD-LLM, section 3.3). Take the moments from `compressed`, in which the
   kernels before these are what they will be.
 
   Args:
@@ -352,7 +352,7 @@ def update(
   for path in paths:
     leaf = leaves[path]
     if not isinstance(leaf, Factored) or leaf.all_roles != "io":
-      raise ValueError(f"{path}: is no factorised kernel of two axes, which alone can be updated")
+      raise ValueError(f"{path}: is no factorized kernel of two axes, which alone can be updated")
     w = np.asarray(originals[path], np.float64)
     root = factor_root(path, np.asarray(moments[path].mean), w.shape[0], "inputs", damping)
     a = np.asarray(leaf.a, np.float64)

@@ -1,9 +1,9 @@
-"""The factors of factorised kernels as kernels of their own, for what comes after factorisation.
+"""The factors of factorized kernels as kernels of their own, for what comes after factorization.
 
     opened = open_factors(params)          # .../kernel becomes {"a": ..., "b": ...}
     params = close_factors(change(opened), params)
 
-So they are pruned and quantised by the same functions as dense kernels.
+So they are pruned and quantized by the same functions as dense kernels.
 """
 
 import dataclasses

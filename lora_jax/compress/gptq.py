@@ -1,11 +1,11 @@
-"""Calibrated quantisation: codes by which a layer's outputs change least, and not its numbers.
+"""Calibrated quantization: codes by which a layer's outputs change least, and not its numbers.
 
     moments = lora_jax.second_moments(f, params, formats, batches, axes=axes)
     smaller = gptq.quantize(params, formats, moments, axes)
 
 A column of the kernel is rounded, and what that did to the outputs is made up for by the columns
 that are still to be rounded, as H = mean x xᵀ of the layer's inputs says; those with the largest
-inputs come first. The scales are chosen before, so that they can be quantised in turn: of some
+inputs come first. The scales are chosen before, so that they can be quantized in turn: of some
 multiples of the largest number of a block, the one with the least error by the diagonal of H.
 
 Source: Frantar et al. 2022, GPTQ, arXiv 2210.17323, section 3 and algorithm 1.
@@ -69,7 +69,7 @@ def quantize(
   Raises:
     ValueError: as `compress.quantize` does; when a path has no moments, only their diagonal, such
       as are not finite, or fewer rows than inputs; when an axis of outputs stands before one of
-      stacks; and when damping is not above zero. Nothing is quantised then.
+      stacks; and when damping is not above zero. Nothing is quantized then.
   """
   if checks.finite("GPTQ: damping", damping) <= 0:
     raise ValueError(f"GPTQ: damping {damping} is not above 0, and H may have no inverse")
@@ -112,7 +112,7 @@ def _check_moments(path, leaf, columns, moments):
 
 
 def _calibrated(w, format: Format, columns, moments: jax.Array, damping: float) -> Quantized:
-  """The quantised kernel; each matrix of a stack by its own moments."""
+  """The quantized kernel; each matrix of a stack by its own moments."""
   numbers = rows_of(w, columns).astype(jnp.float32)
   stack = moments.shape[:-2]
   matrices = numbers.reshape(math.prod(stack), -1, numbers.shape[-1])

@@ -1,4 +1,4 @@
-"""LoftQ with formats: a quantised base, and adapters that make up for what it lost.
+"""LoftQ with formats: a quantized base, and adapters that make up for what it lost.
 
     base, adapters = loftq.start(params, specs, formats, axes)     # instead of lora_jax.init
     weights = lora_jax.attach(base, adapters)
@@ -31,14 +31,14 @@ def start(
   *,
   iterations: int = 5,
 ) -> tuple[PyTree, dict[str, LowRank]]:
-  """Returns the tree with quantised kernels, and their adapters, `{path: adapter}`.
+  """Returns the tree with quantized kernels, and their adapters, `{path: adapter}`.
 
   Args:
     params: a pytree of arrays.
     specs: `{path: LoRA}`, what `lora_jax.match` returned.
     formats: `{path: Format}`, of the same paths.
     axes: what `trace_axes` found; by default what `match` was given for `specs`.
-    iterations: how often a kernel is quantised.
+    iterations: how often a kernel is quantized.
 
   Raises:
     ValueError: as `adapters.loftq.start` and `compress.quantize` do; and when the paths differ.
@@ -48,7 +48,7 @@ def start(
   checks.by_path(formats, Format, "format", leaves)
   if set(specs) != set(formats):
     one_sided = ", ".join(sorted(set(specs) ^ set(formats)))
-    raise ValueError(f"LoftQ adapts what it quantises, and no other leaf; not so {one_sided}")
+    raise ValueError(f"LoftQ adapts what it quantizes, and no other leaf; not so {one_sided}")
   axes = axes_of(specs, axes, leaves)
   columns = {path: columns_of(path, leaves[path], axes) for path in formats}
   for path in formats:

@@ -50,7 +50,7 @@ def absorb(weights: PyTree) -> PyTree:
 
 
 def without_masks(weights: PyTree) -> PyTree:
-  """The tree without the masks of arrays, which only what is learnt inside them needs."""
+  """The tree without the masks of arrays, which only what is learned inside them needs."""
   return jax.tree.map(
     lambda x: x.w if isinstance(x, Pruned) and not is_weight(x.w) else x,
     weights, is_leaf=is_weight,

@@ -1,11 +1,11 @@
-"""Quantisation of chosen leaves, round to nearest: params to params with `Quantized` Weights.
+"""Quantization of chosen leaves, round to nearest: params to params with `Quantized` Weights.
 
     formats = lora_jax.match(params, [("all-linear", compress.NF4)], axes)      # {path: Format}
     smaller = compress.quantize(params, formats, axes)
     logits  = lora_jax.adapt(model.apply)({"params": smaller}, tokens)
 
 Blocks run along the inputs of a kernel, and along the row of a token in an embedding. To adapt the
-result is QLoRA; to quantise so that outputs change least, and not numbers, see `compress.gptq`.
+result is QLoRA; to quantize so that outputs change least, and not numbers, see `compress.gptq`.
 """
 
 from collections.abc import Mapping
@@ -41,7 +41,7 @@ def quantize(
   Raises:
     TypeError: when a format is none (its name, for example).
     ValueError: when a leaf is no array of floats, holds a number that is not finite, or its axes
-      are not known. Nothing is quantised then.
+      are not known. Nothing is quantized then.
   """
   leaves = tree.flatten(params, is_leaf=is_weight)
   checks.by_path(formats, Format, "format", leaves)
@@ -89,11 +89,11 @@ def check_finite(path: str, leaf: Any) -> None:
   """Raises ValueError for a Weight, and for a leaf with NaN or infinity, which has no scale."""
   if is_weight(leaf):
     raise ValueError(
-      f"{path}: is no array but a {type(leaf).__name__}; quantise before it is compressed or "
+      f"{path}: is no array but a {type(leaf).__name__}; quantize before it is compressed or "
       "adapted, or merge first"
     )
   if not bool(_finite(leaf)):
-    raise ValueError(f"{path}: holds a number that is not finite, and cannot be quantised")
+    raise ValueError(f"{path}: holds a number that is not finite, and cannot be quantized")
 
 
 @jax.jit

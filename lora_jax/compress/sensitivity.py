@@ -192,7 +192,7 @@ def allocate(
 ) -> dict[str, int]:
   """Ranks under which the costs of all kernels stay within a budget, at the least loss together.
 
-      minimise Σ loss[path][rank]   subject to   Σ cost[path](rank) ≤ budget
+      minimize Σ loss[path][rank]   subject to   Σ cost[path](rank) ≤ budget
 
   By a price λ of the cost: each kernel takes what makes loss + λ cost least, and the price is
   raised until the budget holds. What is left then goes to the ranks that gain most.

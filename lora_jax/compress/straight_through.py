@@ -1,4 +1,4 @@
-"""Training against the quantised merge, so that to merge and to quantise loses nothing.
+"""Training against the quantized merge, so that to merge and to quantize loses nothing.
 
     def loss(adapters):
       weights = straight_through(lora_jax.attach(params, adapters), formats, axes)
@@ -9,7 +9,7 @@
 
 The base is held in full, and every step rounds what base and adapter add up to: a kernel at a time,
 forward and again backward. So a step costs more than one of LoRA, and its result is a plain
-quantised model with no adapter beside it.
+quantized model with no adapter beside it.
 """
 
 from collections.abc import Mapping
@@ -33,11 +33,11 @@ def straight_through(
 
   Args:
     weights: what `lora_jax.attach` made; arrays are rounded too.
-    formats: `{path: Format}`, that the merged model will be quantised to.
+    formats: `{path: Format}`, that the merged model will be quantized to.
     axes: what `trace_axes` found; by default what `match` was given for `formats`.
 
   Raises:
-    ValueError: when a path is no leaf, or one that is quantised already; or its axes are not known.
+    ValueError: when a path is no leaf, or one that is quantized already; or its axes are not known.
   """
   leaves = tree.flatten(weights, is_leaf=is_weight)
   checks.by_path(formats, Format, "format", leaves)
@@ -47,7 +47,7 @@ def straight_through(
     if path not in formats:
       return leaf
     if isinstance(leaf, Coded):
-      raise ValueError(f"{path}: is quantised already, a {type(leaf).__name__}")
+      raise ValueError(f"{path}: is quantized already, a {type(leaf).__name__}")
     columns = columns_of(path, leaf, axes)
     return Rounded(leaf, format=formats[path], columns=columns, path=path)
 

@@ -1,6 +1,6 @@
 """From `{path: adapter}` to the factors of a GGUF file, for models of the Llama family.
 
-In a Llama llama.cpp turns neighbouring features by a rotary angle where the model here turns
+In a Llama llama.cpp turns neighboring features by a rotary angle where the model here turns
 features that are half a head apart, so the rows of the queries' and the keys' weights are in
 another order there, and so are those of their B. In other architectures it turns as is done here.
 """

@@ -200,9 +200,9 @@ def _numbers(
     return _adalora_fields(ranks, scales, tensors)
   alphas = {module: _numerator(scales[module], r) for module, r in ranks.items()}
   if format.peft_type == "LORA":
-    stabilised = {module: _numerator(scales[module], math.sqrt(r)) for module, r in ranks.items()}
-    fields["use_rslora"] = _are_whole(stabilised) and not _are_whole(alphas)
-    alphas = stabilised if fields["use_rslora"] else alphas
+    stabilized = {module: _numerator(scales[module], math.sqrt(r)) for module, r in ranks.items()}
+    fields["use_rslora"] = _are_whole(stabilized) and not _are_whole(alphas)
+    alphas = stabilized if fields["use_rslora"] else alphas
   alpha, alpha_pattern = _with_exceptions(alphas)
   return fields | {
     "r": rank, format.alpha: alpha, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern,

@@ -4,8 +4,8 @@
                         every=10, beta1=0.85, beta2=0.85)
     objective = with_orthogonality(objective, weight=0.1)
 
-It all happens in the optimiser's update, inside the jitted step: what is known about the triplets
-is part of the optimiser's state, so that checkpoints hold it, and a change of the budget compiles
+It all happens in the optimizer's update, inside the jitted step: what is known about the triplets
+is part of the optimizer's state, so that checkpoints hold it, and a change of the budget compiles
 nothing.
 
 Source: Zhang et al. 2023, AdaLoRA, arXiv 2303.10512, sections 3.1 to 3.3.
@@ -35,7 +35,7 @@ class AllocationState(NamedTuple):
     sensitivity: `{path: {part: array}}`, the smoothed |θ · ∂L/∂θ| of every number.
     uncertainty: alike, how far it strays from its mean.
     kept: `{path: bool [*stack, rank]}`, the triplets within the last budget.
-    inner: the state of the optimiser that is wrapped.
+    inner: the state of the optimizer that is wrapped.
   """
 
   step: jax.Array
@@ -56,7 +56,7 @@ def allocate_ranks(
   beta1: float,
   beta2: float,
 ) -> optax.GradientTransformation:
-  """An optimiser that also sets singular values to zero, until a budget of triplets is left.
+  """An optimizer that also sets singular values to zero, until a budget of triplets is left.
 
   With the sensitivity I = |θ · ∂L/∂θ| of every number, before its update,
 
@@ -68,7 +68,7 @@ def allocate_ranks(
   value that was set to zero may come back until the last steps begin.
 
   Args:
-    tx: the optimiser of everything that trains.
+    tx: the optimizer of everything that trains.
     target_rank: the average rank of a matrix at the end.
     total_steps: of the run.
     first_steps: steps before the budget begins to shrink.
@@ -171,11 +171,11 @@ def orthogonality(weights: PyTree) -> jax.Array:
 def with_orthogonality(objective: Objective, weight: float) -> Objective:
   """The objective with `weight` times `orthogonality` added to its loss."""
 
-  def penalised(weights: PyTree, batch: Batch, *beside: PyTree) -> tuple[jax.Array, jax.Array]:
+  def penalized(weights: PyTree, batch: Batch, *beside: PyTree) -> tuple[jax.Array, jax.Array]:
     loss, tokens = objective(weights, batch, *beside)
     return loss + weight * orthogonality(weights), tokens
 
-  return penalised
+  return penalized
 
 
 def _is_adalora(x: Any) -> bool:

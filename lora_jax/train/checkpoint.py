@@ -4,7 +4,7 @@
       restored = checkpoints.restore(state)             # None when there is none yet
       checkpoints.save(state, data_state=batches.get_state())
 
-A checkpoint is `{path: array}` of the `State` (step, trainable part, optimiser state) and one JSON
+A checkpoint is `{path: array}` of the `State` (step, trainable part, optimizer state) and one JSON
 record: the position of the data, the fingerprint of the config, each array's shape, type and
 CRC-32, and the CRC-32 of the record itself. So it is readable without a class of this library, and
 a bit that flipped on disk, which neither JSON nor the array format would notice, is found.

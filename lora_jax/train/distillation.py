@@ -84,7 +84,7 @@ def distillation_objective(
 
   Args:
     student: `(weights, batch) -> logits_BCV`, or `(logits_BCV, hidden_BCD)` where hidden states are
-      learnt from.
+      learned from.
     teacher: likewise; of the weights that the objective is given beside the batch, or where it is
       given none, of the student's.
     temperature: T, above 0; both distributions are softened by it.

@@ -93,7 +93,7 @@ def fit(
     train_step: as `make_train_step` makes it.
     batches: at the position that belongs to `state`.
     steps: of the whole run, those that `state` has behind it included.
-    learning_rate: the optimiser's schedule, for the log.
+    learning_rate: the optimizer's schedule, for the log.
     log_every: steps between two lines of the log; the last step has one too.
     log_at: further steps that have one.
     checkpoint_every: steps between two checkpoints.

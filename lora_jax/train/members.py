@@ -96,7 +96,7 @@ def stack(members: Sequence[Adapters]) -> dict[str, Adapted]:
 
   Adapters of one structure are stacked as they are. LoRAs that differ in rank or scale are made
   `Masked`, of the largest rank. (`lora_jax.stack` is for adapters that were trained: it takes their
-  scales for a part of b, whose optimiser would then take other steps.)
+  scales for a part of b, whose optimizer would then take other steps.)
 
   Args:
     members: `{path: adapter}` of each, at least one.
@@ -140,7 +140,7 @@ def init(
     params: the base.
     adapters: as `stack` makes them.
     settings: of the members.
-    make_tx: from a learning rate to the optimiser.
+    make_tx: from a learning rate to the optimizer.
   """
 
   def one(params: PyTree, adapters: Adapters) -> tuple[step.State, PyTree]:
@@ -165,7 +165,7 @@ def make_train_step(
 
   Args:
     objective: as `lora_jax.train.step.make_update` takes it, of the whole weights of one member.
-    make_tx: from a learning rate to the optimiser. It may not depend on the rate's values: within
+    make_tx: from a learning rate to the optimizer. It may not depend on the rate's values: within
       the step they are traced.
     parts: as in `make_update`.
     shardings: of the new state, as in `lora_jax.train.step.make_train_step`.

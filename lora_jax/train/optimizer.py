@@ -1,11 +1,11 @@
-"""The learning-rate schedule and the optimiser, both plain optax.
+"""The learning-rate schedule and the optimizer, both plain optax.
 
     learning_rate = schedule(peak=1e-3, warmup_steps=10, total_steps=100, kind="linear")
     tx = adamw(learning_rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=1.0)
     tx = optax.chain(tx, scale_rates([(".*/b", 16.0)]))         # LoRA+
     opt_state = tx.init(trainable)      # `trainable` holds None for every frozen leaf
 
-None of them knows what trains: the optimiser is initialised on the trainable part of the tree
+None of them knows what trains: the optimizer is initialized on the trainable part of the tree
 alone, so it has no moment, and applies no weight decay, for anything else.
 """
 
@@ -99,7 +99,7 @@ def adamw(
 def scale_rates(rules: Sequence[tuple[str, float]]) -> optax.GradientTransformation:
   """Learning-rate groups: what trains at some paths does so at a multiple of the rate.
 
-  Stands after the optimiser, whose whole update it multiplies, weight decay included.
+  Stands after the optimizer, whose whole update it multiplies, weight decay included.
 
   Args:
     rules: ordered (pattern, factor) pairs; the first whose pattern matches a path decides, and what

@@ -4,7 +4,7 @@
     print(plan)
     plan.total <= 16e9
 
-What a step is given (the base, what trains, the optimiser, the batch) is counted exactly. What it
+What a step is given (the base, what trains, the optimizer, the batch) is counted exactly. What it
 makes on the way (activations kept for the backward pass, gradients, and room to work in) is
 estimated from the traced step by `lora_jax.cost`. Nothing is compiled.
 """
@@ -81,7 +81,7 @@ class Plan:
     rows = [
       ("base", self.base),
       ("what trains", self.adapters),
-      ("optimiser", self.optimizer),
+      ("optimizer", self.optimizer),
       ("batch", self.batch),
       ("activations and gradients", self.activations),
       ("together", self.total),

@@ -6,7 +6,7 @@
     state, metrics = train_step(state, frozen, batch)
 
 The mask is the one place that says what trains. The gradient is taken with respect to `trainable`
-alone, and the optimiser state is made from it alone. `frozen` is an argument, not a closure: a
+alone, and the optimizer state is made from it alone. `frozen` is an argument, not a closure: a
 closed-over base would be a constant of the program, compiled into it.
 
 Shapes: B rows of a batch, T tokens of a row, C positions of a row where the loss is taken,
@@ -35,7 +35,7 @@ class State(NamedTuple):
   Attributes:
     step: int32 scalar, the number of updates made.
     trainable: the weights with None in the place of every frozen leaf.
-    opt_state: the optimiser's state for `trainable`.
+    opt_state: the optimizer's state for `trainable`.
   """
 
   step: jax.Array
@@ -148,7 +148,7 @@ def make_update(
   Args:
     objective: `(weights, batch, *beside) -> (mean loss, tokens)`, as `completion_objective` makes
       it for nothing beside the batch.
-    tx: the optimiser.
+    tx: the optimizer.
     parts: into how many parts a batch's rows are cut, whose gradients are summed before the update;
       see `lora_jax.train.accumulation`.
     dropout_key: what adapters drop inputs by, together with the number of the step and of the part,

@@ -53,7 +53,7 @@ def low_rank_product(
   and `linearize` work as ever. Measured on CPU, where they make up most of the difference between
   this product and the naive one:
 
-  - The factors are used rank-major, [r, ...], behind an optimisation barrier. The gradient of `a`
+  - The factors are used rank-major, [r, ...], behind an optimization barrier. The gradient of `a`
     is then formed as `dhᵀ x`, an [r, d] array, 5 to 20 times faster than `xᵀ dh`, which XLA would
     otherwise make of it by folding the transpose back into the product. The barrier stands on the
     flat array, which has one layout only: through any other, XLA hands the layout of the transposed

@@ -1,4 +1,4 @@
-"""Pruned: an array some of whose numbers are zero, and stay zero whatever is learnt beside them.
+"""Pruned: an array some of whose numbers are zero, and stay zero whatever is learned beside them.
 
     before    {"query": {"kernel": W}}
     after     {"query": {"kernel": Pruned(w=W * mask, mask)}}

@@ -9,7 +9,7 @@ makes QLoRA:
     LowRank(w=Quantized(...), a, b)
 
 Source: Dettmers et al. 2023, QLoRA, arXiv 2305.14314, section 3 and appendix E, for NF4 and for
-scales that are quantised themselves. There they are 8-bit floats, in blocks of 256 over all rows;
+scales that are quantized themselves. There they are 8-bit floats, in blocks of 256 over all rows;
 here they are 8-bit steps between the least and the largest of a row, so that rows stay apart.
 """
 
@@ -48,12 +48,12 @@ _LARGEST = {"nf4": 1.0, "int4": 7.5, "int8": 127.5, "uint8": 255.0, "fp8": 448.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Format:
-  """How an array is quantised.
+  """How an array is quantized.
 
   Attributes:
     levels: "nf4", "int4", "int8" or "fp8" (e4m3).
     block: how many numbers along the inputs share a scale; None: all that make one output.
-    double: whether the scales of a row are quantised too, to 8 bits each.
+    double: whether the scales of a row are quantized too, to 8 bits each.
   """
 
   levels: str
@@ -72,13 +72,13 @@ class Format:
       raise ValueError("Format: double is for the scales of blocks; give block as well")
 
   def unfit(self, leaf: Any) -> str | None:
-    """Why a leaf cannot be quantised, or None; `lora_jax.match` asks it."""
+    """Why a leaf cannot be quantized, or None; `lora_jax.match` asks it."""
     if not hasattr(leaf, "shape") or len(leaf.shape) < 2:
       return "it has fewer than two axes"
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
       return f"its dtype {leaf.dtype} is not a float"
     if isinstance(leaf, Coded):
-      return f"it is quantised already, a {type(leaf).__name__}"
+      return f"it is quantized already, a {type(leaf).__name__}"
     return None
 
 
@@ -214,7 +214,7 @@ def coded(
 
 
 def as_array(scale: Any) -> jax.Array:
-  """The scales as numbers, whether they are quantised themselves or not."""
+  """The scales as numbers, whether they are quantized themselves or not."""
   return scale.materialize() if isinstance(scale, Quantized) else scale
 
 

@@ -1,7 +1,7 @@
-"""Rounded: a weight as it will be once it is merged and quantised, with the gradient of the weight.
+"""Rounded: a weight as it will be once it is merged and quantized, with the gradient of the weight.
 
-    before    {"kernel": LowRank(W, A, B)}                      trained, then merged and quantised
-    after     {"kernel": Rounded(LowRank(W, A, B), format)}     quantised at every step
+    before    {"kernel": LowRank(W, A, B)}                      trained, then merged and quantized
+    after     {"kernel": Rounded(LowRank(W, A, B), format)}     quantized at every step
 
 The gradient passes the rounding by as if it were not there (the straight-through estimator), so the
 factors learn what survives it. Bengio et al. 2013, arXiv 1308.3432, section 4.
