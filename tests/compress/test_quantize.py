@@ -57,7 +57,7 @@ def test_what_cannot_be_quantised_is_refused(leaf, words):
 
 def test_a_leaf_that_is_quantised_already_does_not_match_again():
   small = compress.quantize(PARAMS, {"up/kernel": SMALL})
-  with pytest.raises(ValueError, match="cannot be adapted: it is quantised already"):
+  with pytest.raises(ValueError, match="cannot be adapted: it is quantized already"):
     lora_jax.match(small, [(".*kernel", SMALL)])
 
 
@@ -217,7 +217,7 @@ def test_layers_of_a_scan_are_rounded_one_by_one():
 def test_what_is_quantised_already_is_not_rounded_again():
   small = compress.quantize(PARAMS, {"up/kernel": SMALL})
   assert isinstance(small["up"]["kernel"], Coded)
-  with pytest.raises(ValueError, match="up/kernel: is quantised already"):
+  with pytest.raises(ValueError, match="up/kernel: is quantized already"):
     compress.straight_through(small, {"up/kernel": SMALL})
   with pytest.raises(ValueError, match="other: the tree has no such leaf"):
     compress.straight_through(PARAMS, {"other": SMALL})
