@@ -45,9 +45,9 @@ def test_the_axes_of_a_quantised_tree_are_those_of_the_dense_one():
 @pytest.mark.parametrize(
   ("leaf", "words"),
   [
-    (normal(4, 4).at[1, 2].set(jnp.nan), "w: holds a number that is not finite"),
+    (normal(4, 4).at[1, 2].set(jnp.nan), "w: has values that are not finite"),
     (normal(2, 4, 4), r"w: which of the axes of \(2, 4, 4\) are inputs"),
-    (compress.quantize({"w": normal(8, 8)}, {"w": SMALL})["w"], "w: is no array but a Quantized"),
+    (compress.quantize({"w": normal(8, 8)}, {"w": SMALL})["w"], "w: is a Quantized and not an array"),
   ],
 )
 def test_what_cannot_be_quantised_is_refused(leaf, words):
@@ -130,7 +130,7 @@ def test_every_layer_of_a_stack_is_calibrated_by_its_own_moments():
 @pytest.mark.parametrize(
   ("moments", "settings", "words"),
   [
-    ({}, {}, "w: there are no moments"),
+    ({}, {}, "w: has no moments"),
     ({"w": moments_of(correlated(10, 16))}, {}, "w: 10 rows of calibration data for 16 inputs"),
     ({"w": Moments(jnp.ones(16), jnp.float32(20))}, {}, "diagonal=False"),
     ({"w": Moments(jnp.full((16, 16), jnp.inf), jnp.float32(20))}, {}, "w: .* are not finite"),
