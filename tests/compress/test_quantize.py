@@ -47,7 +47,10 @@ def test_the_axes_of_a_quantised_tree_are_those_of_the_dense_one():
   [
     (normal(4, 4).at[1, 2].set(jnp.nan), "w: has values that are not finite"),
     (normal(2, 4, 4), r"w: which of the axes of \(2, 4, 4\) are inputs"),
-    (compress.quantize({"w": normal(8, 8)}, {"w": SMALL})["w"], "w: is a Quantized and not an array"),
+    (
+      compress.quantize({"w": normal(8, 8)}, {"w": SMALL})["w"],
+      "w: is a Quantized and not an array",
+    ),
   ],
 )
 def test_what_cannot_be_quantised_is_refused(leaf, words):
