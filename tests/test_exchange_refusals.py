@@ -201,7 +201,7 @@ def test_rows_that_are_not_those_of_the_file_are_refused(rows, tmp_path):
 
 def test_a_base_of_shapes_alone_serves_where_no_values_are_needed(folder):
   shapes = jax.eval_shape(lambda: LLAMA.params)
-  with pytest.raises(ValueError, match="norm/scale: its values are needed, and here is its shape"):
+  with pytest.raises(ValueError, match="norm/scale: its values are needed, but it is only a shape"):
     exchange.load(folder, shapes, LLAMA.axes)
   edit(folder, modules_to_save=None)
   edit_tensors(folder, without("model.norm.weight"))
@@ -273,11 +273,11 @@ REFUSED = {
   ),
   "rows and full training without adapters": (
     LLAMA, [("norm", lora_jax.Full()), ("embed/.*", lora_jax.TokenRows(ids=(1,)))],
-    "beside adapters only",
+    "only alongside adapters",
   ),
   "rows of tokens beside DoRA's cousins": (
     LLAMA, [("mlp", lora_jax.LoHa(rank=2, alpha=1.0)), ("embed/.*", lora_jax.TokenRows(ids=(1,)))],
-    "PEFT trains rows of tokens beside LORA or alone, not beside LOHA",
+    "PEFT trains rows of tokens alongside LORA or alone, not alongside LOHA",
   ),
   "rows of several sets alone": (
     LLAMA,
@@ -298,7 +298,7 @@ REFUSED = {
   "vera of two seeds": (
     LLAMA,
     [("mlp", lora_jax.VeRA(rank=3)), ("attention", lora_jax.VeRA(rank=3, seed=1))],
-    "is no part of the one that all layers share in PEFT",
+    "is not a part of the one that all layers share in PEFT",
   ),
   "vera of two ranks": (
     LLAMA,

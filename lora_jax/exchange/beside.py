@@ -1,4 +1,4 @@
-"""What is trained beside adapters, as PEFT has it: whole leaves, rows of embeddings, tied heads."""
+"""PEFT's form of what trains alongside adapters: whole leaves, embedding rows, tied heads."""
 
 import collections
 import re
@@ -15,12 +15,12 @@ Adapters = Mapping[str, Adapted]
 Modules = Mapping[str, Module]
 Leaves = Mapping[str, Any]
 
-# The kinds of which PEFT can tie the adapter of the head to that of the embedding.
+# The kinds for which PEFT can tie the head's adapter to the embedding's.
 _TYING = ("LORA", "ADALORA")
 
 
 class Folder(NamedTuple):
-  """What is written: the fields of the config, and the tensors by their names in the model."""
+  """The contents to write: the config's fields, and the tensors by their names in the model."""
 
   config: dict[str, Any]
   tensors: dict[str, np.ndarray]
@@ -30,7 +30,7 @@ class Folder(NamedTuple):
 
 
 def targets(adapted: Collection[str], modules: Modules) -> list[str] | str:
-  """The modules by their whole names; a regular expression where one ends another's name."""
+  """The modules by full name; a regular expression if one name is the end of another."""
   adapted = set(adapted)
   others = {module_of(name) for x in modules.values() for name in x.by_layer().values()} - adapted
   if any(endings(other) & adapted for other in others):
@@ -39,7 +39,7 @@ def targets(adapted: Collection[str], modules: Modules) -> list[str] | str:
 
 
 def endings(module: str) -> set[str]:
-  """What ends a module's name from a dot on."""
+  """The suffixes of a module's name that start after a dot."""
   parts = module.split(".")
   return {".".join(parts[n:]) for n in range(1, len(parts))}
 
@@ -47,7 +47,7 @@ def endings(module: str) -> set[str]:
 def full(
   format: Format, full: Adapters, adapted: Collection[str], modules: Modules, leaves: Leaves
 ) -> Folder:
-  """Leaves trained in full: a bias is stored by itself, of any other leaf the whole module."""
+  """Leaves trained in full: biases are stored alone, for other leaves the whole module."""
   saved, biases = {}, {}  # {module: {name: (path, layer)}}
   for owner, parameters in _parameters(modules).items():
     changed = {name for name, (path, _) in parameters.items() if path in full}
@@ -76,7 +76,7 @@ def full(
 
 
 def full_alone(full: Adapters, modules: Modules, leaves: Leaves) -> Folder:
-  """Leaves trained in full and nothing else: what PEFT calls LN_TUNING tunes any module."""
+  """Leaves trained in full without adapters: PEFT's LN_TUNING, which tunes any module."""
   saved = {
     owner: parameters
     for owner, parameters in _parameters(modules).items()
@@ -97,7 +97,7 @@ def _parameters(modules: Modules) -> dict[str, dict[str, tuple[str, int | None]]
 
 
 def _whole(parameters, full: Adapters, modules: Modules, leaves: Leaves) -> dict[str, np.ndarray]:
-  """Parameters as they stand, changed or not, in float32."""
+  """The values of parameters, changed or not, in float32."""
   tensors, values = {}, {}
   for name, (path, layer) in (item for each in parameters for item in each.items()):
     if path not in values:
@@ -110,10 +110,10 @@ def _whole(parameters, full: Adapters, modules: Modules, leaves: Leaves) -> dict
 
 
 def rows_beside(format: Format, rows: Adapters, modules: Modules, leaves: Leaves) -> Folder:
-  """Rows of embeddings beside adapters."""
+  """Rows of embeddings, alongside adapters."""
   if rows and format.peft_type != "LORA":
     raise ValueError(
-      f"{next(iter(rows))}: PEFT trains rows of tokens beside LORA or alone, not beside "
+      f"{next(iter(rows))}: PEFT trains rows of tokens alongside LORA or alone, not alongside "
       f"{format.peft_type}; save them to a folder of their own"
     )
   ids = {module_of(modules[path].name): list(x.ids) for path, x in rows.items()}
@@ -122,7 +122,7 @@ def rows_beside(format: Format, rows: Adapters, modules: Modules, leaves: Leaves
 
 
 def rows_alone(rows: Adapters, modules: Modules, leaves: Leaves) -> Folder:
-  """Rows of embeddings, which is a kind of adapter too."""
+  """Rows of embeddings alone, which is also a kind of adapter."""
   ids = {x.ids: path for path, x in rows.items()}
   if len(ids) > 1:
     raise ValueError(
@@ -138,7 +138,7 @@ def rows_alone(rows: Adapters, modules: Modules, leaves: Leaves) -> Folder:
 
 
 def _row_tensors(rows: Adapters, modules: Modules, leaves: Leaves, suffix: str):
-  """The rows as they stand."""
+  """The values of the rows."""
   tensors = {}
   for path, adapter in rows.items():
     module = modules[path]
@@ -150,7 +150,7 @@ def _row_tensors(rows: Adapters, modules: Modules, leaves: Leaves, suffix: str):
 
 
 def heads(written: Folder, tied: Collection[Module]) -> Folder:
-  """What is done to an embedding, for the head that is tied to it."""
+  """The changes of an embedding, repeated for the head that is tied to it."""
   config, tensors = {}, {}
   kind = written.config["peft_type"]
   for module in tied:
@@ -162,7 +162,7 @@ def heads(written: Folder, tied: Collection[Module]) -> Folder:
     owner, head = module_of(module.name), module_of(module.tied)
     for name in [name for name in written.tensors if name.startswith(f"{owner}.")]:
       suffix = name.removeprefix(f"{owner}.")
-      if suffix == ROWS_BESIDE:  # which PEFT ties by itself
+      if suffix == ROWS_BESIDE:  # PEFT ties these itself
         continue
       if suffix in IN_THE_HEAD:
         tensors[f"{head}.{IN_THE_HEAD[suffix]}"] = written.tensors[name].T
@@ -175,6 +175,6 @@ def heads(written: Folder, tied: Collection[Module]) -> Folder:
         )
       if kind in _TYING:
         config["ensure_weight_tying"] = True
-      if suffix.startswith(WHOLE):  # two modules of their own, with the same values
+      if suffix.startswith(WHOLE):  # two separate modules with the same values
         config["target_modules"] = [*written.config["target_modules"], head]
   return Folder(config, tensors)
