@@ -303,7 +303,7 @@ REFUSED = {
   "vera of two ranks": (
     LLAMA,
     [("mlp", lora_jax.VeRA(rank=3)), ("attention", lora_jax.VeRA(rank=2))],
-    "is no part of the one that all layers share|share",
+    "is not a part of the one that all layers share|share",
   ),
   "lokr of a window": (
     IMAGES, [("first/kernel", lora_jax.LoKr(rank=1, alpha=1.0))],

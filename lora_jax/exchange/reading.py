@@ -27,9 +27,9 @@ _RESIZED = (
 )
 
 Tensors = dict[Layer, dict[str, str]]
-"""The names of a leaf's tensors in a file, by layer and by suffix: "lora_A.weight", or `_ITSELF`, or
-the `_BASE` that is stored with an adapted embedding. After the vocabulary was resized, `peft` stores
-a fully trained leaf a second time, as the `_COPY`, and the `_ORIGINAL` as well."""
+"""The names of a leaf's tensors in a file, by layer and by suffix: "lora_A.weight", or `_ITSELF`,
+or the `_BASE` that is stored with an adapted embedding. After the vocabulary was resized, `peft`
+stores a fully trained leaf a second time, as the `_COPY`, and the `_ORIGINAL` as well."""
 
 
 def adapters(
