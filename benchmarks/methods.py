@@ -32,7 +32,7 @@ from benchmarks.reporting import define_output, publish
 from configs import adapters as presets
 from configs import methods as config_file
 from experiments import methods, parts
-from lora_jax import exchange
+from lora_jax import exchange, families
 from lora_jax.data.examples import Example
 from lora_jax.tasks import Task
 from lora_jax.train import evaluation, step, workdir
@@ -189,7 +189,7 @@ def measure(config: ConfigDict, shared: Shared) -> dict[str, Any]:
     + memory.output_size_in_bytes
     - memory.alias_size_in_bytes
     + memory.temp_size_in_bytes,
-    "adapter_bytes": _bytes_on_disk(lora_jax.detach(weights, adapters), base, shared.axes),
+    "adapter_bytes": _bytes_on_disk(lora_jax.detach(weights, adapters), base, shared),
     "seconds": time.perf_counter() - started,
   }
   jax.clear_caches()
@@ -202,13 +202,12 @@ def _evaluate(config: ConfigDict, shared: Shared, weights: PyTree) -> dict[str, 
   return evaluation.evaluate(eval_step, weights, data)
 
 
-def _bytes_on_disk(
-  adapters: Mapping[str, lora_jax.Adapted], base: PyTree, axes: Mapping[str, lora_jax.Axes]
-) -> int:
+def _bytes_on_disk(adapters: Mapping[str, lora_jax.Adapted], base: PyTree, shared: Shared) -> int:
   """The size of the adapter's file of tensors in PEFT's layout."""
   with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "adapter"
-    exchange.save(path, adapters, base, axes, base_model="")
+    table = families.tensor_names(shared.model.config)
+    exchange.save(path, adapters, base, shared.axes, base_model="", table=table)
     return sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 

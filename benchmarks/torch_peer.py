@@ -76,7 +76,9 @@ def write_case(case: Case, folder: Path) -> TorchSpec:
 
 def with_adapters(spec: TorchSpec, case: Case, adapters: Adapters, folder: Path) -> TorchSpec:
   """Writes adapters; returns the spec of `peft` training them."""
-  exchange.save(folder, adapters, case.params, trace_axes(case), base_model=spec.base)
+  exchange.save(
+    folder, adapters, case.params, trace_axes(case), base_model=spec.base, table=names.LLAMA_HF
+  )
   return dataclasses.replace(spec, adapter=str(folder))
 
 

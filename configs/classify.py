@@ -29,6 +29,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   task = config.task
   task.name = "classification"
   task.text = "{sentence}"
+  task.pair = ""  # of a second text, which only an encoder reads
   task.label = "{label}"
   task.labels = ("0", "1")  # negative and positive, as the file has them
 

@@ -160,7 +160,17 @@ _OF_TASKS = {
     },
     {},
   ),
-  "classification": ({}, {"text": TEXT, "label": TEXT, "labels": sequence(NAME, empty=False)}),
+  "classification": (
+    {}, {"text": NAME, "pair": TEXT, "label": NAME, "labels": sequence(NAME, empty=False)},
+  ),
+  "regression": ({}, {"text": NAME, "pair": TEXT, "label": NAME}),
+  "embedding": (
+    {},
+    {
+      "text": NAME, "pair": NAME, "label": TEXT, "positive": real(-_LARGEST),
+      "temperature": POSITIVE,
+    },
+  ),
   "chat": (
     {
       "conversation": either(conversations.AUTO, *conversations.READINGS),
@@ -178,6 +188,7 @@ def _section(name: str, rules: Mapping[str, Rule]) -> dict[str, Rule]:
 
 ADDED_LATER = (
   "data.encoding", "data.quoted", "data.special_tokens", "task.name", "model.new_tokens",
+  "task.pair",
 )  # fmt: skip
 """What earlier runs have not in their config; `experiments.parts` says what they meant."""
 

@@ -197,22 +197,31 @@ def pick(rows: Mapping[str, list[records.Record]], split: str, field: str) -> li
 def inspect_model(model: ConfigDict) -> pretrained.Pretrained:
   """The base that a model config names, shapes in the place of its arrays.
 
-  A compressed one is loaded for it.
+  A compressed one is loaded for it: what its parameters are made of is in its tensors.
   """
-  if storage.is_compressed(model.source):
-    found = load_model(model)
-    return dataclasses.replace(found, params=jax.eval_shape(lambda: found.params))
-  if model.quantize != "none":
+  if model.quantize != "none" and not storage.is_compressed(model.source):
     raise ValueError(
       f"model.quantize {model.quantize}: a plan is of a base as it is stored in model.dtype; give "
       "--config.model.quantize=none, and take the difference of the base's bytes"
     )
-  return read_shapes(model)
+  return shapes_of(model)
+
+
+def shapes_of(model: ConfigDict) -> pretrained.Pretrained:
+  """The base that a model config names, before any quantization, shapes in the place of its arrays.
+
+  A compressed one is loaded for it.
+  """
+  if not storage.is_compressed(model.source):
+    return read_shapes(model)
+  found = load_model(model)
+  return dataclasses.replace(found, params=jax.eval_shape(lambda: found.params))
 
 
 def read_shapes(model: ConfigDict) -> pretrained.Pretrained:
-  """The base before any quantization, shapes in the place of its arrays: none of them is read."""
-  found = pretrained.inspect(model.source, **_model_options(model))
+  """The base before any compression, shapes in the place of its arrays: none of them is read."""
+  inspect = storage.inspect if storage.is_compressed(model.source) else pretrained.inspect
+  found = inspect(model.source, **_model_options(model))
   return new_tokens.add(found, new_tokens_of(model))
 
 
@@ -246,11 +255,32 @@ def extend(
   return task.extend(found, jax.random.fold_in(jax.random.key(config.seed), _OF_THE_TASK))
 
 
+def task_of_model(task: tasks.Task, config: ConfigDict) -> tasks.Task:
+  """The task on a run's base, of which the configuration and the tokenizer are read."""
+  return task.of_model(extend(read_shapes(config.model), task, config))
+
+
+def inspect_source(source: str) -> pretrained.Pretrained:
+  """What `load_source` loads, shapes in the place of its arrays: none of them is read."""
+  if storage.is_compressed(source):
+    return storage.inspect(source)
+  return pretrained.inspect(source, scan_layers=True)
+
+
 def load_source(source: str) -> pretrained.Pretrained:
   """A model without a config, in float32: a compressed one, or a dense one from wherever it is."""
   if storage.is_compressed(source):
     return storage.load(source)
   return pretrained.load(source, scan_layers=True)
+
+
+def check_writes(found: pretrained.Pretrained) -> None:
+  """Raises ValueError for a model that writes no texts, of which shapes are enough."""
+  if found.family.init_cache is None:
+    raise ValueError(
+      f"{found.source}: a {found.config.family!r} generates no text; experiments.predict answers "
+      "by a run of it"
+    )
 
 
 def _load_compressed(model: ConfigDict, mesh: Mesh | None = None) -> pretrained.Pretrained:

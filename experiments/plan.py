@@ -201,7 +201,9 @@ def share_of_a_device(config: ConfigDict, case: Case, mesh: Mesh | AbstractMesh)
   whole_heads = () if cuts_heads else ((r"(.*/)?attn/.*", jax.P()),)
   # Whole on a device of the mesh, but of a smaller model it has those of its own outputs.
   biases = (r"(.*/)?(attn/(query|key|value|qkv)|mlp/(gate|up))/bias", jax.P("tensor"))
-  rules = (*whole_heads, biases, *families.family_of(model).sharding)
+  # Nor are classes sizes of the model; a head of them is small.
+  classes = (("head/.*", jax.P()),) if getattr(model, "classes", ()) else ()
+  rules = (*whole_heads, *classes, biases, *families.family_of(model).sharding)
   layout = sharding.lay_out(case.weights, alone, rules)
   weights = jax.tree.map(
     lambda x, place: jax.ShapeDtypeStruct(place.shard_shape(x.shape), x.dtype),

@@ -15,6 +15,7 @@ stopped and goes on, and one table:
 """
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,9 +29,10 @@ from ml_collections import ConfigDict
 import lora_jax
 from experiments import methods, parts, processes, program, sweep_config, sweep_results
 from experiments.preparation import Case
-from lora_jax import exchange, families, sharding, tables
+from lora_jax import exchange, families, sharding, tables, tree
 from lora_jax.data import batches
 from lora_jax.train import members, metrics, progress, report, workdir
+from lora_jax.weights import is_weight
 
 PyTree = Any
 
@@ -40,7 +42,6 @@ def start(
 ) -> program.Program:
   """The members on their base, at the start; `fields` are those that each of them changes."""
   configs, base = case.configs, case.base
-  members.check(case.axes)
   check_starts(base.params, case.specs, case.axes)
   print(f"{case.tables[0]}\n{len(configs)} members; the table shows the first:")
   print("\n".join(f"  {n}: {sweep_config.label(each)}" for n, each in enumerate(fields)))
@@ -52,6 +53,7 @@ def start(
       )[1]
       for each, specs in zip(configs, case.specs, strict=True)
     ]  # fmt: skip
+    starts = [with_own_start(case, *each) for each in zip(configs, starts, strict=True)]
   exchange.check(starts[0], base.params, case.axes, table=case.table)  # that the run can end so
   adapters = members.stack(starts)
   like = jax.eval_shape(lambda x: x, starts)
@@ -123,6 +125,7 @@ def start(
     train_step=members.make_train_step(
       methods.make_objective(case.config, case.task, apply), make_tx,
       parts=case.config.train.accumulate, shardings=shardings[0],
+      in_turn=members.in_turn(case.axes),
     ),
     steps=settings.rates.shape[1],
     log_at={each.train.steps for each in configs},
@@ -133,6 +136,21 @@ def start(
     write_report=lambda: None,  # there is one for each member, at the end
     finish=finish,
   )  # fmt: skip
+
+
+def with_own_start(
+  case: Case, config: ConfigDict, adapters: Mapping[str, lora_jax.Adapted]
+) -> dict[str, lora_jax.Adapted]:
+  """The adapters of a member with the leaves that the task adds as its own seed starts them; in the
+  base, which all members share, they are those of the run's."""
+  own = tree.flatten(parts.extend(case.base, case.task, config).params, is_leaf=is_weight)
+  shared = tree.flatten(case.base.params, is_leaf=is_weight)
+  return {
+    path: dataclasses.replace(x, dw=x.dw + (own[path] - shared[path]))
+    if own[path] is not shared[path]
+    else x
+    for path, x in adapters.items()
+  }
 
 
 def check_starts(

@@ -13,7 +13,7 @@ A family of your own is a row in a dict of your own:
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -22,14 +22,16 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from lora_jax.checks import shown
-from lora_jax.io import configs, gpt2_configs, names
-from lora_jax.models import gpt2, layers, llama
+from lora_jax.io import bert_configs, bert_names, configs, gemma4_configs, gpt2_configs, names
+from lora_jax.models import bert, gemma4, gpt2, layers, llama
 
 Rules = Sequence[tuple[str, jax.P]]
 Config = Any
 """A frozen dataclass. Every family's has `family`, `num_layers`, `scan_layers`, `remat_policy`,
-`constrain`, `dtype` and `param_dtype`; a decoder's `vocab_size`, `max_length` and
+`constrain`, `dtype` and `param_dtype`; that of a model of texts `vocab_size`, `max_length` and
 `classes`, the names of the outputs of its head where that is no vocabulary, too."""
+
+DECODER, ENCODER = "decoder", "encoder"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,17 @@ class Family:
   example_inputs: config to the shapes of the arguments of the smallest call that uses every
     parameter, for tracing.
   sharding: (pattern, PartitionSpec) pairs, as `lora_jax.sharding.lay_out` takes them.
+  layers_alike: whether the parameters of all layers have the same shapes, so that they may be
+    stacked and scanned.
+  kind: DECODER, whose tokens see those before them, so that a text can be written or read at its
+    last token, or ENCODER, whose tokens see the whole text, so that it is read at its first token
+    or at all of them.
+  class_head: {tensor name: path} of a head of classes where `names` does not have it.
+  peft_task: what PEFT calls the use of a model without classes, `task_type` of its adapters.
+  bare: whether a model without classes is the body alone in transformers, so that the names of its
+    tensors lack `prefix`.
+  as_stored: (config, names of the tensors) to the config of these tensors, of a family whose
+    config.json does not say which parts there are; None for others.
   """
 
   parse_config: Callable[[Mapping[str, Any]], Config]
@@ -59,6 +72,14 @@ class Family:
   example_inputs: Callable[[Config], tuple[jax.ShapeDtypeStruct, ...]]
   sharding: Rules
   prefix: str = ""
+  layers_alike: bool = True
+  kind: str = DECODER
+  class_head: Mapping[str, str] = dataclasses.field(
+    default_factory=lambda: {"score.weight": "head/kernel"}
+  )
+  peft_task: str = "CAUSAL_LM"
+  bare: bool = False
+  as_stored: Callable[[Config, Collection[str]], Config] | None = None
 
 
 DECODER_SHARDING = (
@@ -79,6 +100,13 @@ DECODER_SHARDING = (
 Where the devices of `tensor` do not divide the heads of queries and of keys, the result is the
 same, but attention's activations are gathered in each layer.
 """
+
+
+ENCODER_SHARDING = (
+  *(rule for rule in DECODER_SHARDING if rule[0] not in ("head/kernel", ".*")),
+  (".*", jax.P()),
+)
+"""Of encoders, as of decoders. The pooler and the head of classes are small and stay whole."""
 
 
 def _tokens(config: Config) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -103,6 +131,34 @@ def _decoder(name: str) -> Family:
   )
 
 
+def _with_stored_pooler(config: Config, stored: Collection[str]) -> Config:
+  """BERT's files have a pooler or not, whatever their config.json says of their architecture; one
+  with a head of classes always has it."""
+  if config.classes:
+    return config
+  suffix = "pooler.dense.weight"
+  return dataclasses.replace(config, pooler=any(name.endswith(suffix) for name in stored))
+
+
+def _encoder(name: str) -> Family:
+  """BERT or a relative of it, told apart by switches of its config."""
+  return Family(
+    parse_config=bert_configs.from_hugging_face,
+    write_config=bert_configs.to_hugging_face,
+    make_model=bert.Bert,
+    init_cache=None,
+    names={"safetensors": bert_names.HUGGING_FACE[name]},
+    example_inputs=_tokens,
+    sharding=ENCODER_SHARDING,
+    prefix=f"{name}.",
+    kind=ENCODER,
+    class_head={},
+    peft_task="FEATURE_EXTRACTION",
+    bare=True,
+    as_stored=_with_stored_pooler if bert_configs.STYLES[name].pooled else None,
+  )
+
+
 FAMILIES: Mapping[str, Family] = {
   **{name: _decoder(name) for name in configs.FAMILIES},
   "gpt2": Family(
@@ -115,6 +171,23 @@ FAMILIES: Mapping[str, Family] = {
     sharding=DECODER_SHARDING,
     prefix="transformer.",
   ),
+  "gemma4_text": Family(
+    parse_config=gemma4_configs.from_hugging_face,
+    write_config=gemma4_configs.to_hugging_face,
+    make_model=gemma4.Gemma4,
+    init_cache=gemma4.init_cache,
+    names={"safetensors": names.GEMMA4_HF},
+    example_inputs=_tokens,
+    sharding=(
+      ("embed_per_layer/embedding", jax.P("tensor", None)),
+      ("per_layer_model/kernel", jax.P("fsdp", "tensor")),
+      (r"block_\d+/per_layer_gate/kernel", jax.P("fsdp", "tensor")),
+      (r"block_\d+/per_layer_out/kernel", jax.P("tensor", "fsdp")),
+      *DECODER_SHARDING,
+    ),
+    layers_alike=False,
+  ),
+  **{name: _encoder(name) for name in bert_configs.STYLES},
 }
 """By `model_type`, the name that a config.json has for the family."""
 
@@ -142,24 +215,35 @@ def param_shapes(
 ) -> dict[str, tuple[int, ...]]:
   """Returns {slash path: shape} of the model's parameters, without making any."""
   family = family_of(config, families)
-  # One layer is traced, and not each.
-  model = family.make_model(dataclasses.replace(config, scan_layers=True))
+  if family.layers_alike:  # then one layer is traced, and not each
+    model = family.make_model(dataclasses.replace(config, scan_layers=True))
+  else:
+    model = family.make_model(config)
   variables = jax.eval_shape(model.init, jax.random.key(0), *family.example_inputs(config))
   leaves = traverse_util.flatten_dict(variables["params"], sep="/")
   shapes = {path: leaf.shape for path, leaf in leaves.items()}
-  if not config.scan_layers:
+  if family.layers_alike and not config.scan_layers:
     each = [(path, layers.layer_paths(path, config.num_layers)) for path in shapes]
     shapes = {x: shapes[path][x != path :] for path, xs in each for x in xs}
   return dict(sorted(shapes.items(), key=lambda item: item[0].split("/")))
 
 
-def tensor_names(config: Config, families: Mapping[str, Family] = FAMILIES) -> names.Table:
-  """The names of a model's tensors in safetensors files, a head of classes as `score`."""
-  table = family_of(config, families).names["safetensors"]
-  if not config.classes:
+def stored_names(config: Config, families: Mapping[str, Family] = FAMILIES) -> names.Table:
+  """The names of a model's tensors in safetensors files that have its family's prefix."""
+  family = family_of(config, families)
+  table, head = family.names["safetensors"], family.class_head
+  if not config.classes or not head:
     return table
-  rest = {name: path for name, path in table.items() if path != "head/kernel"}
-  return rest | {"score.weight": "head/kernel"}
+  return {name: path for name, path in table.items() if path not in head.values()} | dict(head)
+
+
+def tensor_names(config: Config, families: Mapping[str, Family] = FAMILIES) -> names.Table:
+  """The names of a model's tensors in the safetensors files and adapters that are written of it, a
+  decoder's head of classes as `score`."""
+  family, table = family_of(config, families), stored_names(config, families)
+  if not family.bare or config.classes:
+    return table
+  return {name.removeprefix(family.prefix): path for name, path in table.items()}
 
 
 def _find(name: Any, families: Mapping[str, Family]) -> Family:

@@ -9,12 +9,14 @@ import sys
 # The folders of the tests, which pytest finds by itself.
 sys.path += [str(pathlib.Path(__file__).parent / room) for room in ("models", "io", "experiments")]
 
+import families as shapes
+import test_encoder_exchange
+import test_encoders
 import test_families
 import test_family_commands
 import test_family_exchange
 import test_gguf_families
 import test_gguf_model
-from families import KINDS
 from programs import PROGRAMS
 from test_frameworks import LINEN
 from test_transformers_flax import MODELS
@@ -29,6 +31,7 @@ SOME = (
   "masked",
 )  # fmt: skip
 
+KINDS = shapes.KINDS | shapes.ENCODERS
 FILE = pathlib.Path(__file__).parents[1] / "COVERAGE.md"
 
 HEADER = f"""\
@@ -66,28 +69,40 @@ New tokens (`tests/test_new_tokens.py`): rows to and from `peft`, and its resize
 """
 
 FAMILIES = """\
-Families of decoders, by the `model_type` of a config.json
+Families of decoders and encoders, by the `model_type` of a config.json
 
 Against `transformers` and `peft`, on tiny random models (`tests/models/test_families.py`,
 `tests/test_family_exchange.py`, `tests/io/test_family_configs.py`, `tests/test_gpt2_files.py`):
 logits, greedy tokens with a cache and without, adapters in and out, presets, merging, nf4, factors,
-the merged model exported. On a mesh (`tests/sharding_worker.py`): Llama, models that have their
-switches together, two with experts, and GPT-2. Rotary frequencies, linear, dynamic, YaRN, LongRoPE
-and Llama 3.1's, at lengths up to and beyond the first context: `tests/models/test_rope.py`. Experts
+the merged model exported. Encoders with heads of classes (`tests/models/test_encoders.py`,
+`tests/test_encoder_exchange.py`): the same but for greedy tokens, with padding and types of tokens;
+MiniLM-L6 on its own weights. On a mesh (`tests/sharding_worker.py`): Llama, models that have their
+switches together, two with experts, GPT-2, Gemma 4 and BERT. What Gemma 4's layers share:
+`tests/models/test_gemma4.py`. Rotary frequencies, linear, dynamic, YaRN, LongRoPE and Llama 3.1's,
+at lengths up to and beyond the first context: `tests/models/test_rope.py`. Experts
 (`tests/models/test_experts.py`, `tests/test_experts_exchange.py`): their router's loss is not
-computed, sweeps refuse them, for JAX has no `vmap` of `ragged_dot` over adapters alone, and MXFP4
-files are refused.
+computed, and members of a sweep take each step in turn (`tests/train/test_members.py`), for JAX has
+no `vmap` of `ragged_dot` over adapters alone. Experts in MXFP4, of safetensors
+(`tests/io/test_mxfp4.py`) and of GGUF: gpt-oss.
 
 Y: a test of the family holds it, every day or by `pytest -m slow`. –: no test of its own; it is the
-program of a family that has one. R: refused by name, with the reason. In GGUF windows of `mistral`
-and scores and activations that are not GPT-2's own are refused too. A column's tests:
+program of a family that has one. R: refused by name, with the reason: GGUF files of a family, and
+texts of an encoder. In GGUF windows of `mistral`, `ministral`, `ministral3`, `smollm3` and `phi3`,
+layers of another pattern than llama.cpp's, heads that are tied where it has one apart, and scores
+and activations that are not GPT-2's own are refused too. A column's tests:
 
 """
 
 # Besides the families that a test is parametrized by.
 LLAMA = {"llama"}  # in tests of its own: test_llama_parity.py, test_command_line.py and others
 COLUMNS = {
-  "safetensors": ([test_families.test_logits_and_greedy_tokens_are_those_of_transformers], LLAMA),
+  "safetensors": (
+    [
+      test_families.test_logits_and_greedy_tokens_are_those_of_transformers,
+      test_encoders.test_hidden_states_and_logits_of_padded_texts_are_those_of_transformers,
+    ],
+    LLAMA,
+  ),
   "GGUF": (
     [
       test_gguf_families.test_a_file_is_read_alike_here_in_transformers_and_in_llama_cpp,
@@ -97,27 +112,38 @@ COLUMNS = {
     {"qwen3_moe"},  # test_expert_tensors.py
   ),
   "trained by a command": (
-    [test_family_commands.test_a_family_is_planned_trained_evaluated_and_exported],
+    [
+      test_family_commands.test_a_family_is_planned_trained_evaluated_and_exported,
+      test_family_commands.test_an_encoder_is_planned_trained_evaluated_asked_and_exported,
+    ],
     LLAMA,
   ),
   "PEFT in": (
-    [test_family_exchange.test_an_adapter_of_peft_on_all_linear_layers_and_biases_is_read],
+    [
+      test_family_exchange.test_an_adapter_of_peft_on_all_linear_layers_and_biases_is_read,
+      test_encoder_exchange.test_a_classifier_of_peft_is_read_with_its_modules_to_save,
+    ],
     LLAMA,
   ),
   "PEFT out": (
     [
-      test_family_exchange.test_an_adapter_made_here_with_norms_in_full_gives_the_same_logits_in_peft
+      test_family_exchange.test_an_adapter_made_here_with_norms_in_full_gives_the_same_logits_in_peft,
+      test_encoder_exchange.test_an_adapter_with_its_read_out_in_full_gives_the_same_logits_in_peft,
     ],
     LLAMA,
   ),
   "generate": ([test_families.test_logits_and_greedy_tokens_are_those_of_transformers], LLAMA),
   "nf4, factors": (
-    [test_family_exchange.test_a_model_in_nf4_and_one_in_factors_are_stored_and_the_same_when_read],
+    [
+      test_family_exchange.test_a_model_in_nf4_and_one_in_factors_are_stored_and_the_same_when_read,
+      test_encoder_exchange.test_an_encoder_in_nf4_and_one_in_factors_are_stored_and_the_same_when_read,
+    ],
     LLAMA,
   ),
   "export merged": (
     [
-      test_family_exchange.test_a_merged_model_is_read_back_by_transformers_as_the_family_that_it_was
+      test_family_exchange.test_a_merged_model_is_read_back_by_transformers_as_the_family_that_it_was,
+      test_encoder_exchange.test_a_merged_classifier_is_read_back_by_transformers_as_the_family_that_it_was,
     ],
     LLAMA,
   ),
@@ -178,7 +204,8 @@ def families() -> list[str]:
       "Y"
       if family in held[column]
       else "R"
-      if column == "GGUF" and "gguf" not in parts.names
+      if (column == "GGUF" and "gguf" not in parts.names)
+      or (column == "generate" and parts.init_cache is None)
       else "–"
       for column in COLUMNS
     ]

@@ -1,8 +1,9 @@
-"""Tiny random models of each family of decoders, as transformers writes them."""
+"""Tiny random models of each family of decoders and encoders, as transformers writes them."""
 
 import dataclasses
 from typing import Any
 
+import tiny_encoder
 from peers import torch, transformers
 
 _SIZES = {
@@ -31,9 +32,28 @@ _GPT_OSS = {
   },
 }  # fmt: skip
 
+_GEMMA4 = {
+  "head_dim": 8, "global_head_dim": 16, "sliding_window": 6, "pad_token_id": 0,
+  "num_hidden_layers": 5, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 403,
+  "layer_types": [
+    "sliding_attention", "full_attention", "sliding_attention", "sliding_attention",
+    "full_attention",
+  ],
+}  # fmt: skip
+
 _GPT2 = {
   "vocab_size": 403, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256,
   "bos_token_id": 340, "eos_token_id": 341, "pad_token_id": None,
+}  # fmt: skip
+
+_BERT = {
+  "vocab_size": 403, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+  "num_attention_heads": 4, "max_position_embeddings": 64, "num_labels": 3, "pad_token_id": 0,
+}  # fmt: skip
+_ROBERTA = _BERT | {"pad_token_id": 1, "max_position_embeddings": 66, "type_vocab_size": 1}
+_DISTILBERT = {
+  "vocab_size": 403, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4,
+  "max_position_embeddings": 64, "num_labels": 3, "pad_token_id": 0,
 }  # fmt: skip
 
 # So low that a small model's scores and logits reach them.
@@ -96,6 +116,19 @@ KINDS = {
     },
   ),
   "Gemma 3, untied": Kind("gemma3_text", "Gemma3Text", _GEMMA | {"tie_word_embeddings": False}),
+  "Gemma 4": Kind(
+    "gemma4_text", "Gemma4Text",
+    _GEMMA4
+    | {"num_kv_shared_layers": 2, "use_double_wide_mlp": True, "final_logit_softcapping": 4.0},
+  ),
+  "Gemma 4, keys are values, no embeddings of layers": Kind(
+    "gemma4_text", "Gemma4Text",
+    _GEMMA4
+    | {
+      "attention_k_eq_v": True, "num_global_key_value_heads": 1,
+      "hidden_size_per_layer_input": 0, "tie_word_embeddings": False,
+    },
+  ),
   "Phi 4 mini": Kind(
     "phi3",
     "Phi3",
@@ -171,11 +204,23 @@ KINDS = {
 }  # fmt: skip
 """What the tests claim of each; the first of a family stands for it where one is enough."""
 
+ENCODERS = {
+  "BERT": Kind("bert", "Bert", {}, _BERT),
+  "BERT with ReLU and one type of token": Kind(
+    "bert", "Bert", {"hidden_act": "relu", "type_vocab_size": 1, "layer_norm_eps": 1e-5}, _BERT
+  ),
+  "RoBERTa": Kind("roberta", "Roberta", {"layer_norm_eps": 1e-5}, _ROBERTA),
+  "DistilBERT": Kind("distilbert", "DistilBert", {}, _DISTILBERT),
+}
+"""The same of encoders, with heads of three classes."""
+
 FIRST = {kind.family: name for name, kind in reversed(KINDS.items())}
 """{family: the name of its first kind}."""
 
 PROJECTIONS = ("query", "key", "value", "out", "gate", "up", "down")
 
+
+PER_LAYER = ("per_layer_gate", "per_layer_out")
 
 WITH_EXPERTS = ("qwen3_moe", "gpt_oss")
 
@@ -188,30 +233,51 @@ def projections(family: str) -> tuple[str, ...]:
     return ("qkv", "out", "up", "down")
   if family in WITH_EXPERTS:
     return (*PROJECTIONS[:4], "gate_up", "down")
+  if family == "gemma4_text":
+    return (*PROJECTIONS[:4], *PER_LAYER, *PROJECTIONS[4:])
   return PROJECTIONS
+
+
+def num_kernels(name: str, projections: tuple[str, ...]) -> int:
+  """How many of these a model has in all its layers, of which some may share keys and values."""
+  shared = KINDS[name].fields.get("num_kv_shared_layers", 0)
+  kept = [x for x in projections if x in ("key", "value")]
+  return num_layers(name) * len(projections) - shared * len(kept)
 
 
 def num_layers(name: str) -> int:
   return KINDS[name].fields.get("num_hidden_layers", _SIZES["num_hidden_layers"])
 
 
-def make(name: str) -> "torch.nn.Module":
-  """A random model, with the same values each time."""
-  kind = KINDS[name]
+def make(name: str, head: str | None = None) -> "torch.nn.Module":
+  """A random model, with the same values each time.
+
+  head: the end of transformers' class, as "Model"; by default that of a language model, or of
+    classes.
+  """
+  kind = (KINDS | ENCODERS)[name]
   torch.manual_seed(0)
   config = getattr(transformers, f"{kind.name}Config")(**kind.sizes | kind.fields)
-  model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+  if head or name in ENCODERS:
+    made = getattr(transformers, f"{kind.name}{head or 'ForSequenceClassification'}")
+    model = made._from_config(config, attn_implementation="eager").eval()
+  else:
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
   for path, parameter in model.named_parameters():
     # Gemma's norms are 1 + weight.
-    norm = "norm" in path or ("ln_" in path and path.endswith("weight"))
+    norm = "norm" in path.lower() or ("ln_" in path and path.endswith("weight"))
+    norm = norm and not (name in ENCODERS and path.endswith("bias"))
     mean = float(norm and "gemma" not in kind.family)
     torch.nn.init.normal_(parameter, mean=mean, std=0.2)
+  for path, buffer in model.named_buffers():
+    if path.endswith("layer_scalar"):
+      torch.nn.init.normal_(buffer, mean=1.0, std=0.2)
   return model.eval()
 
 
-def write(folder, name: str):
+def write(folder, name: str, head: str | None = None):
   """Saves the model and a tokenizer to a folder; returns the model."""
-  return write_model(folder, make(name))
+  return write_model(folder, make(name, head))
 
 
 def write_model(folder, model):
@@ -219,7 +285,10 @@ def write_model(folder, model):
   model.save_pretrained(folder)
   import tiny_tokenizers  # which needs PyTorch, and the table above does not
 
-  words = tiny_tokenizers.byte_level()
-  assert [words.token_to_id(x) for x in ("<s>", "</s>")] == [340, 341]
+  if model.config.model_type in {kind.family for kind in ENCODERS.values()}:
+    words = tiny_encoder.wordpiece()
+  else:
+    words = tiny_tokenizers.byte_level()
+    assert [words.token_to_id(x) for x in ("<s>", "</s>")] == [340, 341]
   words.save(str(folder / "tokenizer.json"))
   return model

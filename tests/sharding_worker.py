@@ -19,7 +19,8 @@ from jax.sharding import SingleDeviceSharding
 import lora_jax
 from lora_jax import compress, families, sharding, tree
 from lora_jax.io import shards
-from lora_jax.models import gpt2, llama
+from lora_jax.models import bert, gemma4, gpt2, llama
+from lora_jax.tasks.pooled_classification import PooledClassification
 from lora_jax.train import optimizer, parallel, step
 
 # No two kernels have the same axes, whole or cut in 2, 4 or 8.
@@ -66,7 +67,20 @@ GPT2 = gpt2.GPT2Config(
   vocab_size=112, width=64, mlp_width=160, num_layers=2, num_heads=8, head_dim=8, max_length=32,
   scan_layers=True,
 )  # fmt: skip
+# Two layers have keys and values, two see theirs; MLPs of two widths.
+GEMMA4 = gemma4.Gemma4Config(
+  vocab_size=112, width=64, mlp_width=160, num_layers=4, num_heads=12, num_kv_heads=4, head_dim=8,
+  full_kv_heads=4, full_head_dim=16, rotary_dim=4, max_length=32, window=5, shared_layers=2,
+  local_layers=(True, False, True, False), wide_shared_mlp=True, per_layer_width=24,
+  per_layer_vocab=112, logit_softcap=10.0,
+)  # fmt: skip
+BERT = bert.BertConfig(
+  vocab_size=112, width=64, mlp_width=160, num_layers=2, num_heads=8, head_dim=8, max_length=32,
+  scan_layers=True, classes=("even", "odd"),
+)  # fmt: skip
+BERT_KERNELS = {(64, 64), (64, 160)}
 KERNELS = {(64, 96), (32, 64), (64, 160), (64, 112)}
+GEMMA4_KERNELS = KERNELS | {(64, 192), (64, 320), (24, 64)}
 GPT2_KERNELS = {(64, 192), (64, 64), (64, 160), (64, 112)}
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 1, 4), (2, 2, 2)]
 
@@ -79,6 +93,26 @@ def batch(number: int):
   weights = rng.random((ROWS, TARGETS)) < np.linspace(0.3, 1, ROWS)[:, None]
   targets = np.take_along_axis(tokens, at - 1, axis=1) % 7
   return {"tokens": tokens, "at": at, "targets": targets, "weights": weights.astype(np.float32)}
+
+
+def texts(number: int):
+  """Texts of different lengths, and which of two their first token is; some rows do not count."""
+  rng = np.random.default_rng(number)
+  odd_B = rng.integers(0, 2, ROWS)
+  tokens = rng.integers(0, 112, (ROWS, LENGTH))
+  tokens[:, 0] = odd_B
+  return {
+    "tokens": tokens.astype(np.int32),
+    "mask": np.arange(LENGTH) < rng.integers(3, LENGTH + 1, ROWS)[:, None],
+    "types": (np.arange(LENGTH) > 4) * np.ones((ROWS, 1), np.int32),
+    "target": odd_B.astype(np.float32),
+    "weight": (np.arange(ROWS) % 5 > 0).astype(np.float32),
+  }
+
+
+def batches(config):
+  """`number -> batch` of the task that a model is trained on."""
+  return texts if config.family == "bert" else batch
 
 
 @functools.cache
@@ -95,7 +129,9 @@ def adapted(config, format=None):
     formats = lora_jax.match(params, [("all-linear", format)], axes)
     params = compress.quantize(params, formats, axes)
   lora = lora_jax.LoRA(rank=RANK, alpha=8.0)
-  rules = [("all-linear", lora), ("norm/scale", lora_jax.Full())]
+  rules = [("all-linear", lora), ("(embed_)?norm/scale", lora_jax.Full())]
+  if config.classes:
+    rules.append(("head/.*", lora_jax.Full()))
   specs = lora_jax.match(params, rules, axes)
   weights = lora_jax.attach(params, lora_jax.init(jax.random.key(1), params, specs, axes))
   return weights, lora_jax.trainable_mask(weights)
@@ -121,7 +157,12 @@ def start(config, format=None, mesh=None):
     state = jax.device_put(state, places)
     config = dataclasses.replace(config, constrain=sharding.keep_rows(mesh))
   model = families.family_of(config).make_model(config)
-  objective = step.completion_objective(lora_jax.adapt(model.apply, strict=True))
+  apply = lora_jax.adapt(model.apply, strict=True)
+  if config.family == "bert":
+    how = {"text": "", "pair": "", "label": "", "max_length": LENGTH, "buckets": (LENGTH,)}
+    objective = PooledClassification(**how, labels=config.classes).objective(apply)
+  else:
+    objective = step.completion_objective(apply)
   return state, frozen, step.make_train_step(objective, tx, shardings=places)
 
 
@@ -130,7 +171,7 @@ def losses_on_one_device(config, format=None):
   state, frozen, train_step = start(config, format)
   losses = []
   for number in range(STEPS):
-    state, metrics = train_step(state, frozen, batch(number))
+    state, metrics = train_step(state, frozen, batches(config)(number))
     losses.append(float(metrics["loss"]))
   assert losses[-1] < losses[0] - 0.5  # it learns
   return np.array(losses)
@@ -141,11 +182,11 @@ def trained(sizes, config=CONFIG, format=None):
   """(losses, shardings of the state before and after, the program's collectives) on a mesh."""
   mesh = sharding.make_mesh(**dict(zip(sharding.AXES, sizes, strict=True)))
   state, frozen, train_step = start(config, format, mesh)
-  program = train_step.lower(state, frozen, sharding.put_rows(batch(0), mesh)).compile()
+  program = train_step.lower(state, frozen, sharding.put_rows(batches(config)(0), mesh)).compile()
   before = jax.tree.map(lambda x: x.sharding, state)
   losses = []
   for number in range(STEPS):
-    state, metrics = program(state, frozen, sharding.put_rows(batch(number), mesh))
+    state, metrics = program(state, frozen, sharding.put_rows(batches(config)(number), mesh))
     losses.append(float(metrics["loss"]))
   after = jax.tree.map(lambda x: x.sharding, state)
   return np.array(losses), before, after, collectives(program.as_text())
@@ -247,6 +288,22 @@ def the_losses_of_gpt_2_are_those_of_one_device():
   assert not gathered(ops) & GPT2_KERNELS
   *_, ops = trained((1, 8, 1), GPT2)
   assert (64, 192) in gathered(ops)  # else the line above could not fail
+
+
+def the_losses_of_gemma_4_are_those_of_one_device():
+  assert_same_losses((2, 2, 2), GEMMA4)
+  *_, ops = trained((2, 1, 4), GEMMA4)
+  assert not gathered(ops) & GEMMA4_KERNELS
+  *_, ops = trained((1, 8, 1), GEMMA4)
+  assert {(64, 192), (64, 320), (24, 64)} <= gathered(ops)  # else the line above could not fail
+
+
+def the_losses_of_an_encoder_are_those_of_one_device():
+  assert_same_losses((2, 2, 2), BERT)
+  *_, ops = trained((2, 1, 4), BERT)
+  assert not gathered(ops) & BERT_KERNELS
+  *_, ops = trained((1, 8, 1), BERT)
+  assert (64, 160) in gathered(ops)
 
 
 def the_losses_over_all_three_axes_are_those_of_one_device():

@@ -186,7 +186,7 @@ def test_an_embedding_that_was_changed_before_the_training_is_refused(tmp_path):
   with pytest.raises(
     ValueError, match=r"base_layer.weight is not the embed/embedding that is here"
   ):
-    exchange.load(tmp_path, other, LLAMA.axes)
+    exchange.load(tmp_path, other, LLAMA.axes, **LLAMA.settings)
 
 
 @pytest.mark.parametrize("rows", [[5, 5], [-1, 5], [5, 40], [5], [5, 6, 7], []])
@@ -202,15 +202,27 @@ def test_rows_that_are_not_those_of_the_file_are_refused(rows, tmp_path):
 def test_a_base_of_shapes_alone_serves_where_no_values_are_needed(folder):
   shapes = jax.eval_shape(lambda: LLAMA.params)
   with pytest.raises(ValueError, match="norm/scale: its values are needed, but it is only a shape"):
-    exchange.load(folder, shapes, LLAMA.axes)
+    exchange.load(folder, shapes, LLAMA.axes, **LLAMA.settings)
   edit(folder, modules_to_save=None)
   edit_tensors(folder, without("model.norm.weight"))
-  assert len(exchange.load(folder, shapes, LLAMA.axes)) == 6
+  assert len(exchange.load(folder, shapes, LLAMA.axes, **LLAMA.settings)) == 6
+
+
+def test_the_names_of_the_tensors_are_asked_for(folder, tmp_path):
+  words = r"table: the names .* are needed, .* lora_jax.families.tensor_names\(config\)"
+  with pytest.raises(TypeError, match=words):
+    exchange.load(folder, LLAMA.params, LLAMA.axes)
+  adapters = started(LLAMA, [("mlp", LORA)])
+  with pytest.raises(TypeError, match=words):
+    exchange.save(tmp_path / "x", adapters, LLAMA.params, LLAMA.axes, base_model="tiny")
+  with pytest.raises(TypeError, match=words):
+    exchange.check(adapters, LLAMA.params, LLAMA.axes)
+  assert not (tmp_path / "x").exists()
 
 
 def test_axes_of_something_else_are_refused(folder):
   with pytest.raises(ValueError, match=r"blocks/attn/key/kernel: has no axes; trace them"):
-    exchange.load(folder, SCANNED.params, LLAMA.axes)
+    exchange.load(folder, SCANNED.params, LLAMA.axes, **LLAMA.settings)
 
 
 # ---- in, damaged
@@ -342,14 +354,14 @@ def test_what_peft_cannot_say_is_refused_and_nothing_is_written(twins, rules, wo
   with pytest.raises(ValueError, match=words):
     twins.save(tmp_path / "adapter", adapters)
   assert not list(tmp_path.iterdir())
-  settings = {x: twins.settings[x] for x in ("table",) if x in twins.settings}
+  table = twins.settings["table"]
   with pytest.raises(ValueError, match=words):
-    exchange.check(adapters, twins.params, twins.axes, **settings)
+    exchange.check(adapters, twins.params, twins.axes, table=table)
 
 
 def test_adapters_that_are_not_of_the_model_are_refused(tmp_path):
   adapters = started(LLAMA, [("mlp", LORA)])
-  exchange.check(adapters, LLAMA.params, LLAMA.axes)
+  exchange.check(adapters, LLAMA.params, LLAMA.axes, **LLAMA.settings)
   path, adapter = next(iter(adapters.items()))
   for wrong, words in (
     ({}, "there is no adapter to save"),

@@ -37,6 +37,8 @@ SLOW_STATEMENTS = [
   "the_losses_of_a_model_with_norms_over_all_heads_are_those_of_one_device",
   "the_losses_of_a_model_with_sinks_and_biased_experts_are_those_of_one_device",
   "the_losses_of_gpt_2_are_those_of_one_device",
+  "the_losses_of_gemma_4_are_those_of_one_device",
+  "the_losses_of_an_encoder_are_those_of_one_device",
   "the_losses_over_two_devices_on_tensor_are_those_of_one_device",
   "the_losses_of_layers_apart_and_a_head_of_its_own_are_those_of_one_device",
   "the_losses_on_a_quantised_base_are_those_of_one_device",

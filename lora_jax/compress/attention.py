@@ -24,7 +24,7 @@ import scipy.linalg
 
 from lora_jax import tree
 from lora_jax.compress.factorize import check_rows, factor_root
-from lora_jax.compress.structured import check_separate
+from lora_jax.compress.structured import check_alike, check_separate
 from lora_jax.families import Config
 from lora_jax.models.llama_config import value_features
 from lora_jax.weights import is_weight
@@ -134,6 +134,7 @@ def shrink_values(
   """
   if config.scan_layers:
     raise ValueError("the layers are stacked; load the model with scan_layers=False")
+  check_alike(config, "value_dim")
   check_separate(params, "value_heads")
   if config.qkv_bias:
     raise ValueError("value_dim: values that have a bias cannot be shrunk; leave value_dim out")

@@ -165,7 +165,7 @@ def _array(name: str, leaf: Any, tensors: dict[str, np.ndarray]) -> dict[str, An
 # ---- reading
 
 
-def load(
+def inspect(
   folder: str | Path,
   *,
   dtype: DTypeLike = jnp.float32,
@@ -173,18 +173,9 @@ def load(
   remat_policy: Callable[..., bool] | None = None,
   constrain: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Pretrained:
-  """Loads a folder that `save` wrote, as `io.pretrained.load` loads a dense model.
+  """Returns the result of `load` with the shapes of dense parameters; no tensor is read.
 
-  Args:
-    folder: the model's folder.
-    dtype: the dtype of computation and of floating-point parameters; quantized values keep theirs.
-    scan_layers: True to stack the layers, which must then be compressed alike, with equal ranks.
-    remat_policy: a field of the model's config.
-    constrain: a field of the model's config.
-
-  Raises:
-    FileNotFoundError: if a file is missing.
-    ValueError: if a file is damaged, has unknown contents, or does not fit the model.
+  Args, Raises: those of `load`, as far as its configuration and its tokenizer are concerned.
   """
   folder = Path(folder).expanduser()
   structure = _read_structure(folder / STRUCTURE)
@@ -194,34 +185,57 @@ def load(
       if not hasattr(config, "value_dim"):
         raise ValueError(f"value_dim {structure['value_dim']}: {config.family!r} has no such heads")
       config = dataclasses.replace(config, value_dim=structure["value_dim"])
-    config = dataclasses.replace(
-      config, remat_policy=remat_policy, constrain=constrain, dtype=dtype, param_dtype=dtype
-    )
+    options = {"remat_policy": remat_policy, "constrain": constrain, "scan_layers": scan_layers}
+    config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype, **options)
     if not len(structure["leaves"]) >= config.num_layers:  # bounds the time to trace the model
       raise ValueError(f"there are {config.num_layers} layers and fewer leaves")
-    shapes = families.param_shapes(config)
-    leaves = _read_leaves(folder / TENSORS, structure["leaves"], shapes, dtype)
-    params = traverse_util.unflatten_dict(leaves, sep="/")
-    if scan_layers:
-      params = _stacked(params)
-      config = dataclasses.replace(config, scan_layers=True)
     tokenizer = from_folder(folder)
     if tokenizer.vocab_size > config.vocab_size:
       raise ValueError(
         f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the embedding only "
         f"{config.vocab_size} rows"
       )
+    shapes = families.param_shapes(config)
   except ValueError as error:
     raise ValueError(f"{folder}: {error}") from None
   # The norms are never compressed, so they have the dtype of the original model.
+  norm = min((path for path in shapes if path.endswith("norm/scale")), key=len)
+  leaves = {path: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for path, shape in shapes.items()}
   return Pretrained(
     config=config,
     family=families.family_of(config),
-    params=params,
+    params=traverse_util.unflatten_dict(leaves, sep="/"),
     tokenizer=tokenizer,
     source=str(folder),
-    stored_dtype=structure["leaves"]["norm/scale"].get("dtype", "float32"),
+    stored_dtype=structure["leaves"][norm].get("dtype", "float32"),
   )
+
+
+def load(folder: str | Path, *, scan_layers: bool = False, **options: Any) -> Pretrained:
+  """Loads what `save` wrote, as `io.pretrained.load` does a dense model.
+
+  Args:
+    folder: of the model.
+    scan_layers: stack the layers, which must then be compressed alike, with the same ranks.
+    options: as of `inspect`; `dtype` is not that of quantized values, which stay as they are.
+
+  Raises:
+    FileNotFoundError: when a file is missing.
+    ValueError: when a file is damaged, says something unknown, or does not fit the model.
+  """
+  found = inspect(folder, scan_layers=scan_layers, **options)
+  folder = Path(folder).expanduser()
+  nodes = _read_structure(folder / STRUCTURE)["leaves"]
+  try:
+    shapes = families.param_shapes(dataclasses.replace(found.config, scan_layers=False))
+    leaves = _read_leaves(folder / TENSORS, nodes, shapes, found.config.dtype)
+    params = traverse_util.unflatten_dict(leaves, sep="/")
+    params = _stacked(params) if scan_layers else params
+  except ValueError as error:
+    raise ValueError(f"{folder}: {error}") from None
+  # The norms are never compressed, and were in the dtype of the model that was.
+  stored_dtype = nodes["norm/scale"].get("dtype", "float32")
+  return dataclasses.replace(found, params=params, stored_dtype=stored_dtype)
 
 
 def _read_structure(path: Path) -> dict[str, Any]:

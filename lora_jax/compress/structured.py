@@ -24,7 +24,7 @@ import scipy.linalg
 
 from lora_jax import tree
 from lora_jax.compress.factorize import check_rows
-from lora_jax.families import Config
+from lora_jax.families import Config, family_of
 from lora_jax.models.llama_config import value_features
 from lora_jax.weights import is_weight
 from lora_jax.weights.probe import Moments
@@ -144,6 +144,15 @@ SEPARATE = {"channels": "mlp/up", "heads": "attn/query", "value_heads": "attn/va
 """For each of these, the kernel that a layer must have as a separate one."""
 
 
+def check_alike(config: Config, field: str) -> None:
+  """Raises ValueError where a model's layers are of different shapes."""
+  if not family_of(config).layers_alike:
+    raise ValueError(
+      f"{field}: the layers of a {config.family!r} differ in their shapes, and here each keeps as "
+      f"much as the others; factorize or quantize it, and leave {field} out"
+    )
+
+
 def check_separate(params: PyTree, what: str) -> None:
   """Raises ValueError for a model in which the kernel of SEPARATE is fused with others."""
   path = f"block_0/{SEPARATE[what]}/kernel"
@@ -157,6 +166,7 @@ def check_separate(params: PyTree, what: str) -> None:
 def _check(config: Config, params: PyTree, what: str, field: str, count: int) -> None:
   if config.scan_layers:
     raise ValueError("the layers are stacked; load the model with scan_layers=False")
+  check_alike(config, field)
   check_separate(params, what)
   if field == "num_kv_heads" and config.whole_qk_norm:
     raise ValueError(

@@ -19,7 +19,7 @@ compiles once a bucket. A batch is a pure function of the examples, the argument
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -28,6 +28,9 @@ import numpy as np
 from lora_jax.data.examples import Example
 
 Batch = dict[str, np.ndarray]
+Assemble = Callable[[Sequence[Any], np.ndarray, int, int, int], Batch]
+"""From examples, the numbers of those that are the rows (-1 for none), T, C and the token of
+padding to the arrays of a batch."""
 
 
 class Rows(NamedTuple):
@@ -45,6 +48,7 @@ def train_batches(
   pad_id: int,
   shard_index: int = 0,
   shard_count: int = 1,
+  assemble: Assemble | None = None,
 ) -> grain.MapDataset:
   """Returns the endless dataset of training batches; element `step` is the batch of that step.
 
@@ -60,6 +64,8 @@ def train_batches(
     shard_index: which block of the rows to return, e.g. `jax.process_index()`.
     shard_count: into how many equal blocks the rows are cut, e.g. `jax.process_count()`. All
       shards have the same shapes at the same step, and their rows in order are the whole batch.
+    assemble: makes the arrays of examples of another kind, which have `inputs`, `targets` and `cut`
+      as these do; None makes those of the module.
 
   Raises:
     ValueError: no examples, one longer than the last bucket, buckets that do not rise, a batch
@@ -82,7 +88,7 @@ def train_batches(
     epoch, number = divmod(step, batches_per_epoch)
     rows = plan(epoch)[number]
     block = _block(rows.indices, batch_size, shard_index, shard_count)
-    return _assemble(examples, block, rows.length, widths[rows.length], pad_id)
+    return (assemble or _assemble)(examples, block, rows.length, widths[rows.length], pad_id)
 
   # Not `repeat`, which would hand the map a step within the epoch, and not grain's own sharding,
   # which deals whole batches out: the shards of one step would differ in shape.
@@ -96,6 +102,7 @@ def eval_batches(
   pad_id: int,
   shard_index: int = 0,
   shard_count: int = 1,
+  assemble: Assemble | None = None,
 ) -> grain.MapDataset:
   """Returns the dataset of one pass, each example once, from the shortest bucket to the longest.
 
@@ -111,7 +118,7 @@ def eval_batches(
   def batch(number: int) -> Batch:
     rows = plan[number]
     block = _block(rows.indices, batch_size, shard_index, shard_count)
-    arrays = _assemble(examples, block, rows.length, widths[rows.length], pad_id)
+    arrays = (assemble or _assemble)(examples, block, rows.length, widths[rows.length], pad_id)
     return arrays | {"index": block.astype(np.int32)}
 
   return grain.MapDataset.range(len(plan)).map(batch)

@@ -1,12 +1,13 @@
 """Adapters from and to other libraries: PEFT's folders, and GGUF files for llama.cpp.
 
     axes = lora_jax.trace_axes(lambda p, t: model.apply({"params": p}, t), params, tokens)
-    adapters = exchange.load("adapter", params, axes)
-    exchange.save("copy", adapters, params, axes, base_model="HuggingFaceTB/SmolLM2-135M")
+    table = pretrained.table           # lora_jax.families.tensor_names(config)
+    adapters = exchange.load("adapter", params, axes, table=table)
+    exchange.save("copy", adapters, params, axes, base_model="owner/name", table=table)
 
 A table maps the tensors of the PyTorch model to the leaves of the tree, by templates with `{i}` for
-the index of a layer. `lora_jax.families.FAMILIES` has a table for each family. The table of another
-model is a dict:
+the index of a layer. `lora_jax.families` has a table for each family. The table of another model is
+a dict:
 
     GPT2 = {
       "transformer.wte.weight": "wte/embedding",
@@ -41,7 +42,7 @@ def load(
   params: PyTree,
   axes: Mapping[str, Axes],
   *,
-  table: names.Table = names.LLAMA_HF,
+  table: names.Table | None = None,
 ) -> dict[str, Adapted]:
   """Loads the adapters `{path: adapter}` from a folder that `peft` or `save` wrote.
 
@@ -59,12 +60,15 @@ def load(
       to save) or an adapter starts from them (PiSSA); otherwise shapes suffice.
     axes: the result of `lora_jax.trace_axes`.
     table: {name of a tensor: path of its leaf}. A leaf with several names is tied. `names.InOut`
-      marks tensors that are (in, out): transformers' Conv1D.
+      marks tensors that are (in, out): transformers' Conv1D. It is required, since families have
+      different names.
 
   Raises:
+    TypeError: without a table.
     FileNotFoundError: if a file is missing.
     ValueError: if a file is damaged, has unsupported settings, or does not fit the model.
   """
+  table = _given(table)
   file = peft.read(folder)
   found = modules.modules(params, axes, table)
   try:
@@ -80,7 +84,7 @@ def save(
   axes: Mapping[str, Axes],
   *,
   base_model: str,
-  table: names.Table = names.LLAMA_HF,
+  table: names.Table | None = None,
   task_type: str | None = "CAUSAL_LM",
 ) -> None:
   """Saves adapters to a folder that `peft` loads; it is written completely or not at all.
@@ -99,6 +103,7 @@ def save(
     task_type: the config's field of this name; it selects the class of PEFT's model.
 
   Raises:
+    TypeError: without a table.
     ValueError: if there is no adapter, if one does not fit its leaf, or if PEFT has no equivalent:
       for stacks other than the model's layers, kinds that cannot be in one folder, a LoHa of an
       embedding.
@@ -116,7 +121,7 @@ def check(
   params: PyTree,
   axes: Mapping[str, Axes],
   *,
-  table: names.Table = names.LLAMA_HF,
+  table: names.Table | None = None,
 ) -> None:
   """Raises the errors of `save` for these adapters, e.g. before they are trained.
 
@@ -168,8 +173,17 @@ def save_gguf(
   gguf_lora.write(path, factors, alpha=alpha, architecture=architecture, dtype=dtype)
 
 
+def _given(table: names.Table | None) -> names.Table:
+  if table is None:
+    raise TypeError(
+      "table: the names of the model's tensors are needed, {name: path}; of a family of lora_jax "
+      "they are lora_jax.families.tensor_names(config), or `.table` of what pretrained.load returns"
+    )
+  return table
+
+
 def _written(where, adapters, params, axes, table):
-  found = modules.modules(params, axes, table)
+  found = modules.modules(params, axes, _given(table))
   try:
     return writing.folder(adapters, found, tree.flatten(params, is_leaf=is_weight))
   except ValueError as error:

@@ -15,6 +15,9 @@ Adapters = Mapping[str, Adapted]
 Modules = Mapping[str, Module]
 Leaves = Mapping[str, Any]
 
+HEADS = ("classifier",)
+"""Modules with submodules, such as RoBERTa's classification head, that PEFT saves whole (SEQ_CLS)."""
+
 # The kinds for which PEFT can tie the head's adapter to the embedding's.
 _TYING = ("LORA", "ADALORA")
 
@@ -69,10 +72,33 @@ def full(
         raise ValueError(
           f"{ending} is trained in full, and PEFT would take {owner} for it, whose name ends so too"
         )
-  config = {"modules_to_save": sorted(saved) or None}
+  saved = _whole_heads(saved, adapted, modules)
+  names = {next((x for x in HEADS if is_within(owner, x)), owner) for owner in saved}
+  config = {"modules_to_save": sorted(names) or None}
   if format.biases:
     config["bias"] = "all" if biases else "none"
   return Folder(config, _whole({**saved, **biases}.values(), full, modules, leaves))
+
+
+def _whole_heads(saved: dict, adapted: Collection[str], modules: Modules) -> dict:
+  """What is saved, with what else is in a head of several modules, which PEFT saves as one."""
+  owners = _parameters(modules)
+  for head in HEADS:
+    within = [owner for owner in owners if is_within(owner, head)]
+    if not saved.keys() & set(within):
+      continue
+    if both := [owner for owner in within if any(x in adapted for x, _ in owners[owner].values())]:
+      raise ValueError(
+        f"{both[0]}: has an adapter, and PEFT saves the module {head!r} that it is in whole, for a "
+        "part of it is trained in full; train it in full too, or merge both into the model"
+      )
+    saved = saved | {owner: owners[owner] for owner in within}
+  return saved
+
+
+def is_within(owner: str, module: str) -> bool:
+  """Whether a module is another one's part, by its name from the last dots on."""
+  return f".{module}." in f".{owner}"
 
 
 def full_alone(full: Adapters, modules: Modules, leaves: Leaves) -> Folder:

@@ -20,6 +20,7 @@ from lora_jax.weights import Adapted, Full, TokenRows
 
 _ITSELF, _BASE, _COPY, _ORIGINAL = "", "base_layer.", "modules_to_save.", "original_module."
 _UNDER_ROWS = "token_adapter."
+_EITHER = frozenset({"classifier", "score"})  # PEFT lists both, and a model has one of them
 _LISTED = 8
 _RESIZED = (
   "its vocabulary was resized: give the base the same new tokens first, by model.new_tokens or "
@@ -134,7 +135,7 @@ def _check_complete(
     for layer, name in module.by_layer().items():
       owner, _, parameter = name.rpartition(".")
       kinds = places.get(path, {}).get(layer, {})
-      hits = {ending for ending in saved if owner.endswith(ending)}  # dots or not, as in peft
+      hits = {ending for ending in saved if _is_saved(owner, ending)}
       unmet -= hits
       if hits and not kinds:
         missing.append(f"{name} of modules_to_save")
@@ -145,11 +146,19 @@ def _check_complete(
       unmet -= hits
       if hits and path not in heads:
         missing.append(f"{module.tied} of modules_to_save")
+  if not unmet >= _EITHER and {*saved} >= _EITHER:
+    unmet -= _EITHER
   missing += [f"{name} of modules_to_save" for name in sorted(unmet)]
   if missing:
     raise ValueError(
       f"{len(missing)} parameters that the config names are not there: {_listed(missing)}"
     )
+
+
+def _is_saved(owner: str, ending: str) -> bool:
+  """Whether a module is one of `modules_to_save`, or in one: its name ends so, dots or not."""
+  parts = owner.split(".")
+  return any(".".join(parts[:n]).endswith(ending) for n in range(1, len(parts) + 1))
 
 
 def _ends(module: str, endings: Collection[str]) -> bool:

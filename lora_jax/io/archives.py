@@ -58,6 +58,19 @@ def extract(archive: Path, members: Sequence[tuple[str, ...]], target: Path) -> 
   return _extract(archive, members, target, limit)
 
 
+def list_zip(archive: Path) -> dict[str, zipfile.ZipInfo]:
+  """The files of a zip archive by their names in it.
+
+  Raises ValueError for an archive that is damaged, and for one with more than 131,072 members.
+  """
+  with _reading(archive.name), _Capped(archive.open("rb", buffering=0)) as file:
+    with zipfile.ZipFile(file) as packed:
+      infos = packed.infolist()
+    if len(infos) > _MAX_MEMBERS:
+      raise _Refused(f"its archive has more than {_MAX_MEMBERS:,} members")
+  return {info.filename: info for info in infos if not info.is_dir()}
+
+
 def _extract(archive: Path, members: Sequence[tuple[str, ...]], target: Path, limit: int) -> bool:
   wanted = {"/".join(parts[:end]) for parts in members for end in range(1, len(parts) + 1)}
   with _reading("/".join(members[0])):

@@ -28,7 +28,7 @@ from packaging.version import InvalidVersion, Version
 
 from lora_jax.io import archives, steady_files
 
-_HUB_TEXTS = ["*.json", "*.jinja"]
+_HUB_TEXTS = ["*.json", "*.jinja", "vocab.txt"]
 _HUB_FILES = ["*.safetensors", *_HUB_TEXTS]
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _PYPI = re.compile(

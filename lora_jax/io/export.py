@@ -18,6 +18,9 @@ from lora_jax.io import casting, expert_tensors, names, outputs, safetensors
 from lora_jax.io.tokenizer import Tokenizer
 from lora_jax.models import layers
 
+_OF_THE_FILE = ("dtype", "torch_dtype", "quantization_config")
+"""Fields of the config.json that was loaded, of how its numbers were stored."""
+
 
 def save(
   folder: str | Path,
@@ -47,7 +50,7 @@ def save(
 
   with outputs.whole_folder(folder) as partial:
     safetensors.save_file(tensors, partial / safetensors.SINGLE, metadata={"format": "pt"})
-    kept = {k: x for k, x in tokenizer.files.config.items() if k not in ("dtype", "torch_dtype")}
+    kept = {k: x for k, x in tokenizer.files.config.items() if k not in _OF_THE_FILE}
     fields = kept | described | {"torch_dtype": dtype}
     _write_json(partial / "config.json", fields)
     if tokenizer.files.generation is not None:

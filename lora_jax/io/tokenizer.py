@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import processors
 
 from lora_jax.checks import shown
-from lora_jax.io import files, gguf_words, json_files, outputs, panics, tokenizer_files
+from lora_jax.io import files, gguf_words, json_files, outputs, panics, tokenizer_files, wordpiece
 from lora_jax.io.special_text import Pieces, SpecialText
 from lora_jax.models import limits
 
@@ -32,6 +32,21 @@ class Pair(NamedTuple):
   ids: list[int]
   boundary: int
   shared: bool
+
+
+class Whole(NamedTuple):
+  """The tokens of a text, or of a pair, with all that a model's settings put around them.
+
+  ids: of the tokens.
+  types: which text of the pair each belongs to, as the settings say.
+  spans: where the tokens of each text itself begin and end.
+  cut: how many tokens of the texts were left out to keep to a length.
+  """
+
+  ids: list[int]
+  types: list[int]
+  spans: list[tuple[int, int]]
+  cut: int
 
 
 class Tokenizer:
@@ -70,6 +85,7 @@ class Tokenizer:
     self._before, self._after = _around(backend)
     if max(*self._before, *self._after, 0, 0) > max(ids):
       raise ValueError(f"it puts tokens around a text that it has not: {self._before[:8]}")
+    self._around_texts = backend.post_processor
     # What it puts around a text is put there by `encode`. It may also trim the places of tokens,
     # by which the end of a prompt is found.
     backend.post_processor = processors.Sequence([])
@@ -176,6 +192,42 @@ class Tokenizer:
       return Pair(ids[written:], boundary - written, shared)
     return Pair(ids, boundary, shared)
 
+  def encode_whole(self, text: str, second: str | None = None, *, max_length: int) -> Whole:
+    """Returns the tokens of a text, or of a pair, as an encoder reads them: with the special tokens
+    that begin, separate and end them.
+
+    What is too long loses its end; of a pair, the longer text first, as with the strategy
+    `longest_first` of `transformers`.
+
+    text, second: the texts; special tokens written out in them count as one token each.
+    max_length: the most tokens, special ones included.
+
+    Raises ValueError for half of a surrogate pair, which is no text, for a text without tokens, for
+    a pair where the model's settings do not say how one is joined, and for a length that leaves no
+    token of a text.
+    """
+    texts = [text] if second is None else [text, second]
+    encodings = [self._encoding(each) for each in texts]
+    for each, encoding in zip(texts, encodings, strict=True):
+      if not encoding.ids:
+        raise ValueError(f"the text {each[:40]!r} has no tokens; add some text")
+    around = self._around_texts
+    if around is None and second is not None:
+      raise ValueError("the tokenizer has no post-processor, which says how two texts are joined")
+    room = max_length - (around.num_special_tokens_to_add(second is not None) if around else 0)
+    if room < len(texts):
+      raise ValueError(f"{max_length} tokens leave no room for {len(texts)} texts; use more")
+    lengths = [len(encoding.ids) for encoding in encodings]
+    kept = _longest_first(lengths, room)
+    for encoding, length in zip(encodings, kept, strict=True):
+      encoding.truncate(length)
+    with panics.as_value_errors("the tokenizer cannot join texts"):
+      whole = around.process(*encodings) if around else encodings[0]
+    own = [n for n, added in enumerate(whole.special_tokens_mask) if not added]
+    starts = own[0], own[-1] + 1 - kept[-1]
+    spans = [(start, start + length) for start, length in zip(starts, kept, strict=False)]
+    return Whole(whole.ids, whole.type_ids, spans, sum(lengths) - sum(kept))
+
   def encode_pieces(self, pieces: Pieces) -> tuple[list[int], list[tuple[int, int]]]:
     """Returns the tokens of the pieces as one text, and where each lies in it: `(start, end)`.
 
@@ -225,16 +277,19 @@ class Tokenizer:
 
   def _encode(self, pieces: Pieces) -> tuple[list[int], list[tuple[int, int]]]:
     """The ids of one text, and where each of them lies in it."""
-    text = "".join(piece for piece, _ in pieces)
-    try:
-      with panics.as_value_errors(f"the tokenizer cannot encode {text[:40]!r}"):
-        encoding = self._backend.encode(text, add_special_tokens=False)
-    except TypeError:
-      raise ValueError(f"{_lone_surrogate(text)}; mend the text where it was cut") from None
+    encoding = self._encoding("".join(piece for piece, _ in pieces))
     as_meant = all(meant for _, meant in pieces)
     if as_meant or self._special_ids.isdisjoint(encoding.ids):
       return encoding.ids, encoding.offsets
     return self._special_text.encode(pieces)
+
+  def _encoding(self, text: str) -> tokenizers.Encoding:
+    """The tokens of a text, and no others."""
+    try:
+      with panics.as_value_errors(f"the tokenizer cannot encode {text[:40]!r}"):
+        return self._backend.encode(text, add_special_tokens=False)
+    except TypeError:
+      raise ValueError(f"{_lone_surrogate(text)}; mend the text where it was cut") from None
 
   @functools.cached_property
   def _special_text(self) -> SpecialText:
@@ -247,22 +302,26 @@ class Tokenizer:
 
 
 def from_folder(folder: str | Path) -> Tokenizer:
-  """Reads the `tokenizer.json` of a model's folder, and what other files say of special tokens.
+  """Reads the `tokenizer.json` of a model's folder, or BERT's `vocab.txt` where there is none, and
+  what other files say of special tokens.
 
   These are `tokenizer_config.json`, `special_tokens_map.json`, `config.json` and
   `generation_config.json`, where they are there.
 
-  Raises FileNotFoundError without a `tokenizer.json`, ValueError for a file that cannot be read or
+  Raises FileNotFoundError without either, ValueError for a file that cannot be read or
   is no tokenizer.
   """
   folder = Path(folder)
   path = folder / "tokenizer.json"
-  if not path.exists():
+  if path.exists():
+    content = files.read_bytes(path, tokenizer_files.MAX_BYTES)
+  elif (folder / wordpiece.VOCABULARY).exists():
+    content = wordpiece.from_vocabulary(folder).to_str().encode()
+  else:
     raise FileNotFoundError(
       f"{path}: no such file; a SentencePiece `tokenizer.model` is not read: save the tokenizer "
       "with transformers' `save_pretrained` to make a tokenizer.json"
     )
-  content = files.read_bytes(path, tokenizer_files.MAX_BYTES)
   with panics.as_value_errors(f"{path}: not a tokenizer"):
     # The library takes the last of two equal tokens.
     fields = json_files.parse(content)
@@ -276,7 +335,7 @@ def from_folder(folder: str | Path) -> Tokenizer:
         )
   special = tokenizer_files.read_special(folder, backend.token_to_id)
   templates = tokenizer_files.read_templates(folder)
-  written = tokenizer_files.read_files(folder)
+  written = tokenizer_files.read_files(folder, content)
   with panics.as_value_errors(f"{path}: not a tokenizer"):
     return Tokenizer(backend, special=special, chat_templates=templates, files=written)
 
@@ -318,6 +377,17 @@ def _around(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
   if not own:
     return encoding.ids, []
   return encoding.ids[: own[0]], encoding.ids[own[-1] + 1 :]
+
+
+def _longest_first(lengths: Sequence[int], room: int) -> list[int]:
+  """How many tokens of one or two texts are kept, the longer text losing its end first."""
+  if sum(lengths) <= room:
+    return list(lengths)
+  if len(lengths) == 1:
+    return [room]
+  shorter = int(lengths[0] > lengths[1])
+  kept = min(lengths[shorter], room // 2)
+  return [kept, room - kept] if shorter == 0 else [room - kept, kept]
 
 
 def _lone_surrogate(text: str) -> str:

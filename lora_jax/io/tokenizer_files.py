@@ -151,14 +151,17 @@ def read_templates(folder: Path) -> dict[str, str]:
   return found
 
 
-def read_files(folder: Path) -> Files:
-  """Returns what is written again of a folder; raises ValueError for a file larger than any."""
+def read_files(folder: Path, tokenizer_json: bytes) -> Files:
+  """Returns what is written again of a folder; raises ValueError for a file larger than any.
+
+  tokenizer_json: what the folder's tokenizer.json holds, or would hold.
+  """
   paths = [folder / name for name in _FILES if (folder / name).exists()]
   has_generation = (folder / _GENERATION).exists()
   contents = {
     path.relative_to(folder).as_posix(): files_lib.read_bytes(path, MAX_BYTES)
     for path in (*paths, *_named_templates(folder))
-  }
+  } | {"tokenizer.json": tokenizer_json}
   # Some readers look for it; it names no token that the folder does not name.
   contents.setdefault(_SETTINGS, _as_json(_ANY_TOKENIZER))
   return Files(

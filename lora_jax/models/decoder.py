@@ -44,17 +44,18 @@ def rematerialized(block: type[nn.Module], config: Any) -> type[nn.Module]:
   return nn.remat(block, policy=config.remat_policy, prevent_cse=not config.scan_layers)
 
 
-def scanned(block: type[nn.Module], config: Any, shared: int) -> type[nn.Module]:
+def scanned(block: type[nn.Module], config: Any, shared: int, own: int = 2) -> type[nn.Module]:
   """All layers as one module whose parameters have a leading axis L.
 
-  shared: how many arguments after the residual stream are the same for every layer. The next two,
-    the layer's cache and what tells the layers apart, have a leading axis L.
+  shared: how many arguments after the residual stream are the same for every layer.
+  own: how many follow these and have a leading axis L; a decoder's are the layer's cache and what
+    tells the layers apart.
   """
   return nn.scan(
     block,
     variable_axes={"params": 0},
     split_rngs={"params": True},
-    in_axes=(*(nn.broadcast,) * shared, 0, 0),
+    in_axes=(*(nn.broadcast,) * shared, *(0,) * own),
     length=config.num_layers,
   )
 

@@ -12,7 +12,8 @@ LARGEST = {
   "vocab_size": 1 << 24, "width": 1 << 20, "mlp_width": 1 << 22, "num_layers": 1 << 10,
   "num_heads": 1 << 14, "num_kv_heads": 1 << 14, "head_dim": 1 << 14, "max_length": (1 << 31) - 1,
   "window": (1 << 31) - 1, "num_experts": 1 << 14, "per_token": 1 << 14, "rotary_dim": 1 << 14,
-  "query_length": (1 << 31) - 1,
+  "query_length": (1 << 31) - 1, "full_kv_heads": 1 << 14, "full_head_dim": 1 << 14,
+  "shared_layers": 1 << 10, "per_layer_width": 1 << 14, "per_layer_vocab": 1 << 24,
 }  # fmt: skip
 MOST_LEARNED_POSITIONS = 1 << 24
 """Of a model that has an embedding for each position: a table of this length is made."""

@@ -22,10 +22,14 @@ import jax
 
 from lora_jax.checks import shown
 from lora_jax.data.records import Record
+from lora_jax.data.token_texts import TokenText
 from lora_jax.io.pretrained import Pretrained
 from lora_jax.tasks.chat import Chat
 from lora_jax.tasks.classification import Classification
 from lora_jax.tasks.completion import Completion
+from lora_jax.tasks.embedding import Embedding
+from lora_jax.tasks.regression import Regression
+from lora_jax.tasks.writing import Talk
 from lora_jax.train.step import Batch, Objective
 
 PyTree = Any
@@ -96,6 +100,9 @@ class Task(Protocol):
   def lines(self, described: Mapping[str, Any]) -> list[str]:
     """Lines for people about what `describe` returned; raises ValueError where it is damaged."""
 
+  def tokens(self, example: Example) -> list[TokenText]:
+    """The tokens of an example as a person reads them; raises ValueError where it is no text."""
+
   def shape_of(self, batch: Batch) -> tuple[int, int]:
     """The rows and the tokens of a row of a batch: of text, of patches, of frames."""
 
@@ -143,6 +150,9 @@ class Task(Protocol):
     """The different prompts of records, as `write` takes them; raises ValueError for a task that
     writes no texts."""
 
+  def check_room(self, asked: Sequence[Mapping[str, Any]], max_tokens: int) -> None:
+    """Raises ValueError where the model has not the positions for prompts and what follows them."""
+
   def write(
     self, apply: Callable, weights: PyTree, asked: Sequence[Mapping[str, Any]], **how: Any
   ) -> list[dict[str, Any]]:
@@ -150,6 +160,20 @@ class Task(Protocol):
 
   def longest_choice(self) -> int | None:
     """The tokens of the longest answer; None where the answers are not given."""
+
+  @property
+  def talk(self) -> Talk:
+    """How conversations with the model are written; raises ValueError for a task that writes no
+    texts."""
+
+  def asked(self, given: str) -> list[Example]:
+    """What a person asks about, by the path of a file or as a text, as `predict` takes it; raises
+    ValueError for what the task cannot read, and for a task that predicts nothing."""
+
+  def predict(
+    self, apply: Callable, weights: PyTree, examples: Sequence[Example], **how: Any
+  ) -> list[dict[str, Any]]:
+    """An answer for each example, as JSON has it; see `EncodedTexts.predict`."""
 
   def make_show(
     self, apply: Callable, examples: Sequence[Example], put: Callable, share: int
@@ -165,8 +189,13 @@ TASKS: Mapping[str, type[Task]] = {
   "completion": Completion,
   "classification": Classification,
   "chat": Chat,
+  "regression": Regression,
+  "embedding": Embedding,
 }
 """By `task.name` of a config."""
+
+# What the configs of earlier runs, which lack a field, meant without it.
+_BEFORE_THE_FIELD = {"classification": {"pair": ""}}
 
 
 def make(
@@ -186,6 +215,7 @@ def make(
   if name not in known:
     raise ValueError(f"task.name {shown(name)} is unknown; use one of {', '.join(known)}")
   kind = known[name]
+  task = _BEFORE_THE_FIELD.get(name, {}) | dict(task)
   if unknown := sorted(set(task) - {"name", *kind.FIELDS}):
     has = ", ".join(kind.FIELDS) or "none of its own"
     raise ValueError(f"task.{unknown[0]}: the task {name} has no such field; its fields are {has}")

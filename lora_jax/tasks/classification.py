@@ -1,13 +1,15 @@
-"""Classes of texts: a decoder with a head of classes at the last token of a text.
+"""Classes of texts: a head of classes at one token of a text.
 
 task.name = "classification"
 task.text = "{sentence}"                       # a template, see lora_jax.data.templates
+task.pair = ""                                 # of a second text, for encoders; "" for none
 task.label = "{label}"                         # another, which gives the name of a class
 task.labels = ("negative", "positive")         # the names, in the order of the head's outputs
 
-The head `head/kernel` [width, classes] is new. It starts from the run's seed, trains in full and is
-saved with the adapter, as PEFT's `SEQ_CLS` does of `score`. The model is transformers'
-`...ForSequenceClassification`, which reads a text's last token that is no padding.
+The head is new. It starts from the run's seed, trains in full and is saved with the adapter, as
+PEFT's `SEQ_CLS` does. The model is transformers' `...ForSequenceClassification`. A decoder has a
+kernel [width, classes], `score` there, at a text's last token that is no padding. An encoder has a
+dense layer and a kernel at the first token; see `lora_jax.tasks.pooled_classification`.
 """
 
 import dataclasses
@@ -16,19 +18,19 @@ from typing import Any, ClassVar, NoReturn, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lora_jax import families
 from lora_jax.checks import shown
 from lora_jax.data import batches, records, templates
 from lora_jax.data.examples import Example
+from lora_jax.data.token_texts import TokenText, token_texts
 from lora_jax.io.pretrained import Pretrained
+from lora_jax.tasks import heads, questions
+from lora_jax.tasks.pooled_classification import PooledClassification
 from lora_jax.tasks.texts import Texts
+from lora_jax.train.step import Batch
 
 PyTree = Any
-
-HEAD = "head/kernel"
-_DEVIATION = 0.02  # of the new head, as transformers' initializer_range
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,13 +38,15 @@ class Classification(Texts):
   """See the module; its other fields are those of `Texts`. A longer text loses its end.
 
   text, label: templates of a text and of the name of its class.
+  pair: of a second text, which only an encoder reads; "" for none.
   labels: the names of the classes.
   """
 
-  FIELDS: ClassVar[tuple[str, ...]] = ("text", "label", "labels")
-  TRAINS: ClassVar[tuple[str, ...]] = (HEAD,)
+  FIELDS: ClassVar[tuple[str, ...]] = ("text", "pair", "label", "labels")
+  TRAINS: ClassVar[tuple[str, ...]] = PooledClassification.TRAINS
 
   text: str
+  pair: str
   label: str
   labels: tuple[str, ...]
 
@@ -57,52 +61,58 @@ class Classification(Texts):
         "one; set it to 0"
       )
     return cls(
-      text=task["text"], label=task["label"], labels=labels, max_length=data["max_length"],
+      text=task["text"], pair=task["pair"], label=task["label"], labels=labels,
+      max_length=data["max_length"],
       buckets=tuple(data["buckets"]), packed_length=0, loss_chunk=0,
     )  # fmt: skip
 
+  def _of_encoders(self) -> PooledClassification:
+    return PooledClassification(
+      text=self.text, pair=self.pair, label=self.label, labels=self.labels,
+      max_length=self.max_length, buckets=self.buckets,
+    )  # fmt: skip
+
   def read(self, rows: Sequence[records.Record]) -> tuple[list[records.Record], str]:
-    for name, template in {"text": self.text, "label": self.label}.items():
-      records.check_values(rows, templates.fields(template), f"{name} template {template!r:.200}")
-    return list(rows), ""
+    return self._of_encoders().read(rows)
 
   def check(self, rows: Sequence[records.Record]) -> None:
-    templates.check(self.text, rows, "text")
-    templates.check(self.label, rows, "label")
-    for number, row in enumerate(rows):
-      if (found := templates.fill(self.label, row)) not in self.labels:
-        raise ValueError(
-          f"record {number}: its label {shown(found)} is none of task.labels {shown(self.labels)}"
-        )
+    self._of_encoders().check(rows)
 
   def extend(self, found: Pretrained, key: jax.Array) -> Pretrained:
-    config = dataclasses.replace(found.config, classes=self.labels)
-    shape = families.param_shapes(config)[HEAD]
+    return heads.add(found, key, self.labels)
 
-    def start() -> jax.Array:
-      return (_DEVIATION * jax.random.normal(key, shape)).astype(config.param_dtype)
-
-    is_shape = isinstance(jax.tree.leaves(found.params)[0], jax.ShapeDtypeStruct)
-    kernel = jax.eval_shape(start) if is_shape else start()
-    params = {name: x for name, x in found.params.items() if name != "head"}
-    return dataclasses.replace(found, config=config, params=params | {"head": {"kernel": kernel}})
+  def of_model(self, found: Pretrained) -> Self | PooledClassification:
+    """The task on a decoder, or that of encoders on an encoder."""
+    if found.family.kind == families.ENCODER:
+      return self._of_encoders().of_model(found)
+    if self.pair:
+      raise ValueError(
+        f"task.pair {self.pair!r:.80}: {found.source} is a {found.config.family!r}, which reads "
+        "one text; write both texts into task.text"
+      )
+    return super().of_model(found)
 
   def examples(self, rows: Sequence[records.Record]) -> list[Example]:
     """A text's tokens, and after them the number of its class, which is its one target."""
-    found = []
-    for number, row in enumerate(rows):
-      ids = self.model.tokenizer.encode(templates.fill(self.text, row))
-      if not ids:
-        raise ValueError(f"record {number}: the text has no tokens; add some")
-      kept = ids[: self.max_length - 1]
-      label = self.labels.index(templates.fill(self.label, row))
-      found.append(
-        Example(tokens=(*kept, label), prompt_length=len(kept), cut=len(ids) - len(kept))
-      )
-    return found
+    return [
+      self._example(row, f"record {n}", self.labels.index(templates.fill(self.label, row)))
+      for n, row in enumerate(rows)
+    ]
+
+  def _example(self, row: records.Record, where: str, label: int) -> Example:
+    ids = self.model.tokenizer.encode(templates.fill(self.text, row))
+    if not ids:
+      raise ValueError(f"{where}: the text has no tokens; add some")
+    kept = ids[: self.max_length - 1]
+    return Example(tokens=(*kept, label), prompt_length=len(kept), cut=len(ids) - len(kept))
 
   def choice_ids(self) -> list[int]:
     return list(range(len(self.labels)))
+
+  def tokens(self, example: Example) -> list[TokenText]:
+    """Those of the text, and the name of its class as the one that is learnt."""
+    found = token_texts(self.model.tokenizer, example.inputs, learnt=())
+    return [*found, TokenText(self.labels[example.targets[0]], 1, special=False, learnt=True)]
 
   def given(self, encoded: Sequence[Example]) -> list[dict[str, str]]:
     decode = self.model.tokenizer.decode
@@ -120,18 +130,45 @@ class Classification(Texts):
       encoded, rows, buckets=(max(len(each.inputs) for each in encoded),),
       pad_id=self.model.tokenizer.pad_id,
     )  # fmt: skip
-
-    @jax.jit
-    def classes(weights: PyTree, tokens_BT: jax.Array, at_B1: jax.Array) -> jax.Array:
-      logits_B1K = apply({"params": weights}, tokens_BT, at_BC=at_B1)
-      return jnp.argmax(logits_B1K[:, 0], axis=-1)
+    probabilities = self._probabilities(apply)
 
     def show(weights: PyTree) -> list[str]:
-      found = np.asarray(put(classes(weights, batch["tokens"], batch["at"])))
-      by_example = dict(zip(batch["index"].tolist(), found.tolist(), strict=True))
-      return [self.labels[by_example[n]] for n in range(len(encoded))]
+      found = questions.answers(
+        lambda batch: put(probabilities(weights, batch)), [batch], self._of_encoders().answer
+      )
+      return [each["label"] for each in found]
 
     return show
+
+  def _probabilities(self, apply: Callable) -> Callable[[PyTree, Batch], jax.Array]:
+    """The jitted step `(weights, batch) -> the probability of each class`, [rows, classes]."""
+
+    @jax.jit
+    def step(weights: PyTree, batch: Batch) -> jax.Array:
+      logits_B1K = apply({"params": weights}, batch["tokens"], at_BC=batch["at"])
+      return jax.nn.softmax(logits_B1K[:, 0].astype(jnp.float32), axis=-1)
+
+    return step
+
+  # ---- answers for texts of one's own
+
+  def asked(self, given: str) -> list[Example]:
+    rows = questions.records_of(given, [self.text])
+    return [self._example(row, f"{given[:200]}: record {n}", 0) for n, row in enumerate(rows)]
+
+  def predict(
+    self,
+    apply: Callable,
+    weights: PyTree,
+    encoded: Sequence[Example],
+    *,
+    batch_size: int,
+    watch: Callable[[Sequence], Any] = iter,
+  ) -> list[questions.Answer]:
+    """As `EncodedTexts.predict`."""
+    step = self._probabilities(apply)
+    data = watch(self.eval_batches(encoded, batch_size))
+    return questions.answers(lambda batch: step(weights, batch), data, self._of_encoders().answer)
 
   def prompts(self, *unused: Any) -> NoReturn:
     raise ValueError("the task classification writes no texts; leave --beams out")
@@ -140,4 +177,8 @@ class Classification(Texts):
     raise ValueError("the task classification writes no texts")
 
   def longest_choice(self) -> NoReturn:
+    raise ValueError("the task classification writes no texts; use experiments.evaluate")
+
+  @property
+  def talk(self) -> NoReturn:
     raise ValueError("the task classification writes no texts; use experiments.evaluate")

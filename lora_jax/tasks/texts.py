@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from lora_jax.checks import shown
 from lora_jax.data import batches, examples, packing
 from lora_jax.data.examples import Example
+from lora_jax.data.token_texts import TokenText, token_texts
 from lora_jax.io.pretrained import Pretrained
 from lora_jax.train import evaluation, step
 from lora_jax.train.chunked_loss import chunked_completion_objective
@@ -79,6 +80,10 @@ class Texts:
         )
       found.append(line)
     return found
+
+  def tokens(self, example: Example) -> list[TokenText]:
+    learnt = {n + 1 for n in example.positions}
+    return token_texts(self.model.tokenizer, example.tokens, learnt)
 
   # ---- batches
 

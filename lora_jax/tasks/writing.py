@@ -2,9 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, NoReturn, Self
 
 from lora_jax.data.examples import Example
+from lora_jax.io.pretrained import Pretrained
 from lora_jax.models import decode
 from lora_jax.tasks.texts import Texts, check_generation
 from lora_jax.train import generation
@@ -13,14 +14,38 @@ PyTree = Any
 Text = dict[str, Any]
 
 
+class Talk(NamedTuple):
+  """How conversations with a model are written, as `lora_jax.data.chat_templates` takes it.
+
+  template: of the model by its name, or a file; None for the model's own.
+  date: what templates that ask for the day are told; None where nothing says it.
+  """
+
+  template: str | None = None
+  date: str | None = None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Writing(Texts):
   """A task whose examples have a prompt, and a completion that the model is to write."""
+
+  def of_model(self, found: Pretrained) -> Self:
+    if found.family.init_cache is None:
+      raise ValueError(
+        f"this task writes texts, and {found.source} is a {found.config.family!r}, which writes "
+        "none; use task.name classification, regression or embedding"
+      )
+    return super().of_model(found)
 
   @property
   def stop_ids(self) -> tuple[int, ...]:
     """The tokens at which a text ends."""
     return self.model.tokenizer.stop_ids
+
+  @property
+  def talk(self) -> Talk:
+    """How conversations with the model are written."""
+    return Talk()
 
   def decode_prompt(self, tokens: Sequence[int]) -> str:
     """A prompt, for people."""
@@ -78,7 +103,17 @@ class Writing(Texts):
 
     return show
 
+  def asked(self, *unused: Any) -> NoReturn:
+    raise ValueError("this task writes texts; use experiments.generate")
+
+  def predict(self, *unused: Any, **how: Any) -> NoReturn:
+    raise ValueError("this task writes texts; use experiments.generate")
+
   # ---- texts for the prompts of a split
+
+  def check_room(self, asked: Sequence[Text], max_tokens: int) -> None:
+    """Raises ValueError where the model has not the positions for prompts and what follows."""
+    check_generation([each["tokens"] for each in asked], max_tokens, self.model.config)
 
   def write(
     self,
@@ -103,7 +138,7 @@ class Writing(Texts):
     Raises ValueError where the model has not the positions for it.
     """
     tokenizer, tokens = self.model.tokenizer, [each["tokens"] for each in asked]
-    check_generation(tokens, max_tokens, self.model.config)
+    self.check_room(asked, max_tokens)
     generate_step = generation.make_generate_step(
       apply,
       self._new_cache,

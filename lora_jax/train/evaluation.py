@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax import sharding
 from lora_jax.train.chunked_loss import chunked_loss
 from lora_jax.train.step import Batch, completion_loss
 
@@ -105,8 +106,8 @@ def evaluate(
   for batch in batches:
     running = eval_step(weights, batch)
     if late is not None:
-      outputs.append(jax.device_get(late))
+      outputs.append(sharding.gather(late))
     late = running
   if late is not None:
-    outputs.append(jax.device_get(late))
+    outputs.append(sharding.gather(late))
   return metrics(outputs)

@@ -13,6 +13,9 @@ the rank (see `lora_jax.weights.masked`), the random key of dropout, and the bat
 
 A member computes what it would compute if it were trained alone, to rounding. One whose loss or
 gradient is no longer finite, or that has made its own steps, stays as it is while others go on.
+
+JAX has no `vmap` of `ragged_dot` over adapters alone. Members of a base with experts take each step
+in turn, by a loop in the same program: on one base, and as long as one by one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -78,17 +81,12 @@ class Frozen(NamedTuple):
   settings: Settings
 
 
-def check(axes: Mapping[str, Axes]) -> None:
-  """Raises ValueError for a base that JAX cannot share among members.
+def in_turn(axes: Mapping[str, Axes]) -> bool:
+  """Whether members have to take each step in turn: their base has experts.
 
   axes: what `lora_jax.trace_axes` found.
   """
-  for path, found in axes.items():
-    if "ragged_dot_general" in found.uses:
-      raise ValueError(
-        f"{path}: experts are applied by ragged_dot, of which JAX has no vmap over adapters alone; "
-        "train the members one by one, with experiments.train"
-      )
+  return any("ragged_dot_general" in found.uses for found in axes.values())
 
 
 def stack(members: Sequence[Adapters]) -> dict[str, Adapted]:
@@ -160,6 +158,7 @@ def make_train_step(
   *,
   parts: int = 1,
   shardings: Members | None = None,
+  in_turn: bool = False,
 ) -> Callable:
   """Makes the jitted step `(state, frozen, batch) -> (state, metrics)`; the state is donated.
 
@@ -169,6 +168,7 @@ def make_train_step(
       the step they are traced.
     parts: as in `make_update`.
     shardings: of the new state, as in `lora_jax.train.step.make_train_step`.
+    in_turn: whether a step is taken by one member after another, and not by all at once.
 
   Returns:
     The step. Its batch is that of each member, stacked. Its metrics are arrays [M]: `loss`,
@@ -197,9 +197,12 @@ def make_train_step(
     return state, diverged, metrics | {"finite": ~diverged}
 
   def train_step(state: Members, frozen: Frozen, batch: step.Batch):
-    states, diverged, metrics = jax.vmap(one, in_axes=(0, 0, 0, 0, None, 0))(
-      state.states, state.diverged, frozen.adapters, frozen.settings, frozen.params, batch
-    )
+    def of_member(own):
+      return one(*own[:-1], frozen.params, own[-1])
+
+    own = (state.states, state.diverged, frozen.adapters, frozen.settings, batch)
+    each = jax.lax.map(of_member, own) if in_turn else jax.vmap(of_member)(own)
+    states, diverged, metrics = each
     return Members(state.step + 1, states, diverged), metrics
 
   return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))

@@ -121,6 +121,27 @@ def _q6_k(x):
   return _joined(d[..., None] * _split(q, 16))
 
 
+def _mxfp4(x):
+  """E2M1 values and E8M0 scales (Open Compute Project 2023, Microscaling Formats 1.0, section 5).
+
+  The bits of float32 are put together: a product would take numbers below its least normal one for
+  zero.
+  """
+  scale, q = _cut(x, 1, 16)
+  q = _bits(q, 4, run=16).astype(jnp.uint32)
+  step, half = (q >> 1 & 3).astype(jnp.int32), q & 1
+  one = jnp.uint32(1 << 23)
+  significand = jnp.where(step == 0, half * one, one | half << 22)
+  exponent = scale.astype(jnp.int32) + step - 1
+  shift = jnp.maximum(1 - exponent, 0).astype(jnp.uint32)
+  bits = jnp.where(
+    exponent > 0, exponent.astype(jnp.uint32) << 23 | significand & one - 1, significand >> shift
+  )
+  infinity = jnp.uint32(255 << 23)
+  bits = jnp.where(significand == 0, 0, jnp.where(exponent > 254, infinity, bits))
+  return lax.bitcast_convert_type(q >> 3 << 31 | bits, jnp.float32)
+
+
 def _between(d, least, scales, q):
   """Eight runs of 32 values, each with a scale and a minimum of six bits."""
   first, second, third = _cut(scales, 4, 4, 4)
@@ -184,4 +205,5 @@ KINDS = {
   "Q4_K": Kind(256, 144, _q4_k),
   "Q5_K": Kind(256, 176, _q5_k),
   "Q6_K": Kind(256, 210, _q6_k),
+  "MXFP4": Kind(32, 17, _mxfp4),
 }

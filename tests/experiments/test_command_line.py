@@ -252,7 +252,7 @@ def test_the_adapter_of_a_run_of_another_method_is_read_back_from_its_file(confi
   pretrained = parts.load_model(config.model)
   model = llama.Llama(pretrained.config)
   axes = parts.trace_axes(model, pretrained.params)
-  adapters = exchange.load(run.adapter, pretrained.params, axes)
+  adapters = exchange.load(run.adapter, pretrained.params, axes, table=pretrained.table)
   assert len(adapters) == 7 + 1
   ranks = {path: int((x.e != 0).sum()) for path, x in adapters.items() if path != "norm/scale"}
   assert sum(ranks.values()) == 8 * 7 * 2

@@ -5,7 +5,7 @@ import math
 import pytest
 from ml_collections import ConfigDict
 
-from configs import adapters, classify, compress, e2e, quickstart, sft, translate
+from configs import adapters, classify, compress, e2e, embed, glue, quickstart, sft, translate
 from configs import methods as methods_config
 from experiments import config_checks
 from lora_jax import tasks
@@ -19,6 +19,10 @@ CONFIGS = {
   "sft": lambda: sft.get_config(),
   "sft on a file": lambda: sft.get_config("data=mine.jsonl,full"),
   "methods": lambda: methods_config.get_config(),
+  "embed": lambda: embed.get_config(),
+  **{name: lambda name=name: glue.get_config(name) for name in glue.TASKS},
+  "the head alone": lambda: glue.get_config("sst2,method=head"),
+  "a sweep of glue": lambda: glue.get_config("cola,sweep"),
 } | {f"method={m}": lambda m=m: quickstart.get_config(f"method={m}") for m in adapters.METHODS}
 
 

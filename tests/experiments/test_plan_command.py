@@ -202,3 +202,11 @@ def test_the_compiler_reports_what_was_planned_for_a_device_of_a_mesh(
     JAX_NUM_CPU_DEVICES=f"{np.prod(sizes)}",
   )  # fmt: skip
   assert share_of_the_compiled(printed) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", ["stsb", "sst2,method=full"])
+def test_the_compiler_reports_what_was_planned_for_minilm(public_data, arguments):
+  del public_data  # which the config finds
+  printed = run("plan", f"--config=configs/glue.py:{arguments}", "--compile=here")
+  assert share_of_the_compiled(printed) == pytest.approx(1, abs=0.1)

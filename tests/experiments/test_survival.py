@@ -15,6 +15,7 @@ import time
 
 import orbax.checkpoint as ocp
 import pytest
+import tiny_encoder
 import tiny_experiment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -24,6 +25,7 @@ from lora_jax.train.metrics import read_metrics
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 36
 AHEAD = 2  # steps that a run may make while it is watched
+ENCODER = "encoder"  # in the place of arguments: a classification of pairs by a BERT
 ENDLESS = 2e9  # a limit that lets a run come to its end
 
 
@@ -37,6 +39,13 @@ def start(tmp_path_factory):
     data={"buckets": (24,)},
     train={"steps": STEPS, "checkpoint_every": 3, "evaluate_every": 12},
   )
+  (folder / "encoder").mkdir()
+  tiny_encoder.write(folder / "encoder")
+  encoder = tiny_encoder.write_config(
+    folder / "encoder",
+    "classification",
+    {"train.steps": STEPS, "train.checkpoint_every": 3, "train.evaluate_every": 12},
+  )
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "PYTHONPATH": str(ROOT),
@@ -48,11 +57,12 @@ def start(tmp_path_factory):
 
   def start(workdir, arguments, limit=ENDLESS):
     limits(workdir).write_text(str(limit))
+    file = f"{config}:{arguments}" if arguments != ENCODER else str(encoder)
     with open(workdir.with_suffix(".log"), "a") as log:
       return subprocess.Popen(
         [
           *(sys.executable, "tests/paced_run.py", str(limits(workdir))),
-          *(f"--config={config}:{arguments}", f"--workdir={workdir}"),
+          *(f"--config={file}", f"--workdir={workdir}"),
         ],
         cwd=ROOT,
         env=environment,
@@ -206,12 +216,12 @@ MOMENTS = (while_loading, in_a_step, in_a_save, in_a_step, in_a_save, after_the_
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("arguments", ["", "method=adalora,rank=12"])
+@pytest.mark.parametrize("arguments", ["", "method=adalora,rank=12", ENCODER])
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_run_killed_many_times_is_the_same_to_the_last_bit(
   start, uninterrupted, tmp_path, arguments, seed
 ):
-  """6 kills and a SIGTERM in each of the 4 cases."""
+  """6 kills and a SIGTERM in each of the 6 cases."""
   whole, workdir = uninterrupted(arguments), tmp_path / "run"
   for moment in MOMENTS:
     live(start, workdir, arguments, moment, random.Random(seed))

@@ -79,7 +79,7 @@ def load(path):
   records = parts.load_records(config.data, parts.make_task(config))
   found = methods.load_base(config)
   axes = parts.trace_axes(llama.Llama(found.config), found.params)
-  adapters = exchange.load(run.adapter, found.params, axes)
+  adapters = exchange.load(run.adapter, found.params, axes, table=found.table)
   methods.finish(config, found.params, adapters, axes)
   return len(records)
 

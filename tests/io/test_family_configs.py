@@ -339,8 +339,12 @@ def test_absent_fields_take_transformers_defaults(name):
     (GPT_OSS | {"swiglu_limit": 6.0}, r"swiglu_limit=6.0 is not supported, only 7.0"),
     (GPT_OSS | {"attention_bias": False}, "attention_bias=False is not supported, only True"),
     (
-      GPT_OSS | {"quantization_config": {"quant_method": "mxfp4"}},
-      r"quantised safetensors are not supported; dequantise .* Mxfp4Config\(dequantize=True\)",
+      GPT_OSS | {"quantization_config": {"quant_method": "fp8"}},
+      "quant_method 'fp8' is not supported of the model_type 'gpt_oss'",
+    ),
+    (
+      QWEN_3_MOE | {"quantization_config": {"quant_method": "mxfp4"}},
+      "quant_method 'mxfp4' is not supported of the model_type 'qwen3_moe': quantised safetensors",
     ),
     (MISTRAL | {"sliding_window": "4096"}, "window must be a positive integer, not '4096'"),
     (MISTRAL | {"layer_types": ["full_attention"] * 32}, "'layer_types'=.* is not known"),

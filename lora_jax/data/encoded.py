@@ -1,0 +1,117 @@
+"""Examples of texts that an encoder reads as a whole, and their batches.
+
+Letters: B rows of a batch, S texts of a row that are encoded apart, T tokens of a text.
+
+  tokens  (B, T) int32    of one text, or of a pair that is encoded as one; padded on the right
+  mask    (B, T) bool     True for a token, False for padding
+  types   (B, T) int32    which text of a pair a token belongs to, for models that ask for it
+  target  (B,) float32    a class's number, or a score
+  weight  (B,) float32    1 for an example, 0 for a row that fills the batch
+  index   (B,) int32      evaluation only, as in `lora_jax.data.batches`
+
+Where a row has several texts that are encoded apart, tokens, mask and types are (B, S, T).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from lora_jax.data import batches
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Encoded:
+  """One text, or a pair that is encoded as one.
+
+  ids: its tokens, special ones included.
+  types: which text of the pair each belongs to.
+  spans: where the tokens of each text itself begin and end.
+  """
+
+  ids: tuple[int, ...]
+  types: tuple[int, ...]
+  spans: tuple[tuple[int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncodedExample:
+  """The texts of a record, as a model reads them, and what is wanted of it.
+
+  texts: one, or several that are encoded apart.
+  target: a class's number, or a score.
+  cut: how many tokens were left out to keep to the maximum length.
+  """
+
+  texts: tuple[Encoded, ...]
+  target: float
+  cut: int
+
+  @property
+  def inputs(self) -> tuple[int, ...]:
+    """The tokens of the longest text."""
+    return max((text.ids for text in self.texts), key=len)
+
+  @property
+  def targets(self) -> tuple[float]:
+    return (self.target,)
+
+
+def train_batches(
+  examples: Sequence[EncodedExample], batch_size: int, *, with_types: bool, **how: Any
+) -> grain.MapDataset:
+  """The endless dataset of training batches; see `batches.train_batches`.
+
+  with_types: whether batches have `types`.
+  """
+  assemble = functools.partial(_assemble, with_types)
+  return batches.train_batches(examples, batch_size, assemble=assemble, **how)
+
+
+def eval_batches(
+  examples: Sequence[EncodedExample], batch_size: int, *, with_types: bool, **how: Any
+) -> grain.MapDataset:
+  """The dataset of one pass; see `batches.eval_batches` and `train_batches`."""
+  assemble = functools.partial(_assemble, with_types)
+  return batches.eval_batches(examples, batch_size, assemble=assemble, **how)
+
+
+def describe(examples: Sequence[EncodedExample]) -> dict[str, int]:
+  """What became of the lengths of examples: how many there are, how many lost tokens, and the most
+  tokens of a text."""
+  return {
+    "examples": len(examples),
+    "cut": sum(example.cut > 0 for example in examples),
+    "longest": max(len(example.inputs) for example in examples),
+  }
+
+
+def _assemble(
+  with_types: bool,
+  examples: Sequence[EncodedExample],
+  indices: np.ndarray,
+  length: int,
+  width: int,
+  pad_id: int,
+) -> batches.Batch:
+  del width  # one target a row
+  texts = len(examples[0].texts)
+  shape = (len(indices), texts, length)
+  tokens, mask = np.full(shape, pad_id, np.int32), np.zeros(shape, bool)
+  types = np.zeros(shape, np.int32)
+  target, weight = np.zeros(len(indices), np.float32), np.zeros(len(indices), np.float32)
+  for row, index in enumerate(indices):
+    if index < 0:
+      continue
+    for n, text in enumerate(examples[index].texts):
+      tokens[row, n, : len(text.ids)] = text.ids
+      types[row, n, : len(text.ids)] = text.types
+      mask[row, n, : len(text.ids)] = True
+    target[row], weight[row] = examples[index].target, 1
+  arrays = {"tokens": tokens, "mask": mask} | ({"types": types} if with_types else {})
+  if texts == 1:
+    arrays = {name: x[:, 0] for name, x in arrays.items()}
+  return arrays | {"target": target, "weight": weight}

@@ -1,0 +1,216 @@
+"""Embeddings of texts by an encoder: texts that mean the same are near to each other.
+
+task.name = "embedding"
+task.text, task.pair = "{s1}", "{s2}"    # templates of two texts, encoded apart
+task.label = "{score}"                   # of how alike they are, a number; "" where all are alike
+task.positive = 4.0                      # pairs of at least this score are trained on
+task.temperature = 0.05
+
+A text's embedding is the mean of its tokens' vectors, divided by its length (Reimers and Gurevych
+2019, "Sentence-BERT", section 3). With a and b the embeddings of the texts of a batch's pairs, the
+loss is the cross-entropy of each pair among the batch's second texts,
+
+    mean_i −log( exp(a_i · b_i / temperature) / Σ_j exp(a_i · b_j / temperature) )
+
+(Henderson et al. 2017, "Efficient Natural Language Response Suggestion", section 4.4; InfoNCE of
+van den Oord et al. 2018). With `train.accumulate` a text's negatives are those of its part of the
+batch. The figures are correlations of the cosine a_i · b_i with the scores. The model's pooler, of
+which no embedding is made, is left out.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.data import records, templates
+from lora_jax.data.encoded import EncodedExample
+from lora_jax.io.pretrained import Pretrained
+from lora_jax.tasks import scores
+from lora_jax.tasks.encoded_texts import Answer, EncodedTexts
+from lora_jax.tasks.regression import check_loss_chunk, number
+from lora_jax.train.step import Batch, Objective
+
+PyTree = Any
+
+_SMALLEST = 1e-12  # a length that is divided by, as torch.nn.functional.normalize has it
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Embedding(EncodedTexts):
+  """See the module; its other fields are those of `EncodedTexts`.
+
+  positive: the least score of a pair that is trained on.
+  temperature: by which cosines are divided.
+  """
+
+  NAME: ClassVar[str] = "embedding"
+  FIELDS: ClassVar[tuple[str, ...]] = ("text", "pair", "label", "positive", "temperature")
+  APART: ClassVar[bool] = True
+
+  positive: float
+  temperature: float
+
+  @classmethod
+  def of(cls, task: Mapping[str, Any], data: Mapping[str, Any], loss_chunk: int) -> Self:
+    check_loss_chunk(loss_chunk)
+    if not task["pair"]:
+      raise ValueError("task.pair is empty; an embedding is learned from pairs of texts")
+    return cls(
+      text=task["text"], pair=task["pair"], label=task["label"], positive=task["positive"],
+      temperature=task["temperature"], max_length=data["max_length"],
+      buckets=tuple(data["buckets"]),
+    )  # fmt: skip
+
+  def target(self, row: records.Record, where: str) -> float:
+    return number(templates.fill(self.label, row), where) if self.label else self.positive
+
+  def extend(self, found: Pretrained, key: jax.Array) -> Pretrained:
+    if not getattr(found.config, "pooler", False):
+      return found
+    config = dataclasses.replace(found.config, pooler=False)
+    params = {name: x for name, x in found.params.items() if name != "pooler"}
+    return dataclasses.replace(found, config=config, params=params)
+
+  # ---- batches, of the pairs that are alike in training
+
+  def _alike(self, found: Sequence[EncodedExample]) -> list[EncodedExample]:
+    return [example for example in found if example.target >= self.positive]
+
+  def train_batches(
+    self, found: Sequence[EncodedExample], batch_size: int, *, seed: int, **rows: int
+  ) -> grain.MapDataset:
+    return super().train_batches(self._alike(found), batch_size, seed=seed, **rows)
+
+  def summary(self, found: Sequence[EncodedExample], batch_size: int) -> dict[str, Any]:
+    return super().summary(self._alike(found), batch_size)
+
+  def describe(self, **found: Sequence[EncodedExample]) -> dict[str, Any]:
+    if "training" in found and not self._alike(found["training"]):
+      raise ValueError(
+        f"task.positive {self.positive:g}: no pair to train on has a score of at least that; use a "
+        "lower one"
+      )
+    return super().describe(**found)
+
+  # ---- training and evaluation
+
+  def vectors(self, apply: Callable) -> Callable[[PyTree, Batch], jax.Array]:
+    """`(weights, batch) -> embeddings`, [texts, D] in float32, the texts of a row in turn."""
+    run = self.hidden(apply)
+
+    def embed(weights: PyTree, batch: Batch) -> jax.Array:
+      return mean_pooled(run(weights, batch), self.mask(batch))
+
+    return embed
+
+  def run(self, apply: Callable) -> Callable[[PyTree, Batch], jax.Array]:
+    return self.hidden(apply)
+
+  def _pairs(self, apply: Callable) -> Callable[[PyTree, Batch], jax.Array]:
+    embed = self.vectors(apply)
+    return lambda weights, batch: embed(weights, batch).reshape(len(batch["weight"]), 2, -1)
+
+  def objective(self, apply: Callable) -> Objective:
+    embed = self._pairs(apply)
+
+    def objective(weights: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array]:
+      losses_B = self._losses(embed(weights, batch), batch)
+      rows = jnp.sum(batch["weight"])
+      return jnp.sum(losses_B * batch["weight"]) / jnp.where(rows > 0, rows, 1), rows
+
+    return objective
+
+  def _losses(self, pairs_B2D: jax.Array, batch: Batch) -> jax.Array:
+    """The cross-entropy of each row's second text among those of all rows."""
+    logits_BB = pairs_B2D[:, 0] @ pairs_B2D[:, 1].T / self.temperature
+    # A row that fills the batch is no text to choose.
+    logits_BB = jnp.where(batch["weight"] > 0, logits_BB, jnp.finfo(jnp.float32).min)
+    return jax.nn.logsumexp(logits_BB, axis=-1) - jnp.diagonal(logits_BB)
+
+  def make_eval_step(self, apply: Callable) -> Callable:
+    embed = self._pairs(apply)
+
+    @jax.jit
+    def step(weights: PyTree, batch: Batch) -> dict[str, jax.Array]:
+      pairs_B2D = embed(weights, batch)
+      alike_B = batch["weight"] * (batch["target"] >= self.positive)
+      kept = {name: batch[name] for name in ("target", "weight")}
+      return kept | {
+        "cosine": jnp.sum(pairs_B2D[:, 0] * pairs_B2D[:, 1], axis=-1),
+        "loss": self._losses(pairs_B2D, batch),
+        "alike": alike_B,
+      }
+
+    return step
+
+  def metrics(self, outputs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    cosines, wanted, losses, alike = scores.rows_of(outputs, "cosine", "target", "loss", "alike")
+    count = alike.sum()
+    loss = float(losses.astype(np.float64) @ alike / count) if count else math.nan
+    known = scores.correlations(cosines, wanted) if self.label else {}
+    return {"loss": loss, **known, "pairs": int(count), "rows": len(cosines)}
+
+  def line(self, metrics: Mapping[str, float]) -> str:
+    known = f"Spearman of cosines {metrics['spearman']:.3f}, " if self.label else ""
+    return (
+      f"{known}loss {metrics['loss']:.3f} of {metrics['pairs']} pairs that are alike, "
+      f"{metrics['rows']} pairs in all"
+    )
+
+  def words(self, target: float) -> str:
+    return f"{target:g}"
+
+  def _answers(self, apply: Callable) -> Callable[[PyTree, Batch], jax.Array]:
+    embed = self._pairs(apply)
+
+    def cosines(weights: PyTree, batch: Batch) -> jax.Array:
+      pairs_B2D = embed(weights, batch)
+      return jnp.sum(pairs_B2D[:, 0] * pairs_B2D[:, 1], axis=-1)
+
+    return jax.jit(cosines)
+
+  def said(self, output: np.ndarray) -> str:
+    return f"cosine {output:.3f}"
+
+  def reading(self, apply: Callable, hidden: bool) -> Any:
+    raise ValueError("the task embedding has no logits to learn from a teacher; set it to none")
+
+  # ---- answers: the embedding of each text
+
+  def asked(self, given: str) -> list[EncodedExample]:
+    return super(Embedding, self._alone).asked(given)
+
+  def predict(
+    self, apply: Callable, weights: PyTree, found: Sequence[EncodedExample], **how: Any
+  ) -> list[Answer]:
+    return super(Embedding, self._alone).predict(apply, weights, found, **how)
+
+  @property
+  def _alone(self) -> Self:
+    """The task of one text, by the template of the first."""
+    return dataclasses.replace(self, pair="")
+
+  def _predictions(self, apply: Callable) -> Callable[[PyTree, Batch], jax.Array]:
+    return jax.jit(self.vectors(apply))
+
+  def answer(self, output: np.ndarray) -> Answer:
+    return {"embedding": output.tolist()}
+
+
+def mean_pooled(hidden_BTD: jax.Array, mask_BT: jax.Array) -> jax.Array:
+  """The mean of the vectors of a text's tokens, divided by its length, [B, D] in float32.
+
+  A row without a token is zero.
+  """
+  counted_BT1 = mask_BT.astype(jnp.float32)[..., None]
+  counts_B1 = jnp.maximum(jnp.sum(counted_BT1, axis=1), 1)
+  mean_BD = jnp.sum(hidden_BTD.astype(jnp.float32) * counted_BT1, axis=1) / counts_B1
+  squares_B1 = jnp.sum(jnp.square(mean_BD), axis=-1, keepdims=True)
+  # The square root has no gradient at zero.
+  return mean_BD * jax.lax.rsqrt(jnp.maximum(squares_B1, _SMALLEST**2))
