@@ -212,16 +212,16 @@ def inspect(
 
 
 def load(folder: str | Path, *, scan_layers: bool = False, **options: Any) -> Pretrained:
-  """Loads what `save` wrote, as `io.pretrained.load` does a dense model.
+  """Loads a folder that `save` wrote, as `io.pretrained.load` loads a dense model.
 
   Args:
-    folder: of the model.
-    scan_layers: stack the layers, which must then be compressed alike, with the same ranks.
-    options: as of `inspect`; `dtype` is not that of quantized values, which stay as they are.
+    folder: the model's folder.
+    scan_layers: True to stack the layers, which must then be compressed alike, with equal ranks.
+    options: as in `inspect`; quantized values keep their own dtype.
 
   Raises:
-    FileNotFoundError: when a file is missing.
-    ValueError: when a file is damaged, says something unknown, or does not fit the model.
+    FileNotFoundError: if a file is missing.
+    ValueError: if a file is damaged, has unknown contents, or does not fit the model.
   """
   found = inspect(folder, scan_layers=scan_layers, **options)
   folder = Path(folder).expanduser()
@@ -233,7 +233,7 @@ def load(folder: str | Path, *, scan_layers: bool = False, **options: Any) -> Pr
     params = _stacked(params) if scan_layers else params
   except ValueError as error:
     raise ValueError(f"{folder}: {error}") from None
-  # The norms are never compressed, and were in the dtype of the model that was.
+  # The norms are never compressed, so they have the dtype of the original model.
   stored_dtype = nodes["norm/scale"].get("dtype", "float32")
   return dataclasses.replace(found, params=params, stored_dtype=stored_dtype)
 

@@ -81,7 +81,7 @@ def full(
 
 
 def _whole_heads(saved: dict, adapted: Collection[str], modules: Modules) -> dict:
-  """What is saved, with what else is in a head of several modules, which PEFT saves as one."""
+  """The saved modules, completed to whole heads: PEFT saves a head of several modules as one."""
   owners = _parameters(modules)
   for head in HEADS:
     within = [owner for owner in owners if is_within(owner, head)]
@@ -97,7 +97,7 @@ def _whole_heads(saved: dict, adapted: Collection[str], modules: Modules) -> dic
 
 
 def is_within(owner: str, module: str) -> bool:
-  """Whether a module is another one's part, by its name from the last dots on."""
+  """True if a module is part of another one, by the parts of its name between dots."""
   return f".{module}." in f".{owner}"
 
 

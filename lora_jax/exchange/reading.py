@@ -156,7 +156,7 @@ def _check_complete(
 
 
 def _is_saved(owner: str, ending: str) -> bool:
-  """Whether a module is one of `modules_to_save`, or in one: its name ends so, dots or not."""
+  """True if a module is in `modules_to_save` or within one; names match by suffix, as in peft."""
   parts = owner.split(".")
   return any(".".join(parts[:n]).endswith(ending) for n in range(1, len(parts) + 1))
 

@@ -124,8 +124,7 @@ def _q6_k(x):
 def _mxfp4(x):
   """E2M1 values and E8M0 scales (Open Compute Project 2023, Microscaling Formats 1.0, section 5).
 
-  The bits of float32 are put together: a product would take numbers below its least normal one for
-  zero.
+  The float32 result is assembled from bits, since a product would flush subnormal values to zero.
   """
   scale, q = _cut(x, 1, 16)
   q = _bits(q, 4, run=16).astype(jnp.uint32)
