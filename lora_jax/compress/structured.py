@@ -145,7 +145,7 @@ SEPARATE = {"channels": "mlp/up", "heads": "attn/query", "value_heads": "attn/va
 
 
 def check_alike(config: Config, field: str) -> None:
-  """Raises ValueError where a model's layers are of different shapes."""
+  """Raises ValueError for a model whose layers have different shapes."""
   if not family_of(config).layers_alike:
     raise ValueError(
       f"{field}: the layers of a {config.family!r} differ in their shapes, and here each keeps as "

@@ -176,8 +176,8 @@ def save_gguf(
 def _given(table: names.Table | None) -> names.Table:
   if table is None:
     raise TypeError(
-      "table: the names of the model's tensors are needed, {name: path}; of a family of lora_jax "
-      "they are lora_jax.families.tensor_names(config), or `.table` of what pretrained.load returns"
+      "table: the names of the model's tensors are needed, {name: path}; for a family of lora_jax "
+      "they are lora_jax.families.tensor_names(config), or `pretrained.load(...).table`"
     )
   return table
 

@@ -16,7 +16,7 @@ Modules = Mapping[str, Module]
 Leaves = Mapping[str, Any]
 
 HEADS = ("classifier",)
-"""Modules with submodules, such as RoBERTa's classification head, that PEFT saves whole (SEQ_CLS)."""
+"""Modules with submodules, such as RoBERTa's classifier, that PEFT saves whole for `SEQ_CLS`."""
 
 # The kinds for which PEFT can tie the head's adapter to the embedding's.
 _TYING = ("LORA", "ADALORA")
@@ -89,8 +89,8 @@ def _whole_heads(saved: dict, adapted: Collection[str], modules: Modules) -> dic
       continue
     if both := [owner for owner in within if any(x in adapted for x, _ in owners[owner].values())]:
       raise ValueError(
-        f"{both[0]}: has an adapter, and PEFT saves the module {head!r} that it is in whole, for a "
-        "part of it is trained in full; train it in full too, or merge both into the model"
+        f"{both[0]}: has an adapter, but PEFT saves its module {head!r} whole, since a part of it "
+        "is trained in full; train it in full too, or merge both into the model"
       )
     saved = saved | {owner: owners[owner] for owner in within}
   return saved
