@@ -331,7 +331,7 @@ def test_a_record_with_a_right_checksum_and_wrong_fields_is_passed_over(
   record["crc32"] = checkpoint._crc32_of_record(record)
   path.write_text(json.dumps(record))
   assert restored_step(tmp_path, like) == 1
-  assert f"{tmp_path / '2'}: its record is none of a checkpoint, " in caplog.text
+  assert f"{tmp_path / '2'}: its record is not that of a checkpoint, " in caplog.text
   assert re.search(words, caplog.text)
 
 
