@@ -5,9 +5,9 @@ r"""The gain of training many adapters in one program instead of one after anoth
 
 For each number of members the same steps run in two forms: a step of every member in turn, by the
 step that trains one, and one step of `lora_jax.train.members` for all. Members have different
-seeds, the ranks of --ranks in turn, and the same batch. The rows take turns as in `benchmarks.step`, and a
-ratio compares the two forms' times in one round, per member and step: below 1, one program is
-faster.
+seeds, the ranks of --ranks in turn, and the same batch. The rows take turns as in
+`benchmarks.step`, and a ratio compares the two forms' times in one round, per member and step:
+below 1, one program is faster.
 """
 
 import dataclasses
