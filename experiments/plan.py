@@ -195,7 +195,7 @@ def share_of_a_device(config: ConfigDict, case: Case, mesh: Mesh | AbstractMesh)
   heads = [x for x in ("num_heads", "num_kv_heads") if hasattr(model, x)]
   cuts_heads = all(getattr(model, x) % count == 0 for x in heads)
   sizes = (*(heads if cuts_heads else ()), "mlp_width", "vocab_size")
-  fields = [x for x in sizes if getattr(model, x) % count == 0]
+  fields = [x for x in sizes if hasattr(model, x) and getattr(model, x) % count == 0]
   model = dataclasses.replace(model, **{x: getattr(model, x) // count for x in fields})
   alone = AbstractMesh((1, 1, count), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
   whole_heads = () if cuts_heads else ((r"(.*/)?attn/.*", jax.P()),)

@@ -101,8 +101,9 @@ class Case:
   ) -> dict[str, float]:
     """The figures of weights on batches, with a bar of progress."""
     shown = progress.watched(
-      data, what, compiled=set(), shape_of=self.task.shape_of, disable=self.quiet, **bar
-    )
+      data, what, compiled=set(), shape_of=self.task.shape_of, unit=self.task.UNIT,
+      disable=self.quiet, **bar,
+    )  # fmt: skip
     return evaluation.evaluate(eval_step, weights, shown, self.task.metrics)
 
 
@@ -136,7 +137,7 @@ def prepare(config: ConfigDict, configs: Sequence[ConfigDict], run: workdir.Work
     validation_records = parts.pick(records, "validation", "train.evaluate_every")
   elif config.train.evaluate_every:
     print("validation: left out, for there are too few different records to hold some out for it")
-  with stage("tokenise"):
+  with stage("make the examples"):
     # Before the weights are loaded, for a record may still be refused.
     task = parts.task_of_model(task, config)
     examples = task.examples(train_records)

@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 import lora_jax
-from experiments import methods, parts, processes, program, sweep_config, sweep_results
+from experiments import methods, parts, processes, program, samples, sweep_config, sweep_results
 from experiments.preparation import Case
 from lora_jax import exchange, families, sharding, tables, tree
 from lora_jax.data import batches
@@ -109,11 +109,13 @@ def start(
           lines = sweep_results.lines_of(metrics.read_metrics(run.metrics), each, n, len(configs))
           sweep_results.write_member(folder, each, results, lines)
           command = sweep_results.command_of(fields[n])
+          samples.draw(case, results["samples"], folder)
           report.write_report(
-            folder, targets=case.tables[n], command=command, lines=case.task.lines
-          )
+            folder, targets=case.tables[n], command=command, lines=case.task.lines,
+            unit=case.task.UNIT,
+          )  # fmt: skip
     if processes.is_first():
-      sweep_results.write_results(run, fields, common, rows, case.task.line)
+      sweep_results.write_results(run, fields, common, rows, case.task)
     table = sweep_results.format_rows(rows, tables.rendered)
     print(f"after, on {case.config.evaluation.split}:\n{table}")
     print(f"everything is in {run.path}: results.md is the table, members/ has a folder of each")

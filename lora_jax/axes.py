@@ -42,6 +42,8 @@ class Axes:
       linear layer, positions of the result for a convolution, ids for a look-up. The forward
       products of a leaf thus take 2 · rows · its size FLOPs. A loop of unknown length counts once,
       each branch of a cond counts.
+    groups: the number of groups of outputs with separate inputs: the number of channels for a
+      depthwise convolution, otherwise 1.
     not_followed: the primitives at which the trace lost the leaf.
     joined: the primitives that add the leaf to activations, or multiply activations by it.
   """
@@ -49,6 +51,7 @@ class Axes:
   roles: str
   uses: tuple[str, ...]
   rows: int = 0
+  groups: int = dataclasses.field(default=1, repr=False, compare=False)
   not_followed: tuple[str, ...] = dataclasses.field(default=(), repr=False, compare=False)
   joined: tuple[str, ...] = dataclasses.field(default=(), repr=False, compare=False)
 
@@ -149,6 +152,7 @@ def _axes(notes: Notes, path: str, ndim: int) -> Axes:
     "".join(first.roles.get(n, "o") for n in range(ndim)) if first else "",
     tuple(names),
     round(sum(use.rows for use in uses)),
+    first.groups if first else 1,
     tuple(dict.fromkeys(notes.not_followed.get(path, ()))),
     tuple(dict.fromkeys(notes.joined.get(path, ()))),
   )

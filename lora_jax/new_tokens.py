@@ -40,6 +40,11 @@ def add(base: Pretrained, tokens: Sequence[str]) -> Pretrained:
   """
   if not tokens:
     return base
+  if base.tokenizer is None:
+    raise ValueError(
+      f"model.new_tokens {tuple(tokens)}: {base.source} is a {base.config.family!r}, which takes "
+      "no text; leave them out"
+    )
   tokenizer = base.tokenizer.with_tokens(tokens)
   old, ids = base.tokenizer.vocab_size, _ids(tokenizer, tokens)
   config = dataclasses.replace(

@@ -239,7 +239,7 @@ def gather(params: PyTree) -> PyTree:
   """Returns the tree as whole numpy arrays on every process; all processes must call it."""
 
   def whole(x: jax.Array) -> np.ndarray:
-    if x.is_fully_addressable:
+    if x.is_fully_addressable or x.is_fully_replicated:
       return np.asarray(x)
     return multihost_utils.process_allgather(x, tiled=True)
 

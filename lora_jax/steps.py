@@ -69,7 +69,8 @@ def conv_general_dilated(eqn, ins, notes):
   numbers, out = parameter(eqn, "dimension_numbers"), eqn.outvars[0].aval
   rows = out.size // out.shape[numbers.out_spec[1]]
   inputs = numbers.rhs_spec[1:]
-  notes.use(ins[1], "conv_general_dilated", inputs, (), rows, ins[0].source)
+  groups = parameter(eqn, "feature_group_count")
+  notes.use(ins[1], "conv_general_dilated", inputs, (), rows, ins[0].source, groups)
   notes.stop(ins[:1], "conv_general_dilated, as what is convolved")
 
 

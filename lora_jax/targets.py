@@ -14,7 +14,7 @@ from typing import Any
 
 from lora_jax import checks, tree
 from lora_jax.adapters import Full, LoRA, Method
-from lora_jax.axes import Axes
+from lora_jax.axes import Axes, convolution_roles
 from lora_jax.weights import Format, is_weight
 
 PyTree = Any
@@ -36,6 +36,8 @@ _APART = re.compile(
   re.IGNORECASE,
 )
 
+_HEADS = re.compile(r"(.*/)?(head|\w*_head)(/.*)?", re.IGNORECASE)
+
 _BIAS = re.compile(r"(.*/)?((\w*_)?bias|b)")
 _NORM = re.compile(
   r"(.*/)?([^/]*norm[^/]*|(\w*_)?(ln|bn)(_\w+|\d+)?)/(scale|weight|gamma|bias|offset|beta)",
@@ -44,6 +46,7 @@ _NORM = re.compile(
 
 # A layer that is only convolved or gathered is not linear.
 _PRODUCTS = frozenset({"dot_general", "ragged_dot_general"})
+_CONVOLUTIONS = frozenset({"conv_general_dilated"})
 
 # Leaves that presets leave out for every method, since they are not kernels.
 _KERNELS = LoRA(rank=1, alpha=1.0)
@@ -54,7 +57,7 @@ _FLOATS = Full()
 
 _EXAMPLE = '[("all-linear", LoRA(rank=8, alpha=16.0))]'
 
-PRESETS = ("all-linear", *_BLOCKS, *_BY_NAME)
+PRESETS = ("all-linear", *_BLOCKS, "convolutions", *_BY_NAME)
 
 
 class Targets(dict[str, Method]):
@@ -127,7 +130,8 @@ def match(
     rules: ordered (pattern, spec) pairs; the first whose pattern matches a leaf decides. A pattern
       is a regular expression for the whole path, or a preset. "all-linear" is every linear layer
       except embeddings, heads and routers. "attention" and "mlp" are those in such blocks; the last
-      component of the path that names one of the two decides. "bias" is all biases, "norm" all
+      component of the path that names one of the two decides. "convolutions" is the kernel of every
+      convolution, with any window and groups, except heads. "bias" is all biases, "norm" all
       parameters of normalization layers, both for `Full`. The spec None leaves a leaf unchanged.
     axes: the result of `trace_axes`. With it, the presets of linear layers select the kernels that
       the model multiplies by, under any name. Without it, and always for "bias" and "norm", they
@@ -206,8 +210,11 @@ def _reasons(pattern: str, leaves: Mapping[str, Any], states, axes) -> dict[str,
     return {}
   reasons = {}
   for path, leaf in leaves.items():
-    reason = _reason(path, leaf, states.get(path), axes)
-    if reason is not None and (pattern == "all-linear" or pattern in _blocks(path)):
+    if pattern == "convolutions":
+      reason = _reason_of_convolution(path, leaves, states.get(path), axes)
+    else:
+      reason = _reason(path, leaf, states.get(path), axes)
+    if reason is not None and (pattern not in _BLOCKS or pattern in _blocks(path)):
       reasons[path] = reason
   return reasons
 
@@ -231,6 +238,23 @@ def _reason(path: str, leaf: Any, state: str | None, axes) -> str | None:
   if found is None or (_PRODUCTS.intersection(found.uses) and found.roles):
     return ""
   return found.reason or f"it is not a factor of a product ({', '.join(found.uses)})"
+
+
+def _reason_of_convolution(
+  path: str, leaves: Mapping[str, Any], state: str | None, axes
+) -> str | None:
+  """The reason why a convolution's kernel is left out; empty if it is taken, None for others."""
+  if axes is None:
+    is_one = bool(convolution_roles(path, leaves))
+  else:
+    is_one = bool(axes[path].roles and _CONVOLUTIONS.intersection(axes[path].uses))
+  if not is_one:
+    return None
+  if unfit := _KERNELS.unfit(leaves[path]):
+    return unfit
+  if state:
+    return f"it is in the collection {state!r}, which holds no parameters"
+  return "its path says that it reads out" if _HEADS.fullmatch(_unboxed(path)) else ""
 
 
 def _is_lost(path: str, reason: str, axes: Mapping[str, Axes] | None) -> bool:

@@ -147,12 +147,14 @@ def _fraction(a: Sequence[int], b: Sequence[int]) -> Fraction:
 
 
 class Use(NamedTuple):
-  """One use of a leaf: the primitive, the roles of axes, the other operand's origin, the rows."""
+  """One use of a leaf: the primitive, the roles of axes, the other operand's origin, the number of
+  rows, and the number of groups of outputs with separate inputs."""
 
   primitive: str
   roles: dict[int, str]
   source: Source
   rows: Fraction
+  groups: int = 1
 
 
 class Notes:
@@ -163,12 +165,15 @@ class Notes:
     self.not_followed: dict[str, list[str]] = {}
     self.joined: dict[str, list[str]] = {}
 
-  def use(self, value: Value, primitive: str, inputs, stacks, rows: int, source: Source) -> None:
+  def use(
+    self, value: Value, primitive: str, inputs, stacks, rows: int, source: Source, groups: int = 1
+  ) -> None:
     """Notes a use of the leaves behind a value; a leaf that is not contracted is only joined.
 
     inputs, stacks: axes of the value.
     rows: the number of rows that the value multiplies.
     source: the origin of the other operand.
+    groups: the number of groups of outputs with separate inputs.
     """
     for view in value.views:
       roles = dict.fromkeys(view.stacks, "s")
@@ -178,7 +183,8 @@ class Notes:
       if "i" not in roles.values():
         self.join([Value((view,))], primitive)
         continue
-      self.uses.setdefault(view.path, []).append(Use(primitive, roles, source, rows * view.times))
+      use = Use(primitive, roles, source, rows * view.times, groups)
+      self.uses.setdefault(view.path, []).append(use)
 
   def stop(self, values: Iterable[Value], primitive: str) -> None:
     """Notes that the leaves behind the values are not followed any further."""

@@ -1,6 +1,7 @@
 """A model as an exported program and its parameters, which run without this package.
 
-    artifact.save("runs/small/artifact", lora_jax.adapt(model.apply), params, rows=1, length=128)
+    tokens = jax.ShapeDtypeStruct((1, 128), jnp.int32)
+    artifact.save("runs/small/artifact", lora_jax.adapt(model.apply), params, inputs=tokens)
 
     program.bin           the forward pass, as `jax.export` writes it: StableHLO, with its versions
     params.safetensors    its parameters, by name
@@ -37,8 +38,7 @@ def save(
   apply: Callable,
   params: PyTree,
   *,
-  rows: int,
-  length: int,
+  inputs: jax.ShapeDtypeStruct,
   platforms: Sequence[str] = ("cpu",),
   tokenizer: Tokenizer | None = None,
 ) -> None:
@@ -46,11 +46,10 @@ def save(
 
   Args:
     folder: the folder to write.
-    apply: `apply({"params": params}, tokens) -> logits`; adapted, for params with Weights.
+    apply: `apply({"params": params}, inputs) -> logits`; adapted, for params with Weights.
     params: arrays and Weights. Masks, quantized values and scales are arrays of the file. Values in
       fp8 are stored as bytes, since numpy's safetensors has no such dtype.
-    rows: the batch size of the program's tokens, int32 [rows, length].
-    length: the sequence length of the program's tokens.
+    inputs: the shape and dtype of the program's inputs: tokens, int32 [rows, length], or images.
     platforms: the platforms to lower for: "cpu", "cuda", "tpu".
     tokenizer: the model's tokenizer, written to the folder as well.
 
@@ -63,13 +62,12 @@ def save(
   arrays = {name: _as_stored(np.asarray(leaf)) for name, leaf in leaves.items()}
   structure = jax.tree.structure(params)
 
-  def forward(arrays, tokens):
+  def forward(arrays, inputs):
     leaves = [_as_used(arrays[name], dtype) for name, dtype in dtypes.items()]
-    return apply({"params": jax.tree.unflatten(structure, leaves)}, tokens)
+    return apply({"params": jax.tree.unflatten(structure, leaves)}, inputs)
 
   shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
-  tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-  program = jax.export.export(jax.jit(forward), platforms=tuple(platforms))(shapes, tokens)
+  program = jax.export.export(jax.jit(forward), platforms=tuple(platforms))(shapes, inputs)
   with outputs.whole_folder(folder) as partial:
     outputs.write_bytes(partial / PROGRAM, program.serialize())
     safetensors.save_file(arrays, partial / PARAMS)

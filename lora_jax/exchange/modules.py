@@ -38,6 +38,7 @@ class Module:
       that PEFT adapts it as one of `target_parameters`. `name` is then the one that it would have
       as the weight of a separate module; see `lora_jax.exchange.parameters`.
     place: the tensor's position in the table.
+    groups: the groups of a convolution, as in `lora_jax.Axes`.
   """
 
   path: str
@@ -49,6 +50,7 @@ class Module:
   fan_in_fan_out: bool
   parameter: str | None = None
   place: int = 0
+  groups: int = 1
 
   @property
   def is_conv(self) -> bool:
@@ -252,7 +254,7 @@ def modules(params: Any, axes: Mapping[str, Axes], table: names.Table) -> dict[s
       module = Module(
         path=path, name=name, shape=tuple(leaf.shape), roles=axes[path].roles,
         uses=axes[path].uses, tied=None,
-        fan_in_fan_out=names.is_in_out(name, table),
+        fan_in_fan_out=names.is_in_out(name, table), groups=axes[path].groups,
       )  # fmt: skip
       module = _as_parameter(module, table)
       if module.is_head_too:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.exchange import beside, lokr, parameters
@@ -20,7 +21,7 @@ from lora_jax.exchange.formats import (
   Format,
 )
 from lora_jax.exchange.modules import Module, module_of
-from lora_jax.weights import Adapted, DoRA, Full, LoKr, NotFactored, TokenRows
+from lora_jax.weights import Adapted, DoRA, Full, LoKr, NotFactored, TokenRows, materialize
 
 Adapters = Mapping[str, Adapted]
 Modules = Mapping[str, Module]
@@ -30,6 +31,7 @@ Leaves = Mapping[str, Any]
 def folder(adapters: Adapters, modules: Modules, leaves: Leaves) -> beside.Folder:
   """The adapters in PEFT's form; errors as in `lora_jax.exchange.save`."""
   _check(adapters, modules, leaves)
+  adapters = {path: _in_peft(x, modules[path], leaves[path]) for path, x in adapters.items()}
   full = {path: x for path, x in adapters.items() if isinstance(x, Full)}
   rows = {path: x for path, x in adapters.items() if isinstance(x, TokenRows)}
   factored = {path: x for path, x in adapters.items() if path not in full | rows}
@@ -71,6 +73,19 @@ def _check(adapters: Adapters, modules: Modules, leaves: Leaves) -> None:
     if not dataclasses.replace(adapter, w=leaves[path]).fits():
       shapes = " and ".join(str(part.shape) for part in adapter.parts.values())
       raise ValueError(f"{path}: the adapter's parts {shapes} do not fit {module.shape}")
+
+
+def _in_peft(adapter: Adapted, module: Module, leaf: Any) -> Adapted:
+  """The adapter in PEFT's form; for a convolution with several groups, the whole changed kernel.
+
+  PEFT's A for such a layer reads the channels of all groups, which no change of the kernel can do.
+  The kernel is small, so it is saved whole.
+  """
+  if module.groups == 1 or isinstance(adapter, Full):
+    return adapter
+  base = jnp.asarray(module.values(leaf))
+  changed = materialize(dataclasses.replace(adapter, w=base))
+  return Full(w=None, dw=changed - base)
 
 
 def _one_format(adapters: Adapters) -> tuple[Format, Adapters]:

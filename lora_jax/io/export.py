@@ -26,9 +26,10 @@ def save(
   folder: str | Path,
   params: Mapping[str, Any],
   config: families.Config,
-  tokenizer: Tokenizer,
+  tokenizer: Tokenizer | None,
 ) -> None:
-  """Writes model.safetensors, config.json, generation_config.json and the tokenizer's files.
+  """Writes model.safetensors, config.json and, of a model of text, generation_config.json and the
+  tokenizer's files.
 
   What the tokenizer's folder says of special tokens, of generation and of chat templates is written
   as it was there, and nothing that it does not say.
@@ -50,9 +51,12 @@ def save(
 
   with outputs.whole_folder(folder) as partial:
     safetensors.save_file(tensors, partial / safetensors.SINGLE, metadata={"format": "pt"})
-    kept = {k: x for k, x in tokenizer.files.config.items() if k not in _OF_THE_FILE}
+    said = tokenizer.files.config if tokenizer else {}
+    kept = {k: x for k, x in said.items() if k not in _OF_THE_FILE}
     fields = kept | described | {"torch_dtype": dtype}
     _write_json(partial / "config.json", fields)
+    if tokenizer is None:
+      return
     if tokenizer.files.generation is not None:
       _write_json(partial / "generation_config.json", tokenizer.files.generation)
     tokenizer.save(partial)
@@ -90,7 +94,7 @@ def file_tensors(
   arrays = {name: np.asarray(flat[path]) for path, name in names.file_names(flat, table).items()}
   return expert_tensors.apart(
     {
-      name: array.swapaxes(-1, -2) if names.is_transposed(name, table) else array
+      name: array.transpose(np.argsort(names.axes_of(name, table, array.ndim)))
       for name, array in arrays.items()
     },
     table,

@@ -5,8 +5,9 @@
 
 HUGGING_FACE and GGUF have the table of each family. In a template `{i}` stands for the number of a
 layer. A name whose path is None is known and holds nothing that the configuration does not say; it
-is left out. A path that is `InOut(...)` is of a kernel that is stored as it is, and one
-that is `InTurn(...)` of what is two tensors in the file.
+is left out. A path that is `InOut(...)` is of a kernel that is stored as it is, one that is
+`InTurn(...)` of what is two tensors in the file, and `Conv(...)` of a convolution's kernel.
+`lora_jax.io.image_names` has the tables of models of images.
 """
 
 import re
@@ -24,6 +25,11 @@ class InOut(str):
 
 class InTurn(str):
   """The path of a leaf whose outputs are gate's and up's in turn, each apart in the file."""
+
+
+class Conv(str):
+  """The path of a convolution's kernel, whose tensor is (out, in, *window), and here (*window, in,
+  out)."""
 
 
 LLAMA_GGUF = {
@@ -330,7 +336,15 @@ def names_of(path: str, table: Table) -> list[str]:
 def is_transposed(name: str, table: Table) -> bool:
   """Whether a tensor is a kernel that is (out, in), to be transposed to the kernel here."""
   path = table[template_of(name, table)]
-  return path.endswith("/kernel") and not isinstance(path, InOut)
+  return path.endswith("/kernel") and not isinstance(path, InOut | Conv)
+
+
+def axes_of(name: str, table: Table, ndim: int) -> tuple[int, ...]:
+  """Returns the axes of a tensor in the order that they have in its parameter."""
+  axes = tuple(range(ndim))
+  if ndim > 2 and isinstance(table[template_of(name, table)], Conv):
+    return (*axes[2:], 1, 0)
+  return (*axes[:-2], *axes[:-3:-1]) if is_transposed(name, table) else axes
 
 
 def is_in_out(name: str, table: Table) -> bool:

@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import families
-from lora_jax.checks import shown
 from lora_jax.data import batches, records, templates
 from lora_jax.data.examples import Example
 from lora_jax.data.token_texts import TokenText, token_texts
@@ -52,9 +51,7 @@ class Classification(Texts):
 
   @classmethod
   def of(cls, task: Mapping[str, Any], data: Mapping[str, Any], loss_chunk: int) -> Self:
-    labels = tuple(task["labels"])
-    if len(labels) < 2 or len(set(labels)) < len(labels):
-      raise ValueError(f"task.labels {shown(labels)}: give two or more different names")
+    labels = heads.labels_of(task)
     if loss_chunk:
       raise ValueError(
         f"train.loss_chunk {loss_chunk}: is for logits of many tokens, and a class is read from "
@@ -180,5 +177,5 @@ class Classification(Texts):
     raise ValueError("the task classification writes no texts; use experiments.evaluate")
 
   @property
-  def talk(self) -> NoReturn:
+  def chat_format(self) -> NoReturn:
     raise ValueError("the task classification writes no texts; use experiments.evaluate")

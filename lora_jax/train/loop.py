@@ -80,6 +80,7 @@ def fit(
   writer: Writer,
   progress: Bar,
   shape_of: Callable[[Batch], tuple[int, ...]] = shape_of_tokens,
+  unit: str = "token",
 ) -> State:
   """Trains from `state.step` to `steps`, and saves the final state.
 
@@ -105,6 +106,7 @@ def fit(
       of the batches, including padding, per time of the steps since the last line) and validation
       metrics.
     shape_of: the rows and the tokens of a row of a batch; each shape compiles once.
+    unit: the name of these tokens, in the singular; the log's names do not change.
     progress: gets the loss and the tokens per second of each step, and the work between steps.
 
   Returns:
@@ -152,7 +154,7 @@ def fit(
       checkpoints.check()
       shape = shape_of(batch)
       if shape not in compiled:
-        progress.say(compiling(shape))
+        progress.say(compiling(shape, unit))
         compiled.add(shape)
       state, metrics = train_step(state, frozen, batch)
       done = _Done(step, metrics, tokens=math.prod(shape))

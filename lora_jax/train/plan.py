@@ -121,9 +121,13 @@ def _traced(run: Run):
 
 def _reduced(run: Run, share: Run | None) -> int:
   """Bytes of the gradients summed over devices, per device; 0 if all devices have the same rows."""
-  if share is None or share.batch["tokens"].shape == run.batch["tokens"].shape:
+  if share is None or _shapes(share.batch) == _shapes(run.batch):
     return 0
   return _bytes_of_a_device(share.state.trainable)
+
+
+def _shapes(batch: Batch) -> list[tuple[int, ...]]:
+  return [leaf.shape for leaf in jax.tree.leaves(batch)]
 
 
 def _count(tree: PyTree) -> int:

@@ -36,12 +36,13 @@ def smooth(values: Sequence[float], *, width: float) -> np.ndarray:
   return total / np.convolve(np.ones(len(values)), kernel)[place]
 
 
-def plot_loss(metrics: Sequence[dict[str, float]], path: pathlib.Path) -> None:
+def plot_loss(metrics: Sequence[dict[str, float]], path: pathlib.Path, unit: str = "token") -> None:
   """Plots the training loss, smoothed, and the validation losses to a PNG file.
 
   Args:
     metrics: the objects of metrics.jsonl, with `step`, `loss` and, on some, `validation/loss`.
     path: the file to write.
+    unit: the unit that has a loss, in the singular.
 
   Raises:
     ValueError: if nothing was logged.
@@ -69,14 +70,17 @@ def plot_loss(metrics: Sequence[dict[str, float]], path: pathlib.Path) -> None:
       markersize=5,
       label="validation",
     )
-  _finish(axes)
+  _finish(axes, unit)
   axes.legend(frameon=False)
   with outputs.whole_file(path) as partial:
     figure.savefig(partial)
 
 
 def plot_members(
-  metrics: Sequence[Mapping[str, float]], labels: Sequence[str], path: pathlib.Path
+  metrics: Sequence[Mapping[str, float]],
+  labels: Sequence[str],
+  path: pathlib.Path,
+  unit: str = "token",
 ) -> None:
   """Plots the training loss of every member of a sweep, smoothed, to a PNG file.
 
@@ -84,6 +88,7 @@ def plot_members(
     metrics: the objects of metrics.jsonl, with `step` and, while member n trains, `loss/n`.
     labels: the name of each member.
     path: the file to write.
+    unit: the unit that has a loss, in the singular.
 
   Raises:
     ValueError: if nothing was logged.
@@ -100,16 +105,16 @@ def plot_members(
     losses = [record[name] for record in metrics if name in record]
     smoothed = smooth(losses, width=max(0.5, len(losses) / 50)) if losses else []
     axes.plot(steps, smoothed, color=color, linewidth=1.5, label=label)
-  _finish(axes)
+  _finish(axes, unit)
   axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
   with outputs.whole_file(path) as partial:
     figure.savefig(partial)
 
 
-def _finish(axes: Axes) -> None:
+def _finish(axes: Axes, unit: str) -> None:
   """Adds the labels and lines around the curves."""
   axes.set_xlabel("step")
-  axes.set_ylabel("loss (nats per token)")
+  axes.set_ylabel(f"loss (nats per {unit})")
   axes.set_ylim(bottom=0)
   axes.grid(alpha=0.2)
   axes.spines[["top", "right"]].set_visible(False)

@@ -28,10 +28,12 @@ class Progress:
   Args:
     start: the steps done before, in an earlier process.
     total: the steps of the whole run.
+    unit: the unit in which a batch is counted, in the singular.
     disable: True to show nothing, as in all but one of several processes.
   """
 
-  def __init__(self, *, start: int, total: int, disable: bool = False):
+  def __init__(self, *, start: int, total: int, unit: str = "token", disable: bool = False):
+    self._unit = unit
     self._bar = _bar("train", initial=start, total=total, disable=disable)
 
   def __enter__(self) -> "Progress":
@@ -42,7 +44,8 @@ class Progress:
 
   def update(self, *, loss: float, tokens_per_second: float) -> None:
     """Moves the bar by one step."""
-    self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+    speed = f"{tokens_per_second:,.0f} {self._unit}s/s"
+    self._bar.set_postfix_str(f"loss {loss:.3f}, {speed}", refresh=False)
     self._bar.update()
 
   def say(self, what: str) -> None:
@@ -56,6 +59,7 @@ def watched(
   *,
   compiled: set | None = None,
   shape_of: Callable[[Item], tuple[int, ...]] = shape_of_tokens,
+  unit: str = "token",
   leave: bool = True,
   disable: bool = False,
 ) -> Iterator[Item]:
@@ -67,6 +71,7 @@ def watched(
     compiled: for batches, the shapes that were compiled. For a new shape the bar says that it is
       being compiled, and the shape is added.
     shape_of: the rows and the tokens of a row of a batch.
+    unit: the name of these tokens, in the singular.
     leave: True to keep the bar when it is full.
     disable: True to show nothing.
   """
@@ -75,15 +80,15 @@ def watched(
       if compiled is not None:
         shape = shape_of(item)
         new = shape not in compiled
-        bar.set_postfix_str(compiling(shape) if new else "", refresh=new)
+        bar.set_postfix_str(compiling(shape, unit) if new else "", refresh=new)
         compiled.add(shape)
       yield item
       bar.update()
 
 
-def compiling(shape: Sequence[int]) -> str:
-  """The message for batches of a new shape, (rows, length)."""
-  return f"compiling for {' × '.join(map(str, shape))} tokens"
+def compiling(shape: Sequence[int], unit: str = "token") -> str:
+  """The message for batches of a new shape, (rows, length) or (rows,)."""
+  return f"compiling for {' × '.join(map(str, shape))} {unit}s"
 
 
 @contextlib.contextmanager

@@ -27,7 +27,9 @@ Lines = Callable[[Mapping[str, Any]], list[str]]
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
 
 
-def write_report(workdir: Workdir, *, targets: str, command: str, lines: Lines) -> None:
+def write_report(
+  workdir: Workdir, *, targets: str, command: str, lines: Lines, unit: str = "token"
+) -> None:
   """Writes the page of a run in its current state and, once a step is logged, plots its losses.
 
   Args:
@@ -38,6 +40,7 @@ def write_report(workdir: Workdir, *, targets: str, command: str, lines: Lines) 
     targets: the table of what trains.
     command: the command that continues the run, or repeats it.
     lines: maps the `data` of eval.json to lines of text; raises ValueError if it is damaged.
+    unit: the unit of the counts and losses, in the singular.
 
   Raises:
     ValueError: if a file of the folder is damaged.
@@ -54,15 +57,15 @@ def write_report(workdir: Workdir, *, targets: str, command: str, lines: Lines) 
   results = read_results(workdir.evaluation) if workdir.evaluation.exists() else {}
   if logged:
     with writing(workdir.plot):
-      plot_loss(logged, workdir.plot)
+      plot_loss(logged, workdir.plot, unit)
   sections = [
     f"# {workdir.path.name}",
     _status(config["train"]["steps"], logged, finished="after" in results),
     _fenced(command, "bash"),
     _data(results, lines, workdir.evaluation),
     _results(results),
-    _curve(logged, workdir),
-    _samples(results.get("samples", ())),
+    _curve(logged, workdir, unit),
+    _samples(results.get("samples", ()), workdir),
     f"## What trains\n\n{_fenced(targets)}",
     f"## Config\n\n{_fenced(json.dumps(config, indent=2), 'json')}",
     _circumstances(),
@@ -155,7 +158,7 @@ def _results(results: Mapping[str, Any]) -> str:
   return f"## Results on {results['split']}\n\n{_table(['', *whens], rows)}"
 
 
-def _curve(logged: Sequence[Mapping[str, float]], workdir: Workdir) -> str:
+def _curve(logged: Sequence[Mapping[str, float]], workdir: Workdir, unit: str) -> str:
   if not logged:
     return ""
   losses = [line["loss"] for line in logged]
@@ -165,14 +168,20 @@ def _curve(logged: Sequence[Mapping[str, float]], workdir: Workdir) -> str:
     f"## Losses\n\n![the losses over the steps]({workdir.plot.name})\n\n"
     f"In training from {losses[0]:.3f} (step {logged[0]['step']:,}) to {losses[-1]:.3f} (step "
     f"{logged[-1]['step']:,}), the lowest {lowest['loss']:.3f} (step {lowest['step']:,}); "
-    f"{speed:,.0f} tokens/s, padding included. Every logged step is in `metrics.jsonl`, and for "
+    f"{speed:,.0f} {unit}s/s, padding included. Every logged step is in `metrics.jsonl`, and for "
     f"`tensorboard --logdir={workdir.path.name}` in `tensorboard/`."
   )
 
 
-def _samples(samples: Sequence[Mapping[str, str]]) -> str:
+def _samples(samples: Sequence[Mapping[str, str]], workdir: Workdir) -> str:
   if not samples:
     return ""
+  if workdir.picture.exists():
+    names = ", ".join(f"`{sample['prompt']}`" for sample in samples)
+    return (
+      "## Samples\n\nHeld out, with the true and the predicted class of each.\n\n"
+      f"![the samples]({workdir.picture.name})\n\nFrom the upper left, row by row: {names}."
+    )
   shown = []
   for number, sample in enumerate(samples, start=1):
     answers = [f"{name + ':':8} {text}" for name, text in sample.items() if name != "prompt"]

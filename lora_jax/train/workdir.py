@@ -12,6 +12,7 @@ runs/quickstart/
   adapter/             PEFT's layout
   eval.json            metrics before and after, and samples
   loss.png
+  samples.png          of a task on images
   tensorboard/         event files
   lock                 held while a run is alive; the system releases it when the process dies
 """
@@ -34,6 +35,7 @@ from lora_jax.io import files, json_files, outputs
 # The outputs of a run other than its config; without a config, a run would overwrite them.
 _OWN = (
   "README.md", "metrics.jsonl", "checkpoints", "adapter", "eval.json", "loss.png", "tensorboard",
+  "samples.png",
   "members", "results.md", "results.json", "report.md", "report.json", "pareto.png", "rest.jsonl",
 )  # fmt: skip
 _INPUTS = "inputs"  # the field for fingerprints in config.json; no config has a field of this name
@@ -72,6 +74,10 @@ class Workdir:
   @property
   def plot(self) -> pathlib.Path:
     return self.path / "loss.png"
+
+  @property
+  def picture(self) -> pathlib.Path:
+    return self.path / "samples.png"
 
   @property
   def tensorboard(self) -> pathlib.Path:

@@ -98,7 +98,13 @@ def test_a_checkpoint_of_a_run_is_as_large_as_what_trains_and_its_two_moments(fi
 
 def test_all_that_takes_long_is_told_of(finished):
   _, printed = finished
-  stages = ["read the data", "tokenise", "start the adapters", "answer", "save the adapter"]
+  stages = [
+    "read the data",
+    "make the examples",
+    "start the adapters",
+    "answer",
+    "save the adapter",
+  ]
   bars = ["load: ", "evaluate: ", "compiling for 8 × 16 tokens", "train: ", "saving"]
   for words in [f"{stage} ... " for stage in stages] + bars:
     assert words in printed, words
