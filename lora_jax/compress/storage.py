@@ -231,9 +231,7 @@ def load(folder: str | Path, *, scan_layers: bool = False, **options: Any) -> Pr
     params = _stacked(params) if scan_layers else params
   except ValueError as error:
     raise ValueError(f"{folder}: {error}") from None
-  # The norms are never compressed, so they have the dtype of the original model.
-  stored_dtype = nodes["norm/scale"].get("dtype", "float32")
-  return dataclasses.replace(found, params=params, stored_dtype=stored_dtype)
+  return dataclasses.replace(found, params=params)
 
 
 def _read_structure(path: Path) -> dict[str, Any]:
