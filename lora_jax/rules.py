@@ -2,7 +2,7 @@
 
 A rule takes the equation's operands, at least one of them a Weight, and its parameters by name. It
 returns the primitive's results: an array, or a Weight if the result can be one. It raises
-`NotFactored` if only the full array will do.
+`NotFactored` if it needs the full array.
 
 A rule's keyword arguments are the parameters that it knows. One without a default is required; a
 parameter that the rule does not name may change the result. If they do not match, the equation is

@@ -87,7 +87,7 @@ class Targets(dict[str, Method]):
 def axes_of(
   specs: Iterable[str], axes: Mapping[str, Axes] | None, leaves: Mapping[str, Any]
 ) -> Mapping[str, Axes] | None:
-  """The axes that were given, or else those that the specs remember.
+  """The given axes or, without any, those that the specs remember.
 
   Args:
     specs: the result of `match`, or any paths.

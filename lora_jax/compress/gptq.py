@@ -131,7 +131,7 @@ def _order_and_factor(h: np.ndarray, damping: float) -> tuple[np.ndarray, np.nda
   """The order of the columns, and the upper Cholesky factor of the inverse of H in that order."""
   diagonal = np.diagonal(h)
   order = np.argsort(-diagonal, kind="stable")
-  # Where an input is always zero any value will do; the damping makes H invertible.
+  # An input that is always zero may have any value; the damping makes H invertible.
   h = h[np.ix_(order, order)] + damping * (diagonal.mean() or 1) * np.eye(len(h))
   factor = np.linalg.cholesky(np.linalg.inv(h)).T
   return order.astype(np.int32), factor.astype(np.float32)

@@ -209,7 +209,7 @@ def read(folder: str | Path) -> tuple[str, list[Row]]:
       raise ValueError("not every step was measured at the same batch sizes")
   except (KeyError, TypeError, ValueError) as error:
     raise ValueError(
-      f"{path}: is not the report of a compression ({error!r:.200}); restore it, or compress anew "
+      f"{path}: is not the report of a compression ({error!r:.200}); restore it, or compress again "
       "into another workdir"
     ) from None
   return about, rows

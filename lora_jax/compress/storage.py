@@ -271,7 +271,7 @@ def _read_leaves(path: Path, nodes, shapes: Mapping[str, tuple[int, ...]], dtype
 
 
 def _made(stored: Stored, name: str, node: Mapping[str, Any], wanted: tuple[int, ...]) -> Any:
-  """A leaf, which must represent an array of this shape, whatever its parts are."""
+  """A leaf, which must represent an array of this shape, for any shapes of its parts."""
   try:
     leaf = _read(stored, name, node)
     found, shape = jax.eval_shape(materialize, leaf), tuple(leaf.shape)

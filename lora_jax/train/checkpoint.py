@@ -144,7 +144,7 @@ class Checkpoints:
       raise DamagedCheckpointError(
         f"{self.folder}: no checkpoint can be read. "
         + "; ".join(str(error) for error in damaged.values())
-        + f". Delete {self.folder} to begin the run anew"
+        + f". Delete {self.folder} to start the run afresh"
       )
     return None
 

@@ -27,7 +27,7 @@ class Run(NamedTuple):
 
   Attributes:
     train_step: as `lora_jax.train.step.make_train_step` returns it.
-    state, frozen, batch: its arguments. Of an array with a sharding, only the shard of one device
+    state, frozen, batch: its arguments. For an array with a sharding, only the shard of one device
       counts.
   """
 

@@ -30,7 +30,7 @@ def smooth(values: Sequence[float], *, width: float) -> np.ndarray:
   reach = min(len(values), int(np.ceil(4 * width)))
   offsets = np.arange(-reach, reach + 1)
   kernel = np.exp(-0.5 * (offsets / width) ** 2)
-  # The full convolution, cut to the values' positions, whichever of the two is longer.
+  # The full convolution, cut to the values' positions; the kernel may be longer than the values.
   place = slice(reach, reach + len(values))
   total = np.convolve(np.asarray(values, float), kernel)[place]
   return total / np.convolve(np.ones(len(values)), kernel)[place]
