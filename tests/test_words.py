@@ -59,7 +59,7 @@ WORDS = (
    "start with the subject"),
   (r"\bwhat ·+ (?:found|gave|gives|made|makes|returned|returns|wrote|writes)\b", "the result of"),
   (r"\bmeets? (?:an?|its|no|one|the) (?:group|kernel|matrix|row|Weight)s?\b", "multiplies, has"),
-  (r"\b(?<!there\s)(?:is|are) none\b|\bin vain\b|\bor else\b", "is not one, without success, otherwise"),
+  (r"\b(?<!there\s)(?:is|are) none\b|\bin vain\b|\bor else\b", "is not one, otherwise"),
   (r"\bfill(?:s|ed)? up\b", "pad"),
   (r"\bwithout a word\b", "silently"),
   (r"\bstands? for (?:an|the|this) array\b", "represents"),

@@ -26,7 +26,7 @@ from lora_jax.tree import join
 
 PyTree = Any
 Batch = dict[str, Any]
-Objective = Callable[..., tuple[jax.Array, jax.Array]]  # `(weights, batch, *beside)`
+Objective = Callable[..., tuple[jax.Array, jax.Array]]  # of `(weights, batch, *beside)`
 
 
 class State(NamedTuple):
@@ -146,7 +146,7 @@ def make_update(
   """Makes the step itself, without compiling it; see `make_train_step`.
 
   Args:
-    objective: ``(weights, batch, *beside)` -> (mean loss, tokens)`, as `completion_objective` returns
+    objective: `(weights, batch, *beside) -> (mean loss, tokens)`, as `completion_objective` returns
       it (without `beside`).
     tx: the optimizer.
     parts: the number of parts of a batch's rows, whose gradients are summed before the update; see
@@ -166,7 +166,7 @@ def make_update(
         key = jax.random.fold_in(dropout_key, state.step)
         key = key if axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
         weights = with_dropout(weights, jax.random.fold_in(key, part))
-      return objective`(weights, batch, *beside)`
+      return objective(weights, batch, *beside)
 
     (loss, tokens), grads = accumulated(loss_of, parts)(state.trainable, batch)
     if axis_name is not None:

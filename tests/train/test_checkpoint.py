@@ -245,7 +245,9 @@ def test_when_no_checkpoint_can_be_read_all_stay_where_they_are(tmp_path):
     truncate(tmp_path / str(step) / "record" / "metadata")
   with (
     open_checkpoints(tmp_path) as checkpoints,
-    pytest.raises(DamagedCheckpointError, match=r"(?s)no checkpoint can be read.*/2: .*/1: .*afresh"),
+    pytest.raises(
+      DamagedCheckpointError, match=r"(?s)no checkpoint can be read.*/2: .*/1: .*afresh"
+    ),
   ):
     checkpoints.restore(states[1])
   assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
