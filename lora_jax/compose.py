@@ -170,7 +170,7 @@ def _roles(path: str, adapter: Adapted, leaf: Any) -> str:
     return "io"
   raise ValueError(
     f"{path}: {type(adapter).__name__} marks no axis of {tuple(leaf.shape)} as an input or output, "
-    "so its change is not a matrix; leave this path out, and keep it as it is"
+    "so its change is not a matrix; leave this path out, and keep it unchanged"
   )
 
 

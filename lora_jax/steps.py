@@ -71,7 +71,7 @@ def conv_general_dilated(eqn, ins, notes):
   inputs = numbers.rhs_spec[1:]
   groups = parameter(eqn, "feature_group_count")
   notes.use(ins[1], "conv_general_dilated", inputs, (), rows, ins[0].source, groups)
-  notes.stop(ins[:1], "conv_general_dilated, as what is convolved")
+  notes.stop(ins[:1], "conv_general_dilated, as its input")
 
 
 # ---- steps that move or slice axes

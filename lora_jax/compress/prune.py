@@ -101,7 +101,7 @@ def n_of_m(n: int, m: int) -> Pattern:
   def pattern(path, scores):
     stack, d, k = scores.shape
     if d % m:
-      raise ValueError(f"{path}: has {d} inputs, which is no multiple of {m}; leave it out")
+      raise ValueError(f"{path}: has {d} inputs, which are no multiple of {m}; leave it out")
     kept = _ranks(scores.reshape(stack, d // m, m, k), axis=2) >= m - n
     return kept.reshape(stack, d, k)
 

@@ -70,7 +70,7 @@ def full(
       ending = next((x for x in saved if owner not in saved and owner.endswith(x)), None)
       if ending:
         raise ValueError(
-          f"{ending} is trained in full, and PEFT would take {owner} for it, whose name ends so too"
+          f"{ending} is trained in full, but PEFT would match {owner} too, whose name ends with it"
         )
   saved = _whole_heads(saved, adapted, modules)
   names = {next((x for x in HEADS if is_within(owner, x)), owner) for owner in saved}

@@ -103,7 +103,7 @@ def read_results(path: pathlib.Path) -> dict[str, Any]:
 def damaged(path: pathlib.Path, error: ValueError) -> ValueError:
   """The error for an eval.json with unexpected contents."""
   return ValueError(
-    f"{path}: is not what a run keeps of its evaluation ({error}); delete it, and the same command "
+    f"{path}: does not hold a run's evaluation ({error}); delete it, and the same command "
     "measures again"
   )
 

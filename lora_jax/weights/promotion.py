@@ -3,7 +3,7 @@
 JAX's own promotion depends on a user setting and does not cover float8. The dtypes here follow from
 the operands alone:
 
-- bfloat16, float32 and wider dtypes stay what they are.
+- bfloat16, float32 and wider dtypes stay unchanged.
 - float16 and float8 have too little range for the values between two factors, so thin products and
   sums with them are computed in float32. Only the result is rounded.
 """
