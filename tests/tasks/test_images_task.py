@@ -15,7 +15,7 @@ from peers import peft, torch, transformers
 from PIL import Image
 
 import lora_jax
-from configs import images
+from configs import classify, images
 from experiments import methods, parts
 from lora_jax import exchange
 from lora_jax.io import export, pretrained
@@ -185,10 +185,11 @@ def test_a_new_head_takes_the_place_of_one_or_of_two(tmp_path):
     made.config.pooling == "token" and not {"distillation_head", "token_head"} & made.params.keys()
   )
   assert made.params["head"]["kernel"].shape == (32, 2) and not made.params["head"]["bias"].any()
-  shapes = heads.with_head(
-    dataclasses.replace(found, params=jax.eval_shape(lambda: found.params)), ("a", "b"),
+  shapes = heads.add(
+    dataclasses.replace(found, params=jax.eval_shape(lambda: found.params)),
     jax.random.key(0),
-  )  # fmt: skip
+    ("a", "b"),
+  )
   assert jax.tree.map(jnp.shape, shapes.params) == jax.tree.map(jnp.shape, made.params)
 
 
@@ -232,9 +233,7 @@ def test_texts_and_images_do_not_take_each_other_s_models(config):
   task = parts.make_task(config)
   with pytest.raises(ValueError, match="takes no images of 3 colours"):
     task.of_model(pretrained.inspect(pretrained.DEFAULT))
-  from configs import quickstart
-
-  of_text = parts.make_task(quickstart.get_config())
+  of_text = parts.make_task(classify.get_config())
   with pytest.raises(ValueError, match="takes no text, and the task is on text"):
     of_text.of_model(parts.read_shapes(config.model))
 
