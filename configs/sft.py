@@ -67,7 +67,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   train = config.train
   train.steps = 40  # nine tenths of the conversations
   train.batch_size = 4  # rows of a step, 2,560 tokens
-  train.accumulate = 2  # two rows at a time
+  train.accumulate = 4  # a row at a time
   train.checkpoint_every = 20  # steps; in full fine-tuning each is 1.6 GB
   train.keep = 1 if args["full"] else 2
 

@@ -215,33 +215,32 @@ def converse(talk: Talk) -> None:
   with hear_interrupts() as interrupts:
     while True:
       try:
-        line = input(_TURN) if is_terminal else sys.stdin.readline()
-        if not is_terminal and not line:
-          return
+        with interrupts.ending_a_line():
+          line = input(_TURN) if is_terminal else sys.stdin.readline()
       except EOFError:
         print()
         return
       except _Interrupt:
-        interrupts.in_a_row += 1
         if interrupts.in_a_row > 1:
           print()
           return
         print("\n(Ctrl-C again leaves, as does /exit)")
         continue
+      if not is_terminal and not line:
+        return
       interrupts.in_a_row = 0
-      line = line.rstrip("\r\n")
-      if not line.strip():
+      line = line.rstrip()
+      if not line:
         continue
       if not is_terminal:
         print(f"{_TURN}{line}")
-      if line.strip() == "/exit":
+      if line == "/exit":
         return
       if line.startswith("/"):
-        print(talk.command(line.strip()), flush=True)
+        print(talk.command(line), flush=True)
         continue
-      with interrupts.only_noted():
-        for piece in talk.answer(line.strip(), lambda: interrupts.in_a_row > 0):
-          print(printable(piece), end="", flush=True)
+      for piece in talk.answer(line.strip(), lambda: interrupts.in_a_row > 0):
+        print(printable(piece), end="", flush=True)
       print(flush=True)
 
 
@@ -254,21 +253,21 @@ class _Interrupts:
 
   def __init__(self):
     self.in_a_row = 0
-    self._is_noted = False
+    self._ends_a_line = False
 
   def hear(self, *unused: Any) -> None:
-    if not self._is_noted:
-      raise _Interrupt
     self.in_a_row += 1
+    if self._ends_a_line:
+      raise _Interrupt
 
   @contextlib.contextmanager
-  def only_noted(self) -> Iterator[None]:
-    """Within, Ctrl-C is counted and interrupts nothing."""
-    self._is_noted = True
+  def ending_a_line(self) -> Iterator[None]:
+    """Within, Ctrl-C raises `_Interrupt`. Elsewhere it is counted."""
+    self._ends_a_line = True
     try:
       yield
     finally:
-      self._is_noted = False
+      self._ends_a_line = False
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from lora_jax.data import chat_templates, chat_tokens
 from lora_jax.data.messages import Conversation
 from lora_jax.io.pretrained import Pretrained
 from lora_jax.tasks import Task
-from lora_jax.tasks.writing import Talk
+from lora_jax.tasks.writing import ChatFormat
 from lora_jax.train import workdir
 
 PyTree = Any
@@ -56,12 +56,12 @@ class Speaker:
       ValueError: for a template that does not do, and a run whose task writes no texts.
       FileNotFoundError: for a file that is not there.
     """
-    talk = self.task.talk if self.task else Talk()
+    format = self.task.chat_format if self.task else ChatFormat()
     if date:
       chat_templates.check_date("--date", date)
-    date = date or talk.date or datetime.date.today().isoformat()
+    date = date or format.date or datetime.date.today().isoformat()
     tokenizer = self.shapes.tokenizer
-    with chat_templates.renderers(tokenizer, template or talk.template, date) as renderer:
+    with chat_templates.renderers(tokenizer, template or format.template, date) as renderer:
       yield Prompts(tokenizer, renderer)
 
 

@@ -41,14 +41,13 @@ STRUCTURE, TENSORS = "compressed.json", "compressed.safetensors"
 VERSION = 1
 KINDS = {kind.__name__: kind for kind in (Factored, Pruned, Quantized)}
 
-# The dtypes that an array may have, and as what numpy's safetensors hold those that they lack.
+# The dtypes of arrays, and as what numpy's safetensors hold those that they lack.
 _DTYPES = {
   "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16,
   "int8": np.int8, "uint8": np.uint8, "bool": np.bool_,
   "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
 }  # fmt: skip
 _AS_BYTES = ("bool", "float8_e4m3fn")
-# What the codes of levels are.
 _CODES = {
   "nf4": "uint8", "int4": "uint8", "int8": "int8", "uint8": "uint8", "fp8": "float8_e4m3fn",
 }  # fmt: skip
@@ -189,10 +188,9 @@ def inspect(
     if not len(structure["leaves"]) >= config.num_layers:  # or the model would be traced endlessly
       raise ValueError(f"there are {config.num_layers} layers and fewer leaves")
     tokenizer = from_folder(folder)
-    if tokenizer.vocab_size > config.vocab_size:
+    if (most := tokenizer.vocab_size) > config.vocab_size:
       raise ValueError(
-        f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the embedding only "
-        f"{config.vocab_size} rows"
+        f"the tokenizer has ids up to {most - 1}, the embedding only {config.vocab_size} rows"
       )
     shapes = families.param_shapes(config)
   except ValueError as error:

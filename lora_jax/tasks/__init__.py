@@ -32,7 +32,7 @@ from lora_jax.tasks.completion import Completion
 from lora_jax.tasks.embedding import Embedding
 from lora_jax.tasks.images import Images
 from lora_jax.tasks.regression import Regression
-from lora_jax.tasks.writing import Talk
+from lora_jax.tasks.writing import ChatFormat
 from lora_jax.train.step import Batch, Objective
 
 PyTree = Any
@@ -180,7 +180,7 @@ class Task(Protocol):
     """The tokens of the longest answer; None where the answers are not given."""
 
   @property
-  def talk(self) -> Talk:
+  def chat_format(self) -> ChatFormat:
     """How conversations with the model are written; raises ValueError for a task that writes no
     texts."""
 

@@ -18,7 +18,7 @@ from lora_jax.checks import shown
 from lora_jax.data import chat, chat_templates, chat_tokens, conversations, records
 from lora_jax.data.examples import Example
 from lora_jax.io.pretrained import Pretrained
-from lora_jax.tasks.writing import Talk, Text, Writing
+from lora_jax.tasks.writing import ChatFormat, Text, Writing
 from lora_jax.train import generation
 
 _COUNTS = ("conversations", "examples", "cut", "left_out", "longest", "learnt", "tokens")
@@ -140,8 +140,8 @@ class Chat(Writing):
     """None: answers are free."""
 
   @property
-  def talk(self) -> Talk:
-    return Talk(self.template, self.date)
+  def chat_format(self) -> ChatFormat:
+    return ChatFormat(self.template, self.date)
 
 
 def _words_of(split: Mapping[str, int]) -> str:

@@ -177,5 +177,5 @@ class Classification(Texts):
     raise ValueError("the task classification writes no texts; use experiments.evaluate")
 
   @property
-  def talk(self) -> NoReturn:
+  def chat_format(self) -> NoReturn:
     raise ValueError("the task classification writes no texts; use experiments.evaluate")

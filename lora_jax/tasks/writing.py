@@ -14,7 +14,7 @@ PyTree = Any
 Text = dict[str, Any]
 
 
-class Talk(NamedTuple):
+class ChatFormat(NamedTuple):
   """How conversations with a model are written, as `lora_jax.data.chat_templates` takes it.
 
   template: of the model by its name, or a file; None for the model's own.
@@ -43,9 +43,9 @@ class Writing(Texts):
     return self.model.tokenizer.stop_ids
 
   @property
-  def talk(self) -> Talk:
+  def chat_format(self) -> ChatFormat:
     """How conversations with the model are written."""
-    return Talk()
+    return ChatFormat()
 
   def decode_prompt(self, tokens: Sequence[int]) -> str:
     """A prompt, for people."""

@@ -11,7 +11,7 @@ import tiny_experiment
 from main_programs import run
 from peers import peft, torch, transformers
 
-from lora_jax.io import gguf, pretrained, safetensors
+from lora_jax.io import pretrained, safetensors
 
 WORDS = {"buckets": (32, 96), "max_length": 97}  # a token is about a letter
 
@@ -60,13 +60,15 @@ def test_a_family_is_planned_trained_evaluated_and_exported(tmp_path, name):
   tokens = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
   with torch.no_grad():
     torch.testing.assert_close(merged(tokens).logits, adapted(tokens).logits, atol=1e-4, rtol=1e-4)
-  to_gguf = ("export", f"--workdir={workdir}", "--to=gguf", f"--output={tmp_path / 'a.gguf'}")
-  if name == "Gemma 3":
-    run(*to_gguf)
-    assert gguf.read(tmp_path / "a.gguf").metadata["general.architecture"] == "gemma3"
-  if name == "Gemma 4":
-    printed = run(*to_gguf, fails=True)
-    assert "GGUF files of the family 'gemma4_text' are not supported" in printed
+  refused = {
+    "Gemma 3": "llama.cpp's architecture 'gemma3' has no local_layers=(True, True, False)",
+    "Gemma 4": "GGUF files of the family 'gemma4_text' are not supported",
+  }
+  if name in refused:
+    printed = run(
+      "export", f"--workdir={workdir}", "--to=gguf", f"--output={tmp_path / 'a.gguf'}", fails=True
+    )
+    assert refused[name] in printed
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ def trained(config, run):
 def test_it_writes_no_texts(config):
   task = parts.make_task(config)
   with pytest.raises(ValueError, match="the task classification writes no texts; use experiments"):
-    _ = task.talk
+    _ = task.chat_format
 
 
 def logits_of(base, weights):
