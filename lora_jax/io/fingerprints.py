@@ -31,8 +31,8 @@ def of(source: str | Path) -> dict[str, str]:
   """Returns `{name of a file: fingerprint}` of what a source holds.
 
   source: as `assets.resolve` takes it. Of a model's or an adapter's folder only the files that are
-    read count; of another one all files in it and in its folders. A release on PyPI never changes, so a file of one is not
-    looked at.
+    read count; of another one all files in it and in its folders. A release on PyPI never changes,
+    so a file of one is not looked at.
 
   Raises what `assets.resolve` does, and ValueError for an index of tensors that is damaged and for
   a file that changes while it is read.

@@ -311,19 +311,45 @@ def test_predict_answers_for_a_picture_and_for_a_folder_of_them(run, config, tmp
     task.asked("a text")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["ViT", "DINOv2", "ResNet"])
-def test_a_family_is_planned_trained_evaluated_and_exported_by_commands(tmp_path, name):
-  config = write(tmp_path, name)
+def config_file(folder, name):
+  """The file of a config as `write` makes it."""
+  config = write(folder, name)
   fields = {x: config[x].to_dict() for x in ("model", "data", "task", "train", "evaluation")}
-  path = tmp_path / "config.py"
+  path = folder / "config.py"
+  model = "mobilenet" if name == "ResNet" else "vit"
   path.write_text(
     "from configs import images\n\ndef get_config(text=''):\n"
-    f"  config = images.get_config('cifar,model={'vit' if name != 'ResNet' else 'mobilenet'}')\n"
+    f"  config = images.get_config('cifar,model={model}')\n"
     f"  for name, values in {fields!r}.items():\n    config[name].update(values)\n"
     f"  config.adapter.targets = {tuple(config.adapter.targets)!r}\n"
     f"  config.optimizer.peak, config.optimizer.warmup_steps = 2e-2, 1\n  return config\n"
   )
+  return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ViT", "ResNet"])
+def test_two_devices_make_what_one_makes(tmp_path, name):
+  config, losses = config_file(tmp_path, name), {}
+  meshes = {"one": {}, "rows": {"data": 2}, "layers": {"data": 1, "fsdp": 2}}
+  meshes |= {"columns": {"data": 1, "tensor": 2}} if name == "ViT" else {}
+  for label, mesh in meshes.items():
+    folder = tmp_path / label
+    how = [f"--config.mesh.{axis}={count}" for axis, count in mesh.items()]
+    main_programs.run(
+      "train", f"--config={config}", f"--workdir={folder}", "--config.train.steps=3", *how,
+      JAX_NUM_CPU_DEVICES="2" if mesh else "1",
+    )  # fmt: skip
+    found = json.loads((folder / "eval.json").read_text())
+    losses[label] = [found["before"]["loss"], found["after"]["loss"]]
+  for label in losses:
+    assert losses[label] == pytest.approx(losses["one"], rel=1e-4), label
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ViT", "DINOv2", "ResNet"])
+def test_a_family_is_planned_trained_evaluated_and_exported_by_commands(tmp_path, name):
+  path = config_file(tmp_path, name)
   folder = tmp_path / "run"
   assert "it fits" in main_programs.run("plan", f"--config={path}")
   printed = main_programs.run("plan", f"--config={path}", "--compile=here")
