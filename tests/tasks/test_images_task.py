@@ -364,3 +364,25 @@ def test_a_family_is_planned_trained_evaluated_and_exported_by_commands(tmp_path
   main_programs.run("export", f"--workdir={folder}", "--to=artifact", artifact, "--length=28")
   printed = main_programs.run("generate", f"--workdir={folder}", "--prompt=a", fails=True)
   assert "writes no text" in printed
+
+
+def test_a_folder_of_one_s_own_is_a_config_by_its_name(tmp_path):
+  found = pictures(60, 7)
+  for n, (picture, label) in enumerate(zip(found["images"], found["labels"], strict=True)):
+    folder = tmp_path / LABELS[label]
+    folder.mkdir(exist_ok=True)
+    Image.fromarray(picture).save(folder / f"{n}.png")
+  config = images.get_config(f"data={tmp_path},model=mobilenet")
+  assert config.task.labels == LABELS
+  task = parts.make_task(config)
+  splits = parts.load_records(config.data, task)
+  assert (
+    sum(map(len, splits.values())) == 60 and len(splits) == 3 and min(map(len, splits.values()))
+  )
+  for text in ("", "cifar,pneumonia", f"cifar,data={tmp_path}"):
+    with pytest.raises(ValueError, match="give one of :cifar, :pneumonia and :data"):
+      images.get_config(text)
+  with pytest.raises(ValueError, match="is no folder"):
+    images.get_config("data=nowhere")
+  with pytest.raises(ValueError, match="the model 'resnet' is unknown"):
+    images.get_config("cifar,model=resnet")
