@@ -74,7 +74,7 @@ def save(
   folder: str | Path,
   params: Mapping[str, Any],
   config: families.Config,
-  tokenizer: Tokenizer,
+  tokenizer: Tokenizer | None,
   *,
   steps: Sequence[str] = (),
 ) -> None:
@@ -83,7 +83,7 @@ def save(
   Args:
     folder: to write.
     params: nested dicts of arrays and of Weights of the kinds in KINDS, layers unstacked.
-    config, tokenizer: of the model.
+    config, tokenizer: of the model; None for one that takes no text.
     steps: what was done to it, in order, as `steps_of` gives it back.
 
   Raises:
@@ -104,13 +104,15 @@ def save(
       "version": VERSION, "steps": list(steps), "value_dim": value_dim, "leaves": nodes,
     }  # fmt: skip
     dense = config if value_dim is None else dataclasses.replace(config, value_dim=None)
-    described = dict(tokenizer.files.config) | families.family_of(dense).write_config(dense)
+    said = dict(tokenizer.files.config) if tokenizer else {}
+    described = said | families.family_of(dense).write_config(dense)
     written = {STRUCTURE: structure, "config.json": described}
-    if tokenizer.files.generation is not None:
+    if tokenizer and tokenizer.files.generation is not None:
       written["generation_config.json"] = dict(tokenizer.files.generation)
     for name, fields in written.items():
       outputs.write_text(partial / name, json.dumps(fields, indent=1) + "\n")
-    tokenizer.save(partial)
+    if tokenizer:
+      tokenizer.save(partial)
 
 
 def size(params: Mapping[str, Any]) -> int:
@@ -187,8 +189,8 @@ def inspect(
     config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype, **options)
     if not len(structure["leaves"]) >= config.num_layers:  # or the model would be traced endlessly
       raise ValueError(f"there are {config.num_layers} layers and fewer leaves")
-    tokenizer = from_folder(folder)
-    if (most := tokenizer.vocab_size) > config.vocab_size:
+    tokenizer = from_folder(folder) if families.family_of(config).has_tokenizer else None
+    if tokenizer and (most := tokenizer.vocab_size) > config.vocab_size:
       raise ValueError(
         f"the tokenizer has ids up to {most - 1}, the embedding only {config.vocab_size} rows"
       )
@@ -230,9 +232,7 @@ def load(folder: str | Path, *, scan_layers: bool = False, **options: Any) -> Pr
     params = _stacked(params) if scan_layers else params
   except ValueError as error:
     raise ValueError(f"{folder}: {error}") from None
-  # The norms are never compressed, and were in the dtype of the model that was.
-  stored_dtype = nodes["norm/scale"].get("dtype", "float32")
-  return dataclasses.replace(found, params=params, stored_dtype=stored_dtype)
+  return dataclasses.replace(found, params=params)
 
 
 def _read_structure(path: Path) -> dict[str, Any]:
