@@ -137,6 +137,7 @@ def main(argv):
       length=_LENGTH.value,
       platforms=_PLATFORMS.value,
       tokenizer=found.tokenizer,
+      options=found.family.options(found.config),
     )
   for stored in sorted(set(wider.values())):
     listed = ", ".join(name for name in wider if wider[name] == stored)

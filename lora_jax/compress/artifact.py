@@ -11,9 +11,13 @@ Whoever has JAX and safetensors runs it, on any of the platforms that it was low
     program = jax.export.deserialize(bytearray(open("program.bin", "rb").read()))
     params = safetensors.numpy.load_file("params.safetensors")
     logits = program.call(params, tokens)               # int32 [rows, length], padded on the right
+
+An encoder's program also takes which tokens are no padding, bool, and, where its config has types
+of tokens, which text of a pair each belongs to, int32: `program.call(params, tokens, mask, types)`.
 """
 
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from lora_jax import tree
 from lora_jax.io import outputs, safetensors
@@ -41,6 +46,7 @@ def save(
   length: int,
   platforms: Sequence[str] = ("cpu",),
   tokenizer: Tokenizer | None = None,
+  options: Mapping[str, DTypeLike] = types.MappingProxyType({}),
 ) -> None:
   """Writes a folder with a model's forward pass, new or empty, which appears whole or not at all.
 
@@ -52,6 +58,8 @@ def save(
     rows, length: of the tokens that the program takes, int32 [rows, length].
     platforms: what it is lowered for: "cpu", "cuda", "tpu".
     tokenizer: of the model, to be written beside it.
+    options: {name: dtype} of what `apply` takes by name besides the tokens, of their shape; the
+      program takes them after these, in this order.
 
   Raises:
     FileExistsError: when the folder holds something.
@@ -62,13 +70,15 @@ def save(
   arrays = {name: _as_stored(np.asarray(leaf)) for name, leaf in leaves.items()}
   structure = jax.tree.structure(params)
 
-  def forward(arrays, tokens):
+  def forward(arrays, tokens, *others):
     leaves = [_as_used(arrays[name], dtype) for name, dtype in dtypes.items()]
-    return apply({"params": jax.tree.unflatten(structure, leaves)}, tokens)
+    named = dict(zip(options, others, strict=True))
+    made = apply({"params": jax.tree.unflatten(structure, leaves)}, tokens, **named)
+    return tuple(made) if isinstance(made, tuple) else made  # no class of this package's
 
   shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
-  tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-  program = jax.export.export(jax.jit(forward), platforms=tuple(platforms))(shapes, tokens)
+  given = [jax.ShapeDtypeStruct((rows, length), x) for x in (jnp.int32, *options.values())]
+  program = jax.export.export(jax.jit(forward), platforms=tuple(platforms))(shapes, *given)
   with outputs.whole_folder(folder) as partial:
     outputs.write_bytes(partial / PROGRAM, program.serialize())
     safetensors.save_file(arrays, partial / PARAMS)
