@@ -368,10 +368,12 @@ def process_rows(config: ConfigDict, mesh: Mesh) -> dict[str, int]:
 def gather(adapters: Mapping[str, lora_jax.Adapted], params: PyTree) -> tuple:
   """The adapters, and the base with those of its leaves that are saved with them, as numpy arrays
   that are whole on every process."""
-  leaves = tree.flatten(params)
+  leaves = tree.flatten(params, is_leaf=weights.is_weight)
   saved = {path: leaves[path] for path, x in adapters.items() if isinstance(x, _SAVED_WITH_BASE)}
   adapters, saved = sharding.gather((dict(adapters), saved))
-  return adapters, tree.replace(params, saved)
+  return adapters, tree.map_with_path(
+    lambda path, leaf: saved.get(path, leaf), params, is_leaf=weights.is_weight
+  )
 
 
 def make_model(config: families.Config) -> nn.Module:

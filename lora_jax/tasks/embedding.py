@@ -114,24 +114,24 @@ class Embedding(EncodedTexts):
 
   def _pairs(self, apply: Callable) -> Callable[[PyTree, Batch], jax.Array]:
     embed = self.vectors(apply)
-    return lambda weights, batch: embed(weights, batch).reshape(len(batch["weight"]), 2, -1)
+    return lambda weights, batch: embed(weights, batch).reshape(len(batch["weights"]), 2, -1)
 
   def objective(self, apply: Callable) -> Objective:
     embed = self._pairs(apply)
 
     def objective(weights: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array]:
-      losses_B = self._losses(embed(weights, batch), batch)
-      rows = jnp.sum(batch["weight"])
-      return jnp.sum(losses_B * batch["weight"]) / jnp.where(rows > 0, rows, 1), rows
+      losses_B1 = self._losses(embed(weights, batch), batch)
+      rows = jnp.sum(batch["weights"])
+      return jnp.sum(losses_B1 * batch["weights"]) / jnp.where(rows > 0, rows, 1), rows
 
     return objective
 
   def _losses(self, pairs_B2D: jax.Array, batch: Batch) -> jax.Array:
-    """The cross-entropy of each row's second text among those of all rows."""
+    """The cross-entropy of each row's second text among those of all rows, [B, 1]."""
     logits_BB = pairs_B2D[:, 0] @ pairs_B2D[:, 1].T / self.temperature
     # A row that fills the batch is no text to choose.
-    logits_BB = jnp.where(batch["weight"] > 0, logits_BB, jnp.finfo(jnp.float32).min)
-    return jax.nn.logsumexp(logits_BB, axis=-1) - jnp.diagonal(logits_BB)
+    logits_BB = jnp.where(batch["weights"][:, 0] > 0, logits_BB, jnp.finfo(jnp.float32).min)
+    return (jax.nn.logsumexp(logits_BB, axis=-1) - jnp.diagonal(logits_BB))[:, None]
 
   def make_eval_step(self, apply: Callable) -> Callable:
     embed = self._pairs(apply)
@@ -139,18 +139,18 @@ class Embedding(EncodedTexts):
     @jax.jit
     def step(weights: PyTree, batch: Batch) -> dict[str, jax.Array]:
       pairs_B2D = embed(weights, batch)
-      alike_B = batch["weight"] * (batch["target"] >= self.positive)
-      kept = {name: batch[name] for name in ("target", "weight")}
+      alike_B1 = batch["weights"] * (batch["targets"] >= self.positive)
+      kept = {name: batch[name] for name in ("targets", "weights")}
       return kept | {
-        "cosine": jnp.sum(pairs_B2D[:, 0] * pairs_B2D[:, 1], axis=-1),
+        "cosine": jnp.sum(pairs_B2D[:, 0] * pairs_B2D[:, 1], axis=-1, keepdims=True),
         "loss": self._losses(pairs_B2D, batch),
-        "alike": alike_B,
+        "alike": alike_B1,
       }
 
     return step
 
   def metrics(self, outputs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    cosines, wanted, losses, alike = scores.rows_of(outputs, "cosine", "target", "loss", "alike")
+    cosines, wanted, losses, alike = scores.rows_of(outputs, "cosine", "targets", "loss", "alike")
     count = alike.sum()
     loss = float(losses.astype(np.float64) @ alike / count) if count else math.nan
     known = scores.correlations(cosines, wanted) if self.label else {}
