@@ -41,6 +41,8 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.", 0, checks.MAX_SEED)
 _FETCH = flags.DEFINE_bool(
   "fetch", False, "Download what the run's config.json names, where it is not on this machine."
 )
+_INSTEAD = "experiments.predict answers by a run of it"
+
 _CACHE = flags.DEFINE_bool("cache", True, "Keep keys and values; without, the same but slow.")
 
 
@@ -95,14 +97,14 @@ def main(argv):
 def load() -> tuple[pretrained.Pretrained, PyTree, int | None]:
   """What the flags name, its weights as they are used, and the tokens of a run's longest choice."""
   if _SOURCE.value:
-    parts.check_writes(_SOURCE.value)
+    parts.check_writes(_SOURCE.value, _INSTEAD)
     found = parts.load_source(_SOURCE.value)
     weights, longest_choice = found.params, None
   else:
     run, config = parts.open_run(_WORKDIR.value)
     inputs.require_of(run, config, ["model.source"], fetch=_FETCH.value)
     inputs.warn_of_changes(run, config, ["model.source"])
-    parts.check_writes(config.model.source)
+    parts.check_writes(config.model.source, _INSTEAD)
     found = methods.load_base(config)
     axes = parts.trace_axes(parts.make_model(found.config), found.params)
     table = found.table

@@ -261,16 +261,15 @@ def load_source(source: str) -> pretrained.Pretrained:
   return pretrained.load(source, scan_layers=True)
 
 
-def check_writes(source: str) -> None:
-  """Raises ValueError for a model that writes no texts, before its weights are loaded."""
+def check_writes(source: str, instead: str) -> None:
+  """Raises ValueError for a model that writes no texts, before its weights are loaded; `instead` is
+  the remedy."""
   if storage.is_compressed(source):
     config = model_files.read_config(pathlib.Path(source).expanduser(), families.FAMILIES)
   else:
     config = pretrained.inspect(source).config
   if families.family_of(config).init_cache is None:
-    raise ValueError(
-      f"{source}: a {config.family!r} generates no text; experiments.predict answers by a run of it"
-    )
+    raise ValueError(f"{source}: a {config.family!r} generates no text; {instead}")
 
 
 def _load_compressed(model: ConfigDict, mesh: Mesh | None = None) -> pretrained.Pretrained:

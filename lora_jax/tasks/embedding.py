@@ -80,7 +80,13 @@ class Embedding(EncodedTexts):
   # ---- batches, of the pairs that are alike in training
 
   def _alike(self, found: Sequence[EncodedExample]) -> list[EncodedExample]:
-    return [example for example in found if example.target >= self.positive]
+    alike = [example for example in found if example.target >= self.positive]
+    if not alike:
+      raise ValueError(
+        f"task.positive {self.positive:g}: no pair to train on has a score of at least that; use a "
+        "lower one"
+      )
+    return alike
 
   def train_batches(
     self, found: Sequence[EncodedExample], batch_size: int, *, seed: int, **rows: int
@@ -91,11 +97,7 @@ class Embedding(EncodedTexts):
     return super().summary(self._alike(found), batch_size)
 
   def describe(self, **found: Sequence[EncodedExample]) -> dict[str, Any]:
-    if "training" in found and not self._alike(found["training"]):
-      raise ValueError(
-        f"task.positive {self.positive:g}: no pair to train on has a score of at least that; use a "
-        "lower one"
-      )
+    self._alike(found["training"])  # refuses it where there are none
     return super().describe(**found)
 
   # ---- training and evaluation

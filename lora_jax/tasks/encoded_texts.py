@@ -60,8 +60,13 @@ class EncodedTexts:
   def check(self, rows: Sequence[records.Record]) -> None:
     for name, template in self._templates().items():
       templates.check(template, rows, name)
+    texts = {name: x for name, x in self._templates().items() if name != "label"}
     for number, row in enumerate(rows):
       self.target(row, f"record {number}")
+      if blank := [name for name, x in texts.items() if not templates.fill(x, row).strip()]:
+        raise ValueError(
+          f"record {number}: its {blank[0]} is empty; add some text, or leave the record out"
+        )
 
   def target(self, row: records.Record, where: str) -> int | float:
     """What is wanted of a record; raises ValueError for what its label cannot be."""

@@ -330,9 +330,11 @@ def test_what_cannot_be_learned_is_refused_before_weights_are_loaded(
 @pytest.mark.parametrize(
   ("record", "words"),
   [
-    ({"label": "neither"}, "record 160: its label 'neither' is none of task.labels"),
+    ({"label": "neither"}, r"bad.jsonl: record 160: its label 'neither' is none of task.labels"),
     ({"label": None}, "column 'label' of record 160 holds a NoneType"),
-    ({"text": " "}, r"record \d+: the text ' ' has no tokens; add some text"),
+    ({"text": " "}, r"bad.jsonl: record 160: its text is empty; add some text"),
+    ({"other": ""}, r"bad.jsonl: record 160: its pair is empty"),
+    ({"text": "\u0000"}, r"record \d+: the text '.x00' has no tokens; add some text"),
   ],
 )
 def test_a_bad_record_is_named_before_weights_are_loaded(
