@@ -84,14 +84,14 @@ def compress(config: ConfigDict, folder: pathlib.Path):
   source = config.model.source
   done = storage.steps_of(source) if storage.is_compressed(source) else ()
   compression_checks.check_config(config, done)
+  parts.check_writes(
+    parts.read_shapes(config.model),
+    "a compression is calibrated and measured by text that a model goes on with: compress another by "
+    "the functions of lora_jax.compress, and save it by lora_jax.compress.storage",
+  )
   if (folder / "model").exists():
     raise FileExistsError(f"{folder / 'model'}: is there already; use another workdir")
   pretrained = parts.load_model(config.model)
-  if pretrained.tokenizer is None:
-    raise ValueError(
-      f"model.source {source}: is a {pretrained.config.family!r}, and a compression is calibrated "
-      "and measured by text; in your own code `lora_jax.compress` takes any tree"
-    )
   most, prompt = pretrained.config.max_length, config.report.prompt
   texts.check_positions(
     pretrained.config, config.text.length, f"text.length {config.text.length}", most

@@ -138,6 +138,7 @@ def main(argv):
       inputs=found.family.inputs(found.config, _ROWS.value, _LENGTH.value),
       platforms=_PLATFORMS.value,
       tokenizer=found.tokenizer,
+      options=found.family.options(found.config),
     )
   for stored in sorted(set(wider.values())):
     listed = ", ".join(name for name in wider if wider[name] == stored)

@@ -260,13 +260,11 @@ def load_source(source: str) -> pretrained.Pretrained:
   return pretrained.load(source, scan_layers=None)
 
 
-def check_writes(found: pretrained.Pretrained) -> None:
-  """Raises ValueError for a model that writes no texts, of which shapes are enough."""
+def check_writes(found: pretrained.Pretrained, instead: str) -> None:
+  """Raises ValueError for a model that writes no texts, of which shapes are enough; `instead` is
+  the remedy."""
   if found.family.init_cache is None:
-    raise ValueError(
-      f"{found.source}: a {found.config.family!r} generates no text; experiments.predict answers "
-      "by a run of it"
-    )
+    raise ValueError(f"{found.source}: a {found.config.family!r} generates no text; {instead}")
 
 
 def _load_compressed(model: ConfigDict, mesh: Mesh | None = None) -> pretrained.Pretrained:
@@ -364,10 +362,12 @@ def process_rows(config: ConfigDict, mesh: Mesh) -> dict[str, int]:
 def gather(adapters: Mapping[str, lora_jax.Adapted], params: PyTree) -> tuple:
   """The adapters, and the base with those of its leaves that are saved with them, as numpy arrays
   that are whole on every process."""
-  leaves = tree.flatten(params)
+  leaves = tree.flatten(params, is_leaf=weights.is_weight)
   saved = {path: leaves[path] for path, x in adapters.items() if isinstance(x, _SAVED_WITH_BASE)}
   adapters, saved = sharding.gather((dict(adapters), saved))
-  return adapters, tree.replace(params, saved)
+  return adapters, tree.map_with_path(
+    lambda path, leaf: saved.get(path, leaf), params, is_leaf=weights.is_weight
+  )
 
 
 def make_model(config: families.Config) -> nn.Module:

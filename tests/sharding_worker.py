@@ -105,8 +105,8 @@ def texts(number: int):
     "tokens": tokens.astype(np.int32),
     "mask": np.arange(LENGTH) < rng.integers(3, LENGTH + 1, ROWS)[:, None],
     "types": (np.arange(LENGTH) > 4) * np.ones((ROWS, 1), np.int32),
-    "target": odd_B.astype(np.float32),
-    "weight": (np.arange(ROWS) % 5 > 0).astype(np.float32),
+    "targets": odd_B.astype(np.int32)[:, None],
+    "weights": (np.arange(ROWS) % 5 > 0).astype(np.float32)[:, None],
   }
 
 
