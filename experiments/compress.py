@@ -86,8 +86,8 @@ def compress(config: ConfigDict, folder: pathlib.Path):
   compression_checks.check_config(config, done)
   parts.check_writes(
     parts.read_shapes(config.model),
-    "a compression is calibrated and measured by text that a model goes on with: compress another by "
-    "the functions of lora_jax.compress, and save it by lora_jax.compress.storage",
+    "a compression is measured by the text that a model goes on with: compress another by the "
+    "functions of lora_jax.compress, and save it by lora_jax.compress.storage",
   )
   if (folder / "model").exists():
     raise FileExistsError(f"{folder / 'model'}: is there already; use another workdir")
