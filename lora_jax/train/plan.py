@@ -68,14 +68,20 @@ class Plan:
     """Bytes on a device."""
     return self.arguments + self.activations
 
-  def of_members(self, count: int) -> "Plan":
+  def of_members(self, count: int, *, in_turn: bool = False) -> "Plan":
     """The plan of so many adapters in one program, as `lora_jax.train.members` trains them.
 
-    The base is there once, and all else for each of them, as large as for the largest.
+    The base is there once, and all else for each of them, as large as for the largest. Where they
+    take each step in turn, there are the activations of one, and all that trains a second time:
+    as it was before the step.
     """
     shared = ("frozen", "base")
     of_each = [field.name for field in dataclasses.fields(self) if field.name not in shared]
-    return dataclasses.replace(self, **{name: count * getattr(self, name) for name in of_each})
+    found = dataclasses.replace(self, **{name: count * getattr(self, name) for name in of_each})
+    if not in_turn:
+      return found
+    activations = self.activations + found.adapters + found.optimizer
+    return dataclasses.replace(found, activations=activations)
 
   def __str__(self) -> str:
     rows = [
