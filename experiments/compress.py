@@ -87,6 +87,11 @@ def compress(config: ConfigDict, folder: pathlib.Path):
   if (folder / "model").exists():
     raise FileExistsError(f"{folder / 'model'}: is there already; use another workdir")
   pretrained = parts.load_model(config.model)
+  if pretrained.tokenizer is None:
+    raise ValueError(
+      f"model.source {source}: is a {pretrained.config.family!r}, and a compression is calibrated "
+      "and measured by text; in your own code `lora_jax.compress` takes any tree"
+    )
   most, prompt = pretrained.config.max_length, config.report.prompt
   texts.check_positions(
     pretrained.config, config.text.length, f"text.length {config.text.length}", most

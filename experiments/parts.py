@@ -250,14 +250,14 @@ def inspect_source(source: str) -> pretrained.Pretrained:
   """What `load_source` loads, shapes in the place of its arrays: none of them is read."""
   if storage.is_compressed(source):
     return storage.inspect(source)
-  return pretrained.inspect(source, scan_layers=True)
+  return pretrained.inspect(source, scan_layers=None)
 
 
 def load_source(source: str) -> pretrained.Pretrained:
   """A model without a config, in float32: a compressed one, or a dense one from wherever it is."""
   if storage.is_compressed(source):
     return storage.load(source)
-  return pretrained.load(source, scan_layers=True)
+  return pretrained.load(source, scan_layers=None)
 
 
 def check_writes(found: pretrained.Pretrained) -> None:
