@@ -192,10 +192,10 @@ def share_of_a_device(config: ConfigDict, case: Case, mesh: Mesh | AbstractMesh)
   """
   tx, _ = methods.make_optimizer(config)
   count, model = mesh.shape["tensor"], case.model
-  heads = [x for x in ("num_heads", "num_kv_heads") if hasattr(model, x)]
+  heads = [x for x in ("num_heads", "num_kv_heads", "full_kv_heads") if hasattr(model, x)]
   cuts_heads = all(getattr(model, x) % count == 0 for x in heads)
-  sizes = (*(heads if cuts_heads else ()), "mlp_width", "vocab_size")
-  fields = [x for x in sizes if hasattr(model, x) and getattr(model, x) % count == 0]
+  sizes = (*(heads if cuts_heads else ()), "mlp_width", "vocab_size", "per_layer_vocab")
+  fields = [x for x in sizes if (size := getattr(model, x, None)) and size % count == 0]
   model = dataclasses.replace(model, **{x: getattr(model, x) // count for x in fields})
   alone = AbstractMesh((1, 1, count), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
   whole_heads = () if cuts_heads else ((r"(.*/)?attn/.*", jax.P()),)

@@ -1,11 +1,11 @@
-"""What writes texts for people: a model alone, or a run's with its adapter; conversations with it.
+"""Models that write texts for people: one alone, or a run's with its adapter; conversations.
 
     speaker = of_run("runs/mine", fetch=False)      # its configuration and its tokenizer are read
     with speaker.prompts(None, None) as prompts:
       ids = prompts.ask(messages.check_asked(record))
     found, adapted = speaker.load()                 # its weights are loaded
 
-What is asked of it can so be refused before its weights are loaded.
+Prompts are so refused before weights are loaded.
 """
 
 import contextlib

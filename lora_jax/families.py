@@ -258,9 +258,9 @@ FAMILIES: Mapping[str, Family] = {
     example_inputs=_tokens,
     sharding=(
       ("embed_per_layer/embedding", jax.P("tensor", None)),
-      ("per_layer_model/kernel", jax.P("fsdp", "tensor")),
-      (r"block_\d+/per_layer_gate/kernel", jax.P("fsdp", "tensor")),
-      (r"block_\d+/per_layer_out/kernel", jax.P("tensor", "fsdp")),
+      # Small beside the others; what they give is added to what every device has whole.
+      (r"per_layer_model/kernel|block_\d+/per_layer_gate/kernel", jax.P("fsdp", None)),
+      (r"block_\d+/per_layer_out/kernel", jax.P(None, "fsdp")),
       *DECODER_SHARDING,
     ),
     layers_alike=False,

@@ -190,11 +190,16 @@ IMAGE_COLUMNS = {
 """The same of models of images."""
 
 
+def outcome(program) -> str:
+  """Whether a program stays factored, and for which weights it does not."""
+  if program.refused:
+    return f"materialized: {program.refused}"
+  weights, reasons = program.refused_for, ", ".join(dict.fromkeys(program.refused_for.values()))
+  return f"factored, but {', '.join(weights)} materialized: {reasons}" if weights else "factored"
+
+
 def table() -> str:
-  rows = [
-    f"| {name} | {f'materialized: {program.refused}' if program.refused else 'factored'} |"
-    for name, program in PROGRAMS.items()
-  ]
+  rows = [f"| {name} | {outcome(program)} |" for name, program in PROGRAMS.items()]
   models = [
     f"- Linen, untouched: {', '.join(LINEN)}.",
     "- NNX, by split state or by `lora_jax.nnx.split`; Haiku; Equinox.",

@@ -212,7 +212,7 @@ def the_losses_of_pmap_are_those_of_one_device():
     assert parallel.first(metrics)["loss_tokens"] == batch(number)["weights"].sum()
   np.testing.assert_allclose(losses, losses_on_one_device(CONFIG), rtol=0, atol=1e-5)
   assert parallel.first(state).step == STEPS
-  with pytest.raises(ValueError, match="12 rows cannot be shared out over 8 devices"):
+  with pytest.raises(ValueError, match="12 rows cannot be divided over 8 devices"):
     parallel.split({"tokens": np.zeros((12, 3))})
 
 

@@ -201,7 +201,7 @@ def test_rows_that_are_not_those_of_the_file_are_refused(rows, tmp_path):
 
 def test_a_base_of_shapes_alone_serves_where_no_values_are_needed(folder):
   shapes = jax.eval_shape(lambda: LLAMA.params)
-  with pytest.raises(ValueError, match="norm/scale: its values are needed, and here is its shape"):
+  with pytest.raises(ValueError, match="norm/scale: its values are needed, but it is only a shape"):
     exchange.load(folder, shapes, LLAMA.axes, **LLAMA.settings)
   edit(folder, modules_to_save=None)
   edit_tensors(folder, without("model.norm.weight"))
@@ -285,11 +285,11 @@ REFUSED = {
   ),
   "rows and full training without adapters": (
     LLAMA, [("norm", lora_jax.Full()), ("embed/.*", lora_jax.TokenRows(ids=(1,)))],
-    "beside adapters only",
+    "only alongside adapters",
   ),
   "rows of tokens beside DoRA's cousins": (
     LLAMA, [("mlp", lora_jax.LoHa(rank=2, alpha=1.0)), ("embed/.*", lora_jax.TokenRows(ids=(1,)))],
-    "PEFT trains rows of tokens beside LORA or alone, not beside LOHA",
+    "PEFT trains rows of tokens alongside LORA or alone, not alongside LOHA",
   ),
   "rows of several sets alone": (
     LLAMA,
@@ -310,12 +310,12 @@ REFUSED = {
   "vera of two seeds": (
     LLAMA,
     [("mlp", lora_jax.VeRA(rank=3)), ("attention", lora_jax.VeRA(rank=3, seed=1))],
-    "is no part of the one that all layers share in PEFT",
+    "is not a part of the one that all layers share in PEFT",
   ),
   "vera of two ranks": (
     LLAMA,
     [("mlp", lora_jax.VeRA(rank=3)), ("attention", lora_jax.VeRA(rank=2))],
-    "is no part of the one that all layers share|share",
+    "is not a part of the one that all layers share|share",
   ),
   "lokr of a window": (
     IMAGES, [("first/kernel", lora_jax.LoKr(rank=1, alpha=1.0))],
@@ -421,6 +421,6 @@ def test_modules_whose_names_end_alike_are_told_apart(tmp_path):
   table["last.weight"] = table.pop("xlast.weight")
   table["first.last.weight"] = table.pop("block.fc.weight")
   with pytest.raises(
-    ValueError, match=r"last is trained in full, and PEFT would take first.last for"
+    ValueError, match=r"last is trained in full, but PEFT would match first.last too"
   ):
     exchange.save(tmp_path / "x", adapters | full, params, axes, base_model="", table=table)

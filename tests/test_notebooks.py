@@ -117,7 +117,7 @@ def test_the_notebook_from_scratch_builds_a_transform_that_agrees_with_the_libra
   sizes = re.findall(r"of full size: (\[.*\])", printed)
   assert sizes == ["[]", "[]", formed, "[]", "[]"]
   assert "ours:   []" in printed
-  ours, naive = numbers(r"fine-tuning: ours ([\d.]+), W \+ A B formed ([\d.]+)", printed)
+  ours, naive = numbers(r"fine-tuning: ours ([\d.]+), W \+ A B materialized ([\d.]+)", printed)
   assert ours < 0.75 < naive
   before, after = numbers(r"loss before ([\d.]+), after ([\d.]+)", printed)
   assert after < before / 5

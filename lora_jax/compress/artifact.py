@@ -1,13 +1,13 @@
-"""A model as a compiled-to-be program and its numbers, which run without this package.
+"""A model as an exported program and its parameters, which run without this package.
 
     tokens = jax.ShapeDtypeStruct((1, 128), jnp.int32)
     artifact.save("runs/small/artifact", lora_jax.adapt(model.apply), params, inputs=tokens)
 
     program.bin           the forward pass, as `jax.export` writes it: StableHLO, with its versions
-    params.safetensors    the arrays that it takes, by name
-    tokenizer.json, ...   what makes tokens of a text, where a tokenizer is given
+    params.safetensors    its parameters, by name
+    tokenizer.json, ...   the tokenizer, if one is given
 
-Whoever has JAX and safetensors runs it, on any of the platforms that it was lowered for:
+Running it needs only JAX and safetensors, on any platform that it was lowered for:
 
     program = jax.export.deserialize(bytearray(open("program.bin", "rb").read()))
     params = safetensors.numpy.load_file("params.safetensors")
@@ -42,19 +42,19 @@ def save(
   platforms: Sequence[str] = ("cpu",),
   tokenizer: Tokenizer | None = None,
 ) -> None:
-  """Writes a folder with a model's forward pass, new or empty, which appears whole or not at all.
+  """Writes a model's forward pass to a new or empty folder, completely or not at all.
 
   Args:
-    folder: to write.
+    folder: the folder to write.
     apply: `apply({"params": params}, inputs) -> logits`; adapted, for params with Weights.
-    params: of arrays and Weights; masks, codes and scales are arrays of the file, codes in fp8 as
-      the bytes that they are, which numpy's safetensors hold.
-    inputs: what the program takes: tokens, int32 [rows, length], or images.
-    platforms: what it is lowered for: "cpu", "cuda", "tpu".
-    tokenizer: of the model, to be written beside it.
+    params: arrays and Weights. Masks, quantized values and scales are arrays of the file. Values in
+      fp8 are stored as bytes, since numpy's safetensors has no such dtype.
+    inputs: the shape and dtype of the program's inputs: tokens, int32 [rows, length], or images.
+    platforms: the platforms to lower for: "cpu", "cuda", "tpu".
+    tokenizer: the model's tokenizer, written to the folder as well.
 
   Raises:
-    FileExistsError: when the folder holds something.
+    FileExistsError: if the folder is not empty.
   """
   folder = outputs.new_folder(folder)
   leaves = tree.flatten(params)

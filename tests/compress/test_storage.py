@@ -91,7 +91,7 @@ def test_the_steps_are_known_without_the_model_and_taken_for_hostile(folder):
   assert storage.steps_of(folder) == ("factorize",)
   structure = json.loads((folder / storage.STRUCTURE).read_text())
   (folder / storage.STRUCTURE).write_text(json.dumps(structure | {"steps": ["prune", {"a": 1}]}))
-  with pytest.raises(ValueError, match="are no names"):
+  with pytest.raises(ValueError, match="are not names"):
     storage.steps_of(folder)
 
 
@@ -175,11 +175,11 @@ DOWN = "block_0/mlp/down/kernel"
       "does not hold the tensors",
     ),
     (lambda s: s["leaves"][GATE]["parts"]["a"].update(dtype="object"), "describes no tensor"),
-    (lambda s: s["leaves"][GATE]["parts"]["a"].update(shape=[8, -2]), "is no shape"),
+    (lambda s: s["leaves"][GATE]["parts"]["a"].update(shape=[8, -2]), "is not a shape"),
     (lambda s: s["leaves"][GATE]["parts"]["a"].update(shape=[4, 4]), "says float32"),
     (
       lambda s: s["leaves"][DOWN]["parts"]["mask"].update(shape=[10**9]),
-      "holds no 1000000000 bits",
+      "does not hold 1000000000 bits",
     ),
     (lambda s: s["leaves"]["norm/scale"].update(dtype="int8"), "says int8"),
   ],

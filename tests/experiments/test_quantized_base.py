@@ -133,8 +133,8 @@ def test_a_run_that_was_trained_for_its_quantised_merge_loses_nothing_by_it(tmp_
   ("text", "fields", "words"),
   [
     ("", {"train.quantize_merge": "int3"}, "'int3' is unknown; use none, nf4"),
-    ("", {"train.quantize_merge": "nf4", "model.quantize": "nf4"}, "quantised already"),
-    ("method=loftq", {"train.quantize_merge": "nf4"}, "quantised already"),
+    ("", {"train.quantize_merge": "nf4", "model.quantize": "nf4"}, "quantized already"),
+    ("method=loftq", {"train.quantize_merge": "nf4"}, "quantized already"),
   ],
 )
 def test_a_merge_that_cannot_be_quantised_is_refused_before_the_model_is_loaded(

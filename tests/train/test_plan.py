@@ -163,7 +163,7 @@ def test_the_plan_of_members_is_what_the_compiler_reports_of_their_one_program()
 def test_the_plan_is_a_table():
   text = str(make_plan(make_run()))
   lines = dict(line.rsplit(None, 1) for line in text.splitlines() if line.count(" ") > 1)
-  parts = ["base", "what trains", "optimiser", "batch", "activations and gradients"]
+  parts = ["base", "what trains", "optimizer", "batch", "activations and gradients"]
   assert sum(float(lines[name]) for name in parts) == pytest.approx(
     float(lines["together"]), abs=0.3
   )
