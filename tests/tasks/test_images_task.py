@@ -352,9 +352,6 @@ def test_a_family_is_planned_trained_evaluated_and_exported_by_commands(tmp_path
   path = config_file(tmp_path, name)
   folder = tmp_path / "run"
   assert "it fits" in main_programs.run("plan", f"--config={path}")
-  printed = main_programs.run("plan", f"--config={path}", "--compile=here")
-  share = int(re.search(r"the plan's .* are (\d+)%", printed)[1])
-  assert 70 < share < 140  # of a model of kilobytes
   main_programs.run("train", f"--config={path}", f"--workdir={folder}")
   assert "adapter  accuracy" in main_programs.run("evaluate", f"--workdir={folder}")
   merged = f"--output={tmp_path / 'merged'}"
@@ -363,7 +360,7 @@ def test_a_family_is_planned_trained_evaluated_and_exported_by_commands(tmp_path
   artifact = f"--output={tmp_path / 'artifact'}"
   main_programs.run("export", f"--workdir={folder}", "--to=artifact", artifact, "--length=28")
   printed = main_programs.run("generate", f"--workdir={folder}", "--prompt=a", fails=True)
-  assert "writes no text" in printed
+  assert "generates no text" in printed
 
 
 def test_a_folder_of_one_s_own_is_a_config_by_its_name(tmp_path):
@@ -386,3 +383,12 @@ def test_a_folder_of_one_s_own_is_a_config_by_its_name(tmp_path):
     images.get_config("data=nowhere")
   with pytest.raises(ValueError, match="the model 'resnet' is unknown"):
     images.get_config("cifar,model=resnet")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["vit", "mobilenet"])
+def test_the_plan_of_a_real_run_is_within_a_tenth_of_the_compiler(public_data, model):
+  printed = main_programs.run(
+    "plan", f"--config=configs/images.py:cifar,model={model}", "--compile=here"
+  )
+  assert 90 <= int(re.search(r"the plan's .* are (\d+)%", printed)[1]) <= 110
