@@ -44,6 +44,8 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   model.quantize = "none"  # nf4, int4, int8 or fp8; gguf: the blocks of the file as they are
   model.quantize_targets = ("all-linear",)  # of a format; with adapters it makes QLoRA
   model.new_tokens = ()  # texts that become tokens; of the embedding their rows alone train
+  # plain, blockwise, cudnn or splash; auto: what suits the device, the dtype and the length
+  model.attention = "auto"
   model.remat = "none"  # what the forward pass keeps: none, everything, dots, nothing
 
   config.mesh = mesh = ml_collections.ConfigDict()  # devices on each axis; -1: what is left

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from lora_jax import checks
 from lora_jax.data import chat, conversations
+from lora_jax.models import attention_kernels
 
 _TINY, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 _MOST = 2**31 - 1  # steps, rows and tokens are counted in int32
@@ -138,6 +139,7 @@ _MODEL = {
   "model.quantize": NAME,
   "model.quantize_targets": PATTERNS,
   "model.new_tokens": sequence(NAME),
+  "model.attention": either(attention_kernels.AUTO, *attention_kernels.NAMES),
   "model.remat": NAME,
 }
 
@@ -178,6 +180,7 @@ def _section(name: str, rules: Mapping[str, Rule]) -> dict[str, Rule]:
 
 ADDED_LATER = (
   "data.encoding", "data.quoted", "data.special_tokens", "task.name", "model.new_tokens",
+  "model.attention",
 )  # fmt: skip
 """What earlier runs have not in their config; `experiments.parts` says what they meant."""
 

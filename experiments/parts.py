@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import lora_jax
-from experiments import config_checks
+from experiments import config_checks, model_options
 from lora_jax import checks, compress, families, new_tokens, sharding, tasks, tree, weights
 from lora_jax.compress import storage
 from lora_jax.compress.quantize import quantize_leaf
@@ -213,7 +213,7 @@ def inspect_model(model: ConfigDict) -> pretrained.Pretrained:
 def read_shapes(model: ConfigDict) -> pretrained.Pretrained:
   """The base before any quantization, shapes in the place of its arrays: none of them is read."""
   found = pretrained.inspect(model.source, **_model_options(model))
-  return new_tokens.add(found, new_tokens_of(model))
+  return new_tokens.add(model_options.with_attention(found, model), new_tokens_of(model))
 
 
 def new_tokens_of(model: ConfigDict) -> tuple[str, ...]:
@@ -233,6 +233,7 @@ def load_model(model: ConfigDict, mesh: Mesh | None = None) -> pretrained.Pretra
       **_quantization(model, mesh),
       watch=functools.partial(progress.watched, what="load", disable=jax.process_index() > 0),
     )
+  found = model_options.with_attention(found, model, mesh)
   if not new_tokens_of(model):
     return found
   found = new_tokens.add(found, new_tokens_of(model))

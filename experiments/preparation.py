@@ -15,7 +15,16 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import lora_jax
-from experiments import config_checks, inputs, methods, parts, processes, samples, teachers
+from experiments import (
+  config_checks,
+  inputs,
+  methods,
+  model_options,
+  parts,
+  processes,
+  samples,
+  teachers,
+)
 from lora_jax import sharding
 from lora_jax.compress import storage
 from lora_jax.io.pretrained import Pretrained
@@ -45,6 +54,7 @@ class Case:
     chosen: the held-out examples that people are shown.
     described: what is kept of the examples' lengths.
     own_rows: which rows of every batch this process reads.
+    how: lines on how it is computed, for people.
   """
 
   config: ConfigDict
@@ -63,6 +73,7 @@ class Case:
   chosen: Sequence[Any]
   described: Mapping[str, Any]
   own_rows: Mapping[str, int]
+  how: Sequence[str]
 
   @property
   def quiet(self) -> bool:
@@ -139,6 +150,7 @@ def prepare(config: ConfigDict, configs: Sequence[ConfigDict], run: workdir.Work
     print("validation: left out, for there are too few different records to hold some out for it")
   compressed = storage.is_compressed(config.model.source)  # its shapes stand in no config.json
   base = parts.load_model(config.model, mesh) if compressed else parts.read_shapes(config.model)
+  how = [line for line in [model_options.attention_line(base.config, config.data)] if line]
   with stage("tokenise"):
     # Before the weights are loaded, for a record may still be refused.
     task = task.of_model(parts.extend(base, task, config))
@@ -147,7 +159,7 @@ def prepare(config: ConfigDict, configs: Sequence[ConfigDict], run: workdir.Work
     validation = task.examples(validation_records) if validation_records else []
   described = task.describe(training=examples, held_out=held_out)
   print(f"data: {len(examples):,} to train on, {len(held_out):,} held out")
-  print("\n".join(task.lines(described)))
+  print("\n".join([*task.lines(described), *how]))
 
   if not compressed:
     base = parts.load_model(config.model, mesh)
@@ -176,4 +188,5 @@ def prepare(config: ConfigDict, configs: Sequence[ConfigDict], run: workdir.Work
     chosen=samples.choose(held_out, config.evaluation.samples),
     described=described,
     own_rows=own_rows,
+    how=how,
   )

@@ -104,8 +104,9 @@ def start(case: Case, run: workdir.Workdir) -> Program:
   def write_report() -> None:
     if processes.is_first():
       report.write_report(
-        run, targets=case.tables[0], command=processes.command(), lines=case.task.lines
-      )
+        run, targets=case.tables[0], command=processes.command(), lines=case.task.lines,
+        how=case.how,
+      )  # fmt: skip
 
   def finish(measure: Measure, state: step.State, frozen: PyTree, results: Results) -> None:
     weights = lora_jax.join(state.trainable, frozen)

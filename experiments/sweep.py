@@ -108,7 +108,7 @@ def start(
           sweep_results.write_member(folder, each, results, lines)
           command = sweep_results.command_of(fields[n])
           report.write_report(
-            folder, targets=case.tables[n], command=command, lines=case.task.lines
+            folder, targets=case.tables[n], command=command, lines=case.task.lines, how=case.how
           )
     if processes.is_first():
       sweep_results.write_results(run, fields, common, rows, case.task.line)

@@ -27,7 +27,9 @@ Lines = Callable[[Mapping[str, Any]], list[str]]
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
 
 
-def write_report(workdir: Workdir, *, targets: str, command: str, lines: Lines) -> None:
+def write_report(
+  workdir: Workdir, *, targets: str, command: str, lines: Lines, how: Sequence[str] = ()
+) -> None:
   """Writes the page of a run as it stands and, once a step is logged, draws its losses.
 
   Args:
@@ -39,6 +41,7 @@ def write_report(workdir: Workdir, *, targets: str, command: str, lines: Lines) 
     command: what goes on with the run, or repeats it.
     lines: from what eval.json keeps of the data to lines for people; raises ValueError where that
       is damaged.
+    how: lines on how it is computed.
 
   Raises:
     ValueError: when a file of the folder is damaged.
@@ -65,6 +68,7 @@ def write_report(workdir: Workdir, *, targets: str, command: str, lines: Lines) 
     _curve(logged, workdir),
     _samples(results.get("samples", ())),
     f"## What trains\n\n{_fenced(targets)}",
+    "## How it is computed\n\n" + "\n".join(f"- {line}" for line in how) if how else "",
     f"## Config\n\n{_fenced(json.dumps(config, indent=2), 'json')}",
     _circumstances(),
   ]
