@@ -107,6 +107,11 @@ def optional(rule: Rule) -> Rule:
   return Rule(f"{rule.words}; or None", lambda value: value is None or rule.holds(value))
 
 
+def or_auto(rule: Rule) -> Rule:
+  """What the rule allows, or "auto"."""
+  return Rule(f"{rule.words}; or auto", lambda value: value == "auto" or rule.holds(value))
+
+
 SEED = whole(0, checks.MAX_SEED)
 COUNT = whole(1)
 ANY_COUNT = whole(0)
@@ -222,7 +227,7 @@ RUN = {
   "train.steps": COUNT,
   "train.batch_size": COUNT,
   "train.accumulate": COUNT,
-  "train.loss_chunk": ANY_COUNT,
+  "train.loss_chunk": or_auto(ANY_COUNT),
   "train.log_every": COUNT,
   "train.checkpoint_every": COUNT,
   "train.keep": COUNT,
@@ -253,7 +258,7 @@ ADAPTED = {**_MODEL, "adapter.method": NAME}
 FINISHED = {
   **ADAPTED,
   "task.name": NAME,
-  "train.loss_chunk": ANY_COUNT,
+  "train.loss_chunk": or_auto(ANY_COUNT),
   "train.quantize_merge": NAME,
   "evaluation.batch_size": COUNT,
 }

@@ -5,6 +5,7 @@ print(attention_line(found.config, config.data))
 """
 
 import dataclasses
+from typing import Any
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -13,14 +14,17 @@ from lora_jax import families
 from lora_jax.io import pretrained
 from lora_jax.models import attention_kernels
 
+AUTO = "auto"
+"""A setting that is left to the program."""
+
 
 def with_attention(
   found: pretrained.Pretrained, model: ConfigDict, mesh: Mesh | None = None
 ) -> pretrained.Pretrained:
   """The model with the implementation of attention that its section names."""
-  name = model.attention if "attention" in model else attention_kernels.AUTO
+  name = model.attention if "attention" in model else AUTO
   if not hasattr(found.config, "attention"):
-    if name not in (attention_kernels.AUTO, "plain"):
+    if name not in (AUTO, "plain"):
       raise ValueError(
         f"model.attention {name}: attention of the family {found.config.family!r} has one "
         "implementation; set it to auto"
@@ -28,6 +32,22 @@ def with_attention(
     return found
   choice = attention_kernels.Choice(name, mesh=mesh)
   return dataclasses.replace(found, config=dataclasses.replace(found.config, attention=choice))
+
+
+def on_mesh(model: families.Config, mesh: Mesh) -> families.Config:
+  """The model whose attention knows over which devices its rows and heads lie."""
+  return _with_choice(model, mesh=mesh)
+
+
+def for_platform(model: families.Config, platform: str) -> families.Config:
+  """The model whose attention is computed as on a "cpu", "gpu" or "tpu", whatever is here."""
+  return _with_choice(model, platform=platform)
+
+
+def _with_choice(model: families.Config, **changes: Any) -> families.Config:
+  if not hasattr(model, "attention"):
+    return model
+  return dataclasses.replace(model, attention=dataclasses.replace(model.attention, **changes))
 
 
 def attention_line(model: families.Config, data: ConfigDict) -> str:

@@ -108,7 +108,10 @@ def make_task(config: ConfigDict) -> tasks.Task:
     ValueError: as `lora_jax.tasks.make` does.
   """
   section = config.task if "task" in config else _BEFORE_THE_TASK
-  return tasks.make(section, config.data, loss_chunk=config.train.loss_chunk)
+  chunk = config.train.loss_chunk
+  # What auto becomes is chosen once the model and the examples are known.
+  chunk = 0 if chunk == model_options.AUTO else chunk
+  return tasks.make(section, config.data, loss_chunk=chunk)
 
 
 def load_records(data: ConfigDict, task: tasks.Task) -> dict[str, list[records.Record]]:
@@ -202,12 +205,15 @@ def inspect_model(model: ConfigDict) -> pretrained.Pretrained:
   if storage.is_compressed(model.source):
     found = load_model(model)
     return dataclasses.replace(found, params=jax.eval_shape(lambda: found.params))
-  if model.quantize != "none":
+  if model.quantize == "gguf":
     raise ValueError(
-      f"model.quantize {model.quantize}: a plan is of a base as it is stored in model.dtype; give "
-      "--config.model.quantize=none, and take the difference of the base's bytes"
+      "model.quantize gguf: a plan reads no tensors, and how each of the file is quantised stands "
+      "with it; plan int8 or nf4 instead, whose values take 8 and 4.2 bits"
     )
-  return read_shapes(model)
+  found = read_shapes(model)
+  if each := _quantization(model, None).get("each"):
+    found = dataclasses.replace(found, params=tree.map_with_path(each, found.params))
+  return found
 
 
 def read_shapes(model: ConfigDict) -> pretrained.Pretrained:
@@ -301,12 +307,13 @@ def _quantization(model: ConfigDict, mesh: Mesh | None) -> dict[str, Any]:
 
 
 def _model_options(model: ConfigDict) -> dict[str, Any]:
-  if model.remat not in REMAT_POLICIES:
-    raise ValueError(f"model.remat {model.remat!r} is unknown; use {', '.join(REMAT_POLICIES)}")
+  if model.remat not in (model_options.AUTO, *REMAT_POLICIES):
+    known = ", ".join([model_options.AUTO, *REMAT_POLICIES])
+    raise ValueError(f"model.remat {model.remat!r} is unknown; use {known}")
   return {
     "dtype": jnp.dtype(model.dtype),
     "scan_layers": model.scan_layers,
-    "remat_policy": REMAT_POLICIES[model.remat],
+    "remat_policy": REMAT_POLICIES.get(model.remat),  # auto: none, until it is chosen
   }
 
 

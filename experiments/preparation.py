@@ -17,10 +17,12 @@ from ml_collections import ConfigDict
 import lora_jax
 from experiments import (
   config_checks,
+  defaults,
   inputs,
   methods,
   model_options,
   parts,
+  planning,
   processes,
   samples,
   teachers,
@@ -150,7 +152,7 @@ def prepare(config: ConfigDict, configs: Sequence[ConfigDict], run: workdir.Work
     print("validation: left out, for there are too few different records to hold some out for it")
   compressed = storage.is_compressed(config.model.source)  # its shapes stand in no config.json
   base = parts.load_model(config.model, mesh) if compressed else parts.read_shapes(config.model)
-  how = [line for line in [model_options.attention_line(base.config, config.data)] if line]
+  how = [model_options.attention_line(base.config, config.data)]
   with stage("tokenise"):
     # Before the weights are loaded, for a record may still be refused.
     task = task.of_model(parts.extend(base, task, config))
@@ -159,11 +161,15 @@ def prepare(config: ConfigDict, configs: Sequence[ConfigDict], run: workdir.Work
     validation = task.examples(validation_records) if validation_records else []
   described = task.describe(training=examples, held_out=held_out)
   print(f"data: {len(examples):,} to train on, {len(held_out):,} held out")
+  with stage("choose what the forward pass keeps"):
+    settings, line = _settings(config, task, base, examples, mesh)
+  config, task = settings.applied(config), settings.of_task(task)
+  how = [each for each in (*how, line) if each]
   print("\n".join([*task.lines(described), *how]))
 
   if not compressed:
     base = parts.load_model(config.model, mesh)
-  base = parts.extend(base, task, config)
+  base = settings.of_model(parts.extend(base, task, config))
   axes = parts.trace_axes(parts.make_model(base.config), base.params)
   specs = [methods.specs_of(base, config.model, each, axes) for each in rules]
 
@@ -190,3 +196,31 @@ def prepare(config: ConfigDict, configs: Sequence[ConfigDict], run: workdir.Work
     own_rows=own_rows,
     how=how,
   )
+
+
+def _settings(
+  config: ConfigDict,
+  task: Task,
+  base: Pretrained,
+  examples: Sequence[Any],
+  mesh: Mesh,
+) -> tuple[defaults.Settings, str]:
+  """What a training computes with, and a line that says so; `base` is of shapes or compressed."""
+  member, count = planning.largest_member(config)
+
+  def make_case() -> planning.Case:
+    plannable = storage.is_compressed(config.model.source) or config.model.quantize == "gguf"
+    found = base if plannable else parts.inspect_model(config.model)
+    found = parts.extend(found, task, config)
+    axes = parts.trace_axes(parts.make_model(found.config), found.params)
+    specs = methods.specs_of(found, config.model, methods.all_rules(member.adapter, task), axes)
+    return planning.make_case(member, task, found, axes, specs, examples)
+
+  bound = None
+  if defaults.is_asked(config):
+    batch = task.batch_of(
+      max(task.summary(examples, config.train.batch_size)["shapes"]), config.train.batch_size
+    )
+    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    bound = defaults.bound_of(config, base.config, base.params, batch, shares)
+  return defaults.choose(member, make_case, mesh, planning.own_memory(), members=count, bound=bound)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from main_programs import imported, run
 
+from experiments import planning
 from lora_jax import tree
 from lora_jax.io import configs
 from lora_jax.models import llama
@@ -56,13 +57,13 @@ def config(config_file):
 
 
 def planned(config, mesh):
-  case = command.read(config)
-  share = command.share_of_a_device(config, case, mesh)
-  return plan.make_plan(command.whole_run(config, case, mesh), share)
+  case = planning.read(config)
+  share = planning.share_of_a_device(config, case, mesh)
+  return plan.make_plan(planning.whole_run(config, case, mesh), share)
 
 
 def mesh_of(data, fsdp, tensor):
-  return command.abstract_mesh({"data": data, "fsdp": fsdp, "tensor": tensor}, None)
+  return planning.abstract_mesh({"data": data, "fsdp": fsdp, "tensor": tensor}, None)
 
 
 def test_it_prints_what_trains_what_it_costs_and_whether_it_fits(config_file):
@@ -82,8 +83,8 @@ def test_what_does_not_fit_comes_with_a_remedy(config_file):
 
 def test_the_arguments_are_those_that_training_has(config):
   mesh = mesh_of(1, 1, 1)
-  case = command.read(config)
-  built = command.whole_run(config, case, mesh)
+  case = planning.read(config)
+  built = planning.whole_run(config, case, mesh)
   params = sum(leaf.size for leaf in jax.tree.leaves(case.params))
   assert sum(leaf.size for leaf in jax.tree.leaves(built.frozen)) == params
   assert built.batch["tokens"].shape == (32, 64) and built.batch["at"].shape == (32, 1)
@@ -98,9 +99,9 @@ def test_packing_accumulation_and_the_chunked_loss_are_planned(config):
   assert parts.flops == pytest.approx(plain.flops, rel=1e-3)
   assert parts.activations < 0.5 * plain.activations
   config.train.accumulate, config.data.packed_length = 1, 64
-  case = command.read(config)
+  case = planning.read(config)
   ((shape, _),) = case.data["shapes"].items()
-  built = command.whole_run(config, case, mesh)
+  built = planning.whole_run(config, case, mesh)
   assert built.batch["segments"].shape == (32, 64)
   assert built.batch["at"].shape == (32, shape[1]) and shape[1] > 1
   whole = planned(config, mesh)
@@ -118,8 +119,8 @@ def test_a_mesh_shares_out_the_base_the_rows_and_the_heads(config):
 
 
 def test_heads_that_do_not_divide_stay_whole(config):
-  case = command.read(config)
-  built = command.share_of_a_device(config, case, mesh_of(1, 1, 8))  # of four key/value heads
+  case = planning.read(config)
+  built = planning.share_of_a_device(config, case, mesh_of(1, 1, 8))  # of four key/value heads
   shapes = {path: leaf.shape for path, leaf in tree.flatten(built.frozen).items()}
   assert shapes["blocks/attn/key/kernel/w"] == (4, 128, 64)
   assert shapes["blocks/mlp/up/kernel/w"] == (4, 128, 48)
@@ -137,7 +138,7 @@ def test_heads_that_do_not_divide_stay_whole(config):
 )
 def test_a_mesh_needs_no_devices(sizes, devices, expected):
   names = ("data", "fsdp", "tensor")
-  mesh = command.abstract_mesh(dict(zip(names, sizes, strict=True)), devices)
+  mesh = planning.abstract_mesh(dict(zip(names, sizes, strict=True)), devices)
   assert tuple(mesh.shape.values()) == expected
 
 
@@ -145,13 +146,13 @@ def test_a_mesh_needs_no_devices(sizes, devices, expected):
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes, devices):
   names = ("data", "fsdp", "tensor")
   with pytest.raises(ValueError, match="does not fit 8 devices; see --devices"):
-    command.abstract_mesh(dict(zip(names, sizes, strict=True)), devices)
+    planning.abstract_mesh(dict(zip(names, sizes, strict=True)), devices)
 
 
 def test_rows_that_do_not_divide_over_the_mesh_are_refused(config):
   config.train.accumulate = 8
   with pytest.raises(ValueError, match=r"train\.batch_size 32 is no multiple of 8 devices on data"):
-    command.share_of_a_device(config, command.read(config), mesh_of(8, 1, 1))
+    planning.share_of_a_device(config, planning.read(config), mesh_of(8, 1, 1))
 
 
 @pytest.mark.parametrize(
@@ -168,23 +169,23 @@ def test_another_way_to_write_memory_is_refused(text):
 
 
 def test_the_devices_own_memory_is_known():
-  assert command.own_memory() > 1e8
+  assert planning.own_memory() > 1e8
 
 
 def test_more_devices_than_there_are_cannot_be_compiled_for(config):
-  case = command.read(config)
+  case = planning.read(config)
   mesh = mesh_of(1, 1, 64)
   with pytest.raises(ValueError, match=r"the mesh has 64 devices, and there are .*NUM_CPU_DEVICES"):
     command.compile_step(config, case, mesh, None, "here")
 
 
 def share_of_the_compiled(printed):
-  (percent,) = re.findall(r"compiled: .* are (\d+)%", printed)
+  (percent,) = re.findall(r"MB are (\d+)%", printed)
   return int(percent) / 100
 
 
 def test_the_compiler_reports_what_was_planned(config_file):
-  printed = run("plan", f"--config={config_file}", "--compile=here")
+  printed = run("plan", f"--config={config_file}", "--topology=here")
   assert share_of_the_compiled(printed) == pytest.approx(1, abs=0.1)
 
 
@@ -198,7 +199,7 @@ def test_the_compiler_reports_what_was_planned_for_a_device_of_a_mesh(
     f"--config.mesh.{name}={n}" for name, n in zip(("data", "fsdp", "tensor"), sizes, strict=True)
   ]
   printed = run(
-    "plan", f"--config={config_file}:{arguments}", *mesh, "--compile=here",
+    "plan", f"--config={config_file}:{arguments}", *mesh, "--topology=here",
     JAX_NUM_CPU_DEVICES=f"{np.prod(sizes)}",
   )  # fmt: skip
   assert share_of_the_compiled(printed) == pytest.approx(1, abs=0.1)
