@@ -19,7 +19,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
-from experiments import model_options, parts, planning, processes, teachers
+from experiments import model_options, parts, planning, teachers
 from lora_jax import families
 from lora_jax.io import pretrained
 from lora_jax.tasks import Task
@@ -79,6 +79,7 @@ def choose(
   *,
   members: int = 1,
   bound: float | None = None,
+  agree: Callable[[bool], bool] = bool,
 ) -> tuple[Settings, str]:
   """What a run computes with, and a line that says so, "" where its config leaves no choice.
 
@@ -89,6 +90,7 @@ def choose(
     memory: bytes of a device.
     members: of a sweep.
     bound: bytes that the run is sure not to exceed; None: it is not known.
+    agree: makes one answer of those of several processes, which must compute alike.
   """
   remat, chunk = config.model.remat, config.train.loss_chunk
   if not is_asked(config):
@@ -97,14 +99,14 @@ def choose(
   asked = " and ".join(
     name for name, x in (("model.remat", remat), ("train.loss_chunk", chunk)) if x == AUTO
   )
-  if processes.agree(bound is not None and members * bound <= _SURE * memory):
+  if agree(bound is not None and members * bound <= _SURE * memory):
     return first, _line(first, asked, f"sure to fit in the {memory / 1e9:,.1f} GB of a device")
   case = make_case()
   found = []
   for settings in _rungs(config, case):
     planned = planning.make_plan(config, settings.of_case(case), mesh).of_members(members)
     found.append(planned.total)
-    if processes.agree(planned.total <= _USABLE * memory):
+    if agree(planned.total <= _USABLE * memory):
       break
   sizes = f"{found[-1] / 1e9:,.2f} of a device's {memory / 1e9:,.1f} GB by the plan"
   if len(found) > 1:

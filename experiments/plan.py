@@ -64,7 +64,7 @@ def main(argv):
     print(tabulated(config, case, slices, given))
     return
   devices = slices.get(topology)
-  case, mesh, memory = target(config, case, devices, given)
+  case, mesh, memory = target(config, case, devices, given, _DEVICES.value)
   settings, line = defaults.choose(config, lambda: case, mesh, memory, members=count)
   config, case = settings.applied(config), settings.of_case(case)
   planned = planning.make_plan(config, case, mesh).of_members(count)
@@ -86,22 +86,27 @@ def devices_of(name: str) -> list:
 
 
 def target(
-  config: ConfigDict, case: planning.Case, devices: list | None, memory: int | None
+  config: ConfigDict,
+  case: planning.Case,
+  devices: list | None,
+  memory: int | None,
+  count: int | None = None,
 ) -> tuple[planning.Case, AbstractMesh, int]:
   """The case for the platform of devices, the mesh of the config over them, and their memory.
 
-  devices: None for those that are here. memory: of one, where it was given.
+  devices: None for those that are here. memory: of one, where it was given. count: the devices
+    that -1 in the mesh shares out, where they were given.
 
   Raises ValueError when the mesh does not fit the devices.
   """
   shared_out = len(devices) if devices and -1 in config.mesh.values() else None
-  mesh = planning.abstract_mesh(config.mesh, _DEVICES.value or shared_out)
+  mesh = planning.abstract_mesh(config.mesh, count or shared_out)
   if not devices:
     return case, mesh, memory or planning.own_memory()
   if len(devices) < mesh.size:
     raise ValueError(
-      f"--topology={_TOPOLOGY.value}: the mesh has {mesh.size} devices, and there are "
-      f"{len(devices)}; a CPU stands for as many as JAX_NUM_CPU_DEVICES={mesh.size} says"
+      f"--topology: the mesh has {mesh.size} devices, and there are {len(devices)}; name a larger "
+      f"slice, and of a CPU as many as you need by JAX_NUM_CPU_DEVICES={mesh.size}"
     )
   platform = devices[0].platform
   case = case.with_model(model_options.for_platform(case.model, platform))

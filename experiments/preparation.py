@@ -223,4 +223,7 @@ def _settings(
     )
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
     bound = defaults.bound_of(config, base.config, base.params, batch, shares)
-  return defaults.choose(member, make_case, mesh, planning.own_memory(), members=count, bound=bound)
+  return defaults.choose(
+    member, make_case, mesh, planning.own_memory(), members=count, bound=bound,
+    agree=processes.agree,
+  )  # fmt: skip

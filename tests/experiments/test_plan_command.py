@@ -1,5 +1,7 @@
 """`python -m experiments.plan`, on a model of which there is a configuration and no tensor."""
 
+import dataclasses
+import importlib.util
 import json
 import re
 import runpy
@@ -9,8 +11,9 @@ import numpy as np
 import pytest
 from main_programs import imported, run
 
-from experiments import planning
-from lora_jax import tree
+import lora_jax
+from experiments import defaults, parts, planning, topologies
+from lora_jax import compress, tree
 from lora_jax.io import configs
 from lora_jax.models import llama
 from lora_jax.train import plan
@@ -174,9 +177,9 @@ def test_the_devices_own_memory_is_known():
 
 def test_more_devices_than_there_are_cannot_be_compiled_for(config):
   case = planning.read(config)
-  mesh = mesh_of(1, 1, 64)
+  config.mesh.tensor = 64
   with pytest.raises(ValueError, match=r"the mesh has 64 devices, and there are .*NUM_CPU_DEVICES"):
-    command.compile_step(config, case, mesh, None, "here")
+    command.target(config, case, jax.devices(), None)
 
 
 def share_of_the_compiled(printed):
@@ -203,3 +206,75 @@ def test_the_compiler_reports_what_was_planned_for_a_device_of_a_mesh(
     JAX_NUM_CPU_DEVICES=f"{np.prod(sizes)}",
   )  # fmt: skip
   assert share_of_the_compiled(printed) == pytest.approx(1, abs=0.1)
+
+
+def test_a_change_that_would_help_is_compiled_and_named(config, monkeypatch):
+  settings = defaults.Settings("none", 0)
+  config = settings.applied(config)
+  config.data.packed_length = 64
+  case, mesh, _ = command.target(config, planning.read(config), jax.devices()[:1], None)
+  compiled = command.compile_case(config, case, mesh, jax.devices())
+  memory = compiled.peak - 1
+  assert not compiled.fits(memory) and compiled.fits(memory + 1)
+  asked = [
+    ("--config.model.remat=nothing", {"model.remat": "nothing"}),
+    ("--config.train.batch_size=33", {"train.batch_size": 33, "train.accumulate": 2}),
+  ]
+  monkeypatch.setattr(command, "possible_changes", lambda *_: asked)
+  _, helps, refused = command.changes_that_help(config, case, mesh, jax.devices(), memory)
+  assert re.fullmatch(r"--config\.model\.remat=nothing: 0\.\d\d GB, fits", helps)
+  assert "train.batch_size 33 is no multiple" in refused
+
+
+def test_the_changes_are_those_that_a_config_has_room_for(config):
+  config = defaults.Settings("none", 0).applied(config)
+  config.data.packed_length = 64
+  mesh, case = mesh_of(1, 1, 1), planning.read(config)
+  found = [fields for _, fields in command.possible_changes(config, case, mesh, devices=8)]
+  assert found == [
+    {"model.remat": "dots"},
+    {"model.remat": "nothing"},
+    {"train.accumulate": 32},
+    {"model.quantize": "nf4"},
+    {"mesh.data": 1, "mesh.fsdp": 8, "mesh.tensor": 1},
+  ]
+  config = defaults.Settings("nothing", 0).applied(config)
+  config.model.quantize, config.train.accumulate = "int8", 32
+  assert command.possible_changes(config, case, mesh, devices=1) == []
+
+
+def test_without_the_compiler_of_tpus_the_remedy_is_told(monkeypatch):
+  monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(ValueError, match=r'pip install "lora_jax\[tpu\]" brings it, and no TPU'):
+    topologies.devices_of("v5e:2x2")
+
+
+def test_the_program_ends_with_that_remedy_before_anything_is_read(config_file):
+  if importlib.util.find_spec("libtpu") is not None:
+    pytest.skip("libtpu is installed")
+  printed = run("plan", "--config=configs/quickstart.py", "--topology=v5e:2x2", fails=True)
+  assert "pip install" in printed and "data:" not in printed
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_a_quantized_base_is_planned_as_it_is_loaded(config, tmp_path, format):
+  config.model.quantize = format
+  case = planning.read(config)
+  model = llama.Llama(dataclasses.replace(case.model, param_dtype="float32"))
+  params = model.init(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
+  formats = lora_jax.match(
+    params, [("all-linear", compress.FORMATS[format])], parts.trace_axes(model, params)
+  )
+  loaded = compress.quantize(params, formats)
+  shapes = jax.tree.map(lambda x: (x.shape, x.dtype), (loaded, case.params))
+  assert shapes[0] == shapes[1]
+  base = planned(config, mesh_of(1, 1, 1)).base
+  assert base == sum(x.nbytes for x in jax.tree.leaves(loaded))
+
+
+def test_loftq_is_planned_on_the_base_that_it_makes(config_file):
+  config = runpy.run_path(str(config_file))["get_config"]("method=loftq")
+  assert (
+    planned(config, mesh_of(1, 1, 1)).base
+    < planned(runpy.run_path(str(config_file))["get_config"](), mesh_of(1, 1, 1)).base
+  )
