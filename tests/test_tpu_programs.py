@@ -3,7 +3,9 @@
 A small Llama whose every dimension is another number, so that a shape tells what an array is.
 """
 
+import dataclasses
 import functools
+import importlib.util
 import math
 import re
 
@@ -13,21 +15,22 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
-from main_programs import imported
 
 import lora_jax
+from experiments import topologies
 from lora_jax import compress, families, hlo, sharding
 from lora_jax.models import llama
 from lora_jax.models.attention import attend
 from lora_jax.models.attention_kernels import Choice
 from lora_jax.train import step
 
-pytest.importorskip(
-  "libtpu", reason="needs libtpu, the compiler of TPUs: pip install lora_jax[tpu]"
-)
-topologies = imported("experiments.topologies")
-
-pytestmark = pytest.mark.slow
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason='needs libtpu, the compiler of TPUs: pip install "lora_jax[tpu]"',
+  ),
+]
 
 LAYERS, ROWS, LENGTH, RANK = 5, 6, 160, 8
 CONFIG = llama.LlamaConfig(
@@ -53,8 +56,7 @@ def products(program):
 def compiled(*, mesh=None, full=False, quantized=False):
   """The text of a step's program: of a mesh of two by two, or of one chip."""
   devices = topologies.devices_of("v5e:2x2")
-  choice = Choice(platform="tpu")
-  model = llama.Llama(CONFIG.__class__(**vars(CONFIG) | {"attention": choice}))
+  model = llama.Llama(dataclasses.replace(CONFIG, attention=Choice(platform="tpu")))
   tokens = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
   params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
   axes = lora_jax.trace_axes(lambda p, t: model.apply({"params": p}, t), params, tokens)
@@ -82,8 +84,7 @@ def compiled(*, mesh=None, full=False, quantized=False):
     layout = sharding.lay_out(weights, mesh, families.DECODER_SHARDING)
     weights, follow = placed(weights, layout.shardings), layout.follow
     rows = NamedSharding(mesh, sharding.ROWS)
-    constrained = vars(model.config) | {"constrain": sharding.keep_rows(mesh)}
-    model = llama.Llama(CONFIG.__class__(**constrained))
+    model = llama.Llama(dataclasses.replace(model.config, constrain=sharding.keep_rows(mesh)))
   trainable, frozen = lora_jax.partition(weights, lora_jax.trainable_mask(weights))
   state = jax.eval_shape(lambda x: step.init_state(x, tx), trainable)
   state = placed(state, follow(state))
