@@ -70,7 +70,7 @@ def main(argv):
   planned = planning.make_plan(config, case, mesh).of_members(count)
   if count > 1:
     print(f"This is the largest of {count} members; together, on one base, they need:")
-  print("\n".join(filter(None, [f"\n{planned}", verdict(planned, memory, mesh), line])))
+  print("\n".join(filter(None, [f"\n{planned}", verdict(planned, memory, mesh, settings), line])))
   if devices:
     print(f"compiling for {topology} ...", flush=True)
     found = compile_case(config, case, mesh, devices)
@@ -212,21 +212,25 @@ def describe_data(config: ConfigDict, case: planning.Case) -> str:
   )
 
 
-def verdict(planned: plan.Plan, memory: int, mesh: Mesh | AbstractMesh) -> str:
+def verdict(
+  planned: plan.Plan, memory: int, mesh: Mesh | AbstractMesh, settings: defaults.Settings
+) -> str:
   """Whether the plan fits in a device's memory, and what would make it smaller if not."""
   sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
   text = f"{planned.total / memory:.0%} of the {memory / 1e9:,.1f} GB of each device ({sizes}): "
   if planned.total <= memory:
     return text + "it fits"
-  if planned.activations > planned.arguments:
+  if planned.activations <= planned.arguments:
     return text + (
-      "it does not fit; config.model.remat=dots or nothing keeps less for the backward pass, "
-      "config.train.accumulate cuts the batch, config.train.loss_chunk the logits"
+      "it does not fit; config.mesh.fsdp or tensor shares the base out over more devices, "
+      "config.model.quantize=nf4 makes it smaller"
     )
-  return text + (
-    "it does not fit; config.mesh.fsdp or tensor shares the base out over more devices, "
-    "config.model.dtype=bfloat16 halves it"
-  )
+  remedies = ["config.train.accumulate cuts the batch"]
+  if settings.remat != "nothing":
+    remedies.append("config.model.remat=nothing keeps less for the backward pass")
+  if not settings.loss_chunk:
+    remedies.append("config.train.loss_chunk cuts the logits")
+  return text + f"it does not fit; {', '.join(remedies)}"
 
 
 def parse_memory(text: str) -> int:

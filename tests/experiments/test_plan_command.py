@@ -81,7 +81,8 @@ def test_it_prints_what_trains_what_it_costs_and_whether_it_fits(config_file):
 
 def test_what_does_not_fit_comes_with_a_remedy(config_file):
   printed = run("plan", f"--config={config_file}", "--device_memory=10MB")
-  assert "it does not fit; config.model.remat=dots or nothing" in printed
+  assert "it does not fit; config.train.accumulate cuts the batch" in printed
+  assert "rematerialization: nothing" in printed and "config.model.remat" not in printed
 
 
 def test_the_arguments_are_those_that_training_has(config):
@@ -177,7 +178,7 @@ def test_the_devices_own_memory_is_known():
 
 def test_more_devices_than_there_are_cannot_be_compiled_for(config):
   case = planning.read(config)
-  config.mesh.tensor = 64
+  config.mesh.data, config.mesh.tensor = 1, 64
   with pytest.raises(ValueError, match=r"the mesh has 64 devices, and there are .*NUM_CPU_DEVICES"):
     command.target(config, case, jax.devices(), None)
 
@@ -223,7 +224,7 @@ def test_a_change_that_would_help_is_compiled_and_named(config, monkeypatch):
   monkeypatch.setattr(command, "possible_changes", lambda *_: asked)
   _, helps, refused = command.changes_that_help(config, case, mesh, jax.devices(), memory)
   assert re.fullmatch(r"--config\.model\.remat=nothing: 0\.\d\d GB, fits", helps)
-  assert "train.batch_size 33 is no multiple" in refused
+  assert "a batch of 33 rows has no 2 equal parts" in refused
 
 
 def test_the_changes_are_those_that_a_config_has_room_for(config):
