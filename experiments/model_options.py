@@ -44,6 +44,11 @@ def for_platform(model: families.Config, platform: str) -> families.Config:
   return _with_choice(model, platform=platform)
 
 
+def for_any_platform(model: families.Config) -> families.Config:
+  """The model whose attention is computed by no device's own kernel."""
+  return _with_choice(model, name=AUTO, platform="cpu", mesh=None)
+
+
 def _with_choice(model: families.Config, **changes: Any) -> families.Config:
   if not hasattr(model, "attention"):
     return model

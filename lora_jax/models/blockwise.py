@@ -6,7 +6,8 @@ Gimelshein 2018, "Online normalizer calculation for softmax", section 3; Rabe an
 "Self-attention Does Not Need O(n²) Memory", section 2). The backward pass computes the scores of a
 block again, from the logarithm of each query's sum (Dao et al. 2022, "FlashAttention", appendix B).
 
-Blocks that causality or the window leave empty are not computed. Shapes have the letters of
+Blocks that causality or the window leave empty are not computed. Forward-mode derivatives are not
+defined. Shapes have the letters of
 `lora_jax.models.llama`, and M is N / K, the query heads that share keys; c is a block.
 """
 
@@ -76,8 +77,9 @@ def blockwise(
     sight["query_segments"] = _padded(segments_BT, 1, more_q)
     sight["key_segments"] = _padded(segments_BT, 1, more_k)
   if mask is not None:
-    mask = jnp.broadcast_to(mask, (*mask.shape[:2], length, slots))
-    sight["mask"] = _padded(_padded(mask, 2, more_q), 3, more_k)
+    mask = jnp.broadcast_to(mask, (*mask.shape[:3], slots))
+    # One row for all queries stays one.
+    sight["mask"] = _padded(_padded(mask, 2, more_q if mask.shape[2] > 1 else 0), 3, more_k)
   out = _attention(
     form,
     _padded(query, 1, more_q),
@@ -138,7 +140,8 @@ def _seen(form: _Form, sight: dict[str, Any], i, j):
     seen &= ours[:, :, None] == theirs[:, None, :]
   seen = seen[:, None, None]
   if "mask" in sight:
-    mask = _cut(_cut(sight["mask"], i, form.block_q, 2), j, form.block_k, 3)
+    mask = _cut(sight["mask"], j, form.block_k, 3)
+    mask = _cut(mask, i, form.block_q, 2) if mask.shape[2] > 1 else mask
     # Of one for all heads, or one for each query head.
     return seen, mask, columns < form.slots
   return seen, None, columns < form.slots
