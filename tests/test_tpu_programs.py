@@ -32,7 +32,7 @@ pytestmark = [
   ),
 ]
 
-LAYERS, ROWS, LENGTH, RANK = 5, 6, 160, 8
+LAYERS, ROWS, LENGTH, RANK = 7, 6, 160, 8
 CONFIG = llama.LlamaConfig(
   vocab_size=1000, width=256, mlp_width=640, num_layers=LAYERS, num_heads=6, num_kv_heads=2,
   head_dim=64, max_length=256, scan_layers=True, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16,

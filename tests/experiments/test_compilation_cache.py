@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import re
+import subprocess
+import sys
 import zlib
 
 import jax
@@ -97,7 +99,46 @@ def test_it_stays_off_where_jax_was_told_otherwise_and_for_several_cpus(
   assert jax.config.jax_compilation_cache_dir == before and not list(tmp_path.iterdir())
 
 
-def test_a_second_start_compiles_nothing_a_damaged_entry_apart(tmp_path, smollm2_tokenizer):
+MISS = r"PERSISTENT COMPILATION CACHE MISS for '([^']*)'"
+PROGRAM = """
+from experiments import compilation_cache
+assert compilation_cache.begin()
+import jax
+
+@jax.jit
+def triple(x):
+  return 3 * x
+
+print(triple(2.0))
+"""
+
+
+def entries(folder):
+  return sorted(folder.glob("compiled/*/*-cache"))
+
+
+def test_a_second_start_compiles_nothing_but_what_a_killed_writer_left(tmp_path):
+  environment = {x: y for x, y in os.environ.items() if x not in compilation_cache._OWN_SETTINGS}
+  environment |= {"LORA_JAX_CACHE": str(tmp_path), "JAX_LOGGING_LEVEL": "DEBUG"}
+  environment |= {"JAX_PLATFORMS": "cpu"}
+
+  def start():
+    done = subprocess.run(
+      [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == "6.0\n", done.stderr
+    return set(re.findall(MISS, done.stderr))
+
+  assert "jit_triple" in start()
+  made = entries(tmp_path)
+  path = next(path for path in made if path.name.startswith("jit_triple"))
+  path.write_bytes(path.read_bytes()[:-9])
+  assert start() == {"jit_triple"}
+  assert start() == set() and entries(tmp_path) == made
+
+
+@pytest.mark.slow
+def test_a_main_program_compiles_nothing_when_it_starts_again(tmp_path, smollm2_tokenizer):
   config = tiny_experiment.write(tmp_path, smollm2_tokenizer)
   environment = dict.fromkeys(compilation_cache._OWN_SETTINGS) | {
     "LORA_JAX_CACHE": str(tmp_path / "cache"), "JAX_LOGGING_LEVEL": "DEBUG",
@@ -105,15 +146,9 @@ def test_a_second_start_compiles_nothing_a_damaged_entry_apart(tmp_path, smollm2
 
   def start(*more):
     printed = run("plan", f"--config={config}", "--topology=here", *more, **environment)
-    missed = set(re.findall(r"PERSISTENT COMPILATION CACHE MISS for '([^']*)'", printed))
-    return missed, sorted((tmp_path / "cache").glob("compiled/*/*-cache"))
+    return set(re.findall(MISS, printed)), entries(tmp_path / "cache")
 
-  missed, entries = start("--nocompilation_cache")
-  assert entries == []
-  missed, entries = start()
-  assert "jit_step" in missed and len(entries) >= len(missed)
-  step = next(path for path in entries if path.name.startswith("jit_step"))
-  assert start() == (set(), entries)
-  step.write_bytes(step.read_bytes()[:-9])  # as a writer that was killed leaves it
-  assert start() == ({"jit_step"}, entries)
-  assert start() == (set(), entries)
+  assert start("--nocompilation_cache") == (set(), [])
+  missed, made = start()
+  assert "jit_step" in missed
+  assert start() == (set(), made)
