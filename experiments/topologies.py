@@ -94,8 +94,9 @@ def devices_of(name: str) -> list[Any]:
       f'--topology={name}: needs the compiler for TPUs; pip install "lora_jax[tpu]" brings it, and '
       "no TPU is needed"
     )
-  # Without these libtpu asks a host's service about the TPU that it takes to be there.
+  # Without these libtpu asks a host's service about the TPU that it takes to be there, and locks it.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
   chip = _CHIP.fullmatch(name)
