@@ -94,7 +94,7 @@ def devices_of(name: str) -> list[Any]:
       f'--topology={name}: needs the compiler for TPUs; pip install "lora_jax[tpu]" brings it, and '
       "no TPU is needed"
     )
-  # Without these libtpu asks a host's service about the TPU that it takes to be there, and locks it.
+  # Without these libtpu locks the TPU that it takes to be there, and asks a service about it.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
