@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from collectives import collectives, moved
 from jax.sharding import SingleDeviceSharding
 
 import lora_jax
 from lora_jax import compress, families, sharding, tree
+from lora_jax.hlo import collectives, moved
 from lora_jax.io import shards
 from lora_jax.models import bert, gemma4, gpt2, llama
 from lora_jax.tasks.pooled_classification import PooledClassification

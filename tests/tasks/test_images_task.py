@@ -389,6 +389,6 @@ def test_a_folder_of_one_s_own_is_a_config_by_its_name(tmp_path):
 @pytest.mark.parametrize("model", ["vit", "mobilenet"])
 def test_the_plan_of_a_real_run_is_within_a_tenth_of_the_compiler(public_data, model):
   printed = main_programs.run(
-    "plan", f"--config=configs/images.py:cifar,model={model}", "--compile=here"
+    "plan", f"--config=configs/images.py:cifar,model={model}", "--topology=here"
   )
   assert 90 <= int(re.search(r"the plan's .* are (\d+)%", printed)[1]) <= 110
