@@ -38,10 +38,10 @@ from lora_jax.models.attention import (
   attend,
   rotate,
   segment_positions,
-  visible,
   write,
 )
-from lora_jax.models.decoder import Decoder, check_segments, rematerialized, same_text
+from lora_jax.models.attention_kernels import BY_DEVICE, Choice
+from lora_jax.models.decoder import Decoder, check_segments, rematerialized
 from lora_jax.models.rope import rotary_frequencies
 
 _OPTIONAL = {"logit_softcap": float, "per_layer_width": int, "per_layer_vocab": int}
@@ -68,7 +68,7 @@ class Gemma4Config:
     layers with the window and of the others.
   rotary_dim: the features of a head that are rotated in the layers without the window, by the
     first frequencies of all its features: the pairs (x[r], x[r + H / 2]) for r below half of it.
-  norm_eps, logit_softcap, tie_embeddings, remat_policy, constrain, dtype, param_dtype, classes: as
+  norm_eps, logit_softcap, tie_embeddings, attention, remat_policy, constrain, dtype, param_dtype, classes: as
     in `llama_config.LlamaConfig`.
   scan_layers: False; there are no two layers of a kind in a row.
   family: what files call the model; nothing is computed by it.
@@ -101,6 +101,7 @@ class Gemma4Config:
   logit_softcap: float | None = None
   tie_embeddings: bool = True
   scan_layers: bool = False
+  attention: Choice = BY_DEVICE
   remat_policy: Callable[..., bool] | None = None
   constrain: Callable[[jax.Array], jax.Array] | None = None
   dtype: DTypeLike = jnp.float32
@@ -241,7 +242,7 @@ class Attention(nn.Module):
     x_BTD,
     positions_BT,
     turn: Rotation,
-    same_B1TT,
+    segments_BT,
     cache: KVCache | None,
     seen: KVCache | None,
   ):
@@ -262,21 +263,17 @@ class Attention(nn.Module):
       if cache is not None:
         cache = write(cache, positions_BT, *seen)
 
-    held, window, length = cache or seen, c.window if local else None, x_BTD.shape[1]
-    if cache is not None:
-      mask = visible(positions_BT, held.key_BSKH.shape[1], window)
-    else:
-      mask = same_B1TT
-      if window is not None:
-        near_11TT = visible(jnp.arange(length)[None], length, window)
-        mask = near_11TT if same_B1TT is None else near_11TT & same_B1TT
+    held = cache or seen
     out_BTNH = attend(
       query_BTNH,
       held.key_BSKH.astype(c.dtype),
       held.value_BSKG.astype(c.dtype),
-      mask=mask,
       is_causal=cache is None,
+      window=c.window if local else None,
+      segments_BT=segments_BT,
+      positions_BT=None if cache is None else positions_BT,
       scale=1.0,
+      choice=c.attention,
     )
     return _dense(c, c.width, "out")(out_BTNH.reshape(*x_BTD.shape[:2], -1)), held
 
@@ -305,10 +302,10 @@ class Block(nn.Module):
   layer: int
 
   @nn.compact
-  def __call__(self, x_BTD, per_layer_BTP, positions_BT, turn: Rotation, same_B1TT, cache, seen):
+  def __call__(self, x_BTD, per_layer_BTP, positions_BT, turn: Rotation, segments_BT, cache, seen):
     c = self.config
     added_BTD, held = Attention(c, self.layer, name="attn")(
-      _norm(c, "attn_norm")(x_BTD), positions_BT, turn, same_B1TT, cache, seen
+      _norm(c, "attn_norm")(x_BTD), positions_BT, turn, segments_BT, cache, seen
     )
     x_BTD = x_BTD + _norm(c, "attn_post_norm")(added_BTD)
     is_wide = c.wide_shared_mlp and self.layer >= c.num_layers - c.shared_layers
@@ -350,7 +347,6 @@ class Gemma4(Decoder):
     check_segments(segments_BT, cache)
     if positions_BT is None:
       positions_BT = segment_positions(tokens_BT, segments_BT)
-    same_B1TT = same_text(segments_BT)
     turns = {local: _rotation(c, positions_BT, local) for local in {*c.local_layers}}
     x_BTD = self.embed(tokens_BT)
     x_BTD = x_BTD * jnp.asarray(math.sqrt(c.width), x_BTD.dtype)
@@ -362,7 +358,7 @@ class Gemma4(Decoder):
       own_BTP = None if per_layer_BTLP is None else per_layer_BTLP[:, :, i]
       of_cache, seen = (held.get(source), None) if cache else (None, held.get(source))
       x_BTD, held[source] = block(
-        x_BTD, own_BTP, positions_BT, turns[c.local_layers[i]], same_B1TT, of_cache, seen
+        x_BTD, own_BTP, positions_BT, turns[c.local_layers[i]], segments_BT, of_cache, seen
       )
 
     if at_BC is not None:
