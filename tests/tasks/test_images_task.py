@@ -70,7 +70,9 @@ def config(tmp_path_factory):
 
 def test_it_reads_and_writes_no_texts(config):
   task = parts.make_task(config)
-  with pytest.raises(ValueError, match="the task images writes no texts; use experiments.predict"):
+  with pytest.raises(
+    ValueError, match=r"the task images writes no texts; use experiments\.predict"
+  ):
     _ = task.chat_format
   with pytest.raises(ValueError, match="the task images reads no texts, and has no tokens to show"):
     task.tokens(None)
