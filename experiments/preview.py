@@ -62,13 +62,15 @@ def main(argv):
     samples.choose(examples, _EXAMPLES.value),
     strict=True,
   ):
+    tokens = task.tokens(example)
+    count = sum(token.count for token in tokens)
+    learnt = sum(token.count for token in tokens if token.learnt)
     cut = f", {example.cut:,} more are cut" if example.cut else ""
-    left_out = f"; {example.left_out:,} before it left out" if example.left_out else ""
     print(
-      f"\nexample {number + 1:,} of {len(examples):,}: {len(example.tokens):,} tokens, "
-      f"{len(example.targets):,} of them learnt{cut}{left_out}"
+      f"\nexample {number + 1:,} of {len(examples):,}: {count:,} tokens, {learnt:,} of them "
+      f"learnt{cut}"
     )
-    for line in draw(task.tokens(example)):
+    for line in draw(tokens):
       print(line)
 
 

@@ -36,14 +36,16 @@ def token_texts(
     ids: the tokens.
     learnt: the indices in `ids` of those that the loss covers.
   """
-  special = set(tokenizer.special_tokens.values())
+  special = {token: text for text, token in tokenizer.special_tokens.items()}
   stream = TextStream(tokenizer, skip_special_tokens=False)
   found: list[TokenText] = []
   waiting: list[int] = []
 
   def close(text: str) -> None:
     covered = any(n in learnt for n in waiting)
-    found.append(TokenText(text, len(waiting), ids[waiting[0]] in special, covered))
+    # A decoder may put a space before a special token, which is no part of it.
+    name = special.get(ids[waiting[0]])
+    found.append(TokenText(name or text, len(waiting), name is not None, covered))
     waiting.clear()
 
   for n, token in enumerate(ids):

@@ -14,6 +14,7 @@ from lora_jax import families
 from lora_jax.checks import shown
 from lora_jax.data import batches, encoded, records, templates
 from lora_jax.data.encoded import Encoded, EncodedExample
+from lora_jax.data.token_texts import TokenText, token_texts
 from lora_jax.io.pretrained import Pretrained
 from lora_jax.tasks import questions, tables
 from lora_jax.tasks.texts import check_positions
@@ -163,6 +164,12 @@ class EncodedTexts(tables.OfTables):
       for name, split in described["splits"].items()
     ]
 
+  def tokens(self, example: EncodedExample) -> list[TokenText]:
+    """Those of the texts, and what is wanted of them as the one that is learnt."""
+    tokenizer = self.model.tokenizer
+    found = [x for text in example.texts for x in token_texts(tokenizer, text.ids, learnt=())]
+    return [*found, TokenText(self.words(example.target), 1, special=False, learnt=True)]
+
   def shape_of(self, batch: Batch) -> tuple[int, int]:
     *rows, length = batch["tokens"].shape
     return int(np.prod(rows)), length
@@ -257,6 +264,13 @@ class EncodedTexts(tables.OfTables):
 
   def write(self, *unused: Any, **how: Any) -> NoReturn:
     raise ValueError(f"the task {self.NAME} writes no texts")
+
+  def check_room(self, *unused: Any) -> NoReturn:
+    raise ValueError(f"the task {self.NAME} writes no texts")
+
+  @property
+  def chat_format(self) -> NoReturn:
+    return self.longest_choice()
 
   def longest_choice(self) -> NoReturn:
     raise ValueError(

@@ -309,7 +309,7 @@ class Images:
     raise ValueError("the task images writes no texts")
 
   @property
-  def talk(self) -> NoReturn:
+  def chat_format(self) -> NoReturn:
     raise ValueError("the task images writes no texts; use experiments.predict")
 
   def write(self, *unused: Any, **how: Any) -> NoReturn:

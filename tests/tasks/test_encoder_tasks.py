@@ -357,6 +357,25 @@ def test_a_bad_record_is_named_before_weights_are_loaded(
     train.train(config, opened)
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_the_tokens_of_an_example_are_shown_with_what_is_wanted_as_learnt(folder, task):
+  config = tiny_encoder.config_of(folder, task)
+  bound = parts.make_task(config)
+  rows = parts.load_records(config.data, bound)["test"]
+  bound = parts.task_of_model(bound, config)
+  special = {token: text for text, token in bound.model.tokenizer.special_tokens.items()}
+  for example in bound.examples(rows)[:3]:
+    *shown, wanted = bound.tokens(example)
+    ids = [token for text in example.texts for token in text.ids]
+    assert sum(x.count for x in shown) == len(ids)
+    assert [x.text for x in shown if x.special] == [special[n] for n in ids if n in special]
+    text = "".join(x.text for x in shown if not x.special)
+    assert "film" in text and "review" in text and not any(x.learnt for x in shown)
+    assert wanted == (bound.words(example.target), 1, False, True)
+  with pytest.raises(ValueError, match=f"the task {bound.NAME} writes no texts"):
+    _ = bound.chat_format
+
+
 def test_an_encoder_writes_no_text_and_a_decoder_is_no_encoder(folder, trained):
   _, _, base, _ = trained("embedding")
   with pytest.raises(ValueError, match=r"this task writes texts, and .* is a 'bert', which writes"):

@@ -68,6 +68,16 @@ def config(tmp_path_factory):
   return write(tmp_path_factory.mktemp("tiny"), "DINOv2")
 
 
+def test_it_reads_and_writes_no_texts(config):
+  task = parts.make_task(config)
+  with pytest.raises(
+    ValueError, match=r"the task images writes no texts; use experiments\.predict"
+  ):
+    _ = task.chat_format
+  with pytest.raises(ValueError, match="the task images reads no texts, and has no tokens to show"):
+    task.tokens(None)
+
+
 @pytest.fixture(scope="module")
 def run(config, tmp_path_factory):
   return run_of(config, tmp_path_factory.mktemp("run"))
