@@ -1,1 +1,1 @@
-"""What it costs: one script per question; the answers stand in results.md, device and date too."""
+"""Measurements of cost, one script per question; results.md has the results, devices and dates."""

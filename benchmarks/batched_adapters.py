@@ -1,11 +1,11 @@
-r"""What it costs that every row of a batch has an adapter of its own.
+r"""The cost of giving every row of a batch its own adapter.
 
     python -m benchmarks.batched_adapters --model=smollm2 --scan_layers
     python -m benchmarks.batched_adapters --model=small --adapters=8,64 --length=1
 
-A forward pass of the base, of one adapter for all rows, and of as many adapters as --adapters says,
-dealt out to the rows, by `lora_jax.gate` and by `lora_jax.select`. The rows of the table take turns
-as in `benchmarks.step`, and every ratio is taken within a round.
+Measures a forward pass of the base, of one adapter for all rows, and of --adapters adapters dealt
+out to the rows, by `lora_jax.gate` and by `lora_jax.select`. The rows of the table take turns as in
+`benchmarks.step`, and every ratio is taken within a round.
 """
 
 import functools
@@ -30,13 +30,13 @@ Run = Callable[[], jax.Array]
 BASE, ONE = "base alone", "one adapter"
 PICKERS = {"gate": lora_jax.gate, "select": lora_jax.select}
 
-_MODEL = flags.DEFINE_enum("model", None, list(MODELS), "What runs; see benchmarks.models.")
-_ADAPTERS = flags.DEFINE_list("adapters", ["8"], "How many adapters; each number has its rows.")
-_RANK = flags.DEFINE_integer("rank", 8, "Of every adapter.", lower_bound=1)
-_BATCH = flags.DEFINE_integer("batch", 32, "Rows of a batch.", lower_bound=1)
-_LENGTH = flags.DEFINE_integer("length", 32, "Tokens of a row.", lower_bound=1)
-_ROUNDS = flags.DEFINE_integer("rounds", 15, "Times that each row takes its turn.", lower_bound=2)
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of base and arithmetic.")
+_MODEL = flags.DEFINE_enum("model", None, list(MODELS), "The model to run; see benchmarks.models.")
+_ADAPTERS = flags.DEFINE_list("adapters", ["8"], "Numbers of adapters; each has its own rows.")
+_RANK = flags.DEFINE_integer("rank", 8, "The rank of every adapter.", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch", 32, "Rows per batch.", lower_bound=1)
+_LENGTH = flags.DEFINE_integer("length", 32, "Tokens per row.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 15, "Turns of each row.", lower_bound=2)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of base and computation.")
 _SCAN = flags.DEFINE_bool("scan_layers", False, "One scanned block instead of one for each layer.")
 _OUTPUT = define_output()
 
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
     "",
     *describe_circumstances("benchmarks.batched_adapters", ["jax", "flax"]),
     f"- {_ROUNDS.value} rounds. Ratios: medians over the rounds, with quartiles. Temporary memory: "
-    "what the compiled program needs beyond its arguments and results.",
+    "memory of the compiled program beyond its arguments and results.",
     "",
     format_table(seconds, temporary),
   ])  # fmt: skip
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
 def make_rows(
   case: Case, counts: Sequence[int], rank: int
 ) -> tuple[dict[str, Run], dict[str, int]]:
-  """`{row: what is timed}` and `{row: temporary bytes}`, compiled."""
+  """`{row: the function to time}` and `{row: temporary bytes}`, compiled."""
   fresh = make_adapters(case, rank)
   adapters = [trained(fresh, seed) for seed in range(max(counts))]
   table, temporary = {}, {}
@@ -112,7 +112,7 @@ def make_rows(
 
 
 def trained(adapters: Adapters, seed: int) -> Adapters:
-  """Fresh adapters that were moved somewhere, so that no factor is zero and no two are alike."""
+  """Fresh adapters with random changes, so that no factor is zero and no two are alike."""
   leaves, treedef = jax.tree.flatten(adapters)
   keys = jax.random.split(jax.random.key(seed), len(leaves))
   noise = [0.01 * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)]
@@ -120,10 +120,10 @@ def trained(adapters: Adapters, seed: int) -> Adapters:
 
 
 def check_rows(table: Mapping[str, Run]) -> None:
-  """Asserts that the first row, whose adapter is the same everywhere, has the same result.
+  """Checks that the first row, which has the same adapter in every case, has the same result.
 
   Raises:
-    RuntimeError: when it has not, and the times mean nothing.
+    RuntimeError: if it has not, so that the times would be meaningless.
   """
   expected = table[ONE]()[0].astype(jnp.float32)
   for label, run in table.items():
@@ -134,7 +134,7 @@ def check_rows(table: Mapping[str, Run]) -> None:
 
 
 def format_table(seconds: Mapping[str, Sequence[float]], temporary: Mapping[str, int]) -> str:
-  """The table in markdown."""
+  """The table in Markdown."""
   lines = ["| row | ms | / one adapter | temporary, MB |", "| --- | ---: | ---: | ---: |"]
   for label, own in seconds.items():
     lines.append(

@@ -1,14 +1,14 @@
-r"""What a checkpoint costs the training step: time that the loop is held, and size on disk.
+r"""The cost of a checkpoint in training: the time that the loop waits, and the size on disk.
 
     python -m benchmarks.checkpoint --model=smollm2 --scan_layers --output=benchmarks/results.md
     python -m benchmarks.checkpoint --model=smollm2 --scan_layers --trains=full --every=50
 
-Turns of --every steps without a checkpoint and with one, as `experiments.train` saves it: the loop
-waits for the step, the arrays are copied, and the rest is written while the next steps run. A turn
-with a checkpoint ends when that is on disk, so nothing of its cost is left out. The two take turns,
-in an order that is reversed every other round, and the ratio is taken within a round: of the time
-by the clock, and of the time that all threads of the process spent on processors, which says the
-same of a CPU and is not disturbed by what else runs there.
+Turns of --every steps without a checkpoint alternate with turns with one, saved as in
+`experiments.train`: the loop waits for the step, the arrays are copied, and the rest is written
+while the next steps run. A turn with a checkpoint ends when it is on disk, so its whole cost is
+counted. The order is reversed every other round, and the ratio is taken within a round. It is
+measured in wall-clock time and in the processor time of all threads. The latter shows the same cost
+on a CPU and is not disturbed by other programs.
 """
 
 import statistics
@@ -34,19 +34,19 @@ from lora_jax.train.step import State, init_state, make_train_step
 
 WITHOUT, WITH = "no checkpoint", "a checkpoint"
 
-_MODEL = flags.DEFINE_enum("model", None, list(MODELS), "What is trained; see benchmarks.models.")
+_MODEL = flags.DEFINE_enum("model", None, list(MODELS), "The model; see benchmarks.models.")
 _TRAINS = flags.DEFINE_enum("trains", "lora", ["lora", "full"], "Adapters, or the whole model.")
-_RANK = flags.DEFINE_integer("rank", 8, "Of the adapters.", lower_bound=1)
-_EVERY = flags.DEFINE_integer("every", 10, "Steps of a turn, one of them saved.", lower_bound=1)
-_ROUNDS = flags.DEFINE_integer("rounds", 7, "Times that each takes its turn.", lower_bound=2)
+_RANK = flags.DEFINE_integer("rank", 8, "The rank of the adapters.", lower_bound=1)
+_EVERY = flags.DEFINE_integer("every", 10, "Steps per turn, one of them saved.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 7, "Turns of each kind.", lower_bound=2)
 _SCAN = flags.DEFINE_bool("scan_layers", False, "One scanned block instead of one for each layer.")
-_FOLDER = flags.DEFINE_string("folder", None, "On the disk to be written to; a temporary one.")
+_FOLDER = flags.DEFINE_string("folder", None, "The folder to write to; a temporary one by default.")
 _OUTPUT = define_output()
 
 
 class Measured(NamedTuple):
-  """Of each round: seconds of the turns by the clock and on processors, of the call that saves, and
-  until it is on disk."""
+  """Per round: wall-clock and processor seconds of the turns, seconds of the call that saves, and
+  seconds until the checkpoint is on disk."""
 
   turns: dict[str, list[float]]
   processors: dict[str, list[float]]
@@ -58,7 +58,7 @@ class Measured(NamedTuple):
 def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-  logging.set_verbosity(logging.WARNING)  # Orbax tells each file that it writes
+  logging.set_verbosity(logging.WARNING)  # Orbax logs each file that it writes
   model = MODELS[_MODEL.value]
   case = model.make(jnp.float32, model.batch, model.length, _SCAN.value)
   state, run = make_run(case)
@@ -76,16 +76,16 @@ def main(argv: Sequence[str]) -> None:
     "",
     format_table(measured, _EVERY.value),
     "",
-    f"- The loop is held for {1e3 * statistics.median(measured.held):,.0f} ms; the checkpoint is "
+    f"- The loop waits for {1e3 * statistics.median(measured.held):,.0f} ms; the checkpoint is "
     f"on disk after {1e3 * statistics.median(measured.written):,.0f} ms.",
-    f"- It has {measured.bytes / 1e6:,.1f} MB; what trains, with the optimiser's two moments, "
+    f"- It has {measured.bytes / 1e6:,.1f} MB; what trains, with the optimizer's two moments, "
     f"{arrays / 1e6:,.1f} MB; the base, {4 * size / 1e6:,.1f} MB.",
   ])  # fmt: skip
   publish(report, _OUTPUT.value)
 
 
 def make_run(case: Case) -> tuple[State, Callable[[State], State]]:
-  """The state at the start, and `state -> state` that takes a step and does not wait."""
+  """The initial state, and `state -> state` that takes a step and does not wait."""
   if _TRAINS.value == "lora":
     form = rows.ours(case, rows.make_adapters(case, _RANK.value))
   else:
@@ -104,7 +104,7 @@ def make_run(case: Case) -> tuple[State, Callable[[State], State]]:
 def measure(
   state: State, run: Callable[[State], State], folder: Path, every: int, rounds: int
 ) -> Measured:
-  """The turns, the first of each compiled and unmeasured."""
+  """Measures the turns; the first of each kind compiles and is not counted."""
   turns, processors = {WITHOUT: [], WITH: []}, {WITHOUT: [], WITH: []}
   held, written = [], []
   with Checkpoints(folder, keep=1, fingerprint="") as checkpoints:
@@ -142,7 +142,7 @@ def measure(
 
 
 def format_table(measured: Measured, every: int) -> str:
-  """The table in markdown."""
+  """The table in Markdown."""
   lines = [
     "| turn | ms a step | / without | processors, ms a step | / without |",
     "| --- " + "| ---: " * 4 + "|",

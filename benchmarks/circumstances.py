@@ -1,4 +1,4 @@
-"""Under what circumstances a figure was measured, for the head of a report."""
+"""The circumstances of a measurement, for the head of a report."""
 
 import datetime
 import os
@@ -13,11 +13,11 @@ import jax
 
 
 def describe_circumstances(program: str, packages: Iterable[str]) -> list[str]:
-  """Two lines of markdown: device and versions, date and command.
+  """Two lines of Markdown: device and versions, date and command.
 
   Args:
-    program: as `python -m` takes it.
-    packages: whose versions matter.
+    program: the program's name after `python -m`.
+    packages: the packages whose versions matter.
   """
   versions = ", ".join(f"{package} {metadata.version(package)}" for package in packages)
   return [

@@ -1,12 +1,12 @@
-r"""What quantisation costs: perplexity, and the bytes of the kernels.
+r"""The cost of quantization: perplexity, and the bytes of the kernels.
 
     python -m benchmarks.compression --output=benchmarks/results.md
     python -m benchmarks.compression --rows=nf4,nf4-gptq
 
-SmolLM2-135M-Instruct, all linear layers of its blocks quantised, on newspaper sentences (Hutto and
-Gilbert 2014) joined by spaces, in windows of 256 tokens: the first 64 for calibration, the next 40
-held out. The rows `gguf` keep the file's own blocks, of which `dense` is the dequantised model, and
-embeddings with them.
+SmolLM2-135M-Instruct with all linear layers of its blocks quantized, on newspaper sentences (Hutto
+and Gilbert 2014) joined by spaces, in windows of 256 tokens: the first 64 for calibration, the next
+40 held out. The row `gguf` keeps the blocks of the file, including those of the embedding; `dense`
+is the same model dequantized.
 """
 
 import time
@@ -37,17 +37,17 @@ EDITORIALS = (
 PLAIN_NF4 = Format(levels="nf4", block=64)
 
 _CALIBRATION = flags.DEFINE_integer("calibration", 64, "Windows for calibration.", 1)
-_HELD_OUT = flags.DEFINE_integer("held_out", 40, "Windows to measure by.", 1)
+_HELD_OUT = flags.DEFINE_integer("held_out", 40, "Held-out windows for the measurement.", 1)
 _OUTPUT = define_output()
 
 
 class Case(NamedTuple):
-  """What every row starts from.
+  """The common start of all rows.
 
   Attributes:
-    source: where the model is from.
-    model, params: the model, its layers scanned.
-    axes: of its parameters.
+    source: the model's source.
+    model, params: the model with scanned layers.
+    axes: the axes of its parameters.
     calibration: token ids [windows, tokens].
   """
 
@@ -100,7 +100,7 @@ ROWS: dict[str, Callable[[Case], PyTree]] = {
   "nf4-gptq": calibrated,
   "nf4-loftq": with_adapter,
 }
-_ROWS = flags.DEFINE_list("rows", list(ROWS), "Which rows, of those in ROWS.")
+_ROWS = flags.DEFINE_list("rows", list(ROWS), "The rows to measure, from those in ROWS.")
 flags.register_validator(
   "rows", lambda rows: set(rows) <= set(ROWS), f"--rows takes some of {', '.join(ROWS)}"
 )
@@ -120,7 +120,7 @@ def main(argv: Sequence[str]) -> None:
     table.append((name, found, *kernel_bytes(case, params), made))
     print(format_table(table[-1:])[-1], flush=True)
   report = "\n".join([
-    "## Quantisation: perplexity and bytes, SmolLM2-135M-Instruct",
+    "## Quantization: perplexity and bytes, SmolLM2-135M-Instruct",
     "",
     *describe_circumstances("benchmarks.compression", ["jax", "flax"]),
     f"- {len(case.calibration)} windows of 256 tokens for calibration, {len(held_out)} held out.",
@@ -131,7 +131,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def load(source: str, calibration: int, held_out: int) -> tuple[Case, np.ndarray]:
-  """The model with windows for calibration, and those to measure by."""
+  """The model with windows for calibration, and the held-out windows."""
   found = pretrained.load(source, scan_layers=True)
   model = found.family.make_model(found.config)
   axes = lora_jax.trace_axes(
@@ -146,7 +146,7 @@ def load(source: str, calibration: int, held_out: int) -> tuple[Case, np.ndarray
 
 
 def kernel_bytes(case: Case, params: PyTree) -> tuple[float, float]:
-  """The bytes of the linear layers, adapters included: in megabytes, and by bfloat16's."""
+  """The bytes of the linear layers with their adapters: in megabytes, and relative to bfloat16."""
   paths = case.formats(compress.INT8)
   leaves = tree.flatten(params, is_leaf=is_weight)
   held = sum(x.nbytes for path in paths for x in jax.tree.leaves(leaves[path]))
@@ -155,7 +155,7 @@ def kernel_bytes(case: Case, params: PyTree) -> tuple[float, float]:
 
 
 def format_table(rows: Sequence[tuple]) -> list[str]:
-  """The table's lines in markdown."""
+  """The table's lines in Markdown."""
   return [
     "| kernels | perplexity | MB | of bfloat16 | made in, s |",
     "| --- | ---: | ---: | ---: | ---: |",

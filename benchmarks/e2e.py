@@ -28,7 +28,7 @@ _OUTPUT = define_output()
 
 
 class Run(NamedTuple):
-  """What a run's folder says: its config, its `eval_test.json`, and what it cost."""
+  """A run's folder: its config, its `eval_test.json`, and its costs."""
 
   config: dict[str, Any]
   result: dict[str, Any]
@@ -47,8 +47,8 @@ def read_run(path: pathlib.Path) -> Run:
   """Reads a run's folder.
 
   Raises:
-    FileNotFoundError: when it is no run, or one that was not evaluated.
-    ValueError: when it was evaluated without BLEU.
+    FileNotFoundError: if it is not a run, or was not evaluated.
+    ValueError: if it was evaluated without BLEU.
   """
   config = workdir.read_config(path)
   file = path / "eval_test.json"
@@ -68,10 +68,10 @@ def read_run(path: pathlib.Path) -> Run:
 
 
 def describe(runs: Sequence[Run]) -> str:
-  """The table in markdown, and how it was measured.
+  """The table in Markdown, and the conditions of the measurement.
 
   Raises:
-    ValueError: when the runs were not decoded in one way.
+    ValueError: if the runs were decoded in different ways.
   """
   decodings = {json.dumps(decoding_of(run.result)) for run in runs}
   if len(decodings) > 1:
@@ -103,7 +103,7 @@ def describe(runs: Sequence[Run]) -> str:
       *describe_circumstances("benchmarks.e2e", ("jax", "flax", "optax", "sacrebleu")),
       f"- {', '.join(f'{name} {value}' for name, value in decoding.items())}; "
       f"{', '.join(sorted(set(beams.values())))}. Mean ± standard deviation over the seeds. Loss: "
-      "nats a token of the references. Tokens/s: of the training, padding included, the median.",
+      "nats per token of the references. Tokens/s: the median of training, including padding.",
       "",
       *(f"| {' | '.join(row)} |" for row in table),
     ]
@@ -111,12 +111,12 @@ def describe(runs: Sequence[Run]) -> str:
 
 
 def scores_of(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-  """The BLEU of each number of beams."""
+  """The BLEU for each number of beams."""
   return {name: x for name, x in result["adapter"].items() if name.startswith("beams ")}
 
 
 def decoding_of(result: Mapping[str, Any]) -> dict[str, Any]:
-  """What must be one for BLEUs to be compared."""
+  """The settings that must be equal for BLEUs to be comparable."""
   scores = scores_of(result)
   return {
     "texts": max(score["texts"] for score in scores.values()),

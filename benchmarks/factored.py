@@ -1,11 +1,11 @@
-r"""What factors of a kernel save in time: rank against time, and the forward pass of a whole model.
+r"""The time that factored kernels save: rank against time, and the forward pass of a whole model.
 
     python -m benchmarks.factored --model=smollm2 --batch=4 --length=256 --shares=0.8,0.5,0.25
 
-A row is the model with every linear kernel of its blocks in factors that hold this share of its
-numbers; embedding and head stay dense. The factors are random, since time does not depend on them.
-Dense and factored are timed in turn, and the ratio is that of the medians; `floor` is the ratio of
-the floating-point operations.
+A row is the model with every linear kernel of its blocks replaced by factors with this fraction of
+its parameters; embedding and head stay dense. The factors are random, since time does not depend on
+them. Dense and factored are timed in turn, and the ratio is that of the medians; `floor` is the
+ratio of the floating-point operations.
 """
 
 import time
@@ -24,8 +24,8 @@ from lora_jax.weights import Factored
 
 _MODEL = flags.DEFINE_enum("model", "smollm2", ["smollm2", "tiny"], "One of benchmarks/models.py.")
 _BATCH = flags.DEFINE_integer("batch", 4, "Rows.", 1)
-_LENGTH = flags.DEFINE_integer("length", 256, "Tokens of a row.", 1)
-_SHARES = flags.DEFINE_list("shares", ["0.8", "0.5", "0.25"], "Of each kernel's numbers.")
+_LENGTH = flags.DEFINE_integer("length", 256, "Tokens per row.", 1)
+_SHARES = flags.DEFINE_list("shares", ["0.8", "0.5", "0.25"], "Fractions of a kernel's parameters.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Calls of each, in turn.", 1)
 
 
@@ -59,7 +59,7 @@ def main(argv):
 
 
 def factored(params, share: float):
-  """The tree with linear kernels in random factors of this share of their numbers."""
+  """The tree with linear kernels as random factors that have this fraction of their parameters."""
   specs = lora_jax.match(params, [("all-linear", lora_jax.LoRA(rank=1, alpha=1.0))])
   rng = np.random.default_rng(0)
 

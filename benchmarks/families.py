@@ -1,10 +1,10 @@
-r"""What a step of LoRA costs over its floor, for each family of models at one small size.
+r"""The cost of a LoRA step relative to its floor, for each family of decoders at one small size.
 
     python -m benchmarks.families
     python -m benchmarks.families --families=gemma2,gpt2 --output=benchmarks/results.md
 
 Random weights, float32. A step is forward, backward and AdamW, adapters on all linear layers. The
-floor is the same model with its base frozen, where norms alone train. See benchmarks.step.
+floor is the same model with a frozen base, where only norms train. See benchmarks.step.
 """
 
 import functools
@@ -46,22 +46,32 @@ FIELDS: dict[str, dict[str, Any]] = {
     "embedding_multiplier": 12.0, "attention_multiplier": 0.015625, "residual_multiplier": 0.22,
     "logits_scaling": 8.0,
   },
+  "gemma4_text": {
+    "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4,
+    "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "global_head_dim": 64,
+    "num_kv_shared_layers": 1, "hidden_size_per_layer_input": 64,
+    "vocab_size_per_layer_input": 4096, "max_position_embeddings": 256,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+  },
   "gpt2": {
     "vocab_size": 4096, "n_embd": 512, "n_layer": 4, "n_head": 8, "n_inner": 2048,
     "n_positions": 256,
   },
 }  # fmt: skip
-"""The fields of a family's config.json, in addition to `_SIZES`. GPT-2 takes these alone."""
+"""The fields of a family's config.json, in addition to `_SIZES`; of ALONE these are all."""
+ALONE = ("gpt2", "gemma4_text")
 
-_FAMILIES = flags.DEFINE_list("families", list(families.FAMILIES), "Some of the families.")
+DECODERS = [name for name, x in families.FAMILIES.items() if x.kind == families.DECODER]
+
+_FAMILIES = flags.DEFINE_list("families", DECODERS, "The families of decoders to measure.")
 _RANK = flags.DEFINE_integer("rank", 8, "Rank of the adapters.", lower_bound=1)
-_ROUNDS = flags.DEFINE_integer("rounds", 15, "Times that each row takes its turn.", lower_bound=2)
+_ROUNDS = flags.DEFINE_integer("rounds", 15, "Turns of each row.", lower_bound=2)
 _OUTPUT = define_output()
 
 flags.register_validator(
   "families",
-  lambda names: names and set(names) <= set(families.FAMILIES),
-  f"--families takes some of {', '.join(families.FAMILIES)}",
+  lambda names: names and set(names) <= set(DECODERS),
+  f"--families takes some of {', '.join(DECODERS)}",
 )
 
 
@@ -82,9 +92,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def make_config(name: str) -> families.Config:
-  """Of a family's model of four layers of width 512."""
+  """The configuration of a family's model with four layers of width 512."""
   own = FIELDS.get(name, {})
-  fields = own if name == "gpt2" else _SIZES | own
+  fields = own if name in ALONE else _SIZES | own
   return families.parse_config({"model_type": name} | fields)
 
 

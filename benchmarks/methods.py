@@ -1,15 +1,15 @@
-r"""What the adapter methods reach and what they cost: a sweep of methods and seeds on one task.
+r"""Quality and cost of the adapter methods: a sweep of methods and seeds on one task.
 
     python -m benchmarks.methods --results=runs/methods.jsonl --output=benchmarks/results.md
     python -m benchmarks.methods --results=runs/methods.jsonl --methods=lora,dora --seeds=0
     python -m benchmarks.methods --results=runs/rates.jsonl --tune=0.25,0.5,1,2,4 --seeds=0
 
-Each run is one of configs/methods.py. The model is loaded once, and every run appends one line to
-the results, so a sweep that was interrupted goes on where it stopped; a line of another config is
-passed over. The table is made of all lines that belong to the methods and seeds asked for.
+Each run is one of configs/methods.py. The model is loaded once. Every run appends one line to the
+results, so an interrupted sweep continues where it stopped; lines of other configs are ignored. The
+table has all lines of the requested methods and seeds.
 
-With --tune the runs are at multiples of each method's learning rate and are evaluated on the
-validation split: the best one of each belongs into configs/adapters.py, before the test is seen.
+With --tune the runs use multiples of each method's learning rate and are evaluated on the
+validation split. The best rate of each belongs in configs/adapters.py, before the test set is used.
 """
 
 import json
@@ -32,7 +32,7 @@ from benchmarks.reporting import define_output, publish
 from configs import adapters as presets
 from configs import methods as config_file
 from experiments import methods, parts
-from lora_jax import exchange
+from lora_jax import exchange, families
 from lora_jax.data.examples import Example
 from lora_jax.tasks import Task
 from lora_jax.train import evaluation, step, workdir
@@ -45,14 +45,14 @@ _METHODS = flags.DEFINE_list(
   "methods", [name for name in presets.METHODS if name != "bias"], "Of configs/adapters.py."
 )
 _SEEDS = flags.DEFINE_list(
-  "seeds", ["0", "1", "2"], "Whole numbers; a run of each for each method."
+  "seeds", ["0", "1", "2"], "Whole numbers; one run of each method per seed."
 )
 _TUNE = flags.DEFINE_list(
-  "tune", [], "Multiples of the methods' learning rates, to choose one by the validation split."
+  "tune", [], "Multiples of the methods' learning rates, to choose from by the validation split."
 )
-_RESULTS = flags.DEFINE_string("results", None, "A JSONL file that each run appends a line to.")
+_RESULTS = flags.DEFINE_string("results", None, "A JSONL file to which each run appends a line.")
 _OUTPUT = define_output()
-_SMOKE = flags.DEFINE_bool("smoke", False, "A few steps on little data, to see that it runs.")
+_SMOKE = flags.DEFINE_bool("smoke", False, "A few steps on little data, to check that it runs.")
 
 flags.register_validator(
   "methods",
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
   smoke = ",smoke" if _SMOKE.value else ""
-  # Seed by seed, so that an interrupted sweep has a row for every method as early as possible.
+  # Seed by seed, so that an interrupted sweep has rows for all methods as early as possible.
   named = [
     (name, f"method={name},seed={s}{smoke}") for s in _SEEDS.value for name in _METHODS.value
   ]
@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 class Shared(NamedTuple):
-  """What all runs share: the model and the data."""
+  """The model and the data, which all runs share."""
 
   task: Task
   model: nn.Module
@@ -100,7 +100,7 @@ class Shared(NamedTuple):
 
 
 def load(config: ConfigDict) -> Shared:
-  """The model and the data of a config."""
+  """The model and the data for a config."""
   task = parts.make_task(config)
   records = parts.load_records(config.data, task)
   pretrained = parts.load_model(config.model)
@@ -124,8 +124,8 @@ def sweep(runs: Sequence[tuple[str, ConfigDict]], results: Path) -> list[dict[st
   """Makes the runs whose lines are not in the results yet; returns the lines of all.
 
   Args:
-    runs: the method's name, or `BASE`, and the config of each; all have one model and one shared.
-    results: the file of lines; created with its folder when it is not there.
+    runs: the method's name, or `BASE`, and the config of each; all share one model.
+    results: the file of lines; created with its folder if it does not exist.
   """
   results.parent.mkdir(parents=True, exist_ok=True)
   known = (
@@ -146,13 +146,13 @@ def sweep(runs: Sequence[tuple[str, ConfigDict]], results: Path) -> list[dict[st
 
 
 def measure_base(config: ConfigDict, shared: Shared) -> dict[str, Any]:
-  """The accuracy and the loss of the model as it is."""
+  """The accuracy and the loss of the base."""
   scores = _evaluate(config, shared, shared.params)
   return {"accuracy": scores["accuracy"], "loss": scores["loss"]}
 
 
 def measure(config: ConfigDict, shared: Shared) -> dict[str, Any]:
-  """One run: what it reaches and what it costs, or the step at which it diverged."""
+  """One run: its quality and cost, or the step at which it diverged."""
   started = time.perf_counter()
   tx, _ = methods.make_optimizer(config)
   specs = lora_jax.match(shared.params, methods.rules_of(config.adapter), shared.axes)
@@ -167,7 +167,7 @@ def measure(config: ConfigDict, shared: Shared) -> dict[str, Any]:
   train_step = methods.make_train_step(
     config, shared.task, lora_jax.adapt(shared.model.apply), tx, adapters
   )
-  # All batches have one shape, so it is compiled once, here, and can say what memory it needs.
+  # All batches have one shape, so the step is compiled once, here, and reports its memory.
   train_step = train_step.lower(state, frozen, dataset[0]).compile()
   memory = train_step.memory_analysis()
   seconds = []
@@ -189,7 +189,7 @@ def measure(config: ConfigDict, shared: Shared) -> dict[str, Any]:
     + memory.output_size_in_bytes
     - memory.alias_size_in_bytes
     + memory.temp_size_in_bytes,
-    "adapter_bytes": _bytes_on_disk(lora_jax.detach(weights, adapters), base, shared.axes),
+    "adapter_bytes": _bytes_on_disk(lora_jax.detach(weights, adapters), base, shared),
     "seconds": time.perf_counter() - started,
   }
   jax.clear_caches()
@@ -202,18 +202,17 @@ def _evaluate(config: ConfigDict, shared: Shared, weights: PyTree) -> dict[str, 
   return evaluation.evaluate(eval_step, weights, data)
 
 
-def _bytes_on_disk(
-  adapters: Mapping[str, lora_jax.Adapted], base: PyTree, axes: Mapping[str, lora_jax.Axes]
-) -> int:
-  """The size of the adapter's file of tensors in PEFT's layout."""
+def _bytes_on_disk(adapters: Mapping[str, lora_jax.Adapted], base: PyTree, shared: Shared) -> int:
+  """The size of the adapter's tensor file in PEFT's layout."""
   with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "adapter"
-    exchange.save(path, adapters, base, axes, base_model="")
+    table = families.tensor_names(shared.model.config)
+    exchange.save(path, adapters, base, shared.axes, base_model="", table=table)
     return sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 
 def format_table(lines: Sequence[Mapping[str, Any]]) -> str:
-  """The table in markdown: a row for each method, over its seeds."""
+  """The table in Markdown: a row for each method, over its seeds."""
   table = [
     "| method | accuracy, % | loss | learning rate | trains | step, ms | peak memory, MB "
     "| adapter on disk, MB |",
@@ -250,7 +249,7 @@ def format_table(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def format_rates(lines: Sequence[Mapping[str, Any]]) -> str:
-  """The table of learning rates: the mean loss, and the accuracy, of each method at each."""
+  """The table of learning rates: the mean loss and the accuracy of each method at each rate."""
   table = ["| method | learning rate: loss (accuracy, %) |", "| --- | --- |"]
   for name in dict.fromkeys(line["method"] for line in lines):
     cells = []
@@ -271,13 +270,13 @@ def _mean_and_deviation(values: Sequence[float], digits: int) -> str:
 
 
 def describe_run() -> str:
-  """Device, versions, date and command, and how the columns are to be read."""
+  """Device, versions, date and command, and an explanation of the columns."""
   return "\n".join(
     [
       *describe_circumstances("benchmarks.methods", ("jax", "flax", "optax")),
       f"- Accuracy and loss on held-out sentences: mean ± standard deviation over the seeds "
-      f"{', '.join(_SEEDS.value)}. Step: the median. Peak memory: what the compiled step needs "
-      "for its arguments, results and between them.",
+      f"{', '.join(_SEEDS.value)}. Step: the median. Peak memory: that of the compiled step, with "
+      "its arguments and results.",
     ]
   )  # fmt: skip
 

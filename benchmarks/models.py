@@ -1,9 +1,9 @@
-"""The models that are measured: a module, its parameters, a batch and a loss.
+"""The models to measure: a module, its parameters, a batch and a loss.
 
 small     6 encoder blocks of width 512 with biases: no embedding, no head, linear layers only
 smollm2   SmolLM2-135M with its real weights
 llama1b   the shape of Llama 3.2 1B, random weights made on the device
-tiny      a Llama of two layers, to see in a minute that everything runs
+tiny      a Llama of two layers, to check in a minute that everything runs
 """
 
 import dataclasses
@@ -30,10 +30,10 @@ class Case:
 
   module: the model; `module.config` has the fields `dtype` and `remat_policy`.
   params: the base, without an outer {"params": ...}.
-  inputs, targets: the batch, the same one each step.
+  inputs, targets: the batch, the same one at each step.
   loss: `(outputs, targets) -> scalar`.
-  floor: a pattern of the leaves that train in the floor's row, the cheapest that need a backward
-    pass through the whole model.
+  floor: a pattern for the leaves that train in the floor's row: the cheapest ones that need a
+    backward pass through the whole model.
   """
 
   module: nn.Module
@@ -45,14 +45,14 @@ class Case:
 
   @property
   def islanguage_model(self) -> bool:
-    """Whether `transformers` knows the model."""
+    """True if `transformers` supports the model."""
     return hasattr(self.module.config, "vocab_size")
 
   def keeping_products(self) -> nn.Module:
-    """The module when each block keeps its matrix products only and computes the rest again.
+    """The module with blocks that save only their matrix products and recompute the rest.
 
-    On the CPU that saves memory with scanned layers only: between layers that are not, XLA finds
-    what is computed twice and computes it once.
+    On CPU this saves memory only with scanned layers: in unrolled layers XLA merges the
+    recomputation with the first computation.
     """
     config = dataclasses.replace(self.module.config, remat_policy=lora_jax.products_saveable)
     return self.module.clone(config=config)
@@ -181,7 +181,7 @@ def tiny(dtype: DTypeLike, batch: int, length: int, scan_layers: bool) -> Case:
 
 
 def language_model(config: families.Config, params: PyTree | None, batch: int, length: int) -> Case:
-  """A decoder with the loss of the next token at every position; params None makes random ones."""
+  """A decoder with the loss of the next token at every position; random if params is None."""
   keys = jax.random.split(jax.random.key(0), 2)
   tokens = jax.random.randint(keys[0], (batch, length + 1), 0, config.vocab_size)
   module = families.family_of(config).make_model(config)
@@ -201,7 +201,7 @@ def language_model(config: families.Config, params: PyTree | None, batch: int, l
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """A model by name: how to make it, and the batch that it is measured on unless told."""
+  """A model by name: its constructor, and the default batch."""
 
   make: Callable[[DTypeLike, int, int, bool], Case]
   batch: int

@@ -1,11 +1,11 @@
-r"""What packing gains: the tokens that count, a second, of training on short examples.
+r"""The gain of packing: training tokens per second, without padding, on short examples.
 
     python -m benchmarks.packing --output=benchmarks/results.md
 
-The quickstart's sentences, its model and its adapter, in batches of a row for each example, padded
-to one length or to the nearest of the config's buckets, and packed, several examples to a row
-(`lora_jax.data.packing`). A step has about as many examples in each. The ways take turns, on the
-same batches in all rounds' order; every ratio is taken within a round.
+Uses the quickstart's sentences, model and adapter. Batches have one row per example, padded to one
+length or to the nearest of the config's buckets, or are packed, with several examples in a row
+(`lora_jax.data.packing`). A step has about as many examples in each case. The cases take turns on
+the same batches in each round; every ratio is taken within a round.
 """
 
 import functools
@@ -26,10 +26,10 @@ from experiments import methods, parts
 from lora_jax.data import batches, packing
 from lora_jax.train import step
 
-_BATCH = flags.DEFINE_integer("batch", 16, "Examples of a step, about as many when packed.", 1)
-_LENGTH = flags.DEFINE_integer("length", 160, "Tokens of a packed row.", 1)
-_STEPS = flags.DEFINE_integer("steps", 4, "Of a turn, each on a batch of its own.", 1)
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "Times that each way takes its turn.", 2)
+_BATCH = flags.DEFINE_integer("batch", 16, "Examples per step; about as many when packed.", 1)
+_LENGTH = flags.DEFINE_integer("length", 160, "Tokens per packed row.", 1)
+_STEPS = flags.DEFINE_integer("steps", 4, "Steps per turn, each on its own batch.", 1)
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Turns of each case.", 2)
 _OUTPUT = define_output()
 
 Batches = Sequence[step.Batch]
@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def make_run(config, task, pretrained) -> Callable[[Batches], None]:
-  """What takes a step on each of some batches, and waits until all are done."""
+  """A function that takes a step on each of some batches, and waits for all of them."""
   model = pretrained.family.make_model(pretrained.config)
   axes = parts.trace_axes(model, pretrained.params)
   specs = lora_jax.match(pretrained.params, methods.rules_of(config.adapter), axes)
@@ -100,7 +100,7 @@ def make_run(config, task, pretrained) -> Callable[[Batches], None]:
 
 
 def counted(batch: step.Batch) -> np.ndarray:
-  """True [rows, tokens] where a token is an example's."""
+  """True [rows, tokens] for the tokens of examples."""
   if "segments" in batch:
     return batch["segments"] > 0
   last_B = np.where(batch["weights"] > 0, batch["at"], -1).max(axis=1)
@@ -108,7 +108,7 @@ def counted(batch: step.Batch) -> np.ndarray:
 
 
 def format_table(ways: Mapping[str, Batches], seconds: Mapping[str, Sequence[float]]) -> str:
-  """The table in markdown; ratios to the first way."""
+  """The table in Markdown; ratios relative to the first way."""
   lines = [
     "| rows of a step | padding, % | tokens/s | / the first |",
     "| --- " + "| ---: " * 3 + "|",

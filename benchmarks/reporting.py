@@ -1,7 +1,7 @@
-"""Where a benchmark's report goes: to the standard output, and to the end of the file of --output.
+"""The output of a benchmark's report: standard output, and the end of the file in --output.
 
 _OUTPUT = define_output()        # at the head of a main program
-publish(report, _OUTPUT.value)   # when all is measured
+publish(report, _OUTPUT.value)   # after the measurements
 """
 
 from pathlib import Path
@@ -12,8 +12,8 @@ flags.disclaim_key_flags()  # the flag is the main program's, not this module's
 
 
 def define_output() -> flags.FlagHolder[str | None]:
-  """Defines --output of the program that calls it; what is in no folder is refused at once."""
-  output = flags.DEFINE_string("output", None, "A markdown file that the table is appended to.")
+  """Defines --output for the calling program; a path in a missing folder is refused at once."""
+  output = flags.DEFINE_string("output", None, "A Markdown file to append the table to.")
   flags.register_validator(
     output,
     lambda path: path is None or Path(path).absolute().parent.is_dir(),
@@ -23,7 +23,7 @@ def define_output() -> flags.FlagHolder[str | None]:
 
 
 def publish(report: str, path: str | None) -> None:
-  """Prints a report and, where there is a path, appends it to the file of it."""
+  """Prints a report and, if there is a path, appends it to that file."""
   print(report)
   if path:
     with open(path, "a", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""The rows of the table that run in JAX: one model, loss and optimiser; what trains, and how.
+"""The rows of the table that run in JAX: one model, loss and optimizer, in different forms.
 
 form = ADAPTED["naive"](case, adapters)     # apply, weights, mask
 row = JaxRow("naive, rank 8", form, case)
@@ -37,7 +37,7 @@ class Form(NamedTuple):
   Attributes:
     apply: `({"params": weights}, inputs) -> outputs`.
     weights: the tree that it takes.
-    mask: what of the tree trains, leaf by leaf.
+    mask: True for the leaves that train.
   """
 
   apply: Callable
@@ -55,7 +55,7 @@ def trace_axes(case: Case) -> dict[str, lora_jax.Axes]:
 def make_adapters(
   case: Case, rank: int, kind: type[lora_jax.LoRA | lora_jax.DoRA] = lora_jax.LoRA
 ) -> Adapters:
-  """Fresh adapters on all linear layers: every row of one rank and kind starts from them."""
+  """Fresh adapters on all linear layers: the start of every row with this rank and kind."""
   axes = trace_axes(case)
   spec = kind(rank=rank, alpha=ALPHA)
   specs = lora_jax.match(case.params, [("all-linear", spec)], axes)
@@ -63,13 +63,13 @@ def make_adapters(
 
 
 def floor(case: Case) -> Form:
-  """The base frozen: forward and backward through the bare model, hardly anything trains."""
+  """A frozen base: forward and backward through the bare model, with few trained parameters."""
   mask = lora_jax.trainable_mask(case.params, also=[case.floor])
   return Form(case.module.apply, case.params, mask)
 
 
 def floor_keeping_products(case: Case) -> Form:
-  """The floor, each block computing all but its products again."""
+  """The floor, with blocks that save only their products and recompute the rest."""
   return floor(case)._replace(apply=case.keeping_products().apply)
 
 
@@ -79,25 +79,25 @@ def full(case: Case) -> Form:
 
 
 def ours(case: Case, adapters: Adapters) -> Form:
-  """Low-rank products kept apart by `adapt`."""
+  """Low-rank products kept factored by `adapt`."""
   weights = lora_jax.attach(case.params, adapters)
   return Form(lora_jax.adapt(case.module.apply), weights, lora_jax.trainable_mask(weights))
 
 
 def ours_keeping_products(case: Case, adapters: Adapters) -> Form:
-  """The same, each block computing all but its products again."""
+  """The same, with blocks that save only their products and recompute the rest."""
   apply = lora_jax.adapt(case.keeping_products().apply)
   return ours(case, adapters)._replace(apply=apply)
 
 
 def dora(case: Case, adapters: Adapters) -> Form:
-  """DoRA of the adapters' rank."""
+  """DoRA with the adapters' rank."""
   rank = next(iter(adapters.values())).rank
   return ours(case, make_adapters(case, rank, lora_jax.DoRA))
 
 
 def merged(case: Case, adapters: Adapters) -> Form:
-  """`W + s A B` formed in full and differentiated."""
+  """`W + s A B`, materialized and differentiated."""
 
   def apply(variables, x):
     return case.module.apply({"params": lora_jax.materialize(variables["params"])}, x)
@@ -106,7 +106,7 @@ def merged(case: Case, adapters: Adapters) -> Form:
 
 
 def naive(case: Case, adapters: Adapters) -> Form:
-  """The layer that one writes by hand, `x W + s (x A) B`, left to autodiff."""
+  """A layer as written by hand, `x W + s (x A) B`, with autodiff."""
 
   def dense(next_function, args, kwargs, context):
     y = next_function(*args, **kwargs)
@@ -151,7 +151,7 @@ ADAPTED = {
 
 
 def _beside_the_kernels(apply, case: Case, adapters: Adapters, a: str, b: str) -> Form:
-  """The form of a model that holds its factors as parameters of these names beside the kernels."""
+  """A model that holds its factors as parameters of these names next to the kernels."""
   params = traverse_util.flatten_dict(case.params, sep="/")
   factors = {}
   for path, adapter in adapters.items():
@@ -162,13 +162,13 @@ def _beside_the_kernels(apply, case: Case, adapters: Adapters, a: str, b: str) -
 
 
 class JaxRow:
-  """One form, compiled with its optimiser.
+  """One form, compiled with its optimizer.
 
   Attributes:
-    label: of the row.
-    trainable: how many numbers train.
+    label: the row's label.
+    trainable: the number of trained parameters.
     temporary: the compiled step's peak memory beyond its arguments and results, in bytes.
-    losses: of every step taken.
+    losses: the loss of every step taken.
   """
 
   def __init__(self, label: str, form: Form, case: Case):
@@ -182,7 +182,7 @@ class JaxRow:
     self.losses = []
 
   def compile(self) -> float:
-    """Traces and compiles the step from nothing; returns the seconds that it took."""
+    """Traces and compiles the step from scratch; returns the seconds that it took."""
     jax.clear_caches()
     state = jax.eval_shape(self._init, self._trainable)
     started = time.perf_counter()
@@ -200,7 +200,7 @@ class JaxRow:
       self.run(steps=1)
 
   def run(self, steps: int) -> float:
-    """Takes steps; returns the seconds of one."""
+    """Takes steps; returns the seconds per step."""
     started = time.perf_counter()
     for _ in range(steps):
       self._state, loss = self._compiled(self._state, self._frozen, self._batch)

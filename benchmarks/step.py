@@ -1,13 +1,13 @@
-r"""What a training step costs: time, memory and compilation of LoRA against its alternatives.
+r"""The cost of a training step: time, memory and compilation of LoRA and its alternatives.
 
     python -m benchmarks.step --model=small
     python -m benchmarks.step --model=smollm2 --output=benchmarks/results.md
     python -m benchmarks.step --model=llama1b --dtype=bfloat16 --steps=5      # on a GPU
 
 A step is forward, backward and AdamW. The rows take turns, in an order that is reversed every other
-round, and a ratio is taken within each round: its median stands in the table with its quartiles, so
-that neither a slow spell of the machine nor a drift decides. The floor and full fine-tuning are
-always measured, since the ratios are to them.
+round, and a ratio is taken within each round. The table has its median and quartiles, so that
+neither slow phases of the machine nor a drift decide. The floor and full fine-tuning are always
+measured, since the ratios are relative to them.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ LABELS = {
   "torch_full": "PyTorch, full",
   "torch_peft": "PyTorch + peft",
 }
-ALWAYS = ("floor", "full")  # the ratios are to them
+ALWAYS = ("floor", "full")  # the ratios are relative to them
 FLOOR, FULL = (LABELS[name] for name in ALWAYS)
 NEEDS = {
   "qwix": ("qwix",),
@@ -55,15 +55,15 @@ NEEDS = {
   "torch_peft": ("torch", "transformers", "peft"),
 }
 
-_MODEL = flags.DEFINE_enum("model", None, list(MODELS), "What is trained; see benchmarks.models.")
+_MODEL = flags.DEFINE_enum("model", None, list(MODELS), "The model; see benchmarks.models.")
 _ROWS = flags.DEFINE_list("rows", list(LABELS), f"Some of {','.join(LABELS)}.")
 _RANKS = flags.DEFINE_list("ranks", ["8"], "Ranks of the adapters; each has its LoRA rows.")
-_ROUNDS = flags.DEFINE_integer("rounds", 15, "Times that each row takes its turn.", lower_bound=2)
-_STEPS = flags.DEFINE_integer("steps", 1, "Steps of a turn, timed together.", lower_bound=1)
-_COMPILATIONS = flags.DEFINE_integer("compilations", 3, "Of each row, in turns.", lower_bound=1)
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of base and arithmetic.")
+_ROUNDS = flags.DEFINE_integer("rounds", 15, "Turns of each row.", lower_bound=2)
+_STEPS = flags.DEFINE_integer("steps", 1, "Steps per turn, timed together.", lower_bound=1)
+_COMPILATIONS = flags.DEFINE_integer("compilations", 3, "Per row, in turns.", lower_bound=1)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of base and computation.")
 _BATCH = flags.DEFINE_integer("batch", 0, "Rows of a batch; 0 for the model's own.")
-_LENGTH = flags.DEFINE_integer("length", 0, "Tokens of a row; 0 for the model's own.")
+_LENGTH = flags.DEFINE_integer("length", 0, "Tokens per row; 0 for the model's own.")
 _SCAN = flags.DEFINE_bool("scan_layers", False, "One scanned block instead of one for each layer.")
 _OUTPUT = define_output()
 
@@ -80,7 +80,7 @@ flags.register_validator(
 def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-  # JAX would otherwise reserve most of a GPU, and PyTorch's processes run on the same one.
+  # Otherwise JAX would reserve most of a GPU, on which PyTorch's processes run too.
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   model = MODELS[_MODEL.value]
   batch, length = _BATCH.value or model.batch, _LENGTH.value or model.length
@@ -108,7 +108,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def available(names: Collection[str], case: Case) -> tuple[list[str], list[str]]:
-  """The rows that can be measured here, and for each other one the reason."""
+  """The rows that can be measured here, and the reason for each of the others."""
   possible, left_out = [], []
   for name in (name for name in LABELS if name in names):
     missing = [m for m in NEEDS.get(name, ()) if importlib.util.find_spec(m) is None]
@@ -124,7 +124,7 @@ def available(names: Collection[str], case: Case) -> tuple[list[str], list[str]]
 def make_rows(case: Case, names: Sequence[str], ranks: Sequence[int], folder: Path) -> list[Row]:
   """The rows in the order of the table.
 
-  folder: for the files that PyTorch's processes read.
+  folder: the folder for files that PyTorch's processes read.
   """
   table: list[Row] = [
     JaxRow(LABELS[name], form(case), case) for name, form in BARE.items() if name in names
@@ -147,7 +147,7 @@ def make_rows(case: Case, names: Sequence[str], ranks: Sequence[int], folder: Pa
 
 
 def compile_in_turns(table: Sequence[Row], rounds: int) -> dict[str, list[float]]:
-  """`{label: seconds of each compilation}` of the rows of JAX."""
+  """`{label: seconds of each compilation}` for the rows in JAX."""
   compiled = [row for row in table if isinstance(row, JaxRow)]
   seconds = {row.label: [] for row in compiled}
   turns = [row for _ in range(rounds) for row in compiled]
@@ -161,7 +161,7 @@ def format_table(
   seconds: Mapping[str, Sequence[float]],
   compiled: Mapping[str, Sequence[float]],
 ) -> str:
-  """The table in markdown."""
+  """The table in Markdown."""
   lines = [
     "| row | step, ms | / full | / floor | temporary, MB | trace and compile / floor | trains "
     "| loss |",
@@ -184,7 +184,7 @@ def format_table(
 
 
 def format_comparisons(seconds: Mapping[str, Sequence[float]]) -> str:
-  """Ours against each other LoRA row of the same rank."""
+  """Ours relative to each other LoRA row of the same rank."""
   lines = []
   ours = f"{LABELS['ours']}, rank "
   for label in seconds:
@@ -196,14 +196,14 @@ def format_comparisons(seconds: Mapping[str, Sequence[float]]) -> str:
 
 
 def describe_run(names: Sequence[str], left_out: Sequence[str]) -> str:
-  """Device, versions, date and command, and how the columns are to be read."""
+  """Device, versions, date and command, and an explanation of the columns."""
   packages = ["jax", "flax", "optax", *dict.fromkeys(m for n in names for m in NEEDS.get(n, ()))]
   lines = [
     *describe_circumstances("benchmarks.step", packages),
     f"- {_ROUNDS.value} rounds, steps in a turn: {_STEPS.value}. Ratios: medians over the rounds, "
-    "with quartiles. Temporary memory: what the compiled step needs beyond its arguments and "
-    "results; for PyTorch how its process's resident memory (on a GPU its allocator's) grows in a "
-    "step. Loss: of the first step and of the last, the same for all rows that do the same.",
+    "with quartiles. Temporary memory: that of the compiled step beyond its arguments and results; "
+    "for PyTorch the growth of its process's resident memory (on a GPU its allocator's) in a step. "
+    "Loss: of the first step and of the last, the same for all rows that do the same.",
   ]
   if left_out:
     lines.append(f"- Left out: {'; '.join(left_out)}")

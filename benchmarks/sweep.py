@@ -1,13 +1,13 @@
-r"""What is gained by training many adapters in one program, and not one after another.
+r"""The gain of training many adapters in one program instead of one after another.
 
     python -m benchmarks.sweep --model=smollm2 --scan_layers --batch=2 --length=32
     python -m benchmarks.sweep --model=small --members=1,4 --ranks=2,8
 
-For each number of members the same steps in two forms: a step of every member in turn, by the step
-that trains one, and one step of `lora_jax.train.members` for all. Members have seeds of their own,
-the ranks of --ranks in turn, and the same batch. The rows take turns as in `benchmarks.step`, and a
-ratio is of the two forms' times in one round. It is per member and step: below 1, one program is
-faster.
+For each number of members the same steps run in two forms: a step of every member in turn, by the
+step that trains one, and one step of `lora_jax.train.members` for all. Members have different
+seeds, the ranks of --ranks in turn, and the same batch. The rows take turns as in
+`benchmarks.step`, and a ratio compares the two forms' times in one round, per member and step:
+below 1, one program is faster.
 """
 
 import dataclasses
@@ -34,13 +34,13 @@ PyTree = Any
 
 FORMS = ("one after another", "one program")
 
-_MODEL = flags.DEFINE_enum("model", None, list(MODELS), "What trains; see benchmarks.models.")
-_MEMBERS = flags.DEFINE_list("members", ["1", "4", "8", "16"], "How many; each has its two rows.")
+_MODEL = flags.DEFINE_enum("model", None, list(MODELS), "The model; see benchmarks.models.")
+_MEMBERS = flags.DEFINE_list("members", ["1", "4", "8", "16"], "Numbers of members, two rows each.")
 _RANKS = flags.DEFINE_list("ranks", ["8"], "The members' ranks, in turn.")
 _BATCH = flags.DEFINE_integer("batch", 4, "Rows of a member's batch.", lower_bound=1)
-_LENGTH = flags.DEFINE_integer("length", 32, "Tokens of a row.", lower_bound=1)
-_ROUNDS = flags.DEFINE_integer("rounds", 6, "Times that each row takes its turn.", lower_bound=2)
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of base and arithmetic.")
+_LENGTH = flags.DEFINE_integer("length", 32, "Tokens per row.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 6, "Turns of each row.", lower_bound=2)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of base and computation.")
 _SCAN = flags.DEFINE_bool("scan_layers", False, "One scanned block instead of one for each layer.")
 _OUTPUT = define_output()
 
@@ -72,8 +72,8 @@ def main(argv: Sequence[str]) -> None:
     f"## Many adapters in one program: {title}",
     "",
     *describe_circumstances("benchmarks.sweep", ["jax", "flax", "optax"]),
-    f"- {_ROUNDS.value} rounds. / alone: a member's step in one program by one of the plain step,"
-    " the median over the rounds, with quartiles. Temporary memory: what the compiled step needs"
+    f"- {_ROUNDS.value} rounds. / alone: a member's step in one program relative to the plain step,"
+    " the median over the rounds, with quartiles. Temporary memory: that of the compiled step"
     " beyond its arguments and results. Compile: all programs of the row, once.",
     "",
     format_table(table, seconds),
@@ -83,12 +83,12 @@ def main(argv: Sequence[str]) -> None:
 
 @dataclasses.dataclass
 class Row:
-  """One form of some members' training.
+  """One form of training some members.
 
   Attributes:
-    count: of members.
-    compile: seconds to trace and compile what the row runs.
-    temporary: of its largest program, in bytes.
+    count: the number of members.
+    compile: seconds to trace and compile the row's programs.
+    temporary: the temporary memory of its largest program, in bytes.
     step: takes a step of every member; returns their losses [count].
   """
 
@@ -136,10 +136,9 @@ def one_after_another(
   batch: PyTree,
   programs: dict[tuple, tuple[Any, float]],
 ) -> Row:
-  """Every member by the step that trains one, which members of a rank share.
+  """Every member by the step that trains one; members of equal rank share a program.
 
-  `programs` holds the compiled steps by their shapes, with the seconds that it took; they are added
-  to it.
+  `programs` maps shapes to compiled steps and the seconds that compiling took; new ones are added.
   """
   tx = make_tx(optax.constant_schedule(rows.LEARNING_RATE))
   train_step = step.make_train_step(objective, tx)
@@ -180,7 +179,7 @@ def one_program(
   """All members by one step."""
   jax.clear_caches()
   count = len(starts)
-  steps = 1_000_000  # more than are taken
+  steps = 1_000_000  # more than will be taken
   settings = members.Settings(
     steps=jnp.full(count, steps, jnp.int32),
     rates=jnp.full((count, 1), rows.LEARNING_RATE),
@@ -206,7 +205,7 @@ def check_rows(table: Mapping[tuple[str, int], Row]) -> None:
   """Takes two steps of each row, which are not timed.
 
   Raises:
-    RuntimeError: when the two forms' losses differ, and the times mean nothing.
+    RuntimeError: if the two forms' losses differ, so that the times would be meaningless.
   """
   losses = {label: np.stack([row.step(), row.step()]) for label, row in table.items()}
   for count in {count for _, count in table}:
@@ -219,7 +218,7 @@ def check_rows(table: Mapping[tuple[str, int], Row]) -> None:
 def format_table(
   table: Mapping[tuple[str, int], Row], seconds: Mapping[tuple[str, int], Sequence[float]]
 ) -> str:
-  """The table in markdown."""
+  """The table in Markdown."""
   lines = [
     "| members | form | a step of all, ms | a member's step, ms | / alone | compile, s "
     "| temporary, MB |",

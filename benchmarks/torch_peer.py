@@ -5,10 +5,10 @@
     row.start()
     seconds = row.run(steps=1)
 
-A process of its own keeps PyTorch's threads and memory apart from JAX's. Eager mode, as many
-threads as cores, AdamW in its fused form. Where other programs run beside, set
-OMP_WAIT_POLICY=passive: PyTorch's threads spin while they wait, and a small step that has to share
-its cores then takes a hundred times as long.
+A separate process keeps PyTorch's threads and memory apart from JAX's. Eager mode, as many threads
+as cores, fused AdamW. If other programs run at the same time, set OMP_WAIT_POLICY=passive:
+PyTorch's threads spin while they wait, and a small step that shares its cores can otherwise take a
+hundred times as long.
 """
 
 import dataclasses
@@ -32,12 +32,12 @@ _ROOT = Path(__file__).parents[1]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TorchSpec:
-  """What a worker runs.
+  """The settings of a worker.
 
   base: a folder that `transformers` loads.
   adapter: a folder that `peft` loads, or None to fine-tune in full.
   batch: a safetensors file with `inputs` and `targets`.
-  dtype: of the base, by its name.
+  dtype: the dtype of the base, by its name.
   device: "cpu" or "cuda".
   """
 
@@ -76,12 +76,14 @@ def write_case(case: Case, folder: Path) -> TorchSpec:
 
 def with_adapters(spec: TorchSpec, case: Case, adapters: Adapters, folder: Path) -> TorchSpec:
   """Writes adapters; returns the spec of `peft` training them."""
-  exchange.save(folder, adapters, case.params, trace_axes(case), base_model=spec.base)
+  exchange.save(
+    folder, adapters, case.params, trace_axes(case), base_model=spec.base, table=names.LLAMA_HF
+  )
   return dataclasses.replace(spec, adapter=str(folder))
 
 
 class TorchRow:
-  """A model in a process of its own; the attributes and methods are those of a JaxRow."""
+  """A model in its own process; the attributes and methods are those of a JaxRow."""
 
   def __init__(self, label: str, spec: TorchSpec):
     self.label = label
@@ -102,7 +104,7 @@ class TorchRow:
     self.losses += ready["losses"]
 
   def run(self, steps: int) -> float:
-    """Takes steps; returns the seconds of one."""
+    """Takes steps; returns the seconds per step."""
     print(steps, file=self._process.stdin, flush=True)
     answer = self._answer()
     self.losses.append(answer["loss"])

@@ -1,8 +1,8 @@
-"""The process behind a `TorchRow`: loads a model with `transformers`, and steps when it is asked.
+"""The process of a `TorchRow`: loads a model with `transformers`, and takes steps on request.
 
-Started with one JSON object, the fields of `TorchSpec` in benchmarks/torch_peer.py. It answers with
-a line of JSON when it is ready, and then with one for each line, a number of steps, that it reads.
-It imports nothing of this library, and JAX does not run in it.
+It is started with one JSON object, the fields of `TorchSpec` in benchmarks/torch_peer.py. It
+answers with a line of JSON when it is ready, and then with one for each line that it reads, a
+number of steps. It imports nothing of this library, and does not run JAX.
 """
 
 import ctypes
@@ -22,16 +22,16 @@ from transformers.utils import logging
 
 
 def main(spec: dict) -> None:
-  # Whatever libraries print goes to the errors, not among the answers.
+  # Output of libraries goes to standard error, not among the answers.
   answers = os.fdopen(os.dup(1), "w", buffering=1)
   os.dup2(2, 1)
   torch.set_num_threads(os.cpu_count())
-  torch.set_float32_matmul_precision("high")  # on a GPU TF32, which is JAX's default too
+  torch.set_float32_matmul_precision("high")  # TF32 on a GPU, which is JAX's default too
 
   logging.disable_progress_bar()
   model = AutoModelForCausalLM.from_pretrained(spec["base"], dtype=getattr(torch, spec["dtype"]))
   if spec["adapter"]:
-    from peft import PeftModel  # full fine-tuning does without it
+    from peft import PeftModel  # not needed for full fine-tuning
 
     model = PeftModel.from_pretrained(model, spec["adapter"], is_trainable=True)
   model = model.to(spec["device"]).train()
@@ -60,7 +60,7 @@ def main(spec: dict) -> None:
     return {"seconds": time.perf_counter() - started, "loss": loss.item()}
 
   ready = {"trainable": sum(p.numel() for p in trainable), "losses": [run(1)["loss"]]}
-  optimizer.zero_grad()  # gradients count as temporary
+  optimizer.zero_grad()  # gradients count as temporary memory
   ready["temporary"], answer = _peak_growth(lambda: run(1))
   ready["losses"].append(answer["loss"])
   print(json.dumps(ready), file=answers)
@@ -74,11 +74,11 @@ def _synchronize() -> None:
 
 
 def _peak_growth(function: Callable) -> tuple[int | None, dict]:
-  """Peak memory of a call beyond what was in use before it, in bytes, and the call's result.
+  """Peak memory of a call beyond the memory in use before it, in bytes, and the call's result.
 
-  On a GPU by PyTorch's allocator. On Linux by the resident memory of the process: its high-water
-  mark is set back first, and freed memory that malloc still holds is given back, or the peak of an
-  earlier call would hide this one's. Elsewhere None.
+  On a GPU it is measured by PyTorch's allocator. On Linux it is the resident memory of the process:
+  its high-water mark is reset first, and memory that malloc still holds is released, since the peak
+  of an earlier call would otherwise hide this one's. None on other systems.
   """
   gc.collect()
   if torch.cuda.is_available():

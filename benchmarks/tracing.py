@@ -1,10 +1,10 @@
-r"""What `adapt` costs in Python: tracing a deep unrolled model, and calling a function eagerly.
+r"""The cost of `adapt` in Python: tracing a deep unrolled model, and calling a function eagerly.
 
     python -m benchmarks.tracing --layers=48
 
-The model has seven products a layer and no scan, so that each is traced. Tracing is that of the
-gradient; an eager call is that of four layers, operation by operation. Times are of the processor,
-the least of some repeats, the bare model and the adapted one in turn.
+The model has seven products per layer and no scan, so each product is traced. The gradient is
+traced; an eager call runs four layers, operation by operation. Times are processor times, the
+minimum over repeats, of the bare and the adapted model in turn.
 """
 
 import time
@@ -18,7 +18,7 @@ import lora_jax
 from benchmarks.circumstances import describe_circumstances
 from lora_jax import tables
 
-_LAYERS = flags.DEFINE_integer("layers", 48, "Layers that are traced.", 1)
+_LAYERS = flags.DEFINE_integer("layers", 48, "Layers to trace.", 1)
 _WIDTH = flags.DEFINE_integer("width", 64, "Their width.", 2)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Measurements of each, in turn.", 1)
 
@@ -38,7 +38,7 @@ def main(argv):
   def adapted_loss(adapters):
     return lora_jax.adapt(loss)(lora_jax.attach(params, adapters), x)
 
-  # Functions of their own each time, for JAX remembers the traces of those that it has seen.
+  # New functions each time, since JAX caches the traces of those that it has seen.
   def traced_bare():
     jax.make_jaxpr(jax.grad(lambda params: loss(params, x)))(params)
 
@@ -62,7 +62,7 @@ def main(argv):
 
 
 def layers(count: int, width: int) -> list[dict[str, jax.Array]]:
-  """The parameters: seven square kernels a layer."""
+  """The parameters: seven square kernels per layer."""
   return [{name: jnp.ones((width, width)) / width for name in "qkvogud"} for _ in range(count)]
 
 
@@ -76,7 +76,7 @@ def loss(params, x: jax.Array) -> jax.Array:
 
 
 def least_seconds(calls: list[Callable[[], None]], repeats: int) -> list[float]:
-  """The least processor time of each call, taken in turn after one that is not counted."""
+  """The minimum processor time of each call, taken in turn after one that is not counted."""
   for call in calls:
     call()
   times = [[] for _ in calls]

@@ -1,9 +1,9 @@
-"""Measuring by turns: what is compared runs in one process, one after another, round by round.
+"""Measurements in turns: the candidates run in one process, one after another, round by round.
 
     seconds = run_in_turns({"ours": timed(ours), "theirs": timed(theirs)}, rounds=15)
     ratio(seconds["ours"], seconds["theirs"])     # "0.74 (0.73–0.76)"
 
-A ratio is taken within each round, so that neither a slow spell of the machine nor a drift decides.
+A ratio is taken within each round, so that neither slow phases of the machine nor a drift decide.
 """
 
 import statistics
@@ -20,7 +20,7 @@ Label = TypeVar("Label", bound=Hashable)
 def run_in_turns(
   rows: Mapping[Label, Callable[[], float]], rounds: int
 ) -> dict[Label, list[float]]:
-  """What each row returns in each round; the order is reversed every other round."""
+  """The results of each row in each round; the order is reversed every other round."""
   seconds = {label: [] for label in rows}
   for i in tqdm(range(rounds), desc="rounds"):
     for label in rows if i % 2 == 0 else reversed(rows):

@@ -1,7 +1,11 @@
 r"""Conversations of one's own, with LoRA or in full fine-tuning: the assistant's turns are learnt.
 
-    python -m experiments.train --config=configs/sft.py --workdir=runs/sft
+    python -m experiments.preview --config=configs/sft.py:data=mine.jsonl
     python -m experiments.train --config=configs/sft.py:data=mine.jsonl --workdir=runs/mine
+    python -m experiments.chat --workdir=runs/mine
+
+    python -m experiments.train --config=configs/sft.py --workdir=runs/sft
+    python -m experiments.train --config=configs/sft.py:full --workdir=runs/sft_full
 
 A line of the file is a conversation, {"messages": [{"role": "user", "content": "…"}, {"role":
 "assistant", "content": "…"}]}, perhaps with "tools". Other layouts are told by their columns, see
@@ -55,25 +59,27 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   else:
     data.train, data.validation, data.test = 1.0, 0.0, 0.0
     data.test_source = str(_DATA / "dev.jsonl")
-  data.max_length = 513  # tokens of a conversation up to its last answer's end
+  data.max_length = 641  # tokens of a conversation up to its last answer's end
   data.too_long = "drop"  # what becomes of a longer one: cut_left, cut_right, drop or error
-  data.buckets = (256, 512)
+  data.packed_length = 640  # tokens of a training row, which several conversations share
+  data.buckets = (192, 384, 640)  # of evaluation
 
   train = config.train
-  train.steps = 48  # one and a half times over the conversations
-  train.batch_size = 8
-  train.accumulate = 4  # two rows at a time
-  train.checkpoint_every = 24  # steps; in full fine-tuning each is 1.6 GB
+  train.steps = 40  # nine tenths of the conversations
+  train.batch_size = 4  # rows of a step, 2,560 tokens
+  train.accumulate = 4  # a row at a time
+  train.checkpoint_every = 20  # steps; in full fine-tuning each is 1.6 GB
   train.keep = 1 if args["full"] else 2
 
   config.optimizer.warmup_steps = 10
 
   evaluation = config.evaluation
   evaluation.examples = 0  # all
-  evaluation.batch_size = 8
+  evaluation.batch_size = 4
+  evaluation.samples = 2
 
   if args["smoke"]:
-    data.max_length, data.buckets = 129, (128,)
+    data.max_length, data.packed_length, data.buckets = 129, 128, (128,)
     train.steps, train.batch_size, train.accumulate, train.checkpoint_every = 4, 2, 1, 2
     config.optimizer.warmup_steps = 1
     evaluation.examples, evaluation.batch_size, evaluation.samples = 4, 2, 1

@@ -85,8 +85,8 @@ def compress(config: ConfigDict, folder: pathlib.Path):
   done = storage.steps_of(source) if storage.is_compressed(source) else ()
   compression_checks.check_config(config, done)
   parts.check_writes(
-    source,
-    "a compression is measured by the text that a model goes on with: compress an encoder by the "
+    parts.read_shapes(config.model),
+    "a compression is measured by the text that a model goes on with: compress another by the "
     "functions of lora_jax.compress, and save it by lora_jax.compress.storage",
   )
   if (folder / "model").exists():

@@ -151,6 +151,16 @@ _DATA = {
   ),
   "max_length": whole(2), "buckets": sequence(COUNT, empty=False),
 }  # fmt: skip
+_IMAGES = {
+  "source": _DATA["source"], "test_source": _DATA["test_source"], "split_by": either("digest"),
+  "train": SHARE, "validation": SHARE, "test": SHARE,
+  "arrays": sequence(NAME), "test_arrays": sequence(NAME), "size": whole(1, 1 << 14),
+  "mean": sequence(SHARE, empty=False), "std": sequence(POSITIVE, empty=False),
+  "crop_area": Rule("above 0 and at most 1", lambda value: POSITIVE.holds(value) and value <= 1),
+  "flip": SHARE,
+}  # fmt: skip
+# What `data` has of a task that reads no tables.
+_DATA_OF = {"images": _IMAGES}
 # The fields of `data` and of `task` that a task has.
 _OF_TASKS = {
   "completion": (
@@ -170,6 +180,10 @@ _OF_TASKS = {
       "text": NAME, "pair": NAME, "label": TEXT, "positive": real(-_LARGEST),
       "temperature": POSITIVE,
     },
+  ),
+  "images": (
+    {},
+    {"labels": sequence(NAME, empty=False)},
   ),
   "chat": (
     {
@@ -202,7 +216,7 @@ def rules_of_task(name: str) -> dict[str, Rule]:
   if name not in _OF_TASKS:
     raise ValueError(f"task.name {checks.shown(name)} is unknown; use {', '.join(_OF_TASKS)}")
   of_data, of_task = _OF_TASKS[name]
-  return _section("data", _DATA | of_data) | _section("task", of_task)
+  return _section("data", _DATA_OF.get(name, _DATA) | of_data) | _section("task", of_task)
 
 
 def check_task(config: ConfigDict) -> None:

@@ -77,13 +77,19 @@ def main(argv):
   task = parts.make_task(config)
   records = parts.load_records(config.data, task)
   split = parts.pick(records, _SPLIT.value, "--split")
+  # Before the weights are loaded, for a record may still be refused.
+  task = parts.task_of_model(task, config)
+  limit = _EXAMPLES.value or None
+  held_out = task.examples(split)
+  asked = task.prompts(split, held_out, limit) if _BEAMS.value else []
+  if asked:
+    task.check_room(asked, _MAX_TOKENS.value)
 
   # A config alone tells of no adapter that was trained, LoftQ's base among these.
   if run:
     pretrained = methods.load_base(config, mesh)
   else:
     pretrained = parts.extend(parts.load_model(config.model, mesh), task, config)
-  task = task.of_model(pretrained)
   apply = lora_jax.adapt(task.forward(parts.make_model(pretrained.config)))
   candidates = {"base": pretrained.params} if _BASE.value else {}
   if run:
@@ -91,12 +97,10 @@ def main(argv):
     table = pretrained.table
     adapters = exchange.load(run.adapter, pretrained.params, axes, table=table)
     candidates["adapter"] = methods.finish(config, pretrained.params, adapters, axes)
-  held_out = task.examples(split)
-  data = task.eval_batches(held_out[: _EXAMPLES.value or None], config.evaluation.batch_size)
+  data = task.eval_batches(held_out[:limit], config.evaluation.batch_size)
   if mesh:
     data = data.map(functools.partial(sharding.put_rows, mesh=mesh))
   eval_step = task.make_eval_step(apply)
-  asked = task.prompts(split, held_out, _EXAMPLES.value or None) if _BEAMS.value else []
 
   results = {"split": _SPLIT.value}
   if _BEAMS.value:

@@ -49,8 +49,10 @@ _RANK = flags.DEFINE_integer("rank", None, "Of PEFT's: convert to a plain LoRA o
 _FETCH = flags.DEFINE_bool(
   "fetch", False, "Download what the run's config.json names, where it is not on this machine."
 )
-_ROWS = flags.DEFINE_integer("rows", 1, "How many texts the artifact takes at once.", 1)
-_LENGTH = flags.DEFINE_integer("length", 128, "How many tokens of each it takes.", 1)
+_ROWS = flags.DEFINE_integer("rows", 1, "How many texts or images the artifact takes at once.", 1)
+_LENGTH = flags.DEFINE_integer(
+  "length", None, "Tokens of each text (128 by default), or pixels of a side of each image.", 1
+)
 _PLATFORMS = flags.DEFINE_list("platforms", "cpu", "What the artifact is for: cpu, cuda, tpu.")
 
 _FLOATS = ("float32", "bfloat16", "float16")
@@ -133,8 +135,7 @@ def main(argv):
       output,
       lora_jax.adapt(model.apply),
       smaller,
-      rows=_ROWS.value,
-      length=_LENGTH.value,
+      inputs=found.family.inputs(found.config, _ROWS.value, _LENGTH.value),
       platforms=_PLATFORMS.value,
       tokenizer=found.tokenizer,
       options=found.family.options(found.config),

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 import lora_jax
 from experiments import parts, teachers
-from lora_jax import calibration, new_tokens, sharding, tree
+from lora_jax import calibration, new_tokens, sharding, targets, tree
 from lora_jax.adapters import Method, eva
 from lora_jax.compress import FORMATS, loftq, quantize, straight_through
 from lora_jax.io import pretrained
@@ -51,6 +51,8 @@ SPECS: dict[str, type[Method]] = {
   "full": lora_jax.Full,
   "token_rows": lora_jax.TokenRows,
 }
+
+_MEASURED = "a statistic of the data that the base was trained on, kept as it is"
 
 # The settings that are no fields of the spec, but of how all adapters of a run start or train.
 _OF_THE_RUN = {
@@ -116,7 +118,12 @@ def specs_of(
     ValueError: as `lora_jax.match` does.
   """
   own = new_tokens.rules(base, parts.new_tokens_of(model))
-  return lora_jax.match(base.params, [*own, *rules], axes)
+  statistics = base.family.statistics
+  if statistics is None:
+    return lora_jax.match(base.params, [*own, *rules], axes)
+  found = lora_jax.match(base.params, [(statistics, None), *own, *rules], axes)
+  kept = dict.fromkeys(tree.matching(statistics, tree.flatten(base.params)), _MEASURED)
+  return targets.Targets(found, axes, found.left_out | kept)
 
 
 def spec_of(where: str, settings: Mapping[str, Any]) -> Method:

@@ -17,8 +17,9 @@ from experiments import config_checks
 from lora_jax import checks, compress, families, new_tokens, sharding, tasks, tree, weights
 from lora_jax.compress import storage
 from lora_jax.compress.quantize import quantize_leaf
-from lora_jax.data import detokenise, labels, records, splits
-from lora_jax.io import assets, model_files, pretrained
+from lora_jax.data import records, splits
+from lora_jax.io import assets, pretrained
+from lora_jax.tasks import tables
 from lora_jax.train import progress, workdir
 
 PyTree = Any
@@ -30,11 +31,7 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
   "nothing": jax.checkpoint_policies.nothing_saveable,
 }
 
-# The format of a file by its name.
-_BY_NAME = "auto"
-
-# What configs of earlier runs, which lack a field of the data section, meant without it.
-_BEFORE_THE_FIELD = {"encoding": "utf-8-sig", "quoted": None}
+# What configs of earlier runs meant, which name no task.
 _BEFORE_THE_TASK = {"name": "completion"}
 
 # Folded into the run's seed, which the adapters use as it is.
@@ -125,8 +122,8 @@ def load_records(data: ConfigDict, task: tasks.Task) -> dict[str, list[records.R
       f"data.test {data.test} is a share of data.source, and data.test_source names a file for the "
       "test split; set one of them to 0 or to ''"
     )
-  rows = _read_records(data, data.source, task)
-  held_out = _read_records(data, data.test_source, task)
+  rows = _read_records(data, data.source, task, held_out=False)
+  held_out = _read_records(data, data.test_source, task, held_out=True)
   if held_out:
     rows = splits.without(rows, held_out, data.split_by)
   shares = {name: data[name] for name in ("train", "validation", "test") if data[name]}
@@ -140,19 +137,19 @@ def addresses(source: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _read_records(
-  data: ConfigDict, sources: str | Sequence[str], task: tasks.Task
+  data: ConfigDict, sources: str | Sequence[str], task: tasks.Task, *, held_out: bool
 ) -> list[records.Record]:
-  return [row for source in addresses(sources) for row in _read_file(data, source, task)]
+  return [row for source in addresses(sources) for row in _read_file(data, source, task, held_out)]
 
 
-def _read_file(data: ConfigDict, source: str, task: tasks.Task) -> list[records.Record]:
-  rows = read_file(data, source)
+def _read_file(
+  data: ConfigDict, source: str, task: tasks.Task, held_out: bool
+) -> list[records.Record]:
+  rows = task.open(assets.resolve(source), data, held_out=held_out)
   try:
     # Before records are left out, so that their numbers are those in the file.
     rows, words = task.read(rows)
-    rows = detokenise.detokenise_columns(rows, data.detokenise)
-    if data.sign_of:
-      rows = labels.sign_label(rows, data.sign_of, neutral=data.neutral)
+    rows = task.derive(rows, data)
     task.check(rows)
   except ValueError as error:
     raise ValueError(f"{source}: {error}") from None
@@ -162,19 +159,8 @@ def _read_file(data: ConfigDict, source: str, task: tasks.Task) -> list[records.
 
 
 def read_file(section: ConfigDict, source: str) -> list[records.Record]:
-  """The records of one file, as a section of a config says: `format`, `columns`, `encoding` and
-  `quoted`. Raises as `lora_jax.data.records.read` does."""
-  return records.read(
-    assets.resolve(source),
-    format=None if section.format == _BY_NAME else section.format,
-    columns=section.columns or None,
-    quoted=_setting(section, "quoted"),
-    encoding=_setting(section, "encoding"),
-  )
-
-
-def _setting(data: ConfigDict, name: str) -> Any:
-  return data[name] if name in data else _BEFORE_THE_FIELD[name]
+  """The records of one file of text, as `lora_jax.tasks.tables.read` reads it."""
+  return tables.read(assets.resolve(source), section)
 
 
 def pick(rows: Mapping[str, list[records.Record]], split: str, field: str) -> list[records.Record]:
@@ -197,7 +183,7 @@ def pick(rows: Mapping[str, list[records.Record]], split: str, field: str) -> li
 def inspect_model(model: ConfigDict) -> pretrained.Pretrained:
   """The base that a model config names, shapes in the place of its arrays.
 
-  A compressed one is loaded for it.
+  A compressed one is loaded for it: what its parameters are made of is in its tensors.
   """
   if model.quantize != "none" and not storage.is_compressed(model.source):
     raise ValueError(
@@ -219,8 +205,9 @@ def shapes_of(model: ConfigDict) -> pretrained.Pretrained:
 
 
 def read_shapes(model: ConfigDict) -> pretrained.Pretrained:
-  """The base before any quantization, shapes in the place of its arrays: none of them is read."""
-  found = pretrained.inspect(model.source, **_model_options(model))
+  """The base before any compression, shapes in the place of its arrays: none of them is read."""
+  inspect = storage.inspect if storage.is_compressed(model.source) else pretrained.inspect
+  found = inspect(model.source, **_model_options(model))
   return new_tokens.add(found, new_tokens_of(model))
 
 
@@ -254,22 +241,30 @@ def extend(
   return task.extend(found, jax.random.fold_in(jax.random.key(config.seed), _OF_THE_TASK))
 
 
+def task_of_model(task: tasks.Task, config: ConfigDict) -> tasks.Task:
+  """The task on a run's base, of which the configuration and the tokenizer are read."""
+  return task.of_model(extend(read_shapes(config.model), task, config))
+
+
+def inspect_source(source: str) -> pretrained.Pretrained:
+  """What `load_source` loads, shapes in the place of its arrays: none of them is read."""
+  if storage.is_compressed(source):
+    return storage.inspect(source)
+  return pretrained.inspect(source, scan_layers=None)
+
+
 def load_source(source: str) -> pretrained.Pretrained:
   """A model without a config, in float32: a compressed one, or a dense one from wherever it is."""
   if storage.is_compressed(source):
     return storage.load(source)
-  return pretrained.load(source, scan_layers=True)
+  return pretrained.load(source, scan_layers=None)
 
 
-def check_writes(source: str, instead: str) -> None:
-  """Raises ValueError for a model that writes no texts, before its weights are loaded; `instead` is
+def check_writes(found: pretrained.Pretrained, instead: str) -> None:
+  """Raises ValueError for a model that writes no texts, of which shapes are enough; `instead` is
   the remedy."""
-  if storage.is_compressed(source):
-    config = model_files.read_config(pathlib.Path(source).expanduser(), families.FAMILIES)
-  else:
-    config = pretrained.inspect(source).config
-  if families.family_of(config).init_cache is None:
-    raise ValueError(f"{source}: a {config.family!r} generates no text; {instead}")
+  if found.family.init_cache is None:
+    raise ValueError(f"{found.source}: a {found.config.family!r} generates no text; {instead}")
 
 
 def _load_compressed(model: ConfigDict, mesh: Mesh | None = None) -> pretrained.Pretrained:

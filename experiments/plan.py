@@ -33,7 +33,7 @@ import lora_jax
 from experiments import config_checks, methods, parts, programs, sweep_config, teachers
 from lora_jax import families, sharding
 from lora_jax.tasks import Task
-from lora_jax.train import plan, step
+from lora_jax.train import members, plan, step
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config.", lock_config=True)
 _DEVICES = flags.DEFINE_integer("devices", None, "Devices that -1 in config.mesh shares out.", 1)
@@ -58,7 +58,7 @@ def main(argv):
   print(lora_jax.summary(case.params, case.specs, case.axes))
   planned = plan.make_plan(whole_run(config, case, mesh), share_of_a_device(config, case, mesh))
   if count > 1:
-    planned = planned.of_members(count)
+    planned = planned.of_members(count, in_turn=members.in_turn(case.axes))
     print(f"This is the largest of {count} members; together, on one base, they need:")
   print(f"\n{planned}\n{verdict(planned, memory, mesh)}")
   if _COMPILE.value:
@@ -192,10 +192,10 @@ def share_of_a_device(config: ConfigDict, case: Case, mesh: Mesh | AbstractMesh)
   """
   tx, _ = methods.make_optimizer(config)
   count, model = mesh.shape["tensor"], case.model
-  heads = [x for x in ("num_heads", "num_kv_heads") if hasattr(model, x)]
+  heads = [x for x in ("num_heads", "num_kv_heads", "full_kv_heads") if hasattr(model, x)]
   cuts_heads = all(getattr(model, x) % count == 0 for x in heads)
-  sizes = (*(heads if cuts_heads else ()), "mlp_width", "vocab_size")
-  fields = [x for x in sizes if getattr(model, x) % count == 0]
+  sizes = (*(heads if cuts_heads else ()), "mlp_width", "vocab_size", "per_layer_vocab")
+  fields = [x for x in sizes if (size := getattr(model, x, None)) and size % count == 0]
   model = dataclasses.replace(model, **{x: getattr(model, x) // count for x in fields})
   alone = AbstractMesh((1, 1, count), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
   whole_heads = () if cuts_heads else ((r"(.*/)?attn/.*", jax.P()),)

@@ -1,15 +1,18 @@
-r"""Answers for texts of one's own by a run: classes, scores or embeddings, as its task has them.
+r"""Answers for texts or images of one's own by a run: classes, scores or embeddings, by its task.
 
     python -m experiments.predict --workdir=runs/sst2 --input="a joy from start to finish"
     python -m experiments.predict --workdir=runs/rte --input=pairs.jsonl > answers.jsonl
+    python -m experiments.predict --workdir=runs/cifar --input=photographs
 
 --input is a text, or the path of a file: JSONL, JSON, CSV, TSV or Parquet with the columns of the
-run's templates, or .txt with a text on each line. Each answer is printed as a JSON object on a line
-of its own, with `index`, the number of the record from 0, and by the task
+run's templates, or .txt with a text on each line. Of a run on images it is a picture, or a folder
+of pictures, which are taken in the order of their names. Each answer is printed as a JSON object on
+a line of its own, with `index`, the number of the record from 0, and by the task
 
     classification    label, and probabilities by class
     regression        score
     embedding         embedding, of length 1
+    images            image, the path; label, and probabilities by class
 """
 
 import json
@@ -23,7 +26,9 @@ from lora_jax.compress import merging
 from lora_jax.train import progress
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.", required=True)
-_INPUT = flags.DEFINE_string("input", None, "A text, or a file of them.", required=True)
+_INPUT = flags.DEFINE_string(
+  "input", None, "A text, or a file of them; an image, or a folder of them.", required=True
+)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Records that are computed at once.", 1)
 _FETCH = flags.DEFINE_bool(
   "fetch", False, "Download what the run's config.json names, where it is not on this machine."
@@ -54,7 +59,7 @@ def main(argv):
     asked,
     batch_size=_BATCH_SIZE.value,
     watch=lambda batches: progress.watched(
-      batches, "answer", compiled=set(), shape_of=task.shape_of
+      batches, "answer", compiled=set(), shape_of=task.shape_of, unit=task.UNIT
     ),
   )
   for index, answer in enumerate(answers):

@@ -17,7 +17,6 @@ from ml_collections import ConfigDict
 import lora_jax
 from experiments import config_checks, inputs, methods, parts, processes, samples, teachers
 from lora_jax import sharding
-from lora_jax.compress import storage
 from lora_jax.io.pretrained import Pretrained
 from lora_jax.tasks import Task
 from lora_jax.train import evaluation, progress, workdir
@@ -102,8 +101,9 @@ class Case:
   ) -> dict[str, float]:
     """The figures of weights on batches, with a bar of progress."""
     shown = progress.watched(
-      data, what, compiled=set(), shape_of=self.task.shape_of, disable=self.quiet, **bar
-    )
+      data, what, compiled=set(), shape_of=self.task.shape_of, unit=self.task.UNIT,
+      disable=self.quiet, **bar,
+    )  # fmt: skip
     return evaluation.evaluate(eval_step, weights, shown, self.task.metrics)
 
 
@@ -137,11 +137,9 @@ def prepare(config: ConfigDict, configs: Sequence[ConfigDict], run: workdir.Work
     validation_records = parts.pick(records, "validation", "train.evaluate_every")
   elif config.train.evaluate_every:
     print("validation: left out, for there are too few different records to hold some out for it")
-  compressed = storage.is_compressed(config.model.source)  # its shapes stand in no config.json
-  base = parts.load_model(config.model, mesh) if compressed else parts.read_shapes(config.model)
-  with stage("tokenise"):
+  with stage("make the examples"):
     # Before the weights are loaded, for a record may still be refused.
-    task = task.of_model(parts.extend(base, task, config))
+    task = parts.task_of_model(task, config)
     examples = task.examples(train_records)
     held_out = task.examples(held_out_records)[: config.evaluation.examples or None]
     validation = task.examples(validation_records) if validation_records else []
@@ -149,9 +147,7 @@ def prepare(config: ConfigDict, configs: Sequence[ConfigDict], run: workdir.Work
   print(f"data: {len(examples):,} to train on, {len(held_out):,} held out")
   print("\n".join(task.lines(described)))
 
-  if not compressed:
-    base = parts.load_model(config.model, mesh)
-  base = parts.extend(base, task, config)
+  base = parts.extend(parts.load_model(config.model, mesh), task, config)
   axes = parts.trace_axes(parts.make_model(base.config), base.params)
   specs = [methods.specs_of(base, config.model, each, axes) for each in rules]
 

@@ -104,8 +104,9 @@ def start(case: Case, run: workdir.Workdir) -> Program:
   def write_report() -> None:
     if processes.is_first():
       report.write_report(
-        run, targets=case.tables[0], command=processes.command(), lines=case.task.lines
-      )
+        run, targets=case.tables[0], command=processes.command(), lines=case.task.lines,
+        unit=case.task.UNIT,
+      )  # fmt: skip
 
   def finish(measure: Measure, state: step.State, frozen: PyTree, results: Results) -> None:
     weights = lora_jax.join(state.trainable, frozen)
@@ -114,6 +115,7 @@ def start(case: Case, run: workdir.Workdir) -> Program:
     measure.add(results, "after", weights, case)
     if processes.is_first():
       workdir.write_json(run.evaluation, results)
+      samples.draw(case, results["samples"], run)
     write_report()
     print(f"after:  {case.task.line(results['after'])}")
     print(f"everything is in {run.path}: README.md tells of it, adapter/ is what was trained")

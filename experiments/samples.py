@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lora_jax import sharding
+from lora_jax.io import outputs
+from lora_jax.train import workdir
 
 PyTree = Any
 Sample = dict[str, str]
@@ -34,6 +36,13 @@ def add(samples: Sequence[Sample], when: str, texts: Sequence[str]) -> None:
   """Adds a text to each sample."""
   for sample, text in zip(samples, texts, strict=True):
     sample[when] = text
+
+
+def draw(case: Any, samples: Sequence[Sample], run: workdir.Workdir) -> None:
+  """Draws the case's chosen examples with what was shown of them, where the task has a picture."""
+  if drawn := case.task.draw(case.chosen, samples):
+    with workdir.writing(run.picture), outputs.whole_file(run.picture) as partial:
+      drawn(partial)
 
 
 def make_show(case: Any, apply: Callable) -> Callable[[PyTree], list[str]]:

@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 import lora_jax
-from experiments import methods, parts, processes, program, sweep_config, sweep_results
+from experiments import methods, parts, processes, program, samples, sweep_config, sweep_results
 from experiments.preparation import Case
 from lora_jax import exchange, families, sharding, tables, tree
 from lora_jax.data import batches
@@ -42,7 +42,6 @@ def start(
 ) -> program.Program:
   """The members on their base, at the start; `fields` are those that each of them changes."""
   configs, base = case.configs, case.base
-  members.check(case.axes)
   check_starts(base.params, case.specs, case.axes)
   print(f"{case.tables[0]}\n{len(configs)} members; the table shows the first:")
   print("\n".join(f"  {n}: {sweep_config.label(each)}" for n, each in enumerate(fields)))
@@ -110,11 +109,13 @@ def start(
           lines = sweep_results.lines_of(metrics.read_metrics(run.metrics), each, n, len(configs))
           sweep_results.write_member(folder, each, results, lines)
           command = sweep_results.command_of(fields[n])
+          samples.draw(case, results["samples"], folder)
           report.write_report(
-            folder, targets=case.tables[n], command=command, lines=case.task.lines
-          )
+            folder, targets=case.tables[n], command=command, lines=case.task.lines,
+            unit=case.task.UNIT,
+          )  # fmt: skip
     if processes.is_first():
-      sweep_results.write_results(run, fields, common, rows, case.task.line)
+      sweep_results.write_results(run, fields, common, rows, case.task)
     table = sweep_results.format_rows(rows, tables.rendered)
     print(f"after, on {case.config.evaluation.split}:\n{table}")
     print(f"everything is in {run.path}: results.md is the table, members/ has a folder of each")
@@ -126,6 +127,7 @@ def start(
     train_step=members.make_train_step(
       methods.make_objective(case.config, case.task, apply), make_tx,
       parts=case.config.train.accumulate, shardings=shardings[0],
+      in_turn=members.in_turn(case.axes),
     ),
     steps=settings.rates.shape[1],
     log_at={each.train.steps for each in configs},

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from experiments import processes
 from experiments.sweep_config import Fields, label
 from lora_jax import tables
+from lora_jax.tasks import Task
 from lora_jax.train import metrics, plot, workdir
 
 
@@ -67,13 +68,12 @@ def write_results(
   fields: Sequence[Fields],
   common: Mapping[str, Any],
   rows: Sequence[Mapping[str, Any]],
-  line: Callable[[Mapping[str, float]], str],
+  task: Task,
 ) -> None:
-  """Writes the table, for people and for programs, and draws the members' losses; `line` says
-  figures in one line."""
+  """Writes the table, for people and for programs, and draws the members' losses."""
   page = [
     f"# {run.path.name}: {len(rows)} adapters, trained in one program",
-    f"On {common['split']}, before: {line(common['before'])}. After:",
+    f"On {common['split']}, before: {task.line(common['before'])}. After:",
     format_rows(rows, tables.markdown),
   ]
   finished = [row for row in rows if row["outcome"] == "finished"]
@@ -85,7 +85,7 @@ def write_results(
   workdir.write_text(run.path / "results.md", "\n\n".join(page) + "\n")
   workdir.write_json(run.path / "results.json", {"before": common["before"], "members": list(rows)})
   labels = [f"{n}: {label(each)}" for n, each in enumerate(fields)]
-  plot.plot_members(metrics.read_metrics(run.metrics), labels, run.plot)
+  plot.plot_members(metrics.read_metrics(run.metrics), labels, run.plot, task.UNIT)
 
 
 def _cell(value: Any) -> str:

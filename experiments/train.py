@@ -82,7 +82,9 @@ def train(config, run):
 
     with (
       processes.metrics_writer(run, step=int(state.step)) as writer,
-      progress.Progress(start=int(state.step), total=trained.steps, disable=case.quiet) as bar,
+      progress.Progress(
+        start=int(state.step), total=trained.steps, unit=case.task.UNIT, disable=case.quiet
+      ) as bar,
     ):
       trained.write_report()
       try:
@@ -102,6 +104,7 @@ def train(config, run):
           writer=writer,
           progress=bar,
           shape_of=case.task.shape_of,
+          unit=case.task.UNIT,
         )
       except (loop.Interrupted, FloatingPointError):
         trained.write_report()
@@ -124,6 +127,7 @@ def measure_before(case, run, measure, weights):
   measure.add(results, "before", weights, case)
   if processes.is_first():
     workdir.write_json(run.evaluation, results)
+    samples.draw(case, results["samples"], run)
   return results
 
 

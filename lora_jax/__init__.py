@@ -13,7 +13,7 @@ from lora_jax.adapt import MaterializationError as MaterializationError
 from lora_jax.adapt import adapt as adapt
 
 # isort: split
-# What is adapted, and how
+# Which leaves are adapted, and how
 from lora_jax.adapters import AdaLoRA as AdaLoRA
 from lora_jax.adapters import DoRA as DoRA
 from lora_jax.adapters import Full as Full

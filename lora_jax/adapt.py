@@ -2,9 +2,9 @@
 
     logits = adapt(model.apply)({"params": weights}, tokens)
 
-The function is traced once, with every Weight shown to it as the array that it stands for, and the
-resulting jaxpr is evaluated again with the Weights themselves. Only the equations that meet a
-Weight are interpreted (`rules.py`, `control_flow.py`); every other equation runs unchanged.
+The function is traced once, with every Weight replaced by the array that it represents, and the
+resulting jaxpr is evaluated again with the Weights themselves. Only equations with a Weight among
+their operands are interpreted (`rules.py`, `control_flow.py`); all others run unchanged.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ RULES: dict[jex.Primitive, Callable] = rules.RULES | control_flow.RULES
 
 
 class MaterializationError(ValueError):
-  """Strict mode: a Weight would have had to be materialized."""
+  """Raised in strict mode where a Weight would have to be materialized."""
 
 
 def adapt(
@@ -41,22 +41,21 @@ def adapt(
 
       adapt(f)(tree, x) == f(materialize(tree), x)
 
-  and, for a weight that can be applied in factored form, no intermediate value has the full
-  weight's shape, forward or backward.
+  For a weight that can be applied in factored form, no intermediate value has the full weight's
+  shape, forward or backward.
 
-  `f` is traced as under `jax.jit`: arrays are tracers inside it. Anything else among the arguments
-  (Python numbers, bools, strings, functions, None) reaches it as it is. Without a Weight among the
-  arguments `adapt(f)` is `f`. Put `jax.jit`, `jax.grad`, `jax.vmap` and their like outside or
-  inside as you please; `jit` outside leaves no cost in Python at all.
-
+  `f` is traced as under `jax.jit`: arrays are tracers inside it. All other arguments (Python
+  numbers, bools, strings, functions, None) reach it unchanged. Without a Weight among the arguments
+  `adapt(f)` is `f`. `jax.jit`, `jax.grad`, `jax.vmap` and other transforms may be applied inside or
+  outside; an outer `jit` removes all Python overhead.
   Args:
     f: a function of pytrees, for instance a Flax `model.apply`.
-    strict: raise instead of materializing a Weight.
-    rules: what to do with a primitive that meets a Weight, `{primitive: rule}`. Extend the default
-      by `adapt(f, rules=RULES | {p: rule})`; `rules.py` says what a rule is.
+    strict: True to raise an error instead of materializing a Weight.
+    rules: the treatment of primitives with a Weight operand, `{primitive: rule}`. Extend the
+      default by `adapt(f, rules=RULES | {p: rule})`; `rules.py` explains rules.
 
   Raises:
-    MaterializationError: in strict mode, naming the path, the primitive, the reason and a remedy.
+    MaterializationError: in strict mode, with the path, the primitive, the reason and a remedy.
   """
 
   @functools.wraps(f)
@@ -99,7 +98,7 @@ def evaluate(
 
 @dataclasses.dataclass(frozen=True)
 class _Evaluate:
-  """The interpreter, as rules are handed it."""
+  """The interpreter, in the form that rules receive it."""
 
   rules: Mapping[jex.Primitive, Callable]
   strict: bool
@@ -107,7 +106,7 @@ class _Evaluate:
   def __call__(self, jaxpr: jex.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
     env = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
     env.update(zip(jaxpr.jaxpr.invars, args, strict=True))
-    waiting: list[jex.JaxprEqn] = []  # equations that meet no Weight, and are evaluated together
+    waiting: list[jex.JaxprEqn] = []  # equations without a Weight, evaluated together
 
     def evaluate_waiting():
       if waiting:
@@ -126,7 +125,7 @@ class _Evaluate:
     return [_read(env, v) for v in jaxpr.jaxpr.outvars]
 
   def array(self, x: Any, reason: str) -> jax.Array:
-    """The operand, materialized where it is a Weight: for rules that cannot keep it.
+    """The operand, materialized if it is a Weight: for rules that cannot keep it.
 
     Raises:
       NotFactored: in strict mode.
@@ -136,7 +135,7 @@ class _Evaluate:
     return materialize(x)
 
   def _interpret(self, eqn, ins, jaxpr, env) -> list[Any]:
-    """Evaluates an equation that meets a Weight: by its rule, or by materializing."""
+    """Evaluates an equation with a Weight, by its rule or on materialized weights."""
     try:
       if eqn.primitive not in self.rules:
         raise NotFactored(f"there is no rule for {eqn.primitive.name}")
@@ -155,12 +154,12 @@ class _Evaluate:
     return compat.bind_unchanged(eqn, materialize(ins))
 
 
-# Their rules take a vector as it was before it was broadcast; a user's own rule takes arrays.
+# Their rules take a vector as it was before the broadcast; a user's own rule takes arrays.
 _BY_VECTORS = frozenset({primitives.mul_p, primitives.div_p})
 
 
 def _unbroadcast(v, x, shape, jaxpr, env) -> Any:
-  """An operand as the vector that it was before it was broadcast to a shape, where it was."""
+  """Returns the vector that an operand was before its broadcast to a shape, if it was one."""
   if jnp.ndim(x) and jnp.shape(x) != shape:
     return Broadcast.of(x, shape, tuple(range(len(shape))))
   for eqn in jaxpr.jaxpr.eqns:
@@ -183,7 +182,7 @@ def _refusal(weight: Weight, primitive: str, reason: str) -> MaterializationErro
 
 
 def _named(weight: Weight, key_path) -> Weight:
-  """The weight with a path for messages: the one that `attach` gave it, or its place here."""
+  """The weight with a path for messages: the one from `attach`, or its place in the arguments."""
   if weight.path:
     return weight
   _argument, *rest = key_path
@@ -191,10 +190,10 @@ def _named(weight: Weight, key_path) -> Weight:
 
 
 def _formed(x: Any) -> Any:
-  """The argument itself, or the array of a weight that is not worth keeping apart."""
+  """The argument itself, or the array of a weight that saves nothing by staying factored."""
   return x.materialize() if is_weight(x) and x.IS_DENSE else x
 
 
 def _is_array(x: Any) -> bool:
-  # Not NumPy's scalars: like Python's numbers they may be sizes, counts or axes.
+  # NumPy scalars do not count: like Python numbers, they may be sizes, counts or axes.
   return isinstance(x, jax.Array | np.ndarray)

@@ -1,11 +1,11 @@
-"""Which axis of a parameter is which, found by tracing the function that uses it.
+"""The role of each axis of a parameter, found by tracing the function that uses the parameter.
 
-A shape does not say it: (512, 8, 64) may be a query projection (in; out, out), an output
+A shape does not show it: (512, 8, 64) may be a query projection (in; out, out), an output
 projection (in, in; out), or eight stacked layers. The function does: `dot_general` contracts the
-inputs of a leaf and batches over its stacks, `scan` slices stacks, `gather` picks rows by an
-input, a convolution's dimension numbers say the rest. So the function is traced once, abstractly
-(no FLOPs, no memory), and every leaf is followed from the arguments to its uses: through the
-primitives of `STEPS`, through functions within functions, and through elementwise operations.
+inputs of a leaf and batches over its stacks, `scan` slices stacks, `gather` picks rows by an input,
+and a convolution's dimension numbers tell the rest. So the function is traced once, abstractly (no
+FLOPs, no memory). Every leaf is followed from the arguments to its uses: through the primitives of
+`STEPS`, through nested functions, and through elementwise operations.
 
     >>> axes = trace_axes(lambda p, x: x @ p["kernel"], params, x)
     >>> axes["kernel"]
@@ -34,26 +34,30 @@ class Axes:
   """The roles of a leaf's axes.
 
   Attributes:
-    roles: a letter an axis: `i` input, `o` output, `s` stack. Empty where the function never
-      contracts or gathers the leaf (biases, norm scales), or leaves it no input or no output.
-    uses: the primitives that contract or gather the leaf, in order of first use, but first the one
-      that gave the roles.
-    rows: how many rows meet each of its matrices, over all uses: tokens for a linear layer,
-      positions of the result for a convolution, ids for a lookup. So the products of a leaf cost
-      2 · rows · its size FLOPs forward. A loop of unknown length counts once, a cond each branch.
-    not_followed: the primitives behind which it is not known what becomes of the leaf.
-    joined: the primitives by which the leaf is added to activations, or multiplies them.
+    roles: one letter per axis: `i` input, `o` output, `s` stack. Empty if the function never
+      contracts or gathers the leaf (biases, norm scales), or if no input or no output remains.
+    uses: the primitives that contract or gather the leaf, in order of first use, except that the
+      one that determined the roles comes first.
+    rows: the number of rows that each of its matrices multiplies, over all uses: tokens for a
+      linear layer, positions of the result for a convolution, ids for a look-up. The forward
+      products of a leaf thus take 2 · rows · its size FLOPs. A loop of unknown length counts once,
+      each branch of a cond counts.
+    groups: the number of groups of outputs with separate inputs: the number of channels for a
+      depthwise convolution, otherwise 1.
+    not_followed: the primitives at which the trace lost the leaf.
+    joined: the primitives that add the leaf to activations, or multiply activations by it.
   """
 
   roles: str
   uses: tuple[str, ...]
   rows: int = 0
+  groups: int = dataclasses.field(default=1, repr=False, compare=False)
   not_followed: tuple[str, ...] = dataclasses.field(default=(), repr=False, compare=False)
   joined: tuple[str, ...] = dataclasses.field(default=(), repr=False, compare=False)
 
   @property
   def reason(self) -> str:
-    """Why there are no roles; empty where there are."""
+    """The reason why there are no roles; empty if there are."""
     if self.roles:
       return ""
     if self.not_followed:
@@ -66,11 +70,11 @@ class Axes:
 
 
 class AxesReport(dict[str, Axes]):
-  """What `trace_axes` returns, `{path: Axes}`; `str` of it is a table."""
+  """The result of `trace_axes`, `{path: Axes}`; its `str` is a table."""
 
   @property
   def reasons(self) -> dict[str, str]:
-    """`{path: why it has no roles}`, of the leaves that have none."""
+    """`{path: reason}` for the leaves without roles."""
     return {path: axes.reason for path, axes in self.items() if not axes.roles}
 
   def __str__(self) -> str:
@@ -95,21 +99,22 @@ class AxesReport(dict[str, Axes]):
 _NAMES = {"s": "stack", "i": "in", "o": "out"}
 
 
-def trace_axes(f: Callable, params: PyTree, *args, **kwargs) -> AxesReport:
+def trace_axes(f: Callable, params: PyTree, *args: Any, **kwargs: Any) -> AxesReport:
   """Returns `{path: Axes}` for every leaf of `params`, by tracing `f(params, *args, **kwargs)`.
 
-  `print` it for a table.
+  `print` the result for a table.
 
-  Where a leaf is used more than once, the first use that leaves it inputs and outputs gives the
-  roles (tied embeddings are gathered, then used transposed as the head). A use that meets the
-  arguments goes before one that meets parameters alone (a spectral norm's power iteration).
+  If a leaf is used more than once, the first use that leaves it inputs and outputs determines the
+  roles (tied embeddings are gathered, then used transposed as the head). Uses together with the
+  arguments take precedence over uses with parameters only (a spectral norm's power iteration).
 
   Args:
     f: the function that uses the parameters.
-    params: a pytree of arrays, `jax.ShapeDtypeStruct`s or Weights, of which the shape is looked at.
-    *args, **kwargs: the other arguments of `f`; arrays may be `jax.ShapeDtypeStruct`s. Pass the
-      inputs here and do not close over them: an array that depends on them is an activation, an
-      array that depends on the parameters alone is a parameter still.
+    params: a pytree of arrays, `jax.ShapeDtypeStruct`s or Weights, of which only shapes are read.
+    *args: the other arguments of `f`; arrays may be `jax.ShapeDtypeStruct`s. Pass the inputs here
+      and do not close over them: an array that depends on them counts as an activation, an array
+      that depends on the parameters alone as a parameter.
+    **kwargs: as `args`.
   """
   params = jax.tree.map(lambda x: x.aval if is_weight(x) else x, params, is_leaf=is_weight)
   ndims = {path: len(jax.numpy.shape(x)) for path, x in tree.flatten(params).items()}
@@ -128,7 +133,7 @@ def trace_axes(f: Callable, params: PyTree, *args, **kwargs) -> AxesReport:
 
 
 def _source(argument) -> Source:
-  """A random key is no input: what it makes may multiply a kernel (DropConnect)."""
+  """The source of an argument. Random keys are constants: their values may multiply a kernel."""
   is_key = jax.dtypes.issubdtype(argument.dtype, jax.dtypes.prng_key)
   return Source.PARAMETERS if is_key else Source.INPUTS
 
@@ -147,12 +152,13 @@ def _axes(notes: Notes, path: str, ndim: int) -> Axes:
     "".join(first.roles.get(n, "o") for n in range(ndim)) if first else "",
     tuple(names),
     round(sum(use.rows for use in uses)),
+    first.groups if first else 1,
     tuple(dict.fromkeys(notes.not_followed.get(path, ()))),
     tuple(dict.fromkeys(notes.joined.get(path, ()))),
   )
 
 
-# ---- what is known without a trace
+# ---- roles without a trace
 
 _CONVOLUTION = re.compile(
   r"((?:.*/)?(?!\w*(?:transpose|local))conv\w*/)(kernel|w)(/(?:raw_)?value)?", re.IGNORECASE
@@ -160,18 +166,18 @@ _CONVOLUTION = re.compile(
 
 
 def convolution_roles(path: str, leaves: Mapping[str, Any]) -> str:
-  """The roles of a convolution's kernel, (*window, in, out), as its name and its bias tell them.
+  """The roles of a convolution's kernel, (*window, in, out), by its name and its bias.
 
-  They do where the leaf is called `kernel` or `w`, has three to five axes, and is in a module whose
-  name begins with `conv` (Conv_0, conv1, conv2_d, but no ConvTranspose or ConvLocal), and where the
-  bias next to it has the one axis (out,). The bias proves that the first axis is no stack: layers
-  that are stacked by a scan or a vmap have a stack of biases. Depthwise and grouped kernels are
-  (*window, in / groups, out), and so no exception.
+  They apply if the leaf is called `kernel` or `w`, has three to five axes, and is in a module whose
+  name begins with `conv` (Conv_0, conv1, conv2_d, but not ConvTranspose or ConvLocal), and if the
+  bias next to it has a single axis (out,). The bias proves that the first axis is not a stack:
+  layers that a scan or a vmap stacks have stacked biases. Depthwise and grouped kernels are
+  (*window, in / groups, out), so they are covered too.
 
-  Empty where that is not so, as without a bias.
+  Empty in all other cases, such as without a bias.
 
   Args:
-    path: the leaf's.
+    path: the leaf's path.
     leaves: all leaves of the tree, by path.
   """
   found, shape = _CONVOLUTION.fullmatch(path), tuple(leaves[path].shape)
@@ -184,7 +190,7 @@ def convolution_roles(path: str, leaves: Mapping[str, Any]) -> str:
 
 
 def candidates(shape: tuple[int, ...]) -> str:
-  """The roles that a leaf of this shape may have if its stacks lead, with what they mean."""
+  """The possible roles of a leaf of this shape, with leading stacks, and their meaning."""
   found = []
   for stacks in range(len(shape) - 1):
     for outputs in range(1, len(shape) - stacks):
@@ -196,11 +202,11 @@ def candidates(shape: tuple[int, ...]) -> str:
   return ", ".join(found)
 
 
-# ---- the walk
+# ---- the trace
 
 
 def _follow(jaxpr: jex.ClosedJaxpr, ins: Sequence[Value], notes: Notes) -> list[Value]:
-  """Follows values through a jaxpr, noting how each leaf is used."""
+  """Follows values through a jaxpr and notes the uses of each leaf."""
   env = dict.fromkeys(jaxpr.jaxpr.constvars, PLAIN[Source.CONSTANTS])
   env.update(zip(jaxpr.jaxpr.invars, ins, strict=True))
 
@@ -215,7 +221,7 @@ def _follow(jaxpr: jex.ClosedJaxpr, ins: Sequence[Value], notes: Notes) -> list[
 
 
 def _step(eqn: jex.JaxprEqn, ins: list[Value], notes: Notes) -> list[Value]:
-  """What is known of the results of one equation; notes uses."""
+  """Derives the results of one equation and notes uses."""
   lost = [PLAIN[max((x.source for x in ins), default=Source.PARAMETERS)]] * len(eqn.outvars)
   if not lost or not any(x.views for x in ins):
     return lost
@@ -227,11 +233,11 @@ def _step(eqn: jex.JaxprEqn, ins: list[Value], notes: Notes) -> list[Value]:
     return lost
 
 
-# ---- functions that hold functions
+# ---- nested functions
 
 
 def _functions(eqn) -> list[jex.ClosedJaxpr]:
-  """The functions that a jit, remat, custom_jvp, custom_vjp, shard_map … holds."""
+  """The functions inside an equation: those of jit, remat, custom_jvp, custom_vjp, shard_map …"""
   held = eqn.params.values()
   return [compat.closed(x) for x in held if isinstance(x, jex.Jaxpr | jex.ClosedJaxpr)]
 
@@ -273,10 +279,10 @@ def _while(eqn, ins, notes):
 
 
 def _loop(body, consts, carry, xs, notes) -> tuple[list[Value], list[Value]]:
-  """The carry of a loop, at its start and after any step, and what else the body returns.
+  """The carry of a loop, at its start and after any step, and the other results of the body.
 
-  A loop may exchange its state, or turn it into a leaf, so what the body returns is what it is
-  given next, until nothing is new.
+  A loop may swap parts of its state, or turn it into a leaf. So the results of the body become its
+  next arguments, until nothing changes.
   """
   while True:
     own = Notes()
@@ -332,7 +338,7 @@ STEPS = {
   compat.cond_p: _cond,
   compat.while_p: _while,
   compat.scan_p: _scan,
-  # Primitives of their own since JAX 0.10; before, a jit and steps that are known.
+  # Primitives since JAX 0.10; before that, a jit and known steps.
   compat.stack_p: steps.stack,
   compat.unstack_p: steps.unstack,
   compat.tile_p: steps.each(steps.tile),

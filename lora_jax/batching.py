@@ -1,10 +1,10 @@
-"""Several adapters on one base: switched without recompiling, or a row of a batch each its own.
+"""Several adapters on one base: switched without recompiling, or one for each row of a batch.
 
     named = align({"french": x, "german": y})           # one structure, so one compiled program
     logits = step(params, named["german"], tokens)
 
-    adapters = stack([x, y], slots=16)                   # 16 slots, of which 14 are empty
-    adapters = put(adapters, 2, z)                       # adds or replaces one
+    adapters = stack([x, y], slots=16)                   # 16 slots, 14 of them empty
+    adapters = put(adapters, 2, z)                       # adds or replaces an adapter
 
     def row(slot, tokens):
       weights = attach(params, gate(adapters, slot))     # or select(adapters, slot)
@@ -12,10 +12,10 @@
 
     logits = jax.vmap(row)(slots, tokens)                # the base is not batched
 
-A LoRA adapter's structure holds its scale, and its arrays the rank; here the scale becomes part of
-b and the rank is filled up with zeros, both of which are exact. What only training needs, dropout
-and which factor is frozen, is left out. (To train several adapters at once, of any ranks and
-scales: `lora_jax.train.members`, whose `stack` keeps both.)
+A LoRA adapter's structure holds its scale, and its shapes the rank. Here the scale is multiplied
+into b and the rank is padded with zeros; both are exact. Dropout and the choice of a frozen factor,
+which only training needs, are dropped. (To train several adapters of any ranks and scales at once,
+use `lora_jax.train.members`, whose `stack` keeps both.)
 """
 
 import dataclasses
@@ -32,16 +32,16 @@ Adapters = Mapping[str, Adapted]
 def align(
   adapters: Mapping[str, Adapters], rank: int | None = None
 ) -> dict[str, dict[str, LowRank]]:
-  """The same adapters in one structure: a function compiled for one of them takes any.
+  """Returns the same adapters in one structure: a function compiled for one of them takes any.
 
   Args:
-    adapters: `{name: {path: adapter}}`. At a path that one of them has and another has not, the
-      other's change is zero.
-    rank: of every leaf; None for the largest that a leaf has in any of them.
+    adapters: `{name: {path: adapter}}`. At a path that only some of them have, the change of the
+      others is zero.
+    rank: the rank of every leaf; None for the leaf's largest rank among the adapters.
 
   Raises:
-    ValueError: when a rank is larger, two adapters are not of one base, or a kind has no exact
-      low-rank form.
+    ValueError: if an adapter's rank is larger, if adapters are for different bases, or if a kind
+      has no exact low-rank form.
   """
   folded = {name: _folded(each) for name, each in adapters.items()}
   at_path: dict[str, list[LowRank]] = {}
@@ -61,16 +61,16 @@ def align(
 def stack(
   adapters: Sequence[Adapters], *, rank: int | None = None, slots: int | None = None
 ) -> dict[str, LowRank]:
-  """One adapters pytree with a leading axis of slots, adapter n in slot n.
+  """Stacks adapters into one pytree with a leading axis of slots, adapter n in slot n.
 
   Args:
     adapters: at least one.
-    rank, raises: as in `align`.
-    slots: the length of the axis; those after the adapters are empty, which is to say zero: the
-      base without an adapter. None for one slot an adapter.
+    rank: as in `align`.
+    slots: the length of the axis. Slots after the adapters are empty, i.e. zero: the base without
+      an adapter. None for one slot per adapter.
 
   Raises:
-    ValueError: when there is no adapter, or there are more than slots.
+    ValueError: if there is no adapter, if there are more adapters than slots, or as in `align`.
   """
   slots = len(adapters) if slots is None else slots
   if not 0 < len(adapters) <= slots:
@@ -81,22 +81,22 @@ def stack(
 
 
 def put(stacked: Mapping[str, LowRank], slot: int | jax.Array, adapters: Adapters) -> dict:
-  """The stack with other adapters in one slot, of the same structure, so that nothing recompiles.
+  """Replaces the adapters of one slot of a stack. The structure stays, so nothing recompiles.
 
   Args:
-    stacked: what `stack` made. Under `jax.jit(put, donate_argnums=0)` it is not copied.
-    slot: which one; it may be traced, and then one that is none changes nothing.
+    stacked: the result of `stack`. Under `jax.jit(put, donate_argnums=0)` it is not copied.
+    slot: the index of the slot. It may be traced; a traced index out of range changes nothing.
     adapters: of any rank up to the stack's; `{}` empties the slot.
 
   Raises:
-    ValueError: when the adapters do not fit, or the slot is no slot.
+    ValueError: if the adapters do not fit, or if the slot is out of range.
   """
   unknown = sorted(set(adapters) - set(stacked))
   if unknown:
     raise ValueError(f"the stack has no adapters at {', '.join(unknown)}; stack them all at once")
   slots = _slots(stacked)
   if isinstance(slot, int) and not 0 <= slot < slots:
-    raise ValueError(f"slot {slot} is none of the stack's {slots}")
+    raise ValueError(f"slot {slot} is not among the stack's {slots}")
   plain = _folded(adapters)
 
   def updated(path: str, every: LowRank) -> LowRank:
@@ -110,14 +110,15 @@ def put(stacked: Mapping[str, LowRank], slot: int | jax.Array, adapters: Adapter
 
 
 def select(stacked: Mapping[str, Adapted], slot: int | jax.Array) -> dict[str, Adapted]:
-  """The adapters of one slot, or, with an array of slots, of each of them along a leading axis.
+  """Returns the adapters of one slot; of several slots, with an array, along a leading axis.
 
-  Under `vmap` every row reads a copy of its own factors, so the work does not depend on how many
-  slots there are: the choice for hundreds of adapters. For a few, `gate` is faster.
+  Under `vmap` every row reads a copy of its own factors, so the work does not depend on the number
+  of slots. Use it for hundreds of adapters. For a few, `gate` is faster.
 
   Args:
     stacked: adapters with a leading axis, of any kind.
-    slot: of them; may be traced. One that is none, as -1, has zeros, for a LowRank no adapter.
+    slot: the index of the slot; it may be traced. An index out of range, such as -1, yields zeros,
+      which for a LowRank means no adapter.
   """
 
   def at_slot(x):
@@ -127,26 +128,26 @@ def select(stacked: Mapping[str, Adapted], slot: int | jax.Array) -> dict[str, A
 
 
 def gate(stacked: Mapping[str, LowRank], slot: int | jax.Array) -> dict[str, Gated]:
-  """All slots side by side along the rank, with the gate open for one of them.
+  """Returns all slots side by side along the rank, with a gate that selects one of them.
 
-  The same function as `select`, in other arrays. Under `vmap` over slots the factors are not
-  batched: each layer makes two products of all rows with rank * slots columns, which for a few
-  slots costs less than a small product for each row, in time and in memory.
+  Computes the same function as `select`. Under `vmap` over slots the factors are not batched: each
+  layer computes two products of all rows with rank * slots columns. For a few slots this takes less
+  time and memory than a small product for each row.
 
   Args:
-    stacked: what `stack` made.
-    slot: as in `select`, but one only.
+    stacked: the result of `stack`.
+    slot: as in `select`, but a single one.
 
   Raises:
-    ValueError: when there are several slots.
+    ValueError: if there are several slots.
   """
   if jnp.ndim(slot):
-    raise ValueError("gate opens one slot; map over several, jax.vmap(lambda slot, x: ...)")
+    raise ValueError("gate selects one slot; map over several, jax.vmap(lambda slot, x: ...)")
   slots = _slots(stacked)
   chosen = jax.nn.one_hot(slot, slots)
 
   def gated(adapter: LowRank) -> Gated:
-    # The axes that lead in a and b: the slots, then the stacks.
+    # The leading axes of a and b: the slots, then the stacks.
     leading = _rank_axis(adapter)
     gates = jnp.repeat(chosen.astype(adapter.a.dtype), adapter.rank)
     return Gated(
@@ -161,21 +162,21 @@ def gate(stacked: Mapping[str, LowRank], slot: int | jax.Array) -> dict[str, Gat
 
 
 def low_rank(path: str, adapter: Adapted) -> LowRank:
-  """The adapter as a LowRank, exactly.
+  """Returns the adapter as a LowRank, exactly.
 
   Raises:
-    ValueError: when its kind has no such form.
+    ValueError: if its kind has no exact low-rank form.
   """
   try:
     return adapter.as_low_rank()
   except NotFactored as reason:
     raise ValueError(
-      f"{path}: {reason}; lora_jax.to_lora(adapters, params, rank=...) makes the nearest LoRA of it"
+      f"{path}: {reason}; lora_jax.to_lora(adapters, params, rank=...) computes its nearest LoRA"
     ) from None
 
 
 def check_same_leaf(path: str, adapters: Sequence[LowRank]) -> None:
-  """Raises ValueError when adapters are not of one leaf, of which ranks may differ."""
+  """Raises ValueError if adapters are not for one leaf; their ranks may differ."""
   shapes = {}
   for adapter in adapters:
     b_shape = list(adapter.b.shape)
@@ -187,12 +188,12 @@ def check_same_leaf(path: str, adapters: Sequence[LowRank]) -> None:
 
 
 def _rank_axis(adapter: LowRank) -> int:
-  """The axis of the rank in b."""
+  """The rank axis of b."""
   return adapter.a.ndim - 1 - adapter.roles.count("i")
 
 
 def _folded(adapters: Adapters) -> dict[str, LowRank]:
-  """Plain adapters with their scales made part of b."""
+  """Plain adapters with their scales multiplied into b."""
   plain = {path: low_rank(path, adapter) for path, adapter in adapters.items()}
   return {
     path: dataclasses.replace(x, b=x.b * x.scale, scale=1.0, path="") for path, x in plain.items()
@@ -200,7 +201,7 @@ def _folded(adapters: Adapters) -> dict[str, LowRank]:
 
 
 def _empty(path: str, adapters: Sequence[LowRank], rank: int) -> LowRank:
-  """The adapter of zeros of a leaf."""
+  """An adapter of zeros for a leaf."""
   check_same_leaf(path, adapters)
   like = adapters[0]
   axis = _rank_axis(like)
@@ -218,7 +219,7 @@ def _fitted(path: str, adapter: LowRank | None, empty: LowRank) -> LowRank:
   if adapter.rank > empty.rank:
     raise ValueError(
       f"{path}: the adapter's rank {adapter.rank} exceeds {empty.rank}; "
-      f"lora_jax.to_lora(adapters, rank={empty.rank}) makes the nearest one that fits"
+      f"lora_jax.to_lora(adapters, rank={empty.rank}) computes the nearest one that fits"
     )
   return dataclasses.replace(
     empty,
@@ -230,14 +231,14 @@ def _fitted(path: str, adapter: LowRank | None, empty: LowRank) -> LowRank:
 
 
 def _slots(stacked: Mapping[str, LowRank]) -> int:
-  """How many adapters a stack has room for."""
+  """The number of slots of a stack."""
   sizes = {x.shape[0] for x in jax.tree.leaves(stacked)}
   if len(sizes) != 1:
-    raise ValueError(f"the leading axes {sorted(sizes)} are no slots of one stack; see stack")
+    raise ValueError(f"the leading axes {sorted(sizes)} are not the slots of one stack; see stack")
   return sizes.pop()
 
 
 def _side_by_side(x: jax.Array, rank_axis: int) -> jax.Array:
-  """The leading axis made part of the rank: [slots, ..., rank, ...] to [..., slots * rank, ...]."""
+  """Joins the leading axis with the rank: [slots, ..., rank, ...] to [..., slots * rank, ...]."""
   x = jnp.moveaxis(x, 0, rank_axis - 1)
   return x.reshape(*x.shape[: rank_axis - 1], -1, *x.shape[rank_axis + 1 :])

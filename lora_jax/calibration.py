@@ -1,15 +1,15 @@
-"""Second moments of what a model's kernels are applied to, from example batches.
+"""Second moments of the inputs of a model's kernels, from example batches.
 
     moments = second_moments(f, params, paths, batches, axes=trace_axes(f, params, batch))
     moments["block_0/query/kernel"].total    # the sum of x xᵀ over all rows x: [inputs, inputs]
-    moments["block_0/query/kernel"].rows     # how many rows there were
+    moments["block_0/query/kernel"].rows     # the number of rows
 
-EVA starts from them; activation-aware compression and pruning weigh by them. No model is edited: a
-kernel is exchanged for a `Probe`, the same array with slots of zeros beside it, whose cotangents
-are by definition the moments of the rows that the kernel meets. The gradient by the slots is then
-their sum over all uses, through jit, scan, remat and whatever else JAX differentiates: layers
-stacked for a scan have slots each. The gradient proper is never asked for, so no backward pass
-remains in the compiled program.
+EVA starts from them; activation-aware compression and pruning use them as weights. The model is not
+modified. A kernel is replaced by a `Probe`, the same array with slots of zeros alongside it, whose
+cotangents are defined as the moments of the kernel's input rows. The gradient by the slots is their
+sum over all uses, through jit, scan, remat and all else that JAX differentiates; layers stacked for
+a scan have separate slots. The gradient of the loss is not used, so no backward pass remains in the
+compiled program.
 """
 
 import dataclasses
@@ -47,32 +47,33 @@ def second_moments(
   """Returns `{path: Moments}` of the inputs of kernels, in float32.
 
   One program is compiled for each shape of batch. Memory is that of a forward pass and of the
-  result: d² numbers for a kernel of d inputs, so ask for as many paths at a time as there is room.
-  Kernels that share an input (query, key, value) share the work, not the room.
+  result: d² values for a kernel of d inputs, so request only as many paths at a time as fit.
+  Kernels with a common input (query, key, value) share the work, not the memory.
 
   Args:
-    f: `f(params, batch)`, whose result, or some float of it, depends on the kernels by a path that
-      JAX differentiates in reverse: no while loop without a fixed number of steps.
-    params: what `f` takes; Weights may be among the leaves.
-    paths: the kernels: leaves that are multiplied by, convolved with or chosen by groups of rows
-      (`lax.ragged_dot`), all of their inputs at once. No embeddings, whose rows are looked up.
-    batches: what `f` takes, one after another; each is read once.
-    axes: what `trace_axes` found; by default what `match` was given for `paths`.
-    diagonal: sum x² and not x xᵀ: d numbers for a kernel.
-    mask: from a batch, the rows that count: ones, and zeros where there is padding. Its shape is
-      that of the leading axes of the rows of every kernel's input, or of all rows in one axis:
-      [batch, tokens] for a language model. Without it every row counts.
+    f: `f(params, batch)`. Its result, or some float in it, must depend on the kernels by a path
+      that JAX can differentiate in reverse: no while loop without a fixed number of steps.
+    params: the first argument of `f`; Weights may be among the leaves.
+    paths: the kernels: leaves that are used in products, convolutions or products by groups of rows
+      (`lax.ragged_dot`), with all inputs contracted at once. No embeddings, since they have no
+      inputs.
+    batches: the second arguments of `f`; each is read once.
+    axes: the result of `trace_axes`; by default the axes that `match` was given for `paths`.
+    diagonal: True to sum x² instead of x xᵀ: d values per kernel.
+    mask: maps a batch to the rows that count: ones, and zeros for padding. Its shape is that of the
+      leading axes of every kernel's input, or all rows in one axis: [batch, tokens] for a language
+      model. Without it every row counts.
 
   Raises:
-    ValueError: when a path is no leaf or is used in another way, when there is no batch, when the
-      mask has other rows than a kernel's input, and when no row counted.
+    ValueError: if a path is not a leaf or is used in another way, if there is no batch, if the mask
+      and a kernel's input differ in their rows, or if no row counted.
   """
   leaves = tree.flatten(params, is_leaf=is_weight)
   paths = paths if isinstance(paths, Mapping) else tuple(paths)
   axes = axes_of(paths, axes, leaves)
   missing = sorted(set(paths) - set(leaves))
   if missing:
-    raise ValueError(f"the tree has no leaf at {', '.join(missing)}, whose inputs are asked for")
+    raise ValueError(f"the tree has no leaf at {', '.join(missing)}, whose moments are requested")
   roles = {path: roles_of(Method(), path, leaves, axes) for path in paths}
 
   @functools.partial(jax.jit, donate_argnums=0)
@@ -105,17 +106,20 @@ def batch_moments(
   diagonal: bool = False,
   mask: jax.Array | None = None,
 ) -> dict[str, Moments]:
-  """Returns `{path: Moments}` of one batch, for a loop of one's own; to be called under `jax.jit`.
+  """Returns `{path: Moments}` of one batch, for your own loop; call it under `jax.jit`.
 
   Args:
-    f, params, batch, diagonal: as in `second_moments`.
+    f: as in `second_moments`.
+    params: as in `second_moments`.
+    batch: the second argument of `f`.
     roles: the kernels, by path, with the roles of their axes.
-    mask: the rows that count, as the function `mask` of `second_moments` gives them.
+    diagonal: as in `second_moments`.
+    mask: the rows that count, as returned by the `mask` of `second_moments`.
 
   Raises:
-    ValueError: as `second_moments` does, but for what only the numbers tell.
+    ValueError: as `second_moments`, except for errors that depend on values.
   """
-  # A remat's barriers are left out: there is no backward pass to compute anything again for.
+  # The barriers of remat are dropped: no backward pass will recompute anything.
   probed = adapt(f, rules=RULES | {compat.remat_p: _inlined})
 
   leaves = tree.flatten(params, is_leaf=is_weight)
@@ -135,7 +139,7 @@ def batch_moments(
     outs = jax.tree.leaves(probed(tree.map_with_path(probe, params, is_leaf=is_weight), batch))
     floats = [jnp.sum(y, dtype=jnp.float32) for y in outs if jnp.issubdtype(y.dtype, jnp.floating)]
     if not floats:
-      raise ValueError("the function returns no float; let it return what its last layer computes")
+      raise ValueError("the function returns no float; let it return its last layer's result")
     return sum(floats)
 
   found = jax.grad(result)({path: (probe.total, probe.rows) for path, probe in probes.items()})

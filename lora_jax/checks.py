@@ -1,10 +1,10 @@
-"""Checks of settings where they are given, with words: the fields of specs, formats and options.
+"""Checks of user settings, with clear messages: the fields of specs, formats and options.
 
-    whole("LoRA: rank", 8, least=1)        # 8; also numpy's. 8.0, "8" and True are refused
-    finite("LoRA: alpha", 16)              # 16; nan, "16" and True are refused
+    whole("LoRA: rank", 8, least=1)        # returns 8; 8.0, "8" and True are refused
+    finite("LoRA: alpha", 16)              # returns 16; nan, "16" and True are refused
 
-NumPy scalars become Python numbers, so that a spec compares, hashes and is written as JSON like any
-other.
+NumPy scalars are accepted and become Python numbers, so that a spec compares, hashes and is written
+to JSON like any other.
 """
 
 import math
@@ -16,21 +16,21 @@ import jax
 import numpy as np
 
 MAX_SEED = 2**32 - 1
-"""The largest seed: JAX and grain use 32 bits, so that a larger one would repeat a smaller one."""
+"""The largest seed. JAX and grain use 32 bits, so a larger seed would repeat a smaller one."""
 
 
 def whole(name: str, value: Any, *, least: int | None = None, most: int | None = None) -> int:
   """Returns a whole number.
 
   Args:
-    name: of the setting, for errors.
-    value: to check.
-    least: the smallest that is allowed; None for no limit.
-    most: the largest that is allowed; None for no limit.
+    name: the setting, for errors.
+    value: the value to check.
+    least: the smallest allowed value; None for no limit.
+    most: the largest allowed value; None for no limit.
 
   Raises:
-    TypeError: when it is no whole number.
-    ValueError: when it is below `least` or above `most`.
+    TypeError: if it is not a whole number.
+    ValueError: if it is below `least` or above `most`.
   """
   try:
     value = operator.index(_scalar(value))
@@ -47,14 +47,14 @@ def whole(name: str, value: Any, *, least: int | None = None, most: int | None =
 def finite(
   name: str, value: Any, *, least: float | None = None, most: float | None = None
 ) -> int | float:
-  """Returns a finite number, an int or a float as it was given; errors as of `whole`."""
+  """Returns a finite number, an int or a float like the value; errors as in `whole`."""
   try:
     value = _scalar(value)
   except TypeError:
     raise TypeError(f"{name} {shown(value)} is not a number; use an int or a float") from None
   try:
     is_finite = math.isfinite(value)
-  except OverflowError:  # an int that no float holds
+  except OverflowError:  # an int that is too large for a float
     is_finite = False
   if not is_finite:
     raise ValueError(f"{name} {shown(value)} is not finite")
@@ -66,7 +66,7 @@ def finite(
 
 
 def positive(name: str, value: Any) -> int | float:
-  """Returns a finite number above 0, as float32 has it; errors as of `whole`."""
+  """Returns a number that is finite and above 0 in float32; errors as in `whole`."""
   value = finite(name, value, most=_FLOAT32.max.item())
   if not value >= _FLOAT32.tiny:
     raise ValueError(f"{name} {value} is not above 0 in float32; use a positive number")
@@ -74,7 +74,7 @@ def positive(name: str, value: Any) -> int | float:
 
 
 def fraction(name: str, value: Any) -> float:
-  """Returns a number in [0, 1), as float32 has it; errors as of `whole`."""
+  """Returns a number that is in [0, 1) in float32; errors as in `whole`."""
   value = finite(name, value)
   if not 0 <= value < 1 or np.float32(value) == 1:
     raise ValueError(f"{name} {value} is not in [0, 1)")
@@ -89,7 +89,7 @@ def flag(name: str, value: Any) -> bool:
 
 
 def function(name: str, value: Any) -> Any:
-  """Returns a function; raises TypeError for what cannot be called."""
+  """Returns a function; raises TypeError for anything that cannot be called."""
   if not callable(value):
     raise TypeError(f"{name} {value!r} is not a function")
   return value
@@ -99,7 +99,7 @@ _FLOAT32 = np.finfo(np.float32)
 
 
 def shown(value: Any, most: int = 300) -> str:
-  """A value for a message, in so many characters at most."""
+  """A value for a message, truncated to `most` characters."""
   if isinstance(value, int) and not -(10**40) < value < 10**40:
     return f"of {value.bit_length()} bits"  # Python may refuse to write it out
   text = repr(value)
@@ -107,7 +107,7 @@ def shown(value: Any, most: int = 300) -> str:
 
 
 def _scalar(value: Any) -> int | float:
-  """A number as Python has it; raises TypeError for anything else, for bools too."""
+  """A Python number; raises TypeError for anything else, including bools."""
   if isinstance(value, np.generic | np.ndarray | jax.Array) and value.ndim == 0:
     value = value.item()
   if isinstance(value, bool) or not isinstance(value, int | float):
@@ -119,16 +119,16 @@ def rules(value: Any, kinds: Any, what: str, example: str) -> list[tuple[str, An
   """Returns ordered (pattern, value) pairs, each value an instance of `kinds`.
 
   Args:
-    value: to check.
-    kinds: the classes of the second of a pair, as `isinstance` takes them.
-    what: the second of a pair is called, for errors.
-    example: of a list of rules, for errors.
+    value: the value to check.
+    kinds: the classes of the second element of a pair, as `isinstance` takes them.
+    what: the name of the second element of a pair, for errors.
+    example: an example of a list of rules, for errors.
 
   Raises:
-    TypeError: when it is no list of such pairs.
+    TypeError: if it is not a list of such pairs.
   """
   if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
-    remedy = "; if its order is the one that you mean, list(rules.items()) is such a list"
+    remedy = "; if the dict has the intended order, list(rules.items()) is such a list"
     raise TypeError(
       f"the rules are a {type(value).__name__} and not a list of (pattern, {what}) pairs, as "
       f"{example}{remedy if isinstance(value, Mapping) else ''}"
@@ -149,13 +149,13 @@ def by_path(value: Any, kinds: Any, what: str, leaves: Collection[str]) -> None:
   """Checks `{path: value}`, as `match` returns it, against a tree's paths.
 
   Raises:
-    TypeError: when it is no mapping, or a value is no instance of `kinds`.
-    ValueError: when the tree has no leaf at a path.
+    TypeError: if it is not a mapping, or a value is not an instance of `kinds`.
+    ValueError: if the tree has no leaf at a path.
   """
   if not isinstance(value, Mapping):
     raise TypeError(
-      f"a {type(value).__name__} is not a mapping {{path: {what}}}; `lora_jax.match` makes one of "
-      "rules"
+      f"a {type(value).__name__} is not a mapping {{path: {what}}}; `lora_jax.match` makes one "
+      "from rules"
     )
   for path, each in value.items():
     if path not in leaves:
@@ -166,7 +166,7 @@ def by_path(value: Any, kinds: Any, what: str, leaves: Collection[str]) -> None:
 
 
 def instance(where: str, value: Any, kinds: Any, what: str) -> None:
-  """Raises TypeError for what is no instance of some classes; `where` begins the message."""
+  """Raises TypeError unless value is an instance of `kinds`; `where` begins the message."""
   if isinstance(value, type):
     raise TypeError(
       f"{where} the class {value.__name__} and not an instance of it; call it with its settings, "

@@ -1,13 +1,13 @@
-"""Ways to make one LoRA adapter of several, for `lora_jax.combine`.
+"""Ways to combine several LoRA adapters into one, for `lora_jax.combine`.
 
     combine([x, y], [0.7, 0.3], combiners.cat)
     combine([x, y], [0.7, 0.3], combiners.svd(rank=8))
     combine([x, y], [0.7, 0.3], combiners.on_factors(combiners.ties(density=0.2)))
     combine([x, y], [0.7, 0.3], combiners.on_delta(combiners.ties(density=0.2), rank=8))
 
-`cat` is the weighted sum of the changes D = scale * A B, exactly; `svd` is the nearest one to it of
-a given rank. Every other method is a way to mix arrays, number by number, and is given either the
-factors, A with A and B with B, or the changes themselves, of which an SVD then makes factors again:
+`cat` is the weighted sum of the changes D = scale * A B, exactly; `svd` is its best approximation
+of a given rank. Every other method mixes arrays elementwise. The arrays are either the factors, A
+with A and B with B, or the changes themselves, which an SVD then factors again:
 
     mix                          on the factors       on the changes
     linear                       linear               svd
@@ -16,11 +16,11 @@ factors, A with A and B with B, or the changes themselves, of which an SVD then 
     dare_linear(density)         dare_linear          dare_linear_svd
     dare_ties(density)           dare_ties            dare_ties_svd
 
-The names on the right are those of `add_weighted_adapter` in PEFT, whose results these are.
+The names on the right are those of PEFT's `add_weighted_adapter`; the results are the same.
 
-A combiner is `(key, adapters, weights) -> adapter`, of one matrix: LowRanks without a base, with a
-[d, r] and b [r, k]. A mix is `(key, arrays [n, ...], weights [n]) -> array [...]`. Yours may be any
-function of that form.
+A combiner is `(key, adapters, weights) -> adapter` for one matrix: LowRanks without a base, with a
+[d, r] and b [r, k]. A mix is `(key, arrays [n, ...], weights [n]) -> array [...]`. Any function of
+that signature can be used.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ Mix = Callable[[jax.Array | None, jax.Array, jax.Array], jax.Array]
 Elect = Callable[[jax.Array], jax.Array]
 
 
-# ---- what is combined
+# ---- combiners
 
 
 def cat(key: jax.Array | None, adapters: Sequence[LowRank], weights: jax.Array) -> LowRank:
@@ -50,10 +50,10 @@ def cat(key: jax.Array | None, adapters: Sequence[LowRank], weights: jax.Array) 
 
 
 def svd(rank: int | None = None) -> Combiner:
-  """The matrix of this rank that is nearest to the weighted sum, computed from the factors alone.
+  """Returns the combiner for the best approximation of the weighted sum, from the factors alone.
 
   Args:
-    rank: None for the largest of the adapters'.
+    rank: the rank of the approximation; None for the largest of the adapters' ranks.
   """
   _check_rank(rank)
 
@@ -66,23 +66,23 @@ def svd(rank: int | None = None) -> Combiner:
 
 
 def on_factors(mix: Mix) -> Combiner:
-  """Mixes the factors, with the root of a weight on each of them.
+  """Returns the combiner that mixes the factors, each with the root of its weight.
 
       A = mix(A1, A2, ...; sign(v) sqrt|v|)   B = mix(B1, B2, ...; sqrt|v|)   v = weight * scale
 
-  It costs nothing, keeps the rank, and is no sum of changes, not even with `linear`: the product
-  of two sums has the terms sqrt(v1 v2) A1 B2 and sqrt(v1 v2) A2 B1 too. It is close to the sum for
-  adapters that grew out of one; for others use `cat`, `svd` or `on_delta`.
+  It is cheap and keeps the rank, but it is not the sum of the changes, not even with `linear`: the
+  product of two sums also has the terms sqrt(v1 v2) A1 B2 and sqrt(v1 v2) A2 B1. It is close to the
+  sum for adapters with a common origin; for others use `cat`, `svd` or `on_delta`.
 
   Raises, when used:
-    ValueError: when the ranks differ.
+    ValueError: if the ranks differ.
   """
 
   def combiner(key, adapters, weights):
     ranks = [x.rank for x in adapters]
     if len(set(ranks)) > 1:
       raise ValueError(
-        f"factors of the ranks {', '.join(map(str, ranks))} are not mixed number by number; "
+        f"factors of the ranks {', '.join(map(str, ranks))} cannot be mixed elementwise; "
         "use cat, svd or on_delta"
       )
     values = weights * jnp.asarray([x.scale for x in adapters], weights.dtype)
@@ -96,11 +96,11 @@ def on_factors(mix: Mix) -> Combiner:
 
 
 def on_delta(mix: Mix, rank: int | None = None) -> Combiner:
-  """Mixes the changes, and takes the nearest matrix of this rank; forms one d×k array an adapter.
+  """Mixes the changes and truncates to a rank; materializes one d×k array per adapter.
 
   Args:
-    mix: how.
-    rank: None for the largest of the adapters'.
+    mix: the function that mixes arrays.
+    rank: the rank of the result; None for the largest of the adapters' ranks.
   """
   _check_rank(rank)
 
@@ -113,7 +113,7 @@ def on_delta(mix: Mix, rank: int | None = None) -> Combiner:
   return combiner
 
 
-# ---- how arrays are mixed
+# ---- mixes
 
 
 def linear(key: jax.Array | None, arrays: jax.Array, weights: jax.Array) -> jax.Array:
@@ -123,34 +123,34 @@ def linear(key: jax.Array | None, arrays: jax.Array, weights: jax.Array) -> jax.
 
 
 def magnitude_prune(density: float) -> Mix:
-  """The weighted sum of the arrays with their smallest numbers set to zero.
+  """The weighted sum of the arrays, with the smallest values of each set to zero.
 
   Args:
-    density: the share of each array's numbers that stays, in (0, 1].
+    density: the fraction of each array's values that is kept, in (0, 1].
   """
   _check_density(density)
   return lambda key, arrays, weights: linear(key, _largest(arrays, density), weights)
 
 
 def by_total(arrays: jax.Array) -> jax.Array:
-  """Elects the sign of the arrays' sum: that of the larger movement."""
+  """Elects the sign of the arrays' sum, as the paper does."""
   return jnp.sum(arrays, axis=0)
 
 
 def by_frequency(arrays: jax.Array) -> jax.Array:
-  """Elects the sign that more of the arrays have."""
+  """Elects the sign of the majority of the arrays."""
   return jnp.sum(jnp.sign(arrays), axis=0)
 
 
 def ties(density: float, elect: Elect = by_total) -> Mix:
-  """Trims, elects a sign for every number, and averages what agrees with it.
+  """Trims, elects a sign for every element, and averages the values that agree with it.
 
-  The smallest numbers are set to zero. Then, for every number, the mean of the weighted arrays is
-  taken over those whose sign is the elected one. Yadav et al. 2023, TIES-Merging, arXiv 2306.01708,
-  section 3; the weights within the mean are PEFT's.
+  The smallest values are set to zero. Then the mean of the weighted arrays is taken, elementwise,
+  over the arrays whose sign is the elected one. Source: Yadav et al. 2023, TIES-Merging, arXiv
+  2306.01708, section 3; the weights within the mean are PEFT's.
 
   Args:
-    density: the share of each array's numbers that stays, in (0, 1]; the paper keeps 0.2.
+    density: the fraction of each array's values that is kept, in (0, 1]; the paper keeps 0.2.
     elect: `(arrays [n, ...]) -> [...]` whose sign is the elected one; the paper's is `by_total`.
   """
   _check_density(density)
@@ -158,29 +158,30 @@ def ties(density: float, elect: Elect = by_total) -> Mix:
 
 
 def dare_linear(density: float) -> Mix:
-  """The weighted sum of the arrays with numbers dropped at random, the rest made larger for it.
+  """The weighted sum of the arrays after random dropout, with kept values scaled up.
 
-  Yu et al. 2023, DARE, arXiv 2311.03099, section 3.2. It needs a key.
+  Source: Yu et al. 2023, DARE, arXiv 2311.03099, section 3.2. It needs a key.
 
   Args:
-    density: the probability of a number to stay, in (0, 1]; what stays is divided by it.
+    density: the probability of a value to be kept, in (0, 1]; kept values are divided by it.
   """
   _check_density(density)
   return lambda key, arrays, weights: linear(None, _thinned(key, arrays, density), weights)
 
 
 def dare_ties(density: float, elect: Elect = by_total) -> Mix:
-  """`ties` with DARE's random dropping instead of its trimming. It needs a key.
+  """`ties` with DARE's random dropout instead of trimming. It needs a key.
 
   Args:
-    density, elect: as in `dare_linear` and `ties`.
+    density: as in `dare_linear`.
+    elect: as in `ties`.
   """
   _check_density(density)
   return lambda key, arrays, weights: _agreeing(_thinned(key, arrays, density), weights, elect)
 
 
 def _largest(arrays: jax.Array, density: float) -> jax.Array:
-  """The arrays with all but the share `density` of the largest numbers of each set to zero."""
+  """Keeps the fraction `density` of the largest values of each array; the others become zero."""
   flat = arrays.reshape(len(arrays), -1)
   _, places = jax.lax.top_k(jnp.abs(flat), int(density * flat.shape[1]))
   kept = jnp.zeros(flat.shape, bool).at[jnp.arange(len(flat))[:, None], places].set(True)
@@ -188,15 +189,15 @@ def _largest(arrays: jax.Array, density: float) -> jax.Array:
 
 
 def _thinned(key: jax.Array | None, arrays: jax.Array, density: float) -> jax.Array:
-  """The arrays with a share of `density` left at random, divided by it."""
+  """Keeps a random fraction `density` of the values, divided by `density`."""
   if key is None:
-    raise ValueError("numbers are dropped at random; give combine a key=jax.random.key(...)")
+    raise ValueError("values are dropped at random; give combine a key=jax.random.key(...)")
   kept = jax.random.bernoulli(key, density, arrays.shape)
   return jnp.where(kept, arrays / density, 0)
 
 
 def _agreeing(arrays: jax.Array, weights: jax.Array, elect: Elect) -> jax.Array:
-  """The mean, number by number, of the weighted arrays that have the elected sign."""
+  """The elementwise mean of the weighted arrays that have the elected sign."""
   elected = jnp.where(elect(arrays) >= 0, 1, -1)
   agrees = jnp.sign(arrays) == elected
   total = linear(None, jnp.where(agrees, arrays, 0), weights)
@@ -205,7 +206,7 @@ def _agreeing(arrays: jax.Array, weights: jax.Array, elect: Elect) -> jax.Array:
 
 def _check_density(density: float) -> None:
   if not 0 < density <= 1:
-    raise ValueError(f"density {density} is not in (0, 1]; it is the share of numbers that stay")
+    raise ValueError(f"density {density} is not in (0, 1]; it is the fraction of values to keep")
 
 
 def _check_rank(rank: int | None) -> None:

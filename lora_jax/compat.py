@@ -1,7 +1,7 @@
 """Every line that depends on the version of JAX; nothing else in the library does.
 
-Only public names are used (`jax.core`, `jax.extend.core`); the private ones are what made earlier
-libraries of this kind stop importing.
+Only public names are used (`jax.core`, `jax.extend.core`). Private names would break the import
+with a later release.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ cond_p = primitives.cond_p
 while_p = primitives.while_p
 scan_p = primitives.scan_p
 
-# No public module names the following primitives, or not in every release that is supported, so
-# each is asked of a public function that binds it.
+# The following primitives have no public name in every supported release, so each is read from the
+# jaxpr of a public function that binds it.
 
 
 def _equation(f, *avals: jax.ShapeDtypeStruct) -> jex.JaxprEqn:
@@ -33,7 +33,7 @@ def _equation(f, *avals: jax.ShapeDtypeStruct) -> jex.JaxprEqn:
 
 
 def vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-  """The array as one that differs along the axes of a mesh, inside `shard_map`."""
+  """The array marked as varying along mesh axes, inside `shard_map`."""
   if hasattr(lax, "pcast"):  # JAX 0.8.1
     return lax.pcast(x, axes, to="varying")
   return lax.pvary(x, axes)
@@ -59,10 +59,10 @@ ragged_dot_general_p = _equation(
 optimization_barrier_p = _equation(lax.optimization_barrier, _scalar).primitive
 _vector = jax.ShapeDtypeStruct((2,), jnp.float32)
 split_p = _equation(lambda x: lax.split(x, (1, 1)), _vector).primitive
-# What joins arrays along a new axis: a primitive of its own since JAX 0.10.
+# Joins arrays along a new axis: a primitive since JAX 0.10.
 _stack = jax.make_jaxpr(lambda x: jnp.stack([x, x]))(_vector).eqns[-1].primitive
 stack_p = None if _stack is primitives.concatenate_p else _stack
-# Its inverse, and what repeats an array, are since then as well.
+# Its inverse, and the one that repeats an array, are primitives since then as well.
 _unstack, _tile = (_equation(f, _vector).primitive for f in (jnp.unstack, lambda x: jnp.tile(x, 2)))
 unstack_p = None if _unstack is jit_p else _unstack
 tile_p = None if _tile in (primitives.reshape_p, primitives.broadcast_in_dim_p) else _tile
@@ -76,21 +76,21 @@ pvary_p = _mapped.params["jaxpr"].eqns[0].primitive
 
 
 def bind_unchanged(eqn: jex.JaxprEqn, args: Sequence[Any]) -> list[Any]:
-  """Evaluates one equation as JAX itself would, whatever its primitive and parameters are."""
+  """Evaluates one equation as JAX would, for any primitive and parameters."""
   env = {v: x for v, x in zip(eqn.invars, args, strict=True) if not is_literal(v)}
   values = evaluated([eqn], env)
   return [values[v] for v in eqn.outvars]
 
 
 def evaluated(eqns: Sequence[jex.JaxprEqn], env: Mapping[Any, Any]) -> dict[Any, Any]:
-  """The values of the variables that some equations define, as JAX itself would evaluate them.
+  """Returns the values of the variables that equations define, evaluated as JAX would.
 
-  The equations are run as a jaxpr of their own: how a primitive's parameters are turned into those
-  of its `bind` differs between primitives and releases, and `eval_jaxpr` knows.
+  The equations run as a jaxpr of their own. The mapping from a primitive's parameters to those of
+  its `bind` differs between primitives and releases, and `eval_jaxpr` implements it.
 
   Args:
     eqns: equations in order.
-    env: the values of the variables that they read and do not define.
+    env: the values of the variables that they read but do not define.
   """
   defined = {v: None for eqn in eqns for v in eqn.outvars}
   read = {v: None for eqn in eqns for v in eqn.invars if not is_literal(v) and v not in defined}
@@ -108,10 +108,10 @@ def evaluated(eqns: Sequence[jex.JaxprEqn], env: Mapping[Any, Any]) -> dict[Any,
 def scan_counts(
   num_consts: int | None = None, num_carry: int | None = None, ft_in: Any = None, **_: Any
 ) -> tuple[int, int]:
-  """How many of a scan's operands are constants and how many are its carry, from its parameters.
+  """Returns the number of constants and of carry operands of a scan, from its parameters.
 
   Raises:
-    KeyError: when the parameters do not say it.
+    KeyError: if the parameters do not determine them.
   """
   if num_consts is not None and num_carry is not None:
     return num_consts, num_carry
@@ -122,7 +122,7 @@ def scan_counts(
 
 
 def on_devices(sharding: jax.sharding.NamedSharding) -> jax.sharding.NamedSharding:
-  """The sharding on the devices of `jax.set_mesh`, which a traced function leaves abstract."""
+  """The sharding on the devices of `jax.set_mesh`, which stays abstract in a traced function."""
   if not isinstance(sharding.mesh, jax.sharding.AbstractMesh):
     return sharding
   if not hasattr(jax.sharding, "get_mesh"):  # JAX 0.8

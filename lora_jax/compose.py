@@ -1,8 +1,8 @@
-"""Adapters made of adapters: combined with weights, scaled, and converted to plain LoRA.
+"""Adapters made from adapters: combined with weights, scaled, and converted to plain LoRA.
 
 both           = combine([x, y], [0.7, 0.3], combiners.cat)
 half           = rescale(x, 0.5)
-loras, errors  = to_lora(x, params, rank=16)     # of whatever kind x is
+loras, errors  = to_lora(x, params, rank=16)     # for adapters x of any kind
 """
 
 import functools
@@ -29,26 +29,26 @@ def combine(
   *,
   key: jax.Array | None = None,
 ) -> dict[str, LowRank]:
-  """One LoRA adapter of several, computed in at least float32.
+  """Combines several adapters into one LoRA adapter, computed in at least float32.
 
-  A leaf that only some of them adapt is combined of those. A stack of matrices, as of layers, is
-  combined matrix by matrix.
+  A leaf that only some of them adapt is combined from those. A stack of matrices, such as layers,
+  is combined matrix by matrix.
 
   Args:
     adapters: at least one `{path: adapter}`, of kinds with an exact low-rank form.
-    weights: a number for each, of either sign; may be traced.
-    method: one of `lora_jax.combiners`, or your own function of that form.
-    key: for the methods that drop numbers at random; each leaf and layer has its own from it.
+    weights: one weight per adapter, of either sign; may be traced.
+    method: one of `lora_jax.combiners`, or a function of your own with the same signature.
+    key: for methods that drop values at random; each leaf and layer derives its own key from it.
 
   Raises:
-    ValueError: when there is not a weight for each adapter, two are not of one base, a kind has no
-      exact low-rank form, or the method cannot combine them.
+    ValueError: if there is not one weight per adapter, if adapters are for different bases, if a
+      kind has no exact low-rank form, or if the method cannot combine them.
   """
   weights = jnp.asarray(weights, jnp.float32)
   if not adapters or weights.shape != (len(adapters),):
     raise ValueError(
-      f"{len(adapters)} adapters and weights of shape {weights.shape}; give a number for each of "
-      "one adapter or more"
+      f"{len(adapters)} adapters and weights of shape {weights.shape}; give one adapter or more, "
+      "and one weight for each"
     )
   leaves = {}
   for path in dict.fromkeys(path for each in adapters for path in each):
@@ -65,10 +65,10 @@ def combine(
 
 
 def rescale(adapters: Adapters, c: float | jax.Array) -> dict[str, Adapted]:
-  """The adapters with their changes of the base multiplied by a number, which may be traced.
+  """Returns the adapters with their changes of the base multiplied by c, which may be traced.
 
   Raises:
-    ValueError: when a kind is no base plus a change (DoRA).
+    ValueError: if a kind is not a base plus a change (DoRA).
   """
   return {path: adapter.rescaled(c) for path, adapter in adapters.items()}
 
@@ -76,23 +76,22 @@ def rescale(adapters: Adapters, c: float | jax.Array) -> dict[str, Adapted]:
 def to_lora(
   adapters: Adapters, params: PyTree | None = None, *, rank: int
 ) -> tuple[dict[str, LowRank], dict[str, jax.Array]]:
-  """Plain LoRA adapters that change the base as nearly as a rank allows.
+  """Converts adapters of any kinds to plain LoRA of at most a given rank.
 
-  What has an exact low-rank form is cut to the rank by its factors alone, or is that form where its
-  rank is no larger. Of any other kind the change, the merged leaf minus the base in float32, is
-  formed and decomposed, one leaf at a time.
+  An exact low-rank form is truncated from its factors alone, or kept if its rank is small enough.
+  For any other kind the change, the merged leaf minus the base in float32, is materialized and
+  decomposed, one leaf at a time.
 
   Args:
     adapters: `{path: adapter}` of any kinds.
-    params: the base, for the kinds without a low-rank form of their own (DoRA).
-    rank: the largest that the result may have.
+    params: the base, for kinds without a low-rank form of their own (DoRA).
+    rank: the largest rank of the result.
 
   Returns:
-    The adapters, and for each leaf the norm of what is lost, relative to that of the change
-    (Frobenius).
+    The adapters, and for each leaf the Frobenius norm of the error relative to that of the change.
 
   Raises:
-    ValueError: when a kind needs params and there are none, or a leaf is no matrix.
+    ValueError: if a kind needs params and there are none, or if a leaf is not a matrix.
   """
   if rank < 1:
     raise ValueError(f"rank {rank} is below 1; use a positive whole number")
@@ -104,7 +103,7 @@ def to_lora(
     except NotFactored as reason:
       if path not in leaves:
         raise ValueError(
-          f"{path}: {reason}; pass the params that it adapts, and its change of them is decomposed"
+          f"{path}: {reason}; pass the params that it adapts, so that its change can be decomposed"
         ) from None
       _roles(path, adapter, leaves[path])
 
@@ -118,14 +117,14 @@ def to_lora(
   return {path: x for path, (x, _) in pairs.items()}, {path: e for path, (_, e) in pairs.items()}
 
 
-# ---- one leaf at a time; jitted, so that leaves of one shape are compiled once
+# ---- one leaf at a time, jitted, so that leaves of one shape are compiled once
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _combined(
   method: Combiner, key: jax.Array | None, adapters: list[LowRank], weights: jax.Array
 ) -> LowRank:
-  """The adapter that a method makes of several of one leaf, matrix by matrix."""
+  """Combines several adapters of one leaf, matrix by matrix."""
   like = adapters[0]
   matrices = [_as_matrices(adapter) for adapter in adapters]
   keys = None if key is None else jax.random.split(key, len(matrices[0].a))
@@ -135,7 +134,7 @@ def _combined(
 
 @functools.partial(jax.jit, static_argnums=1)
 def _cut(adapter: LowRank, rank: int) -> tuple[LowRank, jax.Array]:
-  """An adapter cut to a rank, and the relative norm of what is lost."""
+  """An adapter truncated to a rank, and the relative norm of the error."""
   if adapter.rank <= rank:
     return adapter, jnp.zeros(())
   matrices = _as_matrices(adapter)
@@ -146,7 +145,7 @@ def _cut(adapter: LowRank, rank: int) -> tuple[LowRank, jax.Array]:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _nearest(delta: jax.Array, roles: str, rank: int) -> tuple[LowRank, jax.Array]:
-  """The adapter of a rank that is nearest to a change, and the relative norm of what is lost."""
+  """The adapter of a given rank that is nearest to a change, and the relative norm of the error."""
   a, b = factorization.factorized(
     delta, roles, lambda matrix: factorization.balanced(factorization.svd(matrix, rank))
   )
@@ -156,7 +155,7 @@ def _nearest(delta: jax.Array, roles: str, rank: int) -> tuple[LowRank, jax.Arra
 
 
 def _change(path: str, adapter: Adapted, leaf: Any) -> jax.Array:
-  """What an adapter changes a leaf by, in at least float32."""
+  """The change that an adapter makes to a leaf, in at least float32."""
   w = materialize(leaf)
   w = w.astype(promotion.at_least_float32(w.dtype))
   return adapter.attach(w, path).materialize() - w
@@ -170,8 +169,8 @@ def _roles(path: str, adapter: Adapted, leaf: Any) -> str:
   if len(leaf.shape) == 2:
     return "io"
   raise ValueError(
-    f"{path}: {type(adapter).__name__} says of no axis of {tuple(leaf.shape)} that it is an input "
-    "or output, so its change is no matrix; leave this path out, and keep it as it is"
+    f"{path}: {type(adapter).__name__} marks no axis of {tuple(leaf.shape)} as an input or output, "
+    "so its change is not a matrix; leave this path out, and keep it unchanged"
   )
 
 
@@ -181,7 +180,7 @@ def _ratio(part: jax.Array, whole: jax.Array) -> jax.Array:
 
 
 def _as_matrices(adapter: LowRank) -> LowRank:
-  """The same, with a [stack, d, rank] and b [stack, rank, k]; one matrix is a stack of one."""
+  """The same adapter with a [stack, d, rank] and b [stack, rank, k]; one matrix is a stack of 1."""
   stack, inputs, outputs = _sizes(adapter)
   a = adapter.a.reshape(math.prod(stack), math.prod(inputs), adapter.rank)
   b = adapter.b.reshape(math.prod(stack), adapter.rank, math.prod(outputs))
@@ -190,7 +189,7 @@ def _as_matrices(adapter: LowRank) -> LowRank:
 
 
 def _as_leaf(a: jax.Array, b: jax.Array, like: LowRank) -> LowRank:
-  """The adapter of a leaf, of whatever rank, from the factors of its matrices."""
+  """The adapter of a leaf, of any rank, from the factors of its matrices."""
   stack, inputs, outputs = _sizes(like)
   rank = a.shape[-1]
   return LowRank(
@@ -199,6 +198,6 @@ def _as_leaf(a: jax.Array, b: jax.Array, like: LowRank) -> LowRank:
 
 
 def _sizes(adapter: LowRank) -> tuple[tuple[int, ...], ...]:
-  """The sizes of the stacked, the input and the output axes."""
+  """The sizes of the stack, input and output axes."""
   stacks = adapter.a.ndim - 1 - adapter.roles.count("i")
   return adapter.a.shape[:stacks], adapter.a.shape[stacks:-1], adapter.b.shape[stacks + 1 :]

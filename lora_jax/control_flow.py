@@ -1,11 +1,11 @@
-"""Rules for the primitives that hold functions: jit, remat, cond, while, scan and shard_map.
+"""Rules for the primitives that contain functions: jit, remat, cond, while, scan and shard_map.
 
-Each but jit, which is inlined, calls the public function again, with Weights passed as the pytrees
-that they are: a stacked Weight slices itself inside `lax.scan`, and nothing here rebuilds a
-primitive's parameters. A Weight that one of these functions cannot keep is materialized alone.
+`jit` is inlined. Each other rule calls the public function again and passes Weights as the pytrees
+that they are: a stacked Weight slices itself inside `lax.scan`, and no primitive's parameters are
+rebuilt here. Only a Weight that the function cannot keep is materialized.
 
-A function with a derivative of its own (`custom_jvp`, `custom_vjp`) has no rule: to look inside
-would throw the author's gradient away, so a Weight that reaches one is materialized.
+Functions with their own derivative (`custom_jvp`, `custom_vjp`) have no rule: interpreting their
+body would discard the author's gradient, so a Weight that reaches one is materialized.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,15 +27,15 @@ def jit(
   out_layouts=None, donated_invars=None, ctx_mesh=None, keep_unused=None, inline=None,
   compiler_options_kvs=None,
 ):  # fmt: skip
-  # Not wrapped in a jit again: one made anew here would be compiled anew at every eager call, and
-  # inside another jit it would make no difference. So what says how it is compiled has no effect.
+  # Not wrapped in a new jit: it would be compiled again at every eager call, and inside another jit
+  # it would make no difference. So the parameters for compilation have no effect.
   del in_layouts, out_layouts, donated_invars, ctx_mesh, keep_unused, inline, compiler_options_kvs
   with jax.named_scope(name):
     return _placed(evaluate(jaxpr, _placed(args, in_shardings)), out_shardings)
 
 
 def _placed(values, shardings):
-  """The values where a jit wants them; most do not say."""
+  """The values with the shardings that a jit asks for; most ask for none."""
   if not any(isinstance(sharding, jax.sharding.Sharding) for sharding in shardings):
     return values
   return [
@@ -47,8 +47,8 @@ def _placed(values, shardings):
 def remat(*args, evaluate, jaxpr, policy, prevent_cse, differentiated):
   def body(*args):
     if differentiated and prevent_cse:
-      # What JAX does when it lowers a remat in a backward pass: without the barrier the compiler
-      # takes what is recomputed for what was computed before, and keeps that instead.
+      # As JAX does when it lowers a remat in a backward pass: without the barrier the compiler
+      # merges the recomputation with the first computation, and keeps that in memory.
       args = lax.optimization_barrier(args)
     return evaluate(compat.closed(jaxpr), args)
 
@@ -95,15 +95,15 @@ def scan(
   *args, evaluate, jaxpr, length, reverse, unroll, num_consts=None, num_carry=None, ft_in=None,
   ft_out=None, linear=None, _split_transpose=None,
 ):  # fmt: skip
-  del ft_out, linear, _split_transpose  # the first follows from the rest; the others are speed
+  del ft_out, linear, _split_transpose  # the first follows from the rest; the others affect speed
   try:
     num_consts, num_carry = compat.scan_counts(num_consts, num_carry, ft_in)
   except (KeyError, TypeError, ValueError, AttributeError):
-    reason = f"JAX {compat.VERSION} does not say which operands of a scan it slices"
+    reason = f"JAX {compat.VERSION} does not say which operands a scan slices"
     raise NotFactored(reason) from None
   consts, carry, xs = _split(args, num_consts, num_carry)
   xs = [
-    x if base.is_stacked(x) else evaluate.array(x, "scan slices an axis of it that is no stack")
+    x if base.is_stacked(x) else evaluate.array(x, "scan slices an axis of it that is not a stack")
     for x in xs
   ]
   slices = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), xs)
@@ -143,15 +143,15 @@ def shard_map(
 
   return jax.shard_map(
     body, mesh=mesh, in_specs=tuple(specs), out_specs=tuple(out_specs), check_vma=check_vma,
-    axis_names=newly_manual_axes if manual_axes is None else manual_axes,  # JAX 0.8.1 renamed it
+    axis_names=newly_manual_axes if manual_axes is None else manual_axes,  # renamed in JAX 0.8.1
   )(*args)  # fmt: skip
 
 
 class _Carry:
-  """A loop's carry: the Weights that the loop passes on unchanged are left out of it.
+  """A loop's carry, without the Weights that the loop passes on unchanged.
 
-  A loop's state is often the parameters and something that changes. Weights that the body changes
-  stay Weights where it returns them with the structure that they came with; others are
+  A loop's state often consists of the parameters and of values that change. Weights that the body
+  changes stay Weights if the body returns them with the structure that they had; others are
   materialized.
   """
 
@@ -163,13 +163,13 @@ class _Carry:
     one_step: Callable[[Sequence[Any]], Sequence[Any]],
     evaluate: Any,
   ):
-    """Decides what is carried.
+    """Decides which values are carried.
 
     Args:
-      jaxpr: the body, of constants and carry.
-      num_consts: how many constants it has.
-      carry: at the start.
-      one_step: evaluates the body on a carry; its results are asked for their structure alone.
+      jaxpr: the body, a function of constants and carry.
+      num_consts: the number of constants.
+      carry: the carry at the start.
+      one_step: evaluates the body on a carry; only the structure of its results is used.
       evaluate: the interpreter.
     """
     self.evaluate = evaluate
@@ -191,11 +191,11 @@ class _Carry:
 
   @property
   def start(self) -> list[Any]:
-    """The part of the carry that changes, at the start."""
+    """The changing part of the carry, at the start."""
     return [x for x, passed in zip(self.carry, self.passed, strict=True) if not passed]
 
   def changed(self, outs: Sequence[Any]) -> list[Any]:
-    """The part that changes, of the results of the body."""
+    """The changing part of the body's results."""
     return [
       x
       if is_weight(start)
@@ -205,7 +205,7 @@ class _Carry:
     ]
 
   def full(self, changed: Sequence[Any]) -> list[Any]:
-    """The whole carry again."""
+    """The whole carry, from its changing part."""
     rest = iter(changed)
     return [
       start if passed else next(rest) for start, passed in zip(self.carry, self.passed, strict=True)
@@ -213,7 +213,7 @@ class _Carry:
 
 
 def _origin(jaxpr: jex.Jaxpr, v: Any) -> int | None:
-  """Which argument of a jaxpr a value is, passed on by calls and loops; None where it is none."""
+  """The argument of a jaxpr that calls and loops pass on as a value; None if there is none."""
   if compat.is_literal(v):
     return None
   if v in jaxpr.invars:
@@ -233,7 +233,7 @@ def _origin(jaxpr: jex.Jaxpr, v: Any) -> int | None:
   inner = compat.closed(inner).jaxpr
   origin = _origin(inner, inner.outvars[place])
   if eqn.primitive in (compat.while_p, compat.scan_p):
-    # A loop passes on what its body returns in the place where the body got it.
+    # A loop passes a value on if its body returns it in the place where it got it.
     first = (
       eqn.params["body_nconsts"]
       if eqn.primitive is compat.while_p
@@ -245,7 +245,7 @@ def _origin(jaxpr: jex.Jaxpr, v: Any) -> int | None:
 
 
 def _same(values: Sequence[Any]) -> bool:
-  """Whether Weights have one structure and the same shapes and dtypes."""
+  """True if Weights have one structure and the same shapes and dtypes."""
   if not all(map(is_weight, values)) or not base.alike(values):
     return False
   kinds = {tuple((x.shape, x.dtype) for x in jax.tree.leaves(value)) for value in values}
@@ -253,15 +253,15 @@ def _same(values: Sequence[Any]) -> bool:
 
 
 def _stackable(x: Any) -> bool:
-  """Whether stacking every array of it stacks it, as a scan does with its results."""
+  """True if stacking every array of x stacks x, as a scan does with its results."""
   wide = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), x)
   return not is_weight(x) or wide.is_stacked
 
 
 def _unaware(policy):
-  """The policy of a function that does not know of the name that adapted products have.
+  """The policy as it would act on a function without our name for adapted products.
 
-  A policy that keeps every named value, or all but some, must not save extra values because of our
+  A policy that saves every named value, or all but some, must not save extra values because of our
   name.
   """
 

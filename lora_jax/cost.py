@@ -1,23 +1,23 @@
-"""What a traced program costs, from its jaxpr alone: nothing is compiled, nothing allocated.
+"""The cost of a traced program, from its jaxpr alone: no compilation, no allocation.
 
-    jaxpr = jax.make_jaxpr(train_step)(state, frozen, batch)     # jax.ShapeDtypeStructs will do
-    flops(jaxpr)                  # of its products and convolutions, loops times their length
-    peak_memory(jaxpr)            # bytes beyond its arguments
+    jaxpr = jax.make_jaxpr(train_step)(state, frozen, batch)     # also of jax.ShapeDtypeStructs
+    flops(jaxpr)                  # of products and convolutions; loops times their length
+    peak_memory(jaxpr)            # bytes beyond the arguments
 
-The memory is that of a program which runs its equations in their order, as XLA would compile it:
+The memory is that of a program that runs its equations in order, as XLA would compile it:
 
-- The results of products, reductions, loops and the like are written to memory, and so is what
-  products and loops read. A reshape or a transpose is another view of the same memory.
-- Everything between is fused: who reads it computes it, and thereby keeps what it is computed from.
-  It is written once, all the same, where several read it and it costs much (exp, division) or is
-  computed from more than two arrays.
-- A fused result takes the place of an operand of its size that nothing reads any more.
-- A loop needs its stacked results from its beginning, and one step's memory.
-- Of an argument that is written over and that other results are computed from as well (an
-  optimiser's moments, which the new parameters are made of too) there is a copy at the end.
+- The results of products, reductions, loops and the like are written to memory, and so are the
+  operands of products and loops. A reshape or a transpose is a view of the same memory.
+- All other operations are fused into the operation that reads them, which keeps their operands
+  alive. An operation is written once nevertheless if several operations read it and it is expensive
+  (exp, division) or has more than two arrays as operands.
+- A fused result reuses the memory of an operand of its size that nothing reads afterwards.
+- A loop needs the memory of its stacked results from its start, and that of one step.
+- If an argument is overwritten while other results still depend on it (an optimizer's moments,
+  which the new parameters depend on too), it is copied at the end.
 
-What compilers do beside this (layouts, padding, copies, another order) is left out; the tests hold
-the result to within a tenth of what XLA reports for whole training steps.
+Other effects of compilers (layouts, padding, copies, another order) are ignored. The tests check
+that the result is within a tenth of the figure that XLA reports for whole training steps.
 """
 
 import collections
@@ -44,9 +44,9 @@ _EXPENSIVE = frozenset({"exp", "exp2", "expm1", "log", "log1p", "logistic", "tan
 
 
 def flops(jaxpr: jex.ClosedJaxpr) -> int:
-  """The floating-point operations of the products and convolutions, two for each multiply-add.
+  """Returns the floating-point operations of products and convolutions, two per multiply-add.
 
-  A loop of unknown length counts once, and of a cond the branch that costs most.
+  A loop of unknown length counts once. For a cond, the most expensive branch counts.
   """
   total = 0
   for eqn in jaxpr.jaxpr.eqns:
@@ -73,11 +73,11 @@ def flops(jaxpr: jex.ClosedJaxpr) -> int:
 
 
 def peak_memory(jaxpr: jex.ClosedJaxpr, *, results_in_place: bool = False) -> int:
-  """The most bytes that the program holds at a time beyond its arguments.
+  """Returns the largest number of bytes that the program holds at a time beyond its arguments.
 
   Args:
     jaxpr: the program.
-    results_in_place: whether its results are written over arguments, which were donated.
+    results_in_place: True if the results overwrite arguments, which were donated.
   """
   arguments = [_Value(_bytes(v), counts=False) for v in jaxpr.jaxpr.invars]
   donated = arguments if results_in_place else ()
@@ -86,7 +86,7 @@ def peak_memory(jaxpr: jex.ClosedJaxpr, *, results_in_place: bool = False) -> in
 
 @dataclasses.dataclass(eq=False)
 class _Value:
-  """An array of the program; `counts` is False for one that is there anyhow."""
+  """An array of the program; `counts` is False if its memory is allocated anyway."""
 
   size: int
   counts: bool = True
@@ -94,13 +94,13 @@ class _Value:
 
 @dataclasses.dataclass(frozen=True)
 class _Operation:
-  """An equation, views and calls left out, and the memory that it needs for itself."""
+  """An equation (but no view or call), and the memory that it needs for itself."""
 
   name: str
   inputs: tuple[_Value, ...]
   outputs: tuple[_Value, ...]
   inner: int = 0
-  carried: tuple[_Value, ...] = ()  # outputs that may take the place of an input
+  carried: tuple[_Value, ...] = ()  # outputs that may reuse the memory of an input
 
   @property
   def fused(self) -> bool:
@@ -114,12 +114,12 @@ def _peak(
   results_in_place: bool,
   donated: Sequence[_Value] = (),
 ) -> int:
-  """The most bytes at a time; `operations` run before the program, and make arguments of it."""
+  """The largest number of bytes at a time; `operations` run first and produce arguments."""
   results = set(_flatten(jaxpr, arguments, operations))
   operations = _needed(operations, results)
   sources = _sources(operations, results, results_in_place)
 
-  # A fused operation reads nothing itself: the one that writes what it goes into does.
+  # A fused operation reads nothing itself; the operation that writes its result does.
   steps = []
   for operation in operations:
     written = [value for value in operation.outputs if sources[value] == {value}]
@@ -154,7 +154,7 @@ def _copies(
   sources: dict[_Value, set[_Value]],
   results: set[_Value],
 ) -> int:
-  """The bytes of the arguments that are written over while other results are made of them."""
+  """The bytes of the arguments that are overwritten while other results depend on them."""
   behind = {value: {value} for value in donated}
   for operation in operations:
     if operation.fused:
@@ -170,7 +170,7 @@ def _copies(
 
 
 def _flatten(jaxpr, arguments, operations: list[_Operation]) -> list[_Value]:
-  """Appends the operations of a program, those of the functions that it calls among them."""
+  """Appends the operations of a program, including those of the functions that it calls."""
   env = dict(zip(jaxpr.jaxpr.invars, arguments, strict=True))
   env |= {v: _Value(_bytes(v), counts=False) for v in jaxpr.jaxpr.constvars}
 
@@ -210,7 +210,7 @@ def _operation(eqn, name: str, inputs, outputs) -> _Operation:
 
 
 def _scan_body(params) -> int:
-  """The memory of one step of a scan; the slices that it takes are operations of their own."""
+  """The memory of one step of a scan; its slices are operations of their own."""
   body, first = params["jaxpr"], sum(compat.scan_counts(**params))
   arguments = [_Value(_bytes(v), counts=False) for v in body.jaxpr.invars]
   slices = []
@@ -221,7 +221,7 @@ def _scan_body(params) -> int:
 
 
 def _needed(operations: Sequence[_Operation], results: set[_Value]) -> list[_Operation]:
-  """The operations without those whose results nothing reads."""
+  """The operations whose results are read."""
   read, needed = set(results), []
   for operation in reversed(operations):
     if not read.isdisjoint(operation.outputs):
@@ -233,7 +233,7 @@ def _needed(operations: Sequence[_Operation], results: set[_Value]) -> list[_Ope
 def _sources(
   operations: Sequence[_Operation], results: set[_Value], results_in_place: bool
 ) -> dict[_Value, set[_Value]]:
-  """For every value the written ones that it is computed from: itself where it is written."""
+  """Maps every value to the written values that it depends on: to itself if it is written."""
   readers = collections.defaultdict(list)
   for operation in operations:
     for value in operation.inputs:
@@ -254,7 +254,7 @@ def _sources(
 
 
 def _called(eqn) -> jex.ClosedJaxpr | None:
-  """The function that an equation calls once with its operands: jit, remat, custom_vjp, ...."""
+  """The function that an equation calls once with its operands: jit, remat, custom_vjp, …"""
   if eqn.primitive.name in _KERNELS:
     return None
   for value in eqn.params.values():

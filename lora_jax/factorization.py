@@ -1,9 +1,9 @@
-"""Kernels as matrices, and two thin factors of a matrix.
+"""Kernels as matrices, and factorizations of a matrix into two thin factors.
 
     a, b = factorized(w, "ioo", lambda matrix: balanced(svd(matrix, rank)))
 
-A kernel of several input and output axes is one matrix, inputs by outputs, a stack of kernels a
-stack of matrices. All is computed in float32, or in float64 for what is float64 already.
+A kernel with several input and output axes is one matrix, inputs by outputs; a stack of kernels is
+a stack of matrices. Computed in float32, or in float64 for float64 input.
 """
 
 import math
@@ -19,7 +19,7 @@ from lora_jax.weights.factors import A, B, part_sizes
 
 
 class Svd(NamedTuple):
-  """`u @ diag(s) @ vt`: [*stack, d, r], [*stack, r] falling, [*stack, r, k]."""
+  """`u @ diag(s) @ vt`: [*stack, d, r], [*stack, r] descending, [*stack, r, k]."""
 
   u: jax.Array
   s: jax.Array
@@ -35,7 +35,7 @@ def factorized(w: jax.Array, roles: str, factorize: Callable[[jax.Array], Factor
   Args:
     w: the kernel.
     roles: the role of each of its axes: stack, input or output.
-    factorize: gives two factors, [*stack, d, rank] and [*stack, rank, k], of [*stack, d, k].
+    factorize: maps [*stack, d, k] to two factors, [*stack, d, rank] and [*stack, rank, k].
   """
   order = [n for role in "sio" for n, each in enumerate(roles) if each == role]
   stack, inputs, outputs = (part_sizes(w.shape, roles, role, 0) for role in "sio")
@@ -52,13 +52,13 @@ def factorized(w: jax.Array, roles: str, factorize: Callable[[jax.Array], Factor
 
 
 def svd(matrix: jax.Array, rank: int) -> Svd:
-  """The first `rank` singular triplets of [*stack, d, k]; the nearest matrices of that rank."""
+  """Returns the first `rank` singular triplets of [*stack, d, k], its best approximation."""
   u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
   return Svd(u[..., :rank], s[..., :rank], vt[..., :rank, :])
 
 
 def product_svd(a: jax.Array, b: jax.Array, rank: int) -> Svd:
-  """The first `rank` singular triplets of `a @ b`, [*stack, d, n] @ [*stack, n, k], not formed."""
+  """The first `rank` singular triplets of `a @ b`, [*stack, d, n] @ [*stack, n, k], by two QRs."""
   q_a, r_a = jnp.linalg.qr(a)
   q_b, r_b = jnp.linalg.qr(jnp.swapaxes(b, -2, -1))
   u, s, vt = svd(jnp.matmul(r_a, jnp.swapaxes(r_b, -2, -1), precision="highest"), rank)
@@ -72,18 +72,18 @@ def product_svd(a: jax.Array, b: jax.Array, rank: int) -> Svd:
 def randomized_svd(
   key: jax.Array, matrix: jax.Array, rank: int, iterations: int, oversampling: int = 8
 ) -> Svd:
-  """Nearly the first `rank` singular triplets, at the price of a few thin products.
+  """Returns approximately the first `rank` singular triplets, at the cost of a few thin products.
 
   The range of the matrix is found by `iterations` subspace iterations on rank + oversampling
-  random vectors, orthonormalised after each product, and the small matrix that is left is
-  decomposed exactly. Halko, Martinsson and Tropp 2011, arXiv 0909.4061, algorithms 4.4 and 5.1.
+  random vectors, orthonormalized after each product. The matrix projected onto it is decomposed
+  exactly. Source: Halko, Martinsson and Tropp 2011, arXiv 0909.4061, algorithms 4.4 and 5.1.
 
   Args:
     key: a random key.
     matrix: [*stack, d, k].
     rank: at most min(d, k).
-    iterations: 0 is enough for a spectrum that falls fast, 4 for most others.
-    oversampling: how many vectors more than `rank`.
+    iterations: 0 suffices for a spectrum that decays fast, 4 for most others.
+    oversampling: the number of random vectors in excess of `rank`.
   """
   *stack, d, k = matrix.shape
   columns = min(rank + oversampling, d, k)
@@ -101,6 +101,6 @@ def randomized_svd(
 
 
 def balanced(decomposition: Svd) -> Factors:
-  """The factors u √s and √s vt, of one size each."""
+  """The factors u √s and √s vt, of equal norms."""
   root = jnp.sqrt(decomposition.s)
   return decomposition.u * root[..., None, :], root[..., None] * decomposition.vt

@@ -23,16 +23,28 @@ from flax import traverse_util
 from jax.typing import DTypeLike
 
 from lora_jax.checks import shown
-from lora_jax.io import bert_configs, bert_names, configs, gpt2_configs, names
-from lora_jax.models import bert, gpt2, layers, llama
+from lora_jax.io import (
+  bert_configs,
+  bert_names,
+  configs,
+  dinov2_onnx,
+  gemma4_configs,
+  gpt2_configs,
+  image_configs,
+  image_names,
+  names,
+)
+from lora_jax.models import bert, convolutions, gemma4, gpt2, layers, llama, mobilenet, resnet, vit
 
 Rules = Sequence[tuple[str, jax.P]]
 Config = Any
 """A frozen dataclass. Every family's has `family`, `num_layers`, `scan_layers`, `remat_policy`,
-`constrain`, `dtype` and `param_dtype`; that of a model of texts `vocab_size`, `max_length` and
-`classes`, the names of the outputs of its head where that is no vocabulary, too."""
+`constrain`, `dtype`, `param_dtype` and `classes`, the names of the outputs of its head where that
+is no vocabulary; that of a model of texts `vocab_size` and `max_length`, that of one of images
+`channels` and `image_size`, too."""
 
-DECODER, ENCODER = "decoder", "encoder"
+Reader = Callable[[Any], tuple[Config, Mapping[str, Any]] | None]
+DECODER, ENCODER, IMAGES = "decoder", "encoder", "images"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,24 +57,35 @@ class Family:
   make_model: config to the Linen module.
   init_cache: (config, rows, slots, dtype) to an empty cache; None for a family that generates
     nothing.
-  names: {file format: {tensor name: path}}, of "safetensors" and, where the family has GGUF files,
-    "gguf". See `lora_jax.io.names`.
+  names: {file format: {tensor name: path}}, of "safetensors" and, where the family has such files,
+    "gguf", "torch" and "onnx"; of "modules" where PEFT knows the modules by other names than those
+    in files. See `lora_jax.io.names`.
   prefix: what the names of "safetensors" begin with, the head's excepted, and files that hold no
     head may leave out; "" where they leave out nothing.
   example_inputs: config to the shapes of the arguments of the smallest call that uses every
     parameter, for tracing.
+  inputs: (config, rows, length) to the shape of the one argument of a plain call: tokens, by
+    default 128 of a text, or images of `length` pixels a side, by default those of the config.
   sharding: (pattern, PartitionSpec) pairs, as `lora_jax.sharding.lay_out` takes them.
+  layers_alike: whether the parameters of all layers have the same shapes, so that they may be
+    stacked and scanned.
   kind: DECODER, whose tokens see those before them, so that a text can be written or read at its
     last token, or ENCODER, whose tokens see the whole text, so that it is read at its first token
-    or at all of them.
+    or at all of them; or IMAGES, which takes no text and whose files have no tokenizer.
   class_head: {tensor name: path} of a head of classes where `names` does not have it.
-  peft_task: what PEFT calls the use of a model without classes, `task_type` of its adapters.
+  peft_task, class_task: what PEFT calls the use of a model without classes and with some,
+    `task_type` of its adapters; None for what has no name.
+  with_classes: (config, names) to the config of the model with a new head of these classes.
   bare: whether a model without classes is the body alone in transformers, so that the names of its
     tensors lack `prefix`.
   options: config to the {name: dtype} of what a model takes of each token besides its id, as where
     padding is, which a decoder does not see.
   as_stored: (config, names of the tensors) to the config of these tensors, of a family whose
     config.json does not say which parts there are; None for others.
+  of_tensors: {file format: reader}, of files that hold no configuration: from what the format's
+    module in `lora_jax.io` makes of a file to (config, tensors), or None where it is of another
+    family.
+  statistics: a pattern of the leaves that are measured and not learned, which never train.
   """
 
   parse_config: Callable[[Mapping[str, Any]], Config]
@@ -73,14 +96,29 @@ class Family:
   example_inputs: Callable[[Config], tuple[jax.ShapeDtypeStruct, ...]]
   sharding: Rules
   prefix: str = ""
+  inputs: Callable[[Config, int, int | None], jax.ShapeDtypeStruct] = lambda config, rows, length: (
+    jax.ShapeDtypeStruct((rows, length or 128), jnp.int32)
+  )
+  layers_alike: bool = True
   kind: str = DECODER
   class_head: Mapping[str, str] = dataclasses.field(
     default_factory=lambda: {"score.weight": "head/kernel"}
   )
-  peft_task: str = "CAUSAL_LM"
+  peft_task: str | None = "CAUSAL_LM"
+  class_task: str | None = "SEQ_CLS"
+  with_classes: Callable[[Config, tuple[str, ...]], Config] = lambda config, classes: (
+    dataclasses.replace(config, classes=classes)
+  )
   bare: bool = False
   options: Callable[[Config], dict[str, DTypeLike]] = lambda config: {}
   as_stored: Callable[[Config, Collection[str]], Config] | None = None
+  of_tensors: Mapping[str, Reader] = dataclasses.field(default_factory=dict)
+  statistics: str | None = None
+
+  @property
+  def has_tokenizer(self) -> bool:
+    """Whether the family's folders have one."""
+    return self.kind != IMAGES
 
 
 DECODER_SHARDING = (
@@ -165,6 +203,49 @@ def _encoder(name: str) -> Family:
   )
 
 
+IMAGE_SHARDING = (
+  (r"(.*/)?attn/(query|key|value)/kernel", jax.P("fsdp", "tensor")),
+  (r"(.*/)?attn/out/kernel", jax.P("tensor", "fsdp")),
+  (r"(.*/)?mlp/up/kernel", jax.P("fsdp", "tensor")),
+  (r"(.*/)?mlp/down/kernel", jax.P("tensor", "fsdp")),
+  # A convolution's kernel is small beside what it is applied to.
+  (".*", jax.P()),
+)
+"""Of models of images."""
+
+
+def _images(config: Config, rows: int, side: int | None) -> jax.ShapeDtypeStruct:
+  """Images, by default of the size that the model was made for."""
+  side = side or config.image_size
+  return jax.ShapeDtypeStruct((rows, side, side, config.channels), jnp.float32)
+
+
+def _of_images(name: str, files: Mapping[str, names.Table] | None = None, **how: Any) -> Family:
+  """A family whose inputs are images; `files` has the names of further formats."""
+  return Family(
+    init_cache=None,
+    names={"safetensors": image_names.FILES[name], "modules": image_names.MODULES[name]}
+    | (files or {}),
+    example_inputs=lambda config: (_images(config, 1, None),),
+    inputs=_images,
+    sharding=IMAGE_SHARDING,
+    prefix=f"{name}.",
+    kind=IMAGES,
+    class_head={},
+    peft_task=None,
+    class_task=None,
+    bare=True,
+    **how,
+  )
+
+
+def _vit(name: str, **how: Any) -> Family:
+  return _of_images(
+    name, parse_config=image_configs.vit, write_config=image_configs.write_vit,
+    make_model=vit.ViT, with_classes=image_configs.with_classes, **how,
+  )  # fmt: skip
+
+
 FAMILIES: Mapping[str, Family] = {
   **{name: _decoder(name) for name in configs.FAMILIES},
   "gpt2": Family(
@@ -177,7 +258,46 @@ FAMILIES: Mapping[str, Family] = {
     sharding=DECODER_SHARDING,
     prefix="transformer.",
   ),
+  "gemma4_text": Family(
+    parse_config=gemma4_configs.from_hugging_face,
+    write_config=gemma4_configs.to_hugging_face,
+    make_model=gemma4.Gemma4,
+    init_cache=gemma4.init_cache,
+    names={"safetensors": names.GEMMA4_HF},
+    example_inputs=_tokens,
+    sharding=(
+      ("embed_per_layer/embedding", jax.P("tensor", None)),
+      # Small beside the others; what they give is added to what every device has whole.
+      (r"per_layer_model/kernel|block_\d+/per_layer_gate/kernel", jax.P("fsdp", None)),
+      (r"block_\d+/per_layer_out/kernel", jax.P(None, "fsdp")),
+      *DECODER_SHARDING,
+    ),
+    layers_alike=False,
+  ),
   **{name: _encoder(name) for name in bert_configs.STYLES},
+  "vit": _vit("vit"),
+  "deit": _vit("deit"),
+  "dinov2": _vit(
+    "dinov2", files={"onnx": image_names.DINO_ONNX}, of_tensors={"onnx": dinov2_onnx.backbone}
+  ),
+  "mobilenet_v2": _of_images(
+    "mobilenet_v2",
+    files={"torch": image_names.TORCHVISION_MOBILENET},
+    parse_config=image_configs.mobilenet_v2,
+    write_config=image_configs.write_mobilenet_v2,
+    make_model=mobilenet.MobileNetV2,
+    of_tensors={"torch": image_configs.torchvision_mobilenet},
+    layers_alike=False,
+    statistics=convolutions.STATISTICS,
+  ),
+  "resnet": _of_images(
+    "resnet",
+    parse_config=image_configs.resnet,
+    write_config=image_configs.write_resnet,
+    make_model=resnet.ResNet,
+    layers_alike=False,
+    statistics=convolutions.STATISTICS,
+  ),
 }
 """By `model_type`, the name that a config.json has for the family."""
 
@@ -205,30 +325,37 @@ def param_shapes(
 ) -> dict[str, tuple[int, ...]]:
   """Returns {slash path: shape} of the model's parameters, without making any."""
   family = family_of(config, families)
-  # One layer is traced, and not each.
-  model = family.make_model(dataclasses.replace(config, scan_layers=True))
+  if family.layers_alike:  # then one layer is traced, and not each
+    model = family.make_model(dataclasses.replace(config, scan_layers=True))
+  else:
+    model = family.make_model(config)
   variables = jax.eval_shape(model.init, jax.random.key(0), *family.example_inputs(config))
   leaves = traverse_util.flatten_dict(variables["params"], sep="/")
   shapes = {path: leaf.shape for path, leaf in leaves.items()}
-  if not config.scan_layers:
+  if family.layers_alike and not config.scan_layers:
     each = [(path, layers.layer_paths(path, config.num_layers)) for path in shapes]
     shapes = {x: shapes[path][x != path :] for path, xs in each for x in xs}
   return dict(sorted(shapes.items(), key=lambda item: item[0].split("/")))
 
 
-def stored_names(config: Config, families: Mapping[str, Family] = FAMILIES) -> names.Table:
-  """The names of a model's tensors in safetensors files that have its family's prefix."""
+def stored_names(
+  config: Config, families: Mapping[str, Family] = FAMILIES, where: str = "safetensors"
+) -> names.Table:
+  """The names of a model's tensors in safetensors files that have its family's prefix; `where` is
+  "modules" for the names by which PEFT knows them."""
   family = family_of(config, families)
-  table, head = family.names["safetensors"], family.class_head
+  table, head = family.names.get(where, family.names["safetensors"]), family.class_head
   if not config.classes or not head:
     return table
   return {name: path for name, path in table.items() if path not in head.values()} | dict(head)
 
 
-def tensor_names(config: Config, families: Mapping[str, Family] = FAMILIES) -> names.Table:
-  """The names of a model's tensors in the safetensors files and adapters that are written of it, a
-  decoder's head of classes as `score`."""
-  family, table = family_of(config, families), stored_names(config, families)
+def tensor_names(
+  config: Config, families: Mapping[str, Family] = FAMILIES, where: str = "safetensors"
+) -> names.Table:
+  """The names of a model's tensors in the safetensors files that are written of it, a decoder's
+  head of classes as `score`; `where` is "modules" for those in adapters."""
+  family, table = family_of(config, families), stored_names(config, families, where)
   if not family.bare or config.classes:
     return table
   return {name.removeprefix(family.prefix): path for name, path in table.items()}

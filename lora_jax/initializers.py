@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 
 def kaiming_uniform(key, stack: tuple, inputs: tuple, outputs: tuple, rank: int):
-  """a uniform in ±1/√fan_in, b zero: what the LoRA authors' code and PEFT do by default.
+  """a uniform in ±1/√fan_in, b zero: the default of the LoRA authors' code and of PEFT.
 
   The bound is that of He et al. 2015 with the slope √5 that PyTorch's linear layers use.
   """

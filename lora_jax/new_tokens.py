@@ -1,4 +1,4 @@
-"""Tokens that a model has not: a larger vocabulary, whose new rows alone train.
+"""New tokens: a larger vocabulary, of which only the new rows train.
 
     base = new_tokens.add(pretrained.load("folder"), ("<think>", "</think>"))
     specs = match(base.params, [*new_tokens.rules(base, ("<think>", "</think>")), ("mlp", LoRA())])
@@ -6,10 +6,10 @@
     before    {"embed": {"embedding": W (V, D)}}
     after     {"embed": {"embedding": TokenRows(w=[W; mean], dw=0, ids=(V, V + 1))}}
 
-A new row starts as the mean of the rows of the tokens that there were. Then a new token is at most
-about as likely as the others are on average, and the model's text hardly changes (Hewitt 2021,
-"Initializing New Word Embeddings for Pretrained Language Models"). `transformers` draws its new
-rows from around the same mean.
+A new row starts as the mean of the existing tokens' rows. A new token is then at most about as
+likely as the others are on average, and the model's text hardly changes (Hewitt 2021, "Initializing
+New Word Embeddings for Pretrained Language Models"). `transformers` draws its new rows from around
+the same mean.
 """
 
 import dataclasses
@@ -26,18 +26,25 @@ from lora_jax.weights import is_weight, materialize
 
 
 def add(base: Pretrained, tokens: Sequence[str]) -> Pretrained:
-  """Returns the base with a token for each text, and rows of the embedding and the head for them.
+  """Returns the base with new tokens, and with rows for them in the embedding and the head.
 
-  Rows that no token had yet are used first, as `transformers` does; a vocabulary without any grows.
-  A quantized embedding or head becomes dense: rows are appended to it.
+  Unused rows are taken first, as in `transformers`; without any, the vocabulary grows. A quantized
+  embedding or head becomes dense, since rows are appended to it.
 
-  base: as `pretrained.load` or `pretrained.inspect` returned it; of shapes it makes shapes.
-  tokens: as `Tokenizer.with_tokens` takes them; () changes nothing.
+  Args:
+    base: the result of `pretrained.load` or `pretrained.inspect`; shapes yield shapes.
+    tokens: as in `Tokenizer.with_tokens`; () changes nothing.
 
-  Raises ValueError as `Tokenizer.with_tokens` does, and for a model larger than any.
+  Raises:
+    ValueError: as in `Tokenizer.with_tokens`, and for a vocabulary above the supported size.
   """
   if not tokens:
     return base
+  if base.tokenizer is None:
+    raise ValueError(
+      f"model.new_tokens {tuple(tokens)}: {base.source} is a {base.config.family!r}, which takes "
+      "no text; leave them out"
+    )
   tokenizer = base.tokenizer.with_tokens(tokens)
   old, ids = base.tokenizer.vocab_size, _ids(tokenizer, tokens)
   config = dataclasses.replace(
@@ -63,10 +70,11 @@ def add(base: Pretrained, tokens: Sequence[str]) -> Pretrained:
 
 
 def rules(base: Pretrained, tokens: Sequence[str]) -> list[tuple[str, TokenRows]]:
-  """Returns the (path, spec) pairs by which the rows of new tokens train, as `match` takes them.
+  """Returns the (path, spec) pairs that train the rows of new tokens, for `match`.
 
-  base: as `add` returned it.
-  tokens: as `add` was given them.
+  Args:
+    base: the result of `add`.
+    tokens: the tokens that `add` was called with.
   """
   if not tokens:
     return []
@@ -81,7 +89,7 @@ def _ids(tokenizer: Any, tokens: Sequence[str]) -> tuple[int, ...]:
 
 
 def _vocabulary_axes(config: families.Config) -> dict[str, int]:
-  """The parameters that a larger vocabulary makes larger, each with the axis of the tokens."""
+  """The parameters that grow with the vocabulary, each with the axis of the tokens."""
   shapes = families.param_shapes(config)
   larger = dataclasses.replace(config, vocab_size=config.vocab_size + 1)
   return {

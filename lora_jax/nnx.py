@@ -6,12 +6,12 @@
     y = lora_jax.adapt(f)(weights, x)
     update(module, lora_jax.materialize(weights))   # the module with the adapters merged in
 
-`f` is pure: called twice with the same arguments it returns the same values, and the module that it
-was made of never changes. So it goes through `jit`, `grad`, `vmap`, `scan` and `trace_axes`
-whatever the module holds. A module that changes its own state, as Dropout advances its random
-stream and BatchNorm its mean, is called with the state as an argument and returns the new one:
+`f` is pure: called twice with the same arguments it returns the same values, and it never changes
+the module. So it works with `jit`, `grad`, `vmap`, `scan` and `trace_axes` for any module. A module
+that changes its own state, as Dropout advances its random stream and BatchNorm its mean, is called
+with the state as an argument and returns the new state:
 
-    y, state = f.with_state(params, f.state, x)     # f.state: as it was when the module was split
+    y, state = f.with_state(params, f.state, x)     # f.state: the state when the module was split
     y, state = lora_jax.adapt(f.with_state)(weights, state, x)
     update(module, lora_jax.materialize(weights), state)
 
@@ -31,14 +31,13 @@ PyTree = Any
 class PureModule:
   """A module as a pure function: `f(params, *args, **kwargs) == module(*args, **kwargs)`.
 
-  A call sees the state as it was when the module was split, and drops what it changes in it; see
-  `with_state`. What is sown in a call (`nnx.Intermediate`) and changes of parameters are dropped by
-  both. An `nnx.Rngs` or another module among the arguments is copied, so the caller's does not
-  change either.
+  A call sees the state from the time of the split and drops its changes to it; see `with_state`.
+  Both drop values that a call sows (`nnx.Intermediate`) and changes of parameters. An `nnx.Rngs` or
+  another module among the arguments is copied, so the caller's does not change either.
 
   Attributes:
-    state: all that the module holds beside its parameters: batch statistics, random streams,
-      caches. A nested dict of arrays, addressed as the parameters are.
+    state: all variables of the module that are not parameters: batch statistics, random streams,
+      caches. A nested dict of arrays, with paths like the parameters'.
   """
 
   state: dict[str, Any]
@@ -54,12 +53,13 @@ class PureModule:
 
     Args:
       params: as `split` returns them.
-      state: `f.state`, or what the call before this one returned. The new state has the structure,
-        shapes and dtypes of this one, so that `jax.lax.scan` can carry it.
-      args, kwargs: of the module.
+      state: `f.state`, or the state that the previous call returned. The new state has the same
+        structure, shapes and dtypes, so that `jax.lax.scan` can carry it.
+      *args: the module's arguments.
+      **kwargs: the module's keyword arguments.
 
     Raises:
-      ValueError: when either tree has a leaf that the module does not have.
+      ValueError: if either tree has a leaf that the module does not have.
     """
     module = nnx.merge(
       self._graph, _with_values(self._params, params), _with_values(self._rest, state)
@@ -74,28 +74,28 @@ class PureModule:
 def split(module: nnx.Module) -> tuple[PureModule, dict[str, Any]]:
   """Returns `(f, params)` with `f(params, *args, **kwargs) == module(*args, **kwargs)`.
 
-  `params` is a plain nested dict of the module's `nnx.Param`s, addressed by the same slash paths as
-  a Linen model's. Whatever else the module holds is `f.state`.
+  `params` is a plain nested dict of the module's `nnx.Param`s, with the same slash paths as a Linen
+  model's. All other variables of the module are in `f.state`.
 
   Args:
-    module: any NNX module; it is not changed, and later changes of it do not change `f`.
+    module: any NNX module. It is not changed, and later changes of it do not change `f`.
   """
   graph, params, rest = nnx.split(module, nnx.Param, ...)
-  # The variables of a split may be the module's own, so copies of them are kept.
+  # The variables of a split may be the module's own, so they are copied.
   f = PureModule(nnx.to_pure_dict(rest), graph, _copied(params), _copied(rest))
   return f, nnx.to_pure_dict(params)
 
 
 def update(module: nnx.Module, params: PyTree, state: PyTree | None = None) -> None:
-  """Writes plain parameters, as `split` names them, into the module.
+  """Writes plain parameters, with the paths of `split`, into the module.
 
   Args:
-    module: what is changed.
-    params: the parameters, or some of them.
-    state: the state, as `PureModule.with_state` returns it; None leaves the module's as it is.
+    module: the module to change.
+    params: all parameters, or some of them.
+    state: the state that `PureModule.with_state` returned; None leaves the module's unchanged.
 
   Raises:
-    ValueError: when a tree has a leaf that the module does not have.
+    ValueError: if a tree has a leaf that the module does not have.
   """
   _, of_params, rest = nnx.split(module, nnx.Param, ...)
   nnx.update(module, _with_values(of_params, params))
@@ -104,11 +104,11 @@ def update(module: nnx.Module, params: PyTree, state: PyTree | None = None) -> N
 
 
 def _with_values(variables: nnx.State, values: PyTree) -> nnx.State:
-  variables = _copied(variables)  # what follows writes into it
+  variables = _copied(variables)  # the code below writes into it
   nnx.replace_by_pure_dict(variables, values)
   return variables
 
 
 def _copied(tree: PyTree) -> PyTree:
-  """The same tree with new variables and modules, which the trace that makes them may change."""
+  """The tree with new variables and modules, which the current trace may change."""
   return jax.tree.map(lambda leaf: leaf, tree)

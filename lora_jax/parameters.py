@@ -1,10 +1,10 @@
-"""A rule is given the parameters that it knows, or the equation is evaluated without the rule.
+"""Checks that a rule knows all parameters of an equation; otherwise the rule is not used.
 
 A primitive's parameters change between releases of JAX. A rule names the parameters that it reads
-and those that change nothing for it; its signature is that list. `checked` wraps it so that a
-release that renames one, or adds one that may change the result, costs speed and memory and no
-more: the rule raises `NotFactored`, the interpreter evaluates the equation as it stands on
-materialized weights, and a warning says so once.
+and those that it may ignore; its signature is that list. A new release may rename a parameter, or
+add one that may change the result. `checked` limits the damage to speed and memory: the rule raises
+`NotFactored`, the interpreter evaluates the unchanged equation on materialized weights, and one
+warning says so.
 """
 
 import functools
@@ -19,11 +19,11 @@ from lora_jax.weights import NotFactored
 
 
 class UnknownParametersWarning(UserWarning):
-  """This release of JAX gives a primitive other parameters than the rule for it knows."""
+  """Warns that this release of JAX gives a primitive parameters that its rule does not know."""
 
 
 def checked(rules: Mapping[jex.Primitive, Callable]) -> dict[jex.Primitive, Callable]:
-  """The rules, each of which raises `NotFactored` for parameters that it does not know."""
+  """Returns the rules, each raising `NotFactored` for parameters that it does not know."""
   return {primitive: _checked(primitive, rule) for primitive, rule in rules.items()}
 
 

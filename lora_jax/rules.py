@@ -1,16 +1,17 @@
-"""What to do with a primitive that meets a Weight.
+"""Rules: how to evaluate a primitive with a Weight among its operands.
 
-A rule takes the equation's operands, at least one of them a Weight, and its parameters by their
-names. It returns what the primitive would: an array, or a Weight where the result is again one. It
-raises `NotFactored` where only the full array will do.
+A rule takes the equation's operands, at least one of them a Weight, and its parameters by name. It
+returns the primitive's results: an array, or a Weight if the result can be one. It raises
+`NotFactored` if it needs the full array.
 
-A rule's keyword arguments are the parameters that it knows. One without a default must be there;
-one that the rule does not name may change the result. In either case the equation is evaluated
-unchanged on materialized weights (`parameters.py`), so a new release of JAX costs speed at most.
+A rule's keyword arguments are the parameters that it knows. One without a default is required; a
+parameter that the rule does not name may change the result. If they do not match, the equation is
+evaluated unchanged on materialized weights (`parameters.py`), so a new release of JAX costs at most
+speed.
 
-A rule that takes `evaluate` is handed the interpreter. `evaluate(jaxpr, operands)` evaluates an
-inner jaxpr (`control_flow.py`), and `evaluate.array(x, reason)` materializes one operand, or
-refuses to in strict mode.
+A rule with a parameter `evaluate` receives the interpreter. `evaluate(jaxpr, operands)` evaluates
+an inner jaxpr (`control_flow.py`). `evaluate.array(x, reason)` materializes one operand; in strict
+mode it refuses.
 """
 
 import dataclasses
@@ -81,11 +82,11 @@ def gather(
   )  # fmt: skip
 
 
-# ---- the same array, elsewhere or by another name
+# ---- the same array, with another dtype or on other devices
 
 
 def convert_element_type(w, *, new_dtype, weak_type=False, sharding=None):
-  del weak_type  # a Weight takes part in no promotion
+  del weak_type  # a Weight does not take part in promotion
   w = base.astype(w, new_dtype)
   return w if sharding is None else base.resharded(w, sharding)
 
@@ -113,7 +114,7 @@ def optimization_barrier(*operands):
 
 
 def device_put(*operands, devices, srcs=None, copy_semantics=None):
-  del srcs, copy_semantics  # where the operands are now, and whether a copy may be spared
+  del srcs, copy_semantics  # the current devices of the operands, and whether to copy
   return [_put(x, device) for x, device in zip(operands, devices, strict=True)]
 
 
@@ -126,19 +127,19 @@ def _put(x, device):
 
 
 def sharding_constraint(w, *, sharding, layout=None, context_mesh=None, unconstrained_dims=None):
-  del context_mesh  # the sharding has its own
+  del context_mesh  # the sharding has its own mesh
   if layout is not None:
-    raise NotFactored("the array has a layout of its own")
+    raise NotFactored("the array has its own layout")
   return constrained(w, sharding, unconstrained_dims or ())
 
 
 def constrained(x, sharding, free=()):
-  """An array or Weight with a hint for the compiler where it shall lie.
+  """An array or Weight with a sharding hint for the compiler.
 
   Args:
     x: an array or a Weight.
-    sharding: of the array. A Weight takes those by the names of a mesh's axes.
-    free: the axes on which the compiler chooses.
+    sharding: the sharding of the array. A Weight needs one that names mesh axes.
+    free: the axes whose sharding the compiler chooses.
   """
   if not is_weight(x):
     return lax.with_sharding_constraint(x, sharding)
@@ -156,8 +157,8 @@ def reshard(w, *, dst_sharding, concrete_mesh=None):
 
 
 def with_sharding(w, sharding: jax.sharding.NamedSharding, put: Callable):
-  """`put(part, sharding)` for every part of a Weight, by the sharding of the whole."""
-  # Outside of a trace an array has devices, and what it is told must name them.
+  """`put(part, sharding)` for every part of a Weight, derived from the array's sharding."""
+  # Outside of a trace an array has devices, and its new sharding must name them.
   traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(w))
   mesh = (sharding if traced else compat.on_devices(sharding)).mesh
   specs = w.partition_specs(sharding.spec)
@@ -167,7 +168,7 @@ def with_sharding(w, sharding: jax.sharding.NamedSharding, put: Callable):
   return jax.tree.unflatten(treedef, map(put, leaves, shardings))
 
 
-# ---- axes moved, cut, joined
+# ---- axes moved, sliced, joined
 
 
 def transpose(w, *, permutation):
@@ -206,7 +207,7 @@ def rev(w, *, dimensions):
 
 def pad(w, value, *, padding_config):
   if is_weight(value):
-    raise NotFactored("the weight is what is padded with", value)
+    raise NotFactored("the weight is used as the padding value", value)
   return base.call("pad", w, value, padding_config)
 
 
@@ -243,13 +244,13 @@ def stack(*operands, axis):
 def mul(x, y, *, out_dtype=None):
   w, c = (x, y) if is_weight(x) and not isinstance(x, Broadcast) else (y, x)
   if out_dtype is not None and out_dtype != w.dtype:
-    raise NotFactored("the product has a dtype of its own")
+    raise NotFactored("the product sets its own dtype")
   return _scaled(w, c)
 
 
 def div(x, y):
   if is_weight(y) and not isinstance(y, Broadcast):
-    raise NotFactored("it is what is divided by", y)
+    raise NotFactored("the weight is the divisor", y)
   if isinstance(y, Broadcast):
     return _by_vector(x, dataclasses.replace(y, x=1 / y.x))
   return _scaled(x, 1 / y)
@@ -272,7 +273,7 @@ def sub(x, y):
 
 
 def _whole(x, shape):
-  """An operand with all axes of a result."""
+  """An operand broadcast to all axes of a result."""
   if not is_weight(x):
     return jnp.broadcast_to(x, shape)
   if x.shape != shape:
@@ -281,7 +282,7 @@ def _whole(x, shape):
 
 
 def _placed(out_sharding):
-  """The sharding as an argument; none without one, which not every kind of Weight takes."""
+  """The sharding as an argument; no argument if there is none, since not every Weight takes it."""
   return {} if out_sharding is None else {"out_sharding": out_sharding}
 
 

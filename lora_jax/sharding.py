@@ -1,18 +1,18 @@
-"""From one device to many: a mesh, and rules that say how the arrays of a tree lie on it.
+"""From one device to many: a mesh, and rules that shard the arrays of a tree.
 
     mesh = make_mesh(data=-1, fsdp=1, tensor=2)
     layout = lay_out(weights, mesh, families.family_of(config).sharding)
-    print(layout)                                  # where every array lies, and what could not
+    print(layout)                                  # every array's sharding, with exceptions
     weights = jax.device_put(weights, layout.shardings)
     state = jax.device_put(state, layout.follow(state))
 
-The mesh has three axes. The rows of a batch are shared out over `data` and `fsdp`. The base is cut
-over `fsdp`, to be gathered layer by layer as it is used, and over `tensor`, where each device
-multiplies by its own columns or rows and no kernel is ever gathered. The engine is `jax.jit`: it
-reads the shardings of its arguments and puts in the communication.
+The mesh has three axes. The rows of a batch are sharded over `data` and `fsdp`. The base is sharded
+over `fsdp`, where it is gathered layer by layer at its use, and over `tensor`, where each device
+multiplies by its own columns or rows and no kernel is gathered. `jax.jit` does the rest: it reads
+the shardings of its arguments and inserts the communication.
 
-Sources: Shoeybi et al. 2019, Megatron-LM, arXiv 1909.08053, section 3, for which kernel is cut by
-columns and which by rows; Rajbhandari et al. 2020, ZeRO, arXiv 1910.02054, for `fsdp`.
+Sources: Shoeybi et al. 2019, Megatron-LM, arXiv 1909.08053, section 3, for the choice between
+columns and rows; Rajbhandari et al. 2020, ZeRO, arXiv 1910.02054, for `fsdp`.
 """
 
 import dataclasses
@@ -34,25 +34,27 @@ Rules = Sequence[tuple[str, jax.P]]
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = jax.P(("data", "fsdp"))
-"""How the rows of a batch are shared out."""
+"""The sharding of a batch's rows."""
 
 
 def make_mesh(*, data: int, fsdp: int, tensor: int) -> Mesh:
-  """The mesh of all devices, of all processes.
+  """Returns the mesh of all devices of all processes.
 
   Args:
-    data, fsdp, tensor: how many devices each axis has; -1, for one of them, is what the others
-      leave. The last axis has the nearest neighbours, as `jax.make_mesh` knows them.
+    data: the size of the axis `data`; -1, for one of the axes, takes the remaining devices.
+    fsdp: the size of the axis `fsdp`.
+    tensor: the size of the axis `tensor`, whose devices are nearest neighbors, as `jax.make_mesh`
+      arranges them.
 
   Raises:
-    ValueError: when the sizes do not fit the devices. A single process may leave some unused.
+    ValueError: if the sizes do not fit the devices. A single process may leave some unused.
   """
   sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
   asked = " x ".join(f"{name} {size}" for name, size in sizes.items())
   left = [name for name, size in sizes.items() if size == -1]
   fixed = [size for size in sizes.values() if size != -1]
   if len(left) > 1 or min(fixed, default=1) < 1:
-    raise ValueError(f"mesh {asked}: sizes are at least 1, and one of them may be -1, what is left")
+    raise ValueError(f"mesh {asked}: sizes are at least 1; one may be -1 for the remaining devices")
   devices = jax.devices()
   if left:
     sizes[left[0]] = len(devices) // math.prod(fixed)
@@ -61,18 +63,18 @@ def make_mesh(*, data: int, fsdp: int, tensor: int) -> Mesh:
   if not 0 < count <= len(devices) or (count < len(devices) and not may_leave_some):
     raise ValueError(
       f"mesh {asked} does not fit the {len(devices)} devices of {jax.process_count()} processes; "
-      "choose sizes whose product is their number"
+      "choose sizes whose product is that number"
     )
   shape, types = tuple(sizes.values()), (AxisType.Auto,) * len(AXES)
   return jax.make_mesh(shape, AXES, axis_types=types, devices=devices[:count])
 
 
-# ---- where the arrays of a tree lie
+# ---- the shardings of a tree
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-  """One array: its path, shape, dtype and spec, and why the spec is not the one that was asked."""
+  """One array: path, shape, dtype, spec, and the reason if the spec is not the requested one."""
 
   path: str
   shape: tuple[int, ...]
@@ -83,13 +85,13 @@ class Placement:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """Where every array of a tree lies; `str` of it is a table.
+  """The shardings of every array of a tree; its `str` is a table.
 
   Attributes:
     mesh: the devices.
-    shardings: the tree with a NamedSharding in the place of every array.
-    placements: one for each array, in the tree's order.
-    unused: the patterns of the rules that decided no leaf.
+    shardings: the tree with a NamedSharding in place of every array.
+    placements: one per array, in the tree's order.
+    unused: the patterns of the rules that matched no leaf.
   """
 
   mesh: Mesh
@@ -117,11 +119,11 @@ class Layout:
     return "\n".join(lines)
 
   def follow(self, state: PyTree) -> PyTree:
-    """The shardings of what an optimiser keeps: a moment lies where its parameter lies.
+    """Returns shardings for an optimizer's state: a moment is sharded like its parameter.
 
-    An array whose path ends with the whole path of an array of this layout, and that has its shape,
-    gets its sharding; everything else (counters, factored moments) is whole on every device. No
-    optimiser has to be known for this: `1/0/mu/blocks/attn/query/kernel/a` is a moment of `a`.
+    An array gets the sharding of an array of this layout if its path ends with that array's whole
+    path and the shapes are equal. All others (counters, factored moments) are replicated. So any
+    optimizer works: `1/0/mu/blocks/attn/query/kernel/a` is a moment of `a`.
 
     Args:
       state: any pytree of arrays, such as a whole `lora_jax.train.step.State`.
@@ -144,21 +146,21 @@ class Layout:
 
 
 def lay_out(params: PyTree, mesh: Mesh, rules: Rules) -> Layout:
-  """Lays the arrays of a tree out on a mesh.
+  """Chooses a sharding on a mesh for every array of a tree.
 
-  A Weight says itself how its parts follow its base: each axis of a part is cut as the axis of the
-  base that it is, and the rank is not. What does not divide evenly stays whole, and the layout says
-  so.
+  A Weight derives the shardings of its parts from its base: each axis of a part is sharded like the
+  axis of the base that it is; the rank is not sharded. Axes that do not divide evenly are not
+  sharded, and the layout gives the reason.
 
   Args:
     params: a pytree of arrays, Weights or `jax.ShapeDtypeStruct`s of them.
-    mesh: the devices, as `make_mesh` makes it.
+    mesh: the devices, as `make_mesh` returns them.
     rules: ordered (pattern, spec) pairs; the first whose pattern matches a leaf's whole path
-      decides. A spec speaks of a leaf's last axes: those before them (layers stacked by a scan)
-      stay whole. Every leaf must be decided, so the last pattern is usually ".*".
+      decides. A spec refers to a leaf's last axes; those before them (layers stacked by a scan)
+      are not sharded. Every leaf must match a rule, so the last pattern is usually ".*".
 
   Raises:
-    ValueError: when no rule decides a leaf, a spec has more axes than its leaf, or a spec names an
+    ValueError: if no rule matches a leaf, a spec has more axes than its leaf, or a spec names an
       axis that the mesh does not have.
   """
   placements, used = [], set()
@@ -182,31 +184,31 @@ def lay_out(params: PyTree, mesh: Mesh, rules: Rules) -> Layout:
   return Layout(mesh, shardings, tuple(placements), unused)
 
 
-# ---- the rows of a batch, and what every process needs whole
+# ---- the rows of a batch, and whole arrays for every process
 
 
 def process_rows(mesh: Mesh, rows: int, field: str = "the batch") -> tuple[int, int]:
-  """Which block of a batch's rows this process reads: (its number, of how many).
+  """Returns (index, count) of the block of a batch's rows that this process reads.
 
   Processes whose devices hold the same rows, as over `tensor`, read the same block.
 
   Args:
     mesh: the devices.
-    rows: of the whole batch.
-    field: what the error calls the batch.
+    rows: the number of rows of the whole batch.
+    field: the name of the batch, for errors.
 
   Raises:
-    ValueError: when the rows do not divide, or the processes' blocks are not alike.
+    ValueError: if the rows do not divide evenly, or if the processes' blocks overlap.
   """
   sharding = NamedSharding(mesh, ROWS)
   count = math.prod(mesh.shape[name] for name in _axis_names(ROWS))
   if rows % count:
     raise ValueError(
-      f"{field} has {rows} rows, which the mesh shares out over {count} devices "
+      f"{field} has {rows} rows, which the mesh divides over {count} devices "
       f"({', '.join(f'{name} {mesh.shape[name]}' for name in _axis_names(ROWS))}); "
       f"use a multiple of {count}, or a mesh with more devices on tensor"
     )
-  held: dict[int, set[int]] = {}  # of each process, the blocks of rows on its devices
+  held: dict[int, set[int]] = {}  # for each process, the blocks of rows on its devices
   for device, (block,) in sharding.devices_indices_map((count,)).items():
     held.setdefault(device.process_index, set()).add(block.indices(count)[0])
   blocks = sorted({tuple(sorted(numbers)) for numbers in held.values()})
@@ -219,25 +221,25 @@ def process_rows(mesh: Mesh, rows: int, field: str = "the batch") -> tuple[int, 
 
 
 def put_rows(batch: PyTree, mesh: Mesh, axis: int = 0) -> PyTree:
-  """The batch on the mesh, its rows shared out; of each array this process gives its own block.
+  """Puts a batch on the mesh with sharded rows; this process passes its own block of each array.
 
-  The rows are along one axis, the first unless it is said.
+  Rows run along `axis`, the first by default.
   """
   sharding = NamedSharding(mesh, jax.P(*[None] * axis, *ROWS))
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
 def keep_rows(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
-  """A constraint for activations: rows as those of the batch, every other axis whole."""
+  """Returns a constraint for activations: rows like those of the batch, other axes replicated."""
   sharding = NamedSharding(mesh, ROWS)
   return lambda x: jax.lax.with_sharding_constraint(x, sharding)
 
 
 def gather(params: PyTree) -> PyTree:
-  """The tree as numpy arrays, whole, on every process; all processes must call it."""
+  """Returns the tree as whole numpy arrays on every process; all processes must call it."""
 
   def whole(x: jax.Array) -> np.ndarray:
-    if x.is_fully_addressable:
+    if x.is_fully_addressable or x.is_fully_replicated:
       return np.asarray(x)
     return multihost_utils.process_allgather(x, tiled=True)
 
@@ -245,7 +247,7 @@ def gather(params: PyTree) -> PyTree:
 
 
 def _rule(path: str, leaf: Any, rules: Rules, mesh: Mesh) -> tuple[str, jax.P]:
-  """The pattern that decides a leaf, and its spec with an entry for each axis."""
+  """The pattern that matches a leaf, and its spec with an entry for each axis."""
   for pattern, spec in rules:
     if not re.fullmatch(pattern, path):
       continue
@@ -266,7 +268,7 @@ def _rule(path: str, leaf: Any, rules: Rules, mesh: Mesh) -> tuple[str, jax.P]:
 
 
 def _specs_of(leaf: Any, spec: jax.P) -> PyTree:
-  """The specs of a leaf's arrays; empty for a Weight that does not say them."""
+  """The specs of a leaf's arrays; empty for a Weight that does not define them."""
   if not is_weight(leaf):
     return spec
   try:
@@ -276,7 +278,7 @@ def _specs_of(leaf: Any, spec: jax.P) -> PyTree:
 
 
 def _fitted(array: Any, spec: jax.P | None, mesh: Mesh) -> tuple[jax.P, str]:
-  """The spec without what does not divide, and what that was."""
+  """The spec without axes that do not divide evenly, and the reason."""
   if spec is None:
     return jax.P(), "whole: its kind does not say how it is sharded"
   axes, reasons = [], []
@@ -303,7 +305,7 @@ def _axis_names(spec) -> list[str]:
 
 
 def _names(spec) -> str:
-  """`·, fsdp, tensor` of P(None, "fsdp", "tensor"); nothing for an array that stays whole."""
+  """`·, fsdp, tensor` of P(None, "fsdp", "tensor"); empty for an array that is not sharded."""
   if not _axis_names(spec):
     return ""
   return ", ".join("·" if names is None else "+".join(_axis_names((names,))) for names in spec)

@@ -1,8 +1,8 @@
-"""What becomes of the leaves that meet a primitive: one step each, for `axes.STEPS`.
+"""One step per primitive for `axes.STEPS`: how a primitive changes the views of leaves.
 
-A step takes an equation, what is known of its operands (at least one of them is a view of a leaf),
-and the notes of uses. It returns what is known of the results, or nothing where they are no views.
-It raises `NotFollowed` where it cannot tell.
+A step takes an equation, the known facts about its operands (at least one of them is a view of a
+leaf) and the notes of uses. It returns the facts about the results, or nothing if they are not
+views. It raises `NotFollowed` if it cannot tell.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from lora_jax.views import PLAIN, Source, Value, View, either, together
 
 
 class NotFollowed(Exception):
-  """A primitive or parameter that is not known here; the text follows the primitive's name."""
+  """An unknown primitive or parameter; the text is appended to the primitive's name."""
 
 
 def parameter(eqn: jex.JaxprEqn, name: str) -> Any:
@@ -28,11 +28,11 @@ def parameter(eqn: jex.JaxprEqn, name: str) -> Any:
 
 
 def _shapes(eqn: jex.JaxprEqn) -> tuple[tuple[int, ...], tuple[int, ...]]:
-  """The shapes of the first operand and of the first result."""
+  """The shapes of the first operand and the first result."""
   return eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
 
 
-# ---- products and lookups: a step that returns nothing has results that are no views
+# ---- products and look-ups: a step without a return value has results that are not views
 
 
 def dot_general(eqn, ins, notes):
@@ -49,7 +49,7 @@ def ragged_dot_general(eqn, ins, notes):
   (_, contracted), (_, stacks) = d.dot_dimension_numbers
   groups = (*stacks, *d.rhs_group_dimensions)
   lhs, rhs = (v.aval for v in eqn.invars[:2])
-  # Each row meets one group's matrix, so a matrix meets its fraction of them.
+  # Each row is multiplied by one group's matrix, so a matrix meets its fraction of the rows.
   rows = lhs.size // lhs.shape[-1] // math.prod(rhs.shape[axis] for axis in groups)
   notes.use(ins[1], "ragged_dot_general", contracted, groups, rows, ins[0].source)
   notes.stop([ins[0], *ins[2:]], "ragged_dot_general, whose rows it is")
@@ -60,7 +60,7 @@ def gather(eqn, ins, notes):
   operand, indices = (v.aval for v in eqn.invars)
   picked = [n for n in numbers.start_index_map if sizes[n] < operand.shape[n]]
   rows = math.prod(indices.shape[:-1])
-  # To look up is what a table is for, whatever the ids are computed from.
+  # A look-up is a table's purpose, wherever the ids come from.
   notes.use(ins[0], "gather", picked, numbers.operand_batching_dims, rows, Source.INPUTS)
   notes.stop(ins[1:], "gather, as an index")
 
@@ -69,15 +69,16 @@ def conv_general_dilated(eqn, ins, notes):
   numbers, out = parameter(eqn, "dimension_numbers"), eqn.outvars[0].aval
   rows = out.size // out.shape[numbers.out_spec[1]]
   inputs = numbers.rhs_spec[1:]
-  notes.use(ins[1], "conv_general_dilated", inputs, (), rows, ins[0].source)
-  notes.stop(ins[:1], "conv_general_dilated, as what is convolved")
+  groups = parameter(eqn, "feature_group_count")
+  notes.use(ins[1], "conv_general_dilated", inputs, (), rows, ins[0].source, groups)
+  notes.stop(ins[:1], "conv_general_dilated, as its input")
 
 
-# ---- steps that move or cut axes
+# ---- steps that move or slice axes
 
 
 def each(f: Callable[[jex.JaxprEqn], Callable[[View], View]]):
-  """The step by which every view of the one operand goes; other operands are numbers."""
+  """A step that applies `f(eqn)` to every view of the first operand; other operands are scalars."""
 
   def step(eqn, ins, notes):
     notes.stop(ins[1:], f"{eqn.primitive.name}, as an index")
@@ -122,7 +123,7 @@ def cut(eqn):
 
 
 def same(eqn, ins, notes):
-  """Each result is its operand."""
+  """Each result is the operand in its place."""
   return ins
 
 
@@ -136,7 +137,7 @@ def unstack(eqn, ins, notes):
   return [ins[0].map(lambda view: view.without((axis,)).repeated(Fraction(1, parts)))] * parts
 
 
-# ---- steps that make one value of several
+# ---- steps that combine several values into one
 
 
 def stack(eqn, ins, notes):
@@ -154,7 +155,7 @@ def update(eqn, ins, notes):
 
 
 def elementwise(eqn, ins, notes):
-  """Any operation whose operands have the shape of its result, or are numbers."""
+  """Any operation whose operands have the shape of its result, or are scalars."""
   after = eqn.outvars[0].aval.shape
   if eqn.outvars[0].aval.dtype == bool or not all(
     _fits(v.aval.shape, after) for v in (*eqn.invars, *eqn.outvars)
@@ -168,18 +169,18 @@ def elementwise(eqn, ins, notes):
 
 
 def _fits(shape, after) -> bool:
-  """Whether an operand is a number, or has the shape of the result but for axes of one."""
+  """True if an operand is a scalar, or has the result's shape except for axes of size one."""
   return not shape or (
     len(shape) == len(after) and all(a in (1, b) for a, b in zip(shape, after, strict=True))
   )
 
 
 def _kept(eqn, ins, notes, joined: Callable[[Sequence[Value]], Value]) -> list[Value]:
-  """The joined value, as a view of its leaves as long as it is computed from parameters alone.
+  """The joined value: a view of its leaves as long as it depends on parameters alone.
 
-  A position embedding that is added to activations is no part of the next kernel's inputs. Single
-  numbers may come from anywhere, and so may an array that is closed over where it masks (it
-  multiplies a leaf's own axes and no others).
+  A position embedding that is added to activations is not part of the next kernel's inputs. Scalars
+  may come from anywhere. So may an array that is closed over if it acts as a mask (it multiplies
+  axes of the leaf and no others).
   """
   new_axes = any(() in view.axes for value in ins for view in value.views)
   masks = _MASKS.get(eqn.primitive, ())
@@ -192,5 +193,5 @@ def _kept(eqn, ins, notes, joined: Callable[[Sequence[Value]], Value]) -> list[V
   return [joined(ins)]
 
 
-# The operands by which a closed-over array masks or scales a leaf.
+# The operations with which a closed-over array masks or scales a leaf.
 _MASKS = {primitives.mul_p: (0, 1), primitives.div_p: (1,), primitives.select_n_p: (0,)}

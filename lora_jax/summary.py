@@ -1,4 +1,4 @@
-"""A table of what is adapted and how much of the model trains, from shapes alone."""
+"""A table of the adapted leaves and of the fraction of the model that trains, from shapes alone."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One adapted leaf: its path, shape and spec, its own size and what trains of it."""
+  """One adapted leaf: its path, shape, spec and size, and its number of trained parameters."""
 
   path: str
   shape: tuple[int, ...]
@@ -31,14 +31,14 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-  """What `summary` returns; `str` of it is the table.
+  """The result of `summary`; its `str` is the table.
 
   Attributes:
     rows: the adapted leaves, in the tree's order.
-    parameters: all parameters of the base.
-    trainable: the parameters of the adapters.
-    left_out: `{path: reason}` of the leaves that look like kernels and that the presets of `match`
-      left out.
+    parameters: the number of parameters of the base.
+    trainable: the number of parameters of the adapters.
+    left_out: `{path: reason}` for leaves that look like kernels but were left out by the presets of
+      `match`.
   """
 
   rows: tuple[Row, ...]
@@ -48,7 +48,7 @@ class Summary:
 
   @property
   def share(self) -> float:
-    """What trains, as a share of the base's parameters."""
+    """The trained parameters as a fraction of the base's parameters."""
     return self.trainable / self.parameters
 
   def __str__(self) -> str:
@@ -69,19 +69,19 @@ class Summary:
 def summary(
   params: PyTree, specs: Mapping[str, Method], axes: Mapping[str, Axes] | None = None
 ) -> Summary:
-  """Counts what trains, exactly and without memory: nothing is allocated.
+  """Counts the trained parameters exactly, without allocating memory.
 
   Args:
-    params: the base; `jax.ShapeDtypeStruct`s will do.
-    specs: what `match` returned; a copy of it as a plain dict does not know what was left out.
-    axes: what `trace_axes` found; by default what `match` was given.
+    params: the base; `jax.ShapeDtypeStruct`s suffice.
+    specs: the result of `match`. A copy of it as a plain dict does not know the leaves left out.
+    axes: the result of `trace_axes`; by default the axes that `match` was given.
 
   Raises:
     ValueError: as `init` does.
   """
   leaves = tree.flatten(params, is_leaf=is_weight)
   axes = axes_of(specs, axes, leaves)
-  trainable: dict[tuple, int] = {}  # of each kind of leaf: a model has thousands of a few kinds
+  trainable: dict[tuple, int] = {}  # per kind of leaf: a model has thousands of a few kinds
   rows = []
   for path, spec in specs.items():
     leaf = leaves[path]
@@ -98,7 +98,7 @@ def summary(
 
 
 def _trainable(spec: Method, path: str, leaf, roles: str) -> int:
-  """How many numbers train of a leaf's adapter."""
+  """The number of trained parameters of a leaf's adapter."""
   key = jax.random.key(0)
   adapter = jax.eval_shape(lambda key, w: spec.init(key, path, w, roles), key, leaf)
   train, _ = tree.partition(adapter, adapter.trainable())
@@ -106,7 +106,7 @@ def _trainable(spec: Method, path: str, leaf, roles: str) -> int:
 
 
 def _size(x) -> int:
-  """How many numbers an array, a Weight or a tree holds."""
+  """The number of values in an array, a Weight or a tree."""
   if hasattr(x, "shape"):
     return math.prod(x.shape)
   return sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(x))

@@ -1,11 +1,11 @@
-"""Tables as text and markdown; leaves that differ by a number in their path share a line."""
+"""Tables as text and Markdown; leaves whose paths differ only in a number share a line."""
 
 import re
 from collections.abc import Iterable, Sequence
 
 
 def grouped(rows: Iterable[tuple[str, tuple]]) -> dict[tuple, int]:
-  """`{(path with * for numbers, *the rest): how many}`, in the order of first appearance."""
+  """`{(path with * for numbers, *the rest): count}`, in the order of first appearance."""
   counts: dict[tuple, int] = {}
   for path, rest in rows:
     key = (re.sub(r"\d+", "*", path), *rest)
@@ -14,7 +14,7 @@ def grouped(rows: Iterable[tuple[str, tuple]]) -> dict[tuple, int]:
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-  """The table in markdown, the first column aligned left and the others right."""
+  """The table in Markdown, with the first column aligned left and the others right."""
   lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
   return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

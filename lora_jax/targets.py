@@ -1,4 +1,4 @@
-"""Which leaves are adapted, and how: patterns and presets to `{path: spec}`.
+"""Chooses the leaves to adapt, and their specs: from patterns and presets to `{path: spec}`.
 
 match(params, [
     (r".*/attn/(query|value)/kernel", LoRA(rank=8, alpha=16.0)),
@@ -14,27 +14,29 @@ from typing import Any
 
 from lora_jax import checks, tree
 from lora_jax.adapters import Full, LoRA, Method
-from lora_jax.axes import Axes
+from lora_jax.axes import Axes, convolution_roles
 from lora_jax.weights import Format, is_weight
 
 PyTree = Any
 
-# What the presets go by when no traced axes tell: the names that Flax, Haiku, Equinox and PyTorch
-# give.
+# The presets use these names where no traced axes are given: those of Flax, Haiku, Equinox and
+# PyTorch.
 _KERNEL = re.compile(r"(.*/)?(kernel|w|w_[ih]|weight|weight_[ih]h)")
-# Of one component of a path: the block that it names.
+# The block that a component of a path names.
 _BLOCKS = {
   "attention": re.compile(r".*(attn|attention).*|att", re.IGNORECASE),
   "mlp": re.compile(r".*(mlp|ffn|feed_?forward|intermediate).*|ffw?(_?\d+)?", re.IGNORECASE),
 }
-# Leaves that are no layers of the body, of what reads tokens or pixels in, reads out, and routes. A
-# dense layer below an embedding (of the time, or a label) is one of the body; an attention of many
-# heads is no head.
+# Leaves that are not layers of the body: those that embed tokens or pixels, read out, or route. A
+# dense layer below an embedding (of the time, or a label) does belong to the body, and a layer with
+# several attention heads is not a head in this sense.
 _APART = re.compile(
   r"(.*/)?((\w*patch_embed\w*|embeddings|head|(?!(\w*_)?(multi|single|attn|attention|self|cross|query|key|kv)"
   r"_head(/|$))\w*_head|router|\w*_router)(/.*)?|(embed\w*|\w*embed|\w*embeddings?|wte|wpe)(/[^/]*)?)",
   re.IGNORECASE,
 )
+
+_HEADS = re.compile(r"(.*/)?(head|\w*_head)(/.*)?", re.IGNORECASE)
 
 _BIAS = re.compile(r"(.*/)?((\w*_)?bias|b)")
 _NORM = re.compile(
@@ -42,32 +44,33 @@ _NORM = re.compile(
   re.IGNORECASE,
 )
 
-# A layer that is only convolved or gathered is no linear one.
+# A layer that is only convolved or gathered is not linear.
 _PRODUCTS = frozenset({"dot_general", "ragged_dot_general"})
+_CONVOLUTIONS = frozenset({"conv_general_dilated"})
 
-# What a preset leaves out whatever the method is: leaves that are no kernels.
+# Leaves that presets leave out for every method, since they are not kernels.
 _KERNELS = LoRA(rank=1, alpha=1.0)
 
-# The presets of leaves that are no kernels, and what they ask of a leaf.
+# The presets for leaves that are not kernels, with a condition on the leaf.
 _BY_NAME = {"bias": _BIAS, "norm": _NORM}
 _FLOATS = Full()
 
 _EXAMPLE = '[("all-linear", LoRA(rank=8, alpha=16.0))]'
 
-PRESETS = ("all-linear", *_BLOCKS, *_BY_NAME)
+PRESETS = ("all-linear", *_BLOCKS, "convolutions", *_BY_NAME)
 
 
 class Targets(dict[str, Method]):
-  """What `match` returns: the dict `{path: spec}`, which remembers what it was matched with.
+  """The result of `match`: the dict `{path: spec}`, which also remembers its axes.
 
-  So `init`, `summary` and the others that take specs need not be given the axes again. A copy as a
-  plain dict (`{**specs}`, `specs | more`, a comprehension) holds the specs alone; give the axes
-  with it.
+  So `init`, `summary` and other functions that take specs need not be given the axes again. A copy
+  as a plain dict (`{**specs}`, `specs | more`, a comprehension) holds only the specs; pass the axes
+  along with it.
 
   Attributes:
     axes: the axes that `match` was given, or None.
-    left_out: `{path: reason}` of the leaves that look like kernels of the presets that were asked
-      for, and were left out by them.
+    left_out: `{path: reason}` for leaves that look like kernels of the requested presets but were
+      left out.
   """
 
   def __init__(
@@ -84,15 +87,15 @@ class Targets(dict[str, Method]):
 def axes_of(
   specs: Iterable[str], axes: Mapping[str, Axes] | None, leaves: Mapping[str, Any]
 ) -> Mapping[str, Axes] | None:
-  """The axes that were given, or else those that the specs remember.
+  """The given axes or, without any, those that the specs remember.
 
   Args:
-    specs: what `match` returned, or any paths.
-    axes: what `trace_axes` found, or None.
+    specs: the result of `match`, or any paths.
+    axes: the result of `trace_axes`, or None.
     leaves: the tree's leaves, by path.
 
   Raises:
-    ValueError: when the axes are those of another tree.
+    ValueError: if the axes are those of another tree.
   """
   if axes is None and isinstance(specs, Targets):
     axes = specs.axes
@@ -116,29 +119,29 @@ def match(
   rules: Sequence[tuple[str, Method | None]],
   axes: Mapping[str, Axes] | None = None,
 ) -> Targets:
-  """Returns `{path: spec}` of the leaves to adapt, in the tree's order; it remembers the axes.
+  """Returns `{path: spec}` for the leaves to adapt, in the tree's order; it remembers the axes.
 
-  Warns, with the paths and the reasons, when a preset leaves out leaves that look like kernels
-  because `trace_axes` could not follow them. All that a preset leaves out is in `left_out` of the
-  result, and in the table of `summary`.
+  Warns, with paths and reasons, if a preset leaves out leaves that look like kernels because
+  `trace_axes` could not follow them. `left_out` of the result has all leaves that a preset leaves
+  out, and so has the table of `summary`.
 
   Args:
     params: the base, a pytree of arrays, Weights or `jax.ShapeDtypeStruct`s.
     rules: ordered (pattern, spec) pairs; the first whose pattern matches a leaf decides. A pattern
-      is a regular expression for the whole path, or a preset: "all-linear" (every linear layer
-      but embeddings, heads and routers), "attention" and "mlp" (those of them in such blocks: the
-      last part of the path that names one of the two decides), "bias" and "norm" (all biases; all
-      parameters of normalisation layers; for `Full`).
-      The spec None leaves a leaf as it is.
-    axes: what `trace_axes` found. With it the presets of linear layers take what the model
-      multiplies by, whatever the name; without it, as "bias" and "norm" always, they go by the
-      usual names. A collection of Linen's variables other than "params" holds no kernels.
+      is a regular expression for the whole path, or a preset. "all-linear" is every linear layer
+      except embeddings, heads and routers. "attention" and "mlp" are those in such blocks; the last
+      component of the path that names one of the two decides. "convolutions" is the kernel of every
+      convolution, with any window and groups, except heads. "bias" is all biases, "norm" all
+      parameters of normalization layers, both for `Full`. The spec None leaves a leaf unchanged.
+    axes: the result of `trace_axes`. With it, the presets of linear layers select the kernels that
+      the model multiplies by, under any name. Without it, and always for "bias" and "norm", they
+      select by the usual names. Linen collections other than "params" hold no kernels.
 
   Raises:
-    TypeError: when the rules are not a list of pairs, a pattern is not a string, or a spec is not a
+    TypeError: if the rules are not a list of pairs, a pattern is not a string, or a spec is not a
       spec (its class, for example).
-    ValueError: when a pattern matches no leaf (the nearest paths are listed), or matches one that
-      cannot be adapted (with the reason); and when the axes are those of another tree.
+    ValueError: if a pattern matches no leaf (the nearest paths are listed), or matches one that
+      cannot be adapted (with the reason), or if the axes are those of another tree.
   """
   rules = checks.rules(rules, Method | Format | None, "spec", _EXAMPLE)
   leaves = tree.flatten(params, is_leaf=is_weight)
@@ -177,7 +180,7 @@ def match(
   lost = {path: reason for path, reason in left_out.items() if _is_lost(path, reason, axes)}
   if lost:
     warnings.warn(
-      f"{len(lost)} that look like kernels are left out, for trace_axes cannot tell how they are "
+      f"{len(lost)} that look like kernels are left out, since trace_axes cannot tell how they are "
       f"used{_listed(lost)}. Name them in a pattern of their own, or leave them out by (pattern, "
       "None)",
       stacklevel=2,
@@ -199,22 +202,25 @@ def _select(pattern: str, leaves: Mapping[str, Any], states, reasons) -> list[st
 
 
 def _reasons(pattern: str, leaves: Mapping[str, Any], states, axes) -> dict[str, str]:
-  """What a preset of linear layers says of the leaves that look like kernels.
+  """For a preset of linear layers, a reason for every leaf that looks like a kernel.
 
-  An empty reason takes the leaf, any other leaves it out.
+  An empty reason includes the leaf, any other leaves it out.
   """
   if pattern not in PRESETS or pattern in _BY_NAME:
     return {}
   reasons = {}
   for path, leaf in leaves.items():
-    reason = _reason(path, leaf, states.get(path), axes)
-    if reason is not None and (pattern == "all-linear" or pattern in _blocks(path)):
+    if pattern == "convolutions":
+      reason = _reason_of_convolution(path, leaves, states.get(path), axes)
+    else:
+      reason = _reason(path, leaf, states.get(path), axes)
+    if reason is not None and (pattern not in _BLOCKS or pattern in _blocks(path)):
       reasons[path] = reason
   return reasons
 
 
 def _reason(path: str, leaf: Any, state: str | None, axes) -> str | None:
-  """Why a leaf that looks like a kernel is no linear layer of the body; empty where it is one.
+  """The reason why a leaf that looks like a kernel is no linear layer of the body; empty if it is.
 
   None for a leaf that does not look like a kernel, by its name or its use.
   """
@@ -231,11 +237,28 @@ def _reason(path: str, leaf: Any, state: str | None, axes) -> str | None:
     return "its path says that it embeds, reads out or routes"
   if found is None or (_PRODUCTS.intersection(found.uses) and found.roles):
     return ""
-  return found.reason or f"it is no factor of a product ({', '.join(found.uses)})"
+  return found.reason or f"it is not a factor of a product ({', '.join(found.uses)})"
+
+
+def _reason_of_convolution(
+  path: str, leaves: Mapping[str, Any], state: str | None, axes
+) -> str | None:
+  """The reason why a convolution's kernel is left out; empty if it is taken, None for others."""
+  if axes is None:
+    is_one = bool(convolution_roles(path, leaves))
+  else:
+    is_one = bool(axes[path].roles and _CONVOLUTIONS.intersection(axes[path].uses))
+  if not is_one:
+    return None
+  if unfit := _KERNELS.unfit(leaves[path]):
+    return unfit
+  if state:
+    return f"it is in the collection {state!r}, which holds no parameters"
+  return "its path says that it reads out" if _HEADS.fullmatch(_unboxed(path)) else ""
 
 
 def _is_lost(path: str, reason: str, axes: Mapping[str, Axes] | None) -> bool:
-  """Whether a leaf is left out because the trace met it, and cannot tell how it is used."""
+  """True if a leaf is left out because the trace met it but cannot tell how it is used."""
   if axes is None or reason != axes[path].reason:
     return False
   found = axes[path]
@@ -244,7 +267,7 @@ def _is_lost(path: str, reason: str, axes: Mapping[str, Axes] | None) -> bool:
 
 
 def _blocks(path: str) -> set[str]:
-  """Which blocks the deepest part of a path names that names any."""
+  """The blocks named by the deepest component of a path that names any."""
   for part in reversed(path.split("/")):
     if named := {block for block, name in _BLOCKS.items() if name.fullmatch(part)}:
       return named
@@ -252,25 +275,25 @@ def _blocks(path: str) -> set[str]:
 
 
 def _states(leaves: Mapping[str, Any]) -> dict[str, str]:
-  """`{path: collection}` of the leaves in collections of variables that are no parameters."""
+  """`{path: collection}` for leaves in collections of variables that are not parameters."""
   collections = {path: path.split("/") for path in leaves}
   of_linen = any(parts[0] == "params" and parts[1:] for parts in collections.values())
   states = {}
   for path, parts in collections.items():
     if of_linen and parts[0] != "params":
       states[path] = parts[0]
-    elif "batch_stats" in parts[:-1]:  # of NNX, in the module itself
+    elif "batch_stats" in parts[:-1]:  # NNX keeps them in the module itself
       states[path] = "batch_stats"
   return states
 
 
 def _unboxed(path: str) -> str:
-  """The path of what a box of Flax holds: kernel/value is the kernel."""
+  """The path of the value in a Flax box: kernel/value is the kernel."""
   return re.sub(r"(?<=.)/(value|raw_value)$", "", path)
 
 
 def _listed(reasons: Mapping[str, str], most: int = 5) -> str:
-  """The first reasons, to end a sentence."""
+  """The first reasons, as the end of a sentence."""
   if not reasons:
     return ""
   shown = "; ".join(f"{path}: {reason}" for path, reason in [*reasons.items()][:most])

@@ -1,13 +1,13 @@
 """From a tree of parameters to a tree of Weights and back: init, attach, detach, merge, unmerge.
 
 specs    = match(params, [("all-linear", LoRA(rank=8, alpha=16.0))])
-adapters = init(key, params, specs)        # {path: adapter}, the only thing that trains
+adapters = init(key, params, specs)        # {path: adapter}, all that trains
 weights  = attach(params, adapters)        # the tree of params, with Weights at these paths
 merged   = merge(params, adapters)         # plain arrays again
 
-Adapters are sealed when `init`, `detach` and `exchange.load` return them: the parts that do not
-train (A of LoRA-FA, the matrices of VeRA, the norms of DoRA, the start of PiSSA) are no leaves of
-the tree. So no optimizer moves them, weight decay or not, and its state holds nothing for them.
+`init`, `detach` and `exchange.load` return sealed adapters: the parts that do not train (A of
+LoRA-FA, the matrices of VeRA, the norms of DoRA, the start of PiSSA) are not leaves of the tree. So
+no optimizer moves them, not even by weight decay, and its state holds nothing for them.
 """
 
 import dataclasses
@@ -34,25 +34,25 @@ def init(
   specs: Mapping[str, Method],
   axes: Mapping[str, Axes] | None = None,
 ) -> dict[str, Adapted]:
-  """Returns fresh adapters, `{path: adapter}`, sealed; float32, whatever the base's dtype is.
+  """Returns fresh adapters, `{path: adapter}`, sealed, in float32 for any dtype of the base.
 
-  Each leaf's random key comes from `key` and a hash of its path, so that a change of the targets
-  does not change another leaf's start.
+  Each leaf's random key comes from `key` and a hash of its path, so a change of the targets does
+  not change the start of other leaves.
 
-  In a traced function, as under `jit` or `eval_shape`, what does not train has no value to seal:
-  there the adapters are as `unseal` makes them.
+  In a traced function, such as under `jit` or `eval_shape`, untrained parts have no values to seal.
+  The adapters are then unsealed, as `unseal` returns them.
 
   Args:
     key: a random key.
-    params: the base. Only shapes are read of it, so `jax.ShapeDtypeStruct`s will do, unless the
+    params: the base. Only its shapes are read, so `jax.ShapeDtypeStruct`s suffice, unless the
       method starts from the values (PiSSA, OLoRA, DoRA).
-    specs: what `match` returned.
-    axes: what `trace_axes` found; by default what `match` was given. Kernels of two axes (in, out)
-      and those of convolutions (see `axes.convolution_roles`) do not need it.
+    specs: the result of `match`.
+    axes: the result of `trace_axes`; by default the axes that `match` was given. Kernels of two
+      axes (in, out) and those of convolutions (see `axes.convolution_roles`) do not need it.
 
   Raises:
-    TypeError: when a spec is none (its class, for example).
-    ValueError: when a rank exceeds its kernel's, a kernel of more than two axes has no roles, there
+    TypeError: if a spec is not a spec (its class, for example).
+    ValueError: if a rank exceeds its kernel's, a kernel of more than two axes has no roles, there
       is no leaf at a path, or the axes are those of another tree.
   """
   leaves = tree.flatten(params, is_leaf=is_weight)
@@ -70,33 +70,37 @@ def init(
 
 
 def seal(tree: PyTree) -> PyTree:
-  """The tree with its adapters sealed: their parts that do not train are no leaves of it."""
+  """Returns the tree with sealed adapters: parts that do not train are not among the leaves."""
   return _adapters_mapped(lambda adapter: adapter.seal(), tree)
 
 
 def unseal(tree: PyTree) -> PyTree:
-  """The tree with all parts of its adapters among the leaves, those that do not train too.
+  """Returns the tree with all parts of its adapters among the leaves, including untrained ones.
 
-  It is for whatever looks at the leaves and needs all of them: an Orbax checkpoint (which refuses a
-  sealed tree), a sharding, a stack of adapters that differ in parts that do not train.
+  Use it where all parts are needed as leaves: for an Orbax checkpoint (which refuses a sealed
+  tree), a sharding, a stack of adapters that differ in parts that do not train.
 
       checkpointer.save(folder, lora_jax.unseal(adapters))
       like = jax.eval_shape(lambda: lora_jax.unseal(lora_jax.init(key, params, specs)))
       adapters = lora_jax.seal(checkpointer.restore(folder, like))
 
   Args:
-    tree: adapters, or any tree that has some, as the state of an optimizer.
+    tree: adapters, or any tree that contains some, such as an optimizer's state.
   """
   return _adapters_mapped(lambda adapter: adapter.unseal(), tree)
 
 
 def attach(params: PyTree, adapters: Mapping[str, Adapted]) -> PyTree:
-  """The tree of `params` with a Weight at the path of every adapter.
+  """Returns the tree of `params` with a Weight at the path of every adapter.
 
   A pruned leaf stays pruned: its adapter goes inside its mask.
 
+  Args:
+    params: the base.
+    adapters: `{path: adapter}`.
+
   Raises:
-    ValueError: when an adapter does not fit its leaf, or would drop inputs of a pruned one.
+    ValueError: if an adapter does not fit its leaf, or if it has dropout and its leaf is pruned.
   """
   leaves = _targets(params, adapters)
   weights = {path: _attached(leaves[path], adapter, path) for path, adapter in adapters.items()}
@@ -106,18 +110,18 @@ def attach(params: PyTree, adapters: Mapping[str, Adapted]) -> PyTree:
 def detach(
   weights: PyTree, adapters: Iterable[str], params: PyTree | None = None
 ) -> dict[str, Adapted]:
-  """The adapters as they stand in a tree that was trained, sealed: `detach(attach(p, x), x) == x`.
+  """Extracts the adapters from a trained tree, sealed: `detach(attach(p, x), x) == x`.
 
   Args:
-    weights: a tree that `attach` made, its arrays perhaps changed since.
+    weights: a tree that `attach` returned, perhaps trained since.
     adapters: their paths, or the adapters themselves as they were attached.
-    params: the base. With it a leaf that is not adapted, but trained in full, is returned as well,
-      as a `Full`: `merge(params, detach(weights, adapters, params))` is `materialize(weights)`.
+    params: the base. With it, a leaf without an adapter that was trained in full is returned as a
+      `Full` as well: `merge(params, detach(weights, adapters, params))` is `materialize(weights)`.
 
   Raises:
-    ValueError: when a path has no leaf, or one without an adapter; when something that trains would
-      be dropped: an adapter that is not asked for, or, without params, a leaf that
-      `trainable_mask(also=...)` trains in full.
+    ValueError: if there is no leaf or no adapter at a path, or if trained values would be dropped:
+      an adapter that is not requested or, without params, a leaf that `trainable_mask(also=...)`
+      trains in full.
   """
   leaves = _targets(weights, adapters)
   adapted = {path: _unmasked(leaves[path]) for path in adapters}
@@ -127,7 +131,7 @@ def detach(
   for path, leaf in leaves.items():
     if path not in adapted and is_weight(leaf) and jax.tree.reduce(bool.__or__, leaf.trainable()):
       raise ValueError(
-        f"{path}: has an adapter that would be dropped; ask for it too, or merge it into the base"
+        f"{path}: has an adapter that would be dropped; request it too, or merge it into the base"
       )
   in_full = sorted({path for leaf in adapted.values() for path in leaf.trained_beside})
   if params is None and in_full:
@@ -140,7 +144,7 @@ def detach(
 
 
 def merge(params: PyTree, adapters: Mapping[str, Adapted]) -> PyTree:
-  """Plain arrays that compute what `attach(params, adapters)` does.
+  """Returns plain arrays that compute the same as `attach(params, adapters)`.
 
   Computed in float32 and rounded once to each leaf's dtype.
   """
@@ -148,24 +152,24 @@ def merge(params: PyTree, adapters: Mapping[str, Adapted]) -> PyTree:
 
 
 def unmerge(merged: PyTree, adapters: Mapping[str, Adapted]) -> PyTree:
-  """The base of a merge: `unmerge(merge(params, adapters), adapters)` is params, to rounding."""
+  """Inverts `merge` up to rounding: `unmerge(merge(params, adapters), adapters)` is params."""
   leaves = _targets(merged, adapters)
   base = {path: adapter.unmerge(leaves[path], path) for path, adapter in adapters.items()}
   return tree.map_with_path(lambda path, leaf: base.get(path, leaf), merged, is_leaf=is_weight)
 
 
 def trainable_mask(weights: PyTree, also: Iterable[str] = ()) -> PyTree:
-  """Says what trains: a tree of bools, leaf by leaf, as `optax.masked` and `partition` take it.
+  """Returns a tree of bools, True for leaves that train, for `optax.masked` and `partition`.
 
   Args:
-    weights: a tree with Weights; what trains of each is for its kind to say (A and B of a LowRank).
+    weights: a tree with Weights. The kind of a Weight says which parts train (a LowRank's A and B).
     also: patterns of further leaves, trained in full (heads, norms, biases). A pattern is a regular
-      expression for the whole path. A tree that is partitioned by the mask and joined again knows
-      of them, so that `detach` does not drop them without a word.
+      expression for the whole path. A tree that is partitioned by the mask and joined again
+      remembers these leaves, so that `detach` does not drop them silently.
 
   Raises:
-    TypeError: when `also` is one string, and not a list of them.
-    ValueError: when a pattern matches no leaf, or one that is a Weight, or is none.
+    TypeError: if `also` is a string instead of a list of strings.
+    ValueError: if a pattern is invalid, matches no leaf, or matches a Weight.
   """
   if isinstance(also, str):
     raise TypeError(f"also={also!r} is one pattern; give a list of them, [{also!r}]")
@@ -187,10 +191,14 @@ def trainable_mask(weights: PyTree, also: Iterable[str] = ()) -> PyTree:
 
 
 def with_dropout(weights: PyTree, key: jax.Array) -> PyTree:
-  """The weights dropping inputs of their adapters, for one training step.
+  """Returns the weights with dropout for one training step.
 
-  Each weight whose spec says `dropout` drops that share, by `key` and a hash of its path; without
-  this call nothing is dropped. `weights` is what `attach` made, or `join` in the step.
+  Each weight whose spec sets `dropout` drops that fraction, by `key` and a hash of its path;
+  without this call nothing is dropped.
+
+  Args:
+    weights: the result of `attach`, or of `join` in the step.
+    key: a random key for this step.
   """
 
   def dropping(path, leaf):
@@ -210,8 +218,8 @@ def _attached(leaf: Any, adapter: Adapted, path: str) -> Weight:
     return adapter.attach(leaf, path)
   if adapter.drops:
     raise ValueError(
-      f"{path}: is pruned, and its adapter is used inside the mask, as a sum that has no thin "
-      "factors whose inputs could be dropped; set its dropout to 0"
+      f"{path}: is pruned, so its adapter is used inside the mask, as a sum without thin factors "
+      "whose inputs could be dropped; set its dropout to 0"
     )
   return dataclasses.replace(leaf, w=adapter.attach(leaf.w, path))
 
@@ -228,9 +236,9 @@ def _mask(leaf: Weight, in_full: set[str]) -> Weight:
 def _trained_in_full(
   leaves: Mapping[str, Any], params: PyTree, declared: Iterable[str]
 ) -> dict[str, Full]:
-  """The leaves that are no Weights and not those of the base, as changes of the base.
+  """The leaves that are not Weights and differ from the base, as changes of the base.
 
-  In a traced function there are no values to compare, and what the mask declared decides.
+  In a traced function there are no values to compare, so the declaration of the mask decides.
   """
   base = tree.flatten(params, is_leaf=is_weight)
 
@@ -263,18 +271,18 @@ def _targets(params: PyTree, adapters: Iterable[str]) -> dict[str, Any]:
 def roles_of(
   spec: Method, path: str, leaves: Mapping[str, Any], axes: Mapping[str, Axes] | None
 ) -> str:
-  """The roles of a leaf's axes: what was traced, (in, out) for two axes, or a convolution's.
+  """The roles of a leaf's axes: the traced ones, (in, out) for two axes, or a convolution's.
 
   Empty for a method that needs none.
 
   Args:
     spec: the method.
-    path: the leaf's.
+    path: the leaf's path.
     leaves: all leaves of the tree, by path.
-    axes: what `trace_axes` found, of the same tree (`axes_of` checks it), or None.
+    axes: the result of `trace_axes` for the same tree (`axes_of` checks it), or None.
 
   Raises:
-    ValueError: when none of these says it; with the possible roles.
+    ValueError: if none of these determines them; the message has the possible roles.
   """
   if not spec.NEEDS_ROLES:
     return ""
@@ -297,6 +305,6 @@ def roles_of(
 
 
 def key_of(key: jax.Array, path: str) -> jax.Array:
-  """A leaf's own random key, by a hash of its path: the same whatever the other leaves are."""
+  """A leaf's own random key, from a hash of its path; independent of the other leaves."""
   hashed = int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big")
   return jax.random.fold_in(key, hashed)

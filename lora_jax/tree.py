@@ -1,7 +1,7 @@
 """Slash paths over pytrees: the one addressing scheme of the library.
 
-A leaf's path is its keys joined by slashes, whatever the containers are (dicts, FrozenDicts,
-dataclasses, NNX states, tuples):
+A leaf's path is its keys joined by slashes, for all containers (dicts, FrozenDicts, dataclasses,
+NNX states, tuples):
 
     >>> flatten({"block_0": {"attn": {"query": {"kernel": 1.0}}}})
     {'block_0/attn/query/kernel': 1.0}
@@ -29,7 +29,7 @@ def flatten(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> dict[
     is_leaf: stops the descent, as in `jax.tree.leaves`.
 
   Raises:
-    ValueError: when two leaves have one path, as {"a/b": 1, "a": {"b": 2}} has.
+    ValueError: if two leaves have the same path, as in {"a/b": 1, "a": {"b": 2}}.
   """
   leaves = {}
   for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
@@ -53,8 +53,8 @@ def matching(pattern: str, paths: Iterable[str]) -> list[str]:
   """The paths that a regular expression matches as a whole.
 
   Raises:
-    TypeError: when the pattern is not a string.
-    ValueError: when the pattern is no regular expression.
+    TypeError: if the pattern is not a string.
+    ValueError: if the pattern is not a regular expression.
   """
   if not isinstance(pattern, str):
     raise TypeError(f"the pattern {pattern!r} is a {type(pattern).__name__} and not a string")
@@ -66,10 +66,10 @@ def matching(pattern: str, paths: Iterable[str]) -> list[str]:
 
 
 def replace(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
-  """The same tree with the leaves at the given paths exchanged.
+  """Returns the tree with new leaves at the given paths.
 
   Raises:
-    ValueError: when the tree has no leaf at one of the paths.
+    ValueError: if the tree has no leaf at one of the paths.
   """
   missing = sorted(set(leaves) - set(flatten(tree)))
   if missing:
@@ -80,12 +80,12 @@ def replace(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
 def partition(tree: PyTree, mask: PyTree) -> tuple[PyTree, PyTree]:
   """Splits a tree by a mask of bools into (selected, rest), each with None in the other's places.
 
-  None is an empty pytree: `jax.grad`, `optax` and checkpoints see nothing there, so an optimiser
-  state made for `selected` holds no array for a leaf of `rest`. `join` is the inverse.
+  None is an empty pytree: `jax.grad`, `optax` and checkpoints see nothing there, so an optimizer
+  state for `selected` holds no array for a leaf of `rest`. `join` is the inverse.
 
   Args:
     tree: any pytree.
-    mask: the same structure, or a prefix of it, with bool leaves (`trainable_mask` makes one).
+    mask: the same structure, or a prefix of it, with bool leaves (e.g. from `trainable_mask`).
   """
   # The mask may be a prefix of the tree, so it is broadcast to the leaves first.
   full = jax.tree.map(lambda m, subtree: jax.tree.map(lambda _: m, subtree), mask, tree)
@@ -95,7 +95,7 @@ def partition(tree: PyTree, mask: PyTree) -> tuple[PyTree, PyTree]:
 
 
 def join(selected: PyTree, rest: PyTree) -> PyTree:
-  """Puts the two parts of a `partition` together again: `join(*partition(tree, mask)) == tree`."""
+  """Joins the two parts of a `partition`: `join(*partition(tree, mask)) == tree`."""
   return jax.tree.map(
     lambda s, r: r if s is None else s, selected, rest, is_leaf=lambda leaf: leaf is None
   )

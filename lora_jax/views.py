@@ -1,6 +1,6 @@
-"""Leaves on their way through a function: values that are leaves with their axes moved or cut.
+"""Views of leaves inside a traced function: leaves with their axes moved or sliced.
 
-`axes.trace_axes` follows them. A value may be made of several leaves (concatenated kernels, a sum
+`axes.trace_axes` follows them. A value may consist of several leaves (concatenated kernels, a sum
 of two), so it carries a view of each.
 """
 
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 
 class Source(enum.IntEnum):
-  """What a value is computed from: the last of these that takes part."""
+  """The origin of a value: the greatest of the origins that it is computed from."""
 
   PARAMETERS = 0
   CONSTANTS = 1  # arrays that the function closes over: masks, or inputs
@@ -28,11 +28,11 @@ class View:
 
   Attributes:
     path: the leaf.
-    axes: the leaf's axes behind each axis of the value: one as a rule, none for a new axis, several
-      for axes that were joined.
+    axes: the leaf's axes behind each axis of the value: usually one, none for a new axis, several
+      for joined axes.
     stacks: the leaf's axes that a scan or an index has sliced away.
-    times: how often the whole leaf is in the value: the fraction of it that was sliced, times the
-      copies that were made, times the steps of the loops around it.
+    times: how many copies of the whole leaf the value holds: the sliced fraction, times the number
+      of copies, times the steps of the enclosing loops.
   """
 
   path: str
@@ -51,13 +51,13 @@ class View:
     return dataclasses.replace(self, axes=tuple(self.axes[n] for n in order))
 
   def without(self, gone: Sequence[int]) -> "View":
-    """The view of one slice: the axes that are gone are stacks."""
+    """The view of one slice, in which the removed axes become stacks."""
     kept = self.pick(n for n in range(len(self.axes)) if n not in gone)
     stacks = (*self.stacks, *(axis for n in gone for axis in self.axes[n]))
     return dataclasses.replace(kept, stacks=tuple(dict.fromkeys(stacks)))
 
   def inserted(self, position: int, axes: tuple[int, ...] = ()) -> "View":
-    """With one more axis, a new one or one that was sliced away before."""
+    """The view with one more axis, a new one or one that was sliced away before."""
     axes = (*self.axes[:position], axes, *self.axes[position:])
     stacks = tuple(n for n in self.stacks if n not in axes[position])
     return dataclasses.replace(self, axes=axes, stacks=stacks)
@@ -73,13 +73,13 @@ class View:
     return dataclasses.replace(self, axes=axes).repeated(_fraction(after, before))
 
   def cut(self, before: Sequence[int], after: Sequence[int]) -> "View":
-    """A part of it. An axis of which one place is left was indexed, so it may be a stack."""
+    """A slice of the view. An axis with one remaining index was indexed, so it may be a stack."""
     one = (n for n, size in enumerate(after) if size == 1 < before[n])
     stacks = dict.fromkeys((*self.stacks, *(axis for n in one for axis in self.axes[n])))
     return dataclasses.replace(self, stacks=tuple(stacks)).repeated(_fraction(after, before))
 
   def reshaped(self, before: Sequence[int], after: Sequence[int]) -> "View":
-    """Axes that are split or joined in one go share what is behind them."""
+    """The view after a reshape; axes split or joined together share the leaf's axes behind them."""
     starts, new_starts = (
       list(itertools.accumulate(x, operator.mul, initial=1)) for x in (before, after)
     )
@@ -99,13 +99,13 @@ class View:
 
   @property
   def arrangement(self) -> tuple:
-    """All but how often."""
+    """All fields but `times`."""
     return self.path, self.axes, self.stacks
 
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-  """What is known of a value: the leaves it is a view of, and what it is computed from."""
+  """The known facts about a value: the leaves that it is a view of, and its origin."""
 
   views: tuple[View, ...] = ()
   source: Source = Source.PARAMETERS
@@ -122,7 +122,7 @@ PLAIN = {source: Value((), source) for source in Source}
 
 
 def either(values: Iterable[Value]) -> Value:
-  """What is one of the values, or all of them in the same places (a sum)."""
+  """The value of an operation that yields one of the values, or all in the same places (a sum)."""
   views, source = {}, Source.PARAMETERS
   for value in values:
     source = max(source, value.source)
@@ -132,7 +132,7 @@ def either(values: Iterable[Value]) -> Value:
 
 
 def together(values: Iterable[Value]) -> Value:
-  """What holds all of the values, each in a place of its own (a concatenation)."""
+  """The value that holds all of the values, each in its own place (a concatenation)."""
   views, source = {}, Source.PARAMETERS
   for value in values:
     source = max(source, value.source)
@@ -147,28 +147,33 @@ def _fraction(a: Sequence[int], b: Sequence[int]) -> Fraction:
 
 
 class Use(NamedTuple):
-  """One use of a leaf: by which primitive, the roles of axes, what it met, how many rows."""
+  """One use of a leaf: the primitive, the roles of axes, the other operand's origin, the number of
+  rows, and the number of groups of outputs with separate inputs."""
 
   primitive: str
   roles: dict[int, str]
   source: Source
   rows: Fraction
+  groups: int = 1
 
 
 class Notes:
-  """What was seen of each leaf."""
+  """The uses that were seen of each leaf."""
 
   def __init__(self):
     self.uses: dict[str, list[Use]] = {}
     self.not_followed: dict[str, list[str]] = {}
     self.joined: dict[str, list[str]] = {}
 
-  def use(self, value: Value, primitive: str, inputs, stacks, rows: int, source: Source) -> None:
+  def use(
+    self, value: Value, primitive: str, inputs, stacks, rows: int, source: Source, groups: int = 1
+  ) -> None:
     """Notes a use of the leaves behind a value; a leaf that is not contracted is only joined.
 
     inputs, stacks: axes of the value.
-    rows: how many rows meet the value.
-    source: what the other operand is computed from.
+    rows: the number of rows that the value multiplies.
+    source: the origin of the other operand.
+    groups: the number of groups of outputs with separate inputs.
     """
     for view in value.views:
       roles = dict.fromkeys(view.stacks, "s")
@@ -178,7 +183,8 @@ class Notes:
       if "i" not in roles.values():
         self.join([Value((view,))], primitive)
         continue
-      self.uses.setdefault(view.path, []).append(Use(primitive, roles, source, rows * view.times))
+      use = Use(primitive, roles, source, rows * view.times, groups)
+      self.uses.setdefault(view.path, []).append(use)
 
   def stop(self, values: Iterable[Value], primitive: str) -> None:
     """Notes that the leaves behind the values are not followed any further."""

@@ -32,6 +32,15 @@ _GPT_OSS = {
   },
 }  # fmt: skip
 
+_GEMMA4 = {
+  "head_dim": 8, "global_head_dim": 16, "sliding_window": 6, "pad_token_id": 0,
+  "num_hidden_layers": 5, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 403,
+  "layer_types": [
+    "sliding_attention", "full_attention", "sliding_attention", "sliding_attention",
+    "full_attention",
+  ],
+}  # fmt: skip
+
 _GPT2 = {
   "vocab_size": 403, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256,
   "bos_token_id": 340, "eos_token_id": 341, "pad_token_id": None,
@@ -107,6 +116,19 @@ KINDS = {
     },
   ),
   "Gemma 3, untied": Kind("gemma3_text", "Gemma3Text", _GEMMA | {"tie_word_embeddings": False}),
+  "Gemma 4": Kind(
+    "gemma4_text", "Gemma4Text",
+    _GEMMA4
+    | {"num_kv_shared_layers": 2, "use_double_wide_mlp": True, "final_logit_softcapping": 4.0},
+  ),
+  "Gemma 4, keys are values, no embeddings of layers": Kind(
+    "gemma4_text", "Gemma4Text",
+    _GEMMA4
+    | {
+      "attention_k_eq_v": True, "num_global_key_value_heads": 1,
+      "hidden_size_per_layer_input": 0, "tie_word_embeddings": False,
+    },
+  ),
   "Phi 4 mini": Kind(
     "phi3",
     "Phi3",
@@ -198,6 +220,8 @@ FIRST = {kind.family: name for name, kind in reversed(KINDS.items())}
 PROJECTIONS = ("query", "key", "value", "out", "gate", "up", "down")
 
 
+PER_LAYER = ("per_layer_gate", "per_layer_out")
+
 WITH_EXPERTS = ("qwen3_moe", "gpt_oss")
 
 
@@ -209,7 +233,16 @@ def projections(family: str) -> tuple[str, ...]:
     return ("qkv", "out", "up", "down")
   if family in WITH_EXPERTS:
     return (*PROJECTIONS[:4], "gate_up", "down")
+  if family == "gemma4_text":
+    return (*PROJECTIONS[:4], *PER_LAYER, *PROJECTIONS[4:])
   return PROJECTIONS
+
+
+def num_kernels(name: str, projections: tuple[str, ...]) -> int:
+  """How many of these a model has in all its layers, of which some may share keys and values."""
+  shared = KINDS[name].fields.get("num_kv_shared_layers", 0)
+  kept = [x for x in projections if x in ("key", "value")]
+  return num_layers(name) * len(projections) - shared * len(kept)
 
 
 def num_layers(name: str) -> int:
@@ -234,8 +267,11 @@ def make(name: str, head: str | None = None) -> "torch.nn.Module":
     # Gemma's norms are 1 + weight.
     norm = "norm" in path.lower() or ("ln_" in path and path.endswith("weight"))
     norm = norm and not (name in ENCODERS and path.endswith("bias"))
-    mean = float(norm and "gemma" not in kind.family)
+    mean = float(norm and kind.family not in ("gemma2", "gemma3_text"))
     torch.nn.init.normal_(parameter, mean=mean, std=0.2)
+  for path, buffer in model.named_buffers():
+    if path.endswith("layer_scalar"):
+      torch.nn.init.normal_(buffer, mean=1.0, std=0.2)
   return model.eval()
 
 

@@ -18,6 +18,21 @@ def imported(name: str) -> types.ModuleType:
   return module
 
 
+def call(name: str, *arguments) -> None:
+  """Runs a main program in this process, where a test watches what it does."""
+  known, given = set(flags.FLAGS), sys.argv
+  program = importlib.import_module(f"experiments.{name}")
+  sys.argv = [name, *map(str, arguments)]  # where a config looks for its fields
+  try:
+    flags.FLAGS(sys.argv)
+    program.main([name])
+  finally:
+    sys.argv = given
+    for flag in set(flags.FLAGS) - known:
+      delattr(flags.FLAGS, flag)
+    del sys.modules[program.__name__]
+
+
 def run(program: str, *arguments, fails: bool = False, **environment: str) -> str:
   """Runs `python -m experiments.<program>`; returns what it printed, errors last.
 

@@ -1,4 +1,4 @@
-"""The README's commands, and each in a form that ends in seconds on a tiny model."""
+"""Commands of the README and the docs, and each in a form that ends in seconds on a tiny model."""
 
 import pathlib
 import re
@@ -6,8 +6,17 @@ import shlex
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+# In the order in which a reader meets them: what one trains, the next one exports.
+DOCS = [
+  ROOT / "docs" / f"{name}.md"
+  for name in (
+    "tutorials/linen", "tutorials/nnx", "tutorials/checkpoint", "tutorials/own_data",
+    "tutorials/colab", "tutorials/compress", "tutorials/many_adapters", "tutorials/devices",
+    "guide/how_it_works", "guide/methods", "guide/quantized", "guide/commands", "guide/models",
+  )
+]  # fmt: skip
 
-# What reads as another model or another run than the README's, in order of replacement.
+# What reads as another model or another run than the page's, in order of replacement.
 _NAMES = {
   "runs/a/adapter": "runs/quickstart/adapter",
   "runs/b/adapter": "runs/quickstart/adapter",
@@ -17,21 +26,33 @@ _NAMES = {
 }
 
 
-def blocks(language: str) -> list[str]:
-  """The code of the README in a language."""
-  return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+  """The code of a page in a language, but for a block with a title, which needs other files."""
+  return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
 
 
 def commands() -> list[list[str]]:
   """The arguments of every `python -m ...` in order, less what starts it on other machines."""
   found = []
-  for block in blocks("bash"):
+  for block in [x for page in pages() for x in blocks("bash", page)]:
     for line in block.replace("\\\n", " ").splitlines():
       if "python -m" in line:
         tail = line.partition("python -m ")[2].removesuffix('"') if "gcloud" in line else line
         words = shlex.split(tail.partition("python -m ")[2] or tail)
         found.append(words)
   return found
+
+
+def artifact_program() -> str:
+  """The program that runs an exported artifact without this package."""
+  page = (ROOT / "docs" / "tutorials" / "compress.md").read_text()
+  (code,) = re.findall(r'```python title="[^"]+"\n(.*?)```', page, flags=re.DOTALL)
+  return code
+
+
+def pages() -> list[str]:
+  """The README and the pages of the docs."""
+  return [README, *(page.read_text() for page in DOCS)]
 
 
 def parsed(name: str) -> list[list[str]]:

@@ -19,7 +19,7 @@ from jax.sharding import SingleDeviceSharding
 import lora_jax
 from lora_jax import compress, families, sharding, tree
 from lora_jax.io import shards
-from lora_jax.models import bert, gpt2, llama
+from lora_jax.models import bert, gemma4, gpt2, llama
 from lora_jax.tasks.pooled_classification import PooledClassification
 from lora_jax.train import optimizer, parallel, step
 
@@ -67,12 +67,20 @@ GPT2 = gpt2.GPT2Config(
   vocab_size=112, width=64, mlp_width=160, num_layers=2, num_heads=8, head_dim=8, max_length=32,
   scan_layers=True,
 )  # fmt: skip
+# Two layers have keys and values, two see theirs; MLPs of two widths.
+GEMMA4 = gemma4.Gemma4Config(
+  vocab_size=112, width=64, mlp_width=160, num_layers=4, num_heads=12, num_kv_heads=4, head_dim=8,
+  full_kv_heads=4, full_head_dim=16, rotary_dim=4, max_length=32, window=5, shared_layers=2,
+  local_layers=(True, False, True, False), wide_shared_mlp=True, per_layer_width=24,
+  per_layer_vocab=112, logit_softcap=10.0,
+)  # fmt: skip
 BERT = bert.BertConfig(
   vocab_size=112, width=64, mlp_width=160, num_layers=2, num_heads=8, head_dim=8, max_length=32,
   scan_layers=True, classes=("even", "odd"),
 )  # fmt: skip
 BERT_KERNELS = {(64, 64), (64, 160)}
 KERNELS = {(64, 96), (32, 64), (64, 160), (64, 112)}
+GEMMA4_KERNELS = KERNELS | {(64, 192), (64, 320), (24, 64)}
 GPT2_KERNELS = {(64, 192), (64, 64), (64, 160), (64, 112)}
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 1, 4), (2, 2, 2)]
 
@@ -204,7 +212,7 @@ def the_losses_of_pmap_are_those_of_one_device():
     assert parallel.first(metrics)["loss_tokens"] == batch(number)["weights"].sum()
   np.testing.assert_allclose(losses, losses_on_one_device(CONFIG), rtol=0, atol=1e-5)
   assert parallel.first(state).step == STEPS
-  with pytest.raises(ValueError, match="12 rows cannot be shared out over 8 devices"):
+  with pytest.raises(ValueError, match="12 rows cannot be divided over 8 devices"):
     parallel.split({"tokens": np.zeros((12, 3))})
 
 
@@ -280,6 +288,14 @@ def the_losses_of_gpt_2_are_those_of_one_device():
   assert not gathered(ops) & GPT2_KERNELS
   *_, ops = trained((1, 8, 1), GPT2)
   assert (64, 192) in gathered(ops)  # else the line above could not fail
+
+
+def the_losses_of_gemma_4_are_those_of_one_device():
+  assert_same_losses((2, 2, 2), GEMMA4)
+  *_, ops = trained((2, 1, 4), GEMMA4)
+  assert not gathered(ops) & GEMMA4_KERNELS
+  *_, ops = trained((1, 8, 1), GEMMA4)
+  assert {(64, 192), (64, 320), (24, 64)} <= gathered(ops)  # else the line above could not fail
 
 
 def the_losses_of_an_encoder_are_those_of_one_device():

@@ -205,7 +205,7 @@ def test_rows_in_groups_count_for_the_matrix_that_they_meet(diagonal):
   totals = np.stack([gram(x[:2]), gram(x[:0]), gram(x[2:])])
   check(moments, np.stack([np.diag(y) for y in totals]) if diagonal else totals, [2, 0, 3])
   assert np.isfinite(moments.mean).all()
-  with pytest.raises(ValueError, match=r"w: .*sorted into groups, and a mask does not say where"):
+  with pytest.raises(ValueError, match=r"w: .*sorted into groups, so a mask cannot be matched"):
     second_moments(f, params, ["w"], [x], axes=axes, mask=lambda _: jnp.ones(5))
 
 
@@ -300,9 +300,9 @@ def test_one_program_serves_all_batches_of_a_shape():
   [
     (lambda p, x: p["w"][jnp.array([1, 2])] @ W.T, "w: .*its rows are looked up"),
     (lambda p, x: x @ W @ p["w"].T, "w: .*contracted over other axes than its inputs"),
-    (lambda p, x: x * jnp.sum(p["w"] ** 2), "w: .*by something else than a product"),
-    (lambda p, x: x[..., :4] @ p["w"][:4], "w: .*a part of its inputs is cut out"),
-    (lambda p, x: x @ W @ p["w"].reshape(13, 11), "w: .*by something else than a product"),
+    (lambda p, x: x * jnp.sum(p["w"] ** 2), "w: .*in something other than a product"),
+    (lambda p, x: x[..., :4] @ p["w"][:4], "w: .*some of its inputs are sliced off"),
+    (lambda p, x: x @ W @ p["w"].reshape(13, 11), "w: .*in something other than a product"),
     (lambda p, x: lax.stop_gradient(x @ p["w"]), "no row counted for w: .*stop_gradient cuts it"),
     (lambda p, x: x, "no row counted for w: .*does not use them"),
     (lambda p, x: jnp.argmax(x @ p["w"]), "returns no float"),
@@ -321,7 +321,7 @@ def test_a_use_that_has_no_moments_is_refused(f, words):
     (
       lambda p, x: lax.ragged_dot(x[0], p["w"][None], jnp.array([5])),
       (3, 5),
-      "w: .*mask does not say where",
+      "w: .*a mask cannot be matched",
     ),
     (lambda p, x: x @ p["w"], (3, 5), "no row counted for w: the mask is zero"),
   ],

@@ -171,7 +171,7 @@ def test_a_kind_without_a_low_rank_form_is_refused_with_the_remedy():
 
 @pytest.mark.parametrize("mix", [combiners.dare_linear(0.5), combiners.dare_ties(0.5)])
 def test_dropping_at_random_needs_a_key(mix):
-  with pytest.raises(ValueError, match="w: numbers are dropped at random; give combine a key"):
+  with pytest.raises(ValueError, match="w: values are dropped at random; give combine a key"):
     combine(pair(), WEIGHTS, combiners.on_factors(mix))
 
 

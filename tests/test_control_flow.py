@@ -224,7 +224,7 @@ def test_a_leaf_that_a_scan_cannot_follow_is_materialized_alone_and_strict_mode_
     if eqn.primitive.name == "dot_general"
   ]
   assert len(products) == 1 + 3 + 3, "a @ b of the shift; x w, x a and (x a) b of the others"
-  with pytest.raises(MaterializationError, match=r"^0/zz_shift: scan .* that is no stack"):
+  with pytest.raises(MaterializationError, match=r"^0/zz_shift: scan .* that is not a stack"):
     adapt(f, strict=True)(layers, X)
 
 

@@ -113,7 +113,7 @@ def test_a_part_of_robertas_head_in_full_is_saved_with_the_rest_of_it(twins, tmp
     in_peft(model, tmp_path / "adapter"), model.logits(adapters), atol=1e-4
   )
   both = made(model.params, model.axes, [("head/.*", lora_jax.Full()), ("all-linear", LORA)])
-  with pytest.raises(ValueError, match=r"classifier\.dense: has an adapter, and PEFT saves"):
+  with pytest.raises(ValueError, match=r"classifier\.dense: has an adapter, but PEFT saves"):
     model.save(tmp_path / "both", both, task_type="SEQ_CLS")
 
 

@@ -186,7 +186,7 @@ def test_an_embedding_that_was_changed_before_the_training_is_refused(tmp_path):
   with pytest.raises(
     ValueError, match=r"base_layer.weight is not the embed/embedding that is here"
   ):
-    exchange.load(tmp_path, other, LLAMA.axes)
+    exchange.load(tmp_path, other, LLAMA.axes, **LLAMA.settings)
 
 
 @pytest.mark.parametrize("rows", [[5, 5], [-1, 5], [5, 40], [5], [5, 6, 7], []])
@@ -201,16 +201,28 @@ def test_rows_that_are_not_those_of_the_file_are_refused(rows, tmp_path):
 
 def test_a_base_of_shapes_alone_serves_where_no_values_are_needed(folder):
   shapes = jax.eval_shape(lambda: LLAMA.params)
-  with pytest.raises(ValueError, match="norm/scale: its values are needed, and here is its shape"):
-    exchange.load(folder, shapes, LLAMA.axes)
+  with pytest.raises(ValueError, match="norm/scale: its values are needed, but it is only a shape"):
+    exchange.load(folder, shapes, LLAMA.axes, **LLAMA.settings)
   edit(folder, modules_to_save=None)
   edit_tensors(folder, without("model.norm.weight"))
-  assert len(exchange.load(folder, shapes, LLAMA.axes)) == 6
+  assert len(exchange.load(folder, shapes, LLAMA.axes, **LLAMA.settings)) == 6
+
+
+def test_the_names_of_the_tensors_are_asked_for(folder, tmp_path):
+  words = r"table: the names .* are needed, .* lora_jax.families.tensor_names\(config\)"
+  with pytest.raises(TypeError, match=words):
+    exchange.load(folder, LLAMA.params, LLAMA.axes)
+  adapters = started(LLAMA, [("mlp", LORA)])
+  with pytest.raises(TypeError, match=words):
+    exchange.save(tmp_path / "x", adapters, LLAMA.params, LLAMA.axes, base_model="tiny")
+  with pytest.raises(TypeError, match=words):
+    exchange.check(adapters, LLAMA.params, LLAMA.axes)
+  assert not (tmp_path / "x").exists()
 
 
 def test_axes_of_something_else_are_refused(folder):
   with pytest.raises(ValueError, match=r"blocks/attn/key/kernel: has no axes; trace them"):
-    exchange.load(folder, SCANNED.params, LLAMA.axes)
+    exchange.load(folder, SCANNED.params, LLAMA.axes, **LLAMA.settings)
 
 
 # ---- in, damaged
@@ -273,11 +285,11 @@ REFUSED = {
   ),
   "rows and full training without adapters": (
     LLAMA, [("norm", lora_jax.Full()), ("embed/.*", lora_jax.TokenRows(ids=(1,)))],
-    "beside adapters only",
+    "only alongside adapters",
   ),
   "rows of tokens beside DoRA's cousins": (
     LLAMA, [("mlp", lora_jax.LoHa(rank=2, alpha=1.0)), ("embed/.*", lora_jax.TokenRows(ids=(1,)))],
-    "PEFT trains rows of tokens beside LORA or alone, not beside LOHA",
+    "PEFT trains rows of tokens alongside LORA or alone, not alongside LOHA",
   ),
   "rows of several sets alone": (
     LLAMA,
@@ -298,12 +310,12 @@ REFUSED = {
   "vera of two seeds": (
     LLAMA,
     [("mlp", lora_jax.VeRA(rank=3)), ("attention", lora_jax.VeRA(rank=3, seed=1))],
-    "is no part of the one that all layers share in PEFT",
+    "is not a part of the one that all layers share in PEFT",
   ),
   "vera of two ranks": (
     LLAMA,
     [("mlp", lora_jax.VeRA(rank=3)), ("attention", lora_jax.VeRA(rank=2))],
-    "is no part of the one that all layers share|share",
+    "is not a part of the one that all layers share|share",
   ),
   "lokr of a window": (
     IMAGES, [("first/kernel", lora_jax.LoKr(rank=1, alpha=1.0))],
@@ -342,14 +354,14 @@ def test_what_peft_cannot_say_is_refused_and_nothing_is_written(twins, rules, wo
   with pytest.raises(ValueError, match=words):
     twins.save(tmp_path / "adapter", adapters)
   assert not list(tmp_path.iterdir())
-  settings = {x: twins.settings[x] for x in ("table",) if x in twins.settings}
+  table = twins.settings["table"]
   with pytest.raises(ValueError, match=words):
-    exchange.check(adapters, twins.params, twins.axes, **settings)
+    exchange.check(adapters, twins.params, twins.axes, table=table)
 
 
 def test_adapters_that_are_not_of_the_model_are_refused(tmp_path):
   adapters = started(LLAMA, [("mlp", LORA)])
-  exchange.check(adapters, LLAMA.params, LLAMA.axes)
+  exchange.check(adapters, LLAMA.params, LLAMA.axes, **LLAMA.settings)
   path, adapter = next(iter(adapters.items()))
   for wrong, words in (
     ({}, "there is no adapter to save"),
@@ -409,6 +421,6 @@ def test_modules_whose_names_end_alike_are_told_apart(tmp_path):
   table["last.weight"] = table.pop("xlast.weight")
   table["first.last.weight"] = table.pop("block.fc.weight")
   with pytest.raises(
-    ValueError, match=r"last is trained in full, and PEFT would take first.last for"
+    ValueError, match=r"last is trained in full, but PEFT would match first.last too"
   ):
     exchange.save(tmp_path / "x", adapters | full, params, axes, base_model="", table=table)

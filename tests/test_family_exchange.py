@@ -78,9 +78,10 @@ def test_an_adapter_of_peft_on_all_linear_layers_and_biases_is_read(twins, tmp_p
   )  # fmt: skip
   expected = made_by_peft(model, config, tmp_path)
   adapters = model.load(tmp_path)
-  own = len(families.projections(family)) + OTHERS.get(family, 0)
-  of_last_norm = family == "gpt2"
-  assert len(adapters) == families.num_layers(name) * own + of_last_norm
+  own = families.num_kernels(name, families.projections(family))
+  others = families.num_layers(name) * OTHERS.get(family, 0)
+  beside_layers = {"gpt2": 1, "gemma4_text": 1}.get(family, 0)  # a norm; a projection for layers
+  assert len(adapters) == own + others + beside_layers
   assert abs(expected - model.logits({})).max() > 0.1
   np.testing.assert_allclose(model.logits(adapters), expected, atol=1e-4)
 
@@ -103,20 +104,20 @@ def test_an_adapter_made_here_with_norms_in_full_gives_the_same_logits_in_peft(
 def test_the_presets_adapt_projections_and_leave_norms_and_biases_out(twins, family, name):
   model = twins(name)
   layers, kernels = families.num_layers(name), families.projections(family)
-  of_attention = [x for x in kernels if x not in ("gate", "up", "gate_up", "down")]
+  of_mlp = [x for x in kernels if x in ("gate", "up", "gate_up", "down")]
   expected = {
     "all-linear": kernels,
-    "attention": of_attention,
-    "mlp": kernels[len(of_attention) :],
+    "attention": [x for x in kernels if x not in (*of_mlp, *families.PER_LAYER)],
+    "mlp": of_mlp,
   }
   for preset, wanted in expected.items():
     specs = lora_jax.match(model.params, [(preset, LORA)], model.axes)
     blocks = [path for path in specs if path.startswith("block_")]
     assert sorted({path.split("/")[-2] for path in blocks}) == sorted(wanted), preset
-    assert len(blocks) == layers * len(wanted)
-    assert {*specs} - {*blocks} <= {"head/kernel"}
-    embeddings = ("embed/embedding", "positions/embedding", "head/kernel")
-    apart = {x for x in specs.left_out if x not in embeddings}
+    assert len(blocks) == families.num_kernels(name, wanted)
+    assert {*specs} - {*blocks} <= {"head/kernel", "per_layer_model/kernel"}
+    embeddings = ("embed", "embed_per_layer", "positions", "head")
+    apart = {x for x in specs.left_out if x.split("/")[0] not in embeddings}
     routers = {path for path in apart if "routes" in specs.left_out[path]}
     assert len(routers) == (
       layers if family in families.WITH_EXPERTS and preset != "attention" else 0
@@ -195,8 +196,15 @@ def test_a_gguf_file_is_read_back_here_and_by_transformers(loaded, tmp_path, nam
 @pytest.mark.parametrize(
   ("name", "words"),
   [
-    ("gpt-oss", "GGUF files of the family 'gpt_oss' are not supported; supported: llama, mistral"),
-    ("Phi 4 mini", "GGUF files of the family 'phi3' are not supported"),
+    (
+      "gpt-oss, tied, no windows, unscaled",
+      "llama.cpp's architecture 'gpt-oss' has no head that is tied to the embedding; export the",
+    ),
+    (
+      "Gemma 4",
+      "GGUF files of the family 'gemma4_text' are not supported; supported: llama, mistral",
+    ),
+    ("Phi 3 with a window", "llama.cpp's architecture 'phi3' has no window=6; export the model"),
     ("Mistral", "llama.cpp's architecture 'llama' has no window=6; export the model as a folder"),
     ("GPT-2 of Stanford", "llama.cpp's architecture 'gpt2' has no scale_by_layer=True; export the"),
   ],
@@ -249,6 +257,19 @@ def test_fused_kernels_and_norms_over_all_heads_are_not_pruned(loaded):
       change()
   with pytest.raises(ValueError, match="norms of queries and keys are over all heads"):
     structured.prune_heads(olmo.params, olmo.config, 1, {})
+
+
+def test_layers_of_several_sizes_are_not_pruned_alike(loaded):
+  found = loaded("Gemma 4")
+  for field, change in (
+    ("mlp_width", lambda: structured.prune_channels(found.params, found.config, 24, {})),
+    ("num_kv_heads", lambda: structured.prune_heads(found.params, found.config, 1, {})),
+    ("value_dim", lambda: attention.shrink_values(found.params, found.config, 4)),
+  ):
+    with pytest.raises(
+      ValueError, match=f"^{field}: the layers of a 'gemma4_text' differ in their"
+    ):
+      change()
 
 
 def moments_of(config, kernel, width):

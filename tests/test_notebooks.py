@@ -89,6 +89,22 @@ def test_the_quickstart_notebook_trains_a_real_model_and_keeps_the_adapter(tmp_p
   assert "arning" not in errors
 
 
+def test_the_notebook_on_own_data_previews_trains_talks_and_exports(tmp_path, monkeypatch):
+  printed, errors, folder = execute("own_data_colab.ipynb", tmp_path, monkeypatch)
+  printed = printed.replace("\r\n", "\n")
+  assert "mine.jsonl: conversations: read as 'messages', from messages: 30 records" in printed
+  assert re.search(r'^\+ "Arr" ","', printed, re.MULTILINE) and " <|im_end|>\n" in printed
+  before, after = numbers(r"before: loss ([\d.]+) on[^$]*after:  loss ([\d.]+) on", printed)
+  assert after < before / 2
+  adapted, base = re.findall(r"^> How do I make coffee\?\n(.*)", printed, re.MULTILINE)
+  assert adapted.startswith("Arr") and not base.startswith("Arr")
+  assert "> /base\n(the base, without the adapter)\n" in printed
+  assert {path.name for path in (folder / "runs/adapter").iterdir()} == {
+    "adapter_config.json", "adapter_model.safetensors"
+  }  # fmt: skip
+  assert "Traceback" not in printed and "Error" not in printed and errors == ""
+
+
 def test_the_notebook_from_scratch_builds_a_transform_that_agrees_with_the_library(
   tmp_path, monkeypatch
 ):
@@ -101,7 +117,7 @@ def test_the_notebook_from_scratch_builds_a_transform_that_agrees_with_the_libra
   sizes = re.findall(r"of full size: (\[.*\])", printed)
   assert sizes == ["[]", "[]", formed, "[]", "[]"]
   assert "ours:   []" in printed
-  ours, naive = numbers(r"fine-tuning: ours ([\d.]+), W \+ A B formed ([\d.]+)", printed)
+  ours, naive = numbers(r"fine-tuning: ours ([\d.]+), W \+ A B materialized ([\d.]+)", printed)
   assert ours < 0.75 < naive
   before, after = numbers(r"loss before ([\d.]+), after ([\d.]+)", printed)
   assert after < before / 5

@@ -1,10 +1,11 @@
-"""The README's own code and commands."""
+"""The code and the commands of the README and the docs."""
 
 import configparser
 import json
 import os
 import pathlib
 import re
+import runpy
 import subprocess
 import sys
 from importlib import metadata
@@ -12,14 +13,25 @@ from importlib import metadata
 import jax
 import numpy as np
 import pytest
-from readme_commands import README, ROOT, blocks, commands, short
+from jaxprs import equations
+from readme_commands import (
+  DOCS,
+  README,
+  ROOT,
+  artifact_program,
+  blocks,
+  commands,
+  pages,
+  short,
+)
 
+import lora_jax
 from configs import arguments
 
 
 def test_the_flow_runs_as_printed_in_fifteen_lines_learns_and_is_saved(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  code, save_and_load, _ = blocks("python")
+  code, save_and_load, with_nnx = blocks("python")
   scope = {}
   exec(code, scope)
   lines = [line for line in code.splitlines() if line.strip() and not line.startswith("import")]
@@ -32,6 +44,55 @@ def test_the_flow_runs_as_printed_in_fifteen_lines_learns_and_is_saved(tmp_path,
   exec(save_and_load, scope)
   assert scope["adapters"] is not trained
   jax.tree.map(np.testing.assert_array_equal, scope["adapters"], trained)
+  exec(with_nnx, scope)
+  np.testing.assert_allclose(scope["module"](x), scope["logits"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.stem)
+def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
+  code = blocks("python", page.read_text())
+  if not code:
+    assert "```python\n" not in page.read_text()
+    return
+  monkeypatch.chdir(tmp_path)
+  scope = {"__name__": page.stem}
+  for block in code:
+    exec(block, scope)
+  if page.stem == "checkpoint":
+    first, *_, last = scope["losses"]
+    assert last < 0.5 * first
+    jax.tree.map(np.testing.assert_array_equal, scope["again"], dict(scope["adapters"]))
+
+
+def test_a_page_before_and_after_the_transform_is_what_the_docs_say():
+  page = (ROOT / "docs" / "guide" / "how_it_works.md").read_text()
+  scope = {}
+  for block in blocks("python", page):
+    exec(block, scope)
+  before, after = (
+    [e.outvars[0].aval.shape for e in equations(jaxpr) if e.primitive.name == "dot_general"]
+    for jaxpr in (
+      jax.make_jaxpr(scope["f"])(scope["w"], scope["x"]),
+      jax.make_jaxpr(lora_jax.adapt(scope["f"]))(scope["weight"], scope["x"]),
+    )
+  )
+  assert before == [(4, 256)]
+  assert sorted(after) == [(4, 8), (4, 256), (4, 256)]
+
+
+def test_every_page_of_the_docs_is_tried():
+  found = {path.relative_to(ROOT / "docs") for path in (ROOT / "docs").rglob("*.md")}
+  tried = {path.relative_to(ROOT / "docs") for path in DOCS}
+  left = {str(path) for path in found - tried if path.parts[0] != "api"}
+  assert left == {"index.md", "coverage.md", "results.md", "changelog.md"}
+
+
+def test_the_picture_is_what_its_script_draws():
+  drawn = runpy.run_path(ROOT / "docs" / "draw.py")["draw"]()
+  (axes,) = drawn.axes
+  said = {text.get_text() for text in axes.texts}
+  assert {"W", "A", "B", "adapt(f)", "x @ W + s·(x @ A) @ B"} <= said
+  assert (ROOT / "docs" / "images" / "adapt.svg").read_text().count("<path") > len(said)
 
 
 def test_the_set_up_is_two_commands():
@@ -40,12 +101,16 @@ def test_the_set_up_is_two_commands():
   assert setup[1] == 'pip install -e ".[test]" && pytest'
 
 
-def test_every_program_and_file_that_is_named_exists():
+def test_every_program_and_file_that_is_named_exists_and_links_lead_somewhere():
   root = pathlib.Path(__file__).parents[1]
-  for name in re.findall(r"python -m (\w+)\.(\w+)", README):
-    assert (root / name[0] / f"{name[1]}.py").is_file(), name
-  for path in re.findall(r"(?:configs|notebooks|lora_jax)/[\w/]+\.(?:py|ipynb)", README):
-    assert (root / path).is_file(), path
+  for page in pages():
+    for name in re.findall(r"python -m (\w+)\.(\w+)", page):
+      assert (root / name[0] / f"{name[1]}.py").is_file(), name
+    for path in re.findall(r"(?:configs|notebooks|lora_jax)/[\w/]+\.(?:py|ipynb)", page):
+      assert (root / path).is_file(), path
+  for folder, page in [(root, README), *((path.parent, path.read_text()) for path in DOCS)]:
+    for link in re.findall(r"\]\((?!http)([^)#]+)", page):
+      assert (folder / link).is_file(), link
 
 
 PARSE = """
@@ -66,7 +131,7 @@ for name, arguments in json.load(sys.stdin):
 
 def test_every_command_has_flags_and_a_config_that_its_program_knows():
   given = [[words[0], words[1:]] for words in commands()]
-  assert len(given) >= 23
+  assert len(given) >= 27
   done = subprocess.run(
     [sys.executable, "-c", PARSE],
     input=json.dumps(given), text=True, capture_output=True, cwd=ROOT, timeout=600,
@@ -114,18 +179,21 @@ def tiny(tmp_path_factory):
 def test_every_command_runs_to_its_end_in_the_order_of_the_page(tiny, tmp_path):
   not_here = _NOT_HERE if (arguments.data_folder() / "glue").is_dir() else (*_NOT_HERE, "sst2")
   run = [words for words in commands() if not any(x in " ".join(words) for x in not_here)]
-  assert len(run) >= 19
+  assert len(run) >= 22
   for words in run:
     done = subprocess.run(
       [sys.executable, "-m", *short(words, tmp_path, tiny)],
-      cwd=ROOT, text=True, capture_output=True, timeout=600,
+      cwd=ROOT, text=True, capture_output=True, timeout=600, input="Hello!\n",
       env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
     assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
     if words[0] == "experiments.generate":
       (text,) = [json.loads(line) for line in done.stdout.splitlines() if line[:1] == "{"]
-      assert len(text["completion"].split()) <= 3  # an answer, and not the same one sixty times
-  code = blocks("python")[1].replace("runs/", f"{tmp_path}/")
+      # An answer that is chosen, and not the same one sixty times.
+      assert "messages" in text or len(text["completion"].split()) <= 3
+    if words[0] == "experiments.chat":
+      assert "\n> Hello!\n" in done.stdout
+  code = artifact_program().replace("runs/", f"{tmp_path}/")
   scope = {}
   exec(code, scope)
   assert scope["logits"].shape == (49152,)

@@ -162,7 +162,7 @@ def test_cutting_a_lora_forms_no_matrix():
   [
     (None, "w: Full has no low-rank form of its own; pass the params"),
     ({"v": normal(13)}, "w: Full has no low-rank form of its own; pass the params"),
-    ({"w": normal(13)}, r"w: Full says of no axis of \(13,\) that it is an input"),
+    ({"w": normal(13)}, r"w: Full marks no axis of \(13,\) as an input"),
   ],
 )
 def test_what_cannot_be_converted_is_refused_with_the_remedy(params, words):

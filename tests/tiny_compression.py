@@ -53,5 +53,7 @@ def write_run(folder: pathlib.Path, model: str | pathlib.Path, method) -> pathli
   adapters = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape).astype("f"), adapters)
   settings = {"adapter": {"method": "lora"}, "model": section.to_dict()}
   with workdir.open_workdir(folder, settings) as run:
-    exchange.save(run.adapter, adapters, found.params, axes, base_model=str(model))
+    exchange.save(
+      run.adapter, adapters, found.params, axes, base_model=str(model), table=found.table
+    )
   return folder

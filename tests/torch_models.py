@@ -136,7 +136,7 @@ def llama_twins(tie: bool = False, scan: bool = False) -> Twins:
     layers.stack_layers(params) if scan else params,
     lambda params, tokens: llama.Llama(config).apply({"params": params}, tokens),
     np.array([[5, 6, 7, 8, 9, 10]]),
-    {},
+    {"table": names.LLAMA_HF},
   )
 
 

@@ -1,4 +1,4 @@
-"""Adapter methods, one file each: the spec, how it starts, what Weight it attaches."""
+"""Adapter methods, one per file: the spec, its initialization and the Weight that it attaches."""
 
 from lora_jax.adapters.adalora import AdaLoRA as AdaLoRA
 from lora_jax.adapters.base import Method as Method

@@ -1,12 +1,12 @@
-"""AdaLoRA: `W + scale * P diag(E) Q`, whose ranks are shared out among the matrices in training.
+"""AdaLoRA: `W + scale * P diag(E) Q`; training distributes the ranks over the matrices.
 
     before    {"query": {"kernel": W}}
     after     {"query": {"kernel": AdaLoRA(w=W, a=P, e=E, b=Q, scale=alpha / rank)}}
 
-Every matrix starts with `rank` triplets of a column of P, a number of E and a row of Q. Training
-finds out how much each of them matters, and leaves those that matter most within a budget for all
-matrices together: `lora_jax.train.adalora` wraps the optimiser for it, and keeps P and Q near
-orthogonal by a penalty. E starts at zero, so the adapted model starts as the base.
+Every matrix starts with `rank` triplets: a column of P, a value of E and a row of Q. Training
+estimates the importance of each triplet and keeps the most important ones within a budget for all
+matrices together. `lora_jax.train.adalora` wraps the optimizer for this, and a penalty keeps P and
+Q nearly orthogonal. E starts at zero, so the adapted model starts as the base.
 
 Defined for every kernel that LoRA is defined for. The layers of a stack have ranks of their own.
 
@@ -28,10 +28,10 @@ class AdaLoRA(Method):
   """The spec of a low-rank adapter in the form of a singular value decomposition.
 
   Attributes:
-    rank: the triplets that each matrix starts with; half as many again as it shall have on average
-      at the end is the authors' choice.
+    rank: the triplets that each matrix starts with; the authors use 1.5 times the average rank at
+      the end.
     alpha: the numerator of the scale, alpha / rank, which does not follow the budget.
-    deviation: of the normal numbers that P and Q start with; 0.02 in the authors' code and in PEFT.
+    deviation: the standard deviation of the initial P and Q; 0.02 in the authors' code and in PEFT.
   """
 
   rank: int
@@ -44,7 +44,7 @@ class AdaLoRA(Method):
     self.settle("deviation", checks.finite, least=0)
 
   def init(self, key, path, w, roles):
-    """As in `Method`; raises when the rank exceeds that of the kernel."""
+    """As in `Method`; raises if the rank exceeds that of the kernel."""
     stack, inputs, outputs = sizes(w.shape, roles)
     check_rank_fits(path, self.rank, inputs, outputs)
     for_a, for_b = jax.random.split(key)

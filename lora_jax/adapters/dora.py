@@ -1,4 +1,4 @@
-"""DoRA: a low-rank change of the direction of every output, and its length trained apart.
+"""DoRA: a low-rank change of every output's direction, with a separately trained length.
 
     before    {"query": {"kernel": W}}
     after     {"query": {"kernel": DoRA(w=W, a=A, b=B, magnitude=m, norm=|W|)}}
@@ -7,14 +7,14 @@
 
 B starts at zero and m at |W|, so the adapted model starts as the base. The norm follows A and B,
 but is a constant in the backward pass (Liu et al. 2024, arXiv 2402.09353, section 4.3), unless
-`constant_norm=False`. As in PEFT an embedding has a length for each feature, over the vocabulary,
-and a convolution one for each output channel.
+`constant_norm=False`. As in PEFT, an embedding has one length per feature, over the vocabulary, and
+a convolution has one per output channel.
 
-Defined for every kernel that is multiplied by, convolved or gathered, with any number of axes. It
-starts from the base's values, so `init` needs arrays or Weights, not shapes. It is no sum of the
-base and a change: it has no low-rank form, and cannot be scaled. `unmerge` finds the base again if
-no output has turned by more than a right angle and no magnitude is zero. A kernel whose inputs
-`shard_map` splits is materialized, for the norm is over all of them. There is no dropout.
+Defined for every kernel that is used in products, convolutions or look-ups, with any number of
+axes. It starts from the base's values, so `init` needs arrays or Weights, not shapes. It is not a
+sum of the base and a change: it has no low-rank form and cannot be scaled. `unmerge` recovers the
+base if no output has turned by more than a right angle and no magnitude is zero. A kernel whose
+inputs `shard_map` splits is materialized, since the norm is over all of them. There is no dropout.
 """
 
 import dataclasses
@@ -35,10 +35,10 @@ class DoRA(Method):
   Attributes:
     rank: the inner dimension of A B, at least 1 and at most that of the kernel.
     alpha: the numerator of the scale.
-    rslora: divide alpha by sqrt(rank) instead of rank.
-    constant_norm: leave the norm out of the backward pass, as the authors do; it saves time and
-      memory and hardly changes the result.
-    initializer: starting values of A and B, one of `lora_jax.initializers` or your own.
+    rslora: True to divide alpha by sqrt(rank) instead of rank.
+    constant_norm: True to treat the norm as a constant in the backward pass, as the authors do. It
+      saves time and memory and hardly changes the result.
+    initializer: the starting values of A and B, one of `lora_jax.initializers` or your own.
   """
 
   rank: int
@@ -59,7 +59,7 @@ class DoRA(Method):
     return scale_of(self)
 
   def init(self, key, path, w, roles):
-    """As in `Method`; raises when the rank exceeds that of the kernel, or w is a shape alone."""
+    """As in `Method`; raises if the rank exceeds that of the kernel, or if w is only a shape."""
     stack, inputs, outputs = sizes(w.shape, roles)
     check_rank_fits(path, self.rank, inputs, outputs)
     if isinstance(w, jax.ShapeDtypeStruct):

@@ -1,24 +1,24 @@
-"""EVA: LoRA that starts in the directions in which its inputs vary most.
+"""EVA: LoRA that starts in the directions of the largest variance of its inputs.
 
     moments  = second_moments(f, params, specs, batches, axes=axes)     # lora_jax.calibration
     adapters = eva.start(params, specs, moments, axes=axes)             # instead of lora_jax.init
 
-The columns of A are the first right singular vectors of the inputs X of a kernel, [rows, inputs],
-which are the first eigenvectors of Xᵀ X; B is zero, so a fresh adapter is the identity. The ranks
-of all kernels are one budget. Each singular value σ_j of each kernel explains σ_j² / Σ σ² of the
-variance of its inputs, and those that explain the most get a column, wherever they are, but no
-kernel gets more than rho times the rank of its spec. With rho = 1 every kernel keeps its rank.
+The columns of A are the first right singular vectors of a kernel's inputs X, [rows, inputs]. These
+are the first eigenvectors of Xᵀ X. B is zero, so a fresh adapter is the identity. The ranks of all
+kernels are one budget. A singular value σ_j of a kernel explains σ_j² / Σ σ² of the variance of its
+inputs. The budget goes to the singular values of any kernel that explain the most, but no kernel
+gets more than rho times the rank of its spec. With rho = 1 every kernel keeps its rank.
 
-Paischer et al. 2024, EVA, arXiv 2410.07170, section 3. What the paper leaves open, or PEFT does in
-its own way:
+Source: Paischer et al. 2024, EVA, arXiv 2410.07170, section 3. Details that the paper leaves open,
+or that differ from PEFT:
 
-- The inputs are not centred, as in the paper; PEFT's incremental PCA subtracts their mean.
-- The eigenvectors are those of all batches at once, so there is no convergence to wait for.
-- The scale is that of the spec whatever the rank turns out to be, as in PEFT, which adjusts alpha
-  for it (`adjust_scaling_factors`). PEFT's `whiten` is off by default, and not here.
-- A stack of layers is one array, of the largest rank among them. Where a layer's own rank is
-  smaller, the last columns of its A are zero, and stay so: with B zero too, no gradient reaches
-  them. So stacked layers learn what they would unstacked.
+- The inputs are not centered, as in the paper; PEFT's incremental PCA subtracts their mean.
+- The eigenvectors are computed from all batches at once, so there is no convergence to wait for.
+- The scale is that of the spec for any resulting rank. PEFT has the same scale, since it adjusts
+  alpha (`adjust_scaling_factors`). PEFT's `whiten`, off by default, is not supported.
+- A stack of layers is one array with the largest rank among its layers. In a layer of smaller rank
+  the last columns of A are zero. They stay zero: B is zero too, so no gradient reaches them.
+  Stacked layers therefore learn the same as unstacked ones.
 """
 
 import math
@@ -50,22 +50,22 @@ def start(
   iterations: int | None = None,
   axes: Mapping[str, Axes] | None = None,
 ) -> dict[str, LowRank]:
-  """Returns adapters at EVA's start, `{path: adapter}`, without those whose rank came out as zero.
+  """Returns EVA's fresh adapters, `{path: adapter}`, without those that get rank zero.
 
   Args:
     params: the base, of which only shapes are read.
-    specs: what `match` returned, of LoRA alone. The sum of their ranks over all kernels, each layer
-      of a stack counted, is the budget.
+    specs: the result of `match`, LoRA only. The sum of their ranks over all kernels, counting each
+      layer of a stack, is the budget.
     moments: the second moments of the kernels' inputs, as `calibration.second_moments` returns.
-    rho: how many times its spec's rank a kernel may get; at least 1.
-    iterations: subspace iterations of a randomised decomposition, 8 say, for kernels of thousands
-      of inputs: what needs d³ operations exactly needs rank * d² for each. None is exact.
-    axes: what `trace_axes` found; by default what `match` was given for `specs`.
+    rho: the largest rank of a kernel, in multiples of its spec's rank; at least 1.
+    iterations: subspace iterations of a randomized decomposition, e.g. 8, for kernels with
+      thousands of inputs: an exact one takes d³ operations, each iteration rank * d². None is
+      exact.
+    axes: the result of `trace_axes`; by default the axes that `match` was given for `specs`.
 
   Raises:
-    ValueError: when a spec is no LoRA or has an initializer of its own, when a kernel's moments are
-      missing, diagonal, not finite or of other inputs, when a rank exceeds its kernel's, and when
-      rho is below 1.
+    ValueError: if a spec is no LoRA or has its own initializer, if a kernel's moments are missing,
+      diagonal, not finite or of other inputs, if a rank exceeds its kernel's, or if rho is below 1.
   """
   if checks.finite("EVA: rho", rho) < 1:
     raise ValueError(f"EVA: rho {rho} is below 1, which would leave a part of the ranks unused")
@@ -91,7 +91,7 @@ def start(
 
 
 class _Kernel(NamedTuple):
-  """The roles of a kernel's axes, and the sizes of those of each role."""
+  """The roles of a kernel's axes, and the sizes of the axes of each role."""
 
   roles: str
   stack: tuple[int, ...]
@@ -100,9 +100,9 @@ class _Kernel(NamedTuple):
 
 
 class _Spectrum(NamedTuple):
-  """What a kernel may get, the first n components of its inputs.
+  """The first n components of a kernel's inputs.
 
-  share: of the variance that each explains, falling, [*stack, n].
+  share: the fraction of the variance that each explains, descending, [*stack, n].
   vectors: [*stack, d, n].
   """
 
@@ -120,7 +120,7 @@ def _kernel(path: str, spec: LoRA, leaves, axes) -> _Kernel:
 
 def _spectrum(path: str, kernel: _Kernel, moments, most: int, iterations) -> _Spectrum:
   if path not in moments:
-    raise ValueError(f"{path}: has no moments; ask second_moments for this path as well")
+    raise ValueError(f"{path}: has no moments; request this path from second_moments as well")
   mean = moments[path].mean
   d = math.prod(kernel.inputs)
   if mean.shape != (*kernel.stack, d, d):
@@ -135,18 +135,18 @@ def _spectrum(path: str, kernel: _Kernel, moments, most: int, iterations) -> _Sp
     values, vectors = jnp.linalg.eigh(mean)
     values, vectors = values[..., : -most - 1 : -1], vectors[..., : -most - 1 : -1]
   else:
-    # Which random vectors it starts from is no choice of the user's, so they need no key.
+    # The user has no reason to choose the initial random vectors, so they need no key.
     vectors, values, _ = factorization.randomized_svd(jax.random.key(0), mean, most, iterations)
   total = np.trace(mean, axis1=-2, axis2=-1)[..., None]
-  # An expert that saw no row explains nothing, and gets a rank last.
+  # An expert without rows explains nothing, and gets a rank last.
   share = np.maximum(values, 0) / np.where(total > 0, total, 1)
-  # The sign of an eigenvector is free; fixed, a start is the same on every machine.
+  # The sign of an eigenvector is arbitrary; a fixed sign gives the same start on every machine.
   largest = jnp.take_along_axis(vectors, jnp.abs(vectors).argmax(-2, keepdims=True), axis=-2)
   return _Spectrum(share, vectors * jnp.sign(largest))
 
 
 def _shared_ranks(shares: Mapping[str, np.ndarray], budget: int) -> dict[str, np.ndarray]:
-  """How many of its components each kernel gets, [*stack], by path."""
+  """The number of components that each kernel gets, [*stack], by path."""
   every = np.concatenate([share.ravel() for share in shares.values()])
   chosen = np.zeros(every.shape, bool)
   chosen[np.argsort(-every, kind="stable")[:budget]] = True

@@ -1,4 +1,4 @@
-"""Full training of a leaf, beside adapters or alone: BitFit, LayerNorm tuning, heads, embeddings.
+"""Full training of a leaf, with or without adapters: BitFit, LayerNorm tuning, heads, embeddings.
 
     before    {"norm": {"scale": W}}
     after     {"norm": {"scale": Full(w=W, dw=0)}}
@@ -6,12 +6,12 @@
     match(params, [("bias", Full())])                         # BitFit
     match(params, [("norm", Full()), ("all-linear", LoRA(rank=8, alpha=16.0))])
 
-The change dW starts at zero and is trained in float32 whatever the base's dtype is; the base itself
-stays as it is, so that what was learnt can be taken out, scaled and combined as any adapter's.
-Weight decay pulls dW to zero, that is, the leaf to its base.
+The change dW starts at zero and is trained in float32 for any dtype of the base. The base itself
+stays unchanged, so the change can be extracted, scaled and combined like any adapter. Weight decay
+pulls dW to zero, that is, the leaf to its base.
 
-Defined for every leaf of floats, with any number of axes. Sources: Ben Zaken et al. 2022, BitFit,
-arXiv 2106.10199, for biases alone; Zhao et al. 2023, arXiv 2312.11420, for LayerNorm alone.
+Defined for every float leaf, with any number of axes. Sources: Ben Zaken et al. 2022, BitFit, arXiv
+2106.10199, for biases alone; Zhao et al. 2023, arXiv 2312.11420, for LayerNorm alone.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from lora_jax.adapters.base import Method
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Full(Method):
-  """The spec of a leaf that trains in full; it has no settings."""
+  """The spec of a leaf that trains in full, without settings."""
 
   NEEDS_ROLES: ClassVar = False
 
@@ -35,7 +35,7 @@ class Full(Method):
 
   def unfit(self, leaf):
     if not hasattr(leaf, "shape"):
-      return f"it is no array but {leaf!r}"
+      return f"it is {leaf!r} and not an array"
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
       return f"its dtype {leaf.dtype} is not a float"
     return None

@@ -1,18 +1,18 @@
-"""LoftQ: a quantised base and LoRA factors that start from what quantisation lost.
+"""LoftQ: a quantized base, and LoRA factors that start from the quantization error.
 
     base, adapters = loftq.start(params, specs, quantize)     # instead of lora_jax.init
     weights = lora_jax.attach(base, adapters)
 
-By turns the base is quantised and the factors are the nearest ones to what is left,
+Two steps alternate: quantize the base, and fit the factors to the remaining error,
 
     Q = quantize(W - scale * A B),      scale * A B = the first `rank` singular triplets of W - Q,
 
-so that Q + scale * A B is nearer to W than Q alone. Li et al. 2023, LoftQ, arXiv 2310.08659,
-section 3 and algorithm 1. The scale of the spec is divided out of the factors, so that the adapted
-model starts where the algorithm ends whatever alpha is; PEFT leaves it in, and starts there for
-alpha = rank alone.
+so that Q + scale * A B is nearer to W than Q alone. Source: Li et al. 2023, LoftQ, arXiv
+2310.08659, section 3 and algorithm 1. The factors are divided by the spec's scale, so the adapted
+model starts where the algorithm ends, for any alpha. PEFT does not divide, so its model starts
+there only for alpha = rank.
 
-Defined for every kernel, whatever its axes are; what is quantised is the leaf as it stands.
+Defined for every kernel with any axes; the leaf is quantized in its own layout.
 """
 
 from collections.abc import Callable, Mapping
@@ -40,23 +40,22 @@ def start(
   iterations: int = 5,
   axes: Mapping[str, Axes] | None = None,
 ) -> tuple[PyTree, dict[str, LowRank]]:
-  """Returns the tree with quantised kernels, and their adapters, `{path: adapter}`.
+  """Returns the tree with quantized kernels, and their adapters, `{path: adapter}`.
 
   Args:
     params: the base, of arrays.
-    specs: what `match` returned, of LoRA alone; the kernels at these paths are quantised.
-    quantize: gives, of a float32 array, a Weight that stands for the quantised one, or the array
-      itself rounded to what the quantised one can hold; it is then stored in the leaf's dtype.
-    iterations: how often a kernel is quantised; 1 is quantisation and one SVD of what it lost.
-    axes: what `trace_axes` found; by default what `match` was given for `specs`.
+    specs: the result of `match`, LoRA only; the kernels at these paths are quantized.
+    quantize: maps a float32 array to a Weight that represents the quantized one, or to the array
+      rounded to values that the quantized one can hold, which is then stored in the leaf's dtype.
+    iterations: how often a kernel is quantized; 1 is quantization and one SVD of its error.
+    axes: the result of `trace_axes`; by default the axes that `match` was given for `specs`.
 
   Raises:
-    ValueError: when a spec is no LoRA, has an initializer of its own or a scale that is not above
-      zero, when a rank exceeds its kernel's, when `quantize` changes the shape, and when
-      `iterations` is below 1.
+    ValueError: if a spec is no LoRA, has its own initializer or a scale that is not above zero, if
+      a rank exceeds its kernel's, if `quantize` changes the shape, or if `iterations` is below 1.
   """
   if checks.whole("LoftQ: iterations", iterations) < 1:
-    raise ValueError(f"LoftQ: iterations {iterations} is below 1; nothing would be quantised")
+    raise ValueError(f"LoftQ: iterations {iterations} is below 1; nothing would be quantized")
   checks.function("LoftQ: quantize", quantize)
   leaves = tree.flatten(params, is_leaf=is_weight)
   checks.by_path(specs, Method, "spec", leaves)
@@ -67,8 +66,8 @@ def start(
     base[path], adapters[path] = _alternate(
       path, leaves[path], spec, roles[path], quantize, iterations
     )
-  quantised = tree.map_with_path(lambda path, leaf: base.get(path, leaf), params, is_leaf=is_weight)
-  return quantised, adapters
+  quantized = tree.map_with_path(lambda path, leaf: base.get(path, leaf), params, is_leaf=is_weight)
+  return quantized, adapters
 
 
 def _checked_roles(path: str, spec: LoRA, leaves, axes) -> str:
@@ -82,7 +81,7 @@ def _checked_roles(path: str, spec: LoRA, leaves, axes) -> str:
 
 
 def _alternate(path: str, leaf, spec: LoRA, roles: str, quantize: Callable, iterations: int):
-  """The quantised kernel and the adapter of what it lost."""
+  """The quantized kernel and the adapter of its quantization error."""
 
   def principal(matrix):
     u, s, vt = factorization.svd(matrix, spec.rank)
@@ -93,7 +92,7 @@ def _alternate(path: str, leaf, spec: LoRA, roles: str, quantize: Callable, iter
   for _ in range(iterations):
     base = quantize(left)
     if tuple(base.shape) != tuple(w.shape):
-      raise ValueError(f"{path}: quantize made {tuple(base.shape)} of {tuple(w.shape)}")
+      raise ValueError(f"{path}: quantize returned {tuple(base.shape)} for {tuple(w.shape)}")
     if not is_weight(base):
       base = base.astype(leaf.dtype)
     lost = w - materialize(base).astype(jnp.float32)

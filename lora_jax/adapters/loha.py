@@ -5,17 +5,17 @@
 
     W + scale * (A1 B1) * (A2 B2)
 
-Twice the parameters of a LoRA of the same rank r, and a change of rank up to r². A2 starts at zero,
-so the adapted model starts as the base; the others as in PEFT (Hyeon-Woo et al. 2021, FedPara,
-arXiv 2108.06098).
+It has twice the parameters of a LoRA of the same rank r, and a change of rank up to r². A2 starts
+at zero, so the adapted model starts as the base; the other factors start as in PEFT. Source:
+Hyeon-Woo et al. 2021, FedPara, arXiv 2108.06098.
 
-It costs what a LoRA of rank r² does: 3 r² (d + k) multiplications for each row that a d × k kernel
-meets, forward and backward together. To form the sum and take the gradient by it costs d·k a row,
-which is less from r² = d·k / (3 (d + k)) on, r = 13 for d = k = 1024. From there on call the bare
+It costs as much as a LoRA of rank r²: 3 r² (d + k) multiplications per row of a d × k kernel,
+forward and backward together. To materialize the sum and differentiate by it costs d·k per row.
+That is less from r² = d·k / (3 (d + k)) on, r = 13 for d = k = 1024. From there on, call the bare
 function on `lora_jax.materialize(weights)` instead of adapting it.
 
-Defined for every kernel that is multiplied by, convolved or gathered, with any number of axes. Of a
-convolution the window belongs to the inputs, as in PEFT without `use_effective_conv2d`.
+Defined for every kernel that is used in products, convolutions or look-ups, with any number of
+axes. A convolution's window belongs to the inputs, as in PEFT without `use_effective_conv2d`.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ class LoHa(Method):
     return self.alpha / self.rank
 
   def init(self, key, path, w, roles):
-    """As in `Method`; raises when the rank exceeds that of the kernel."""
+    """As in `Method`; raises if the rank exceeds that of the kernel."""
     stack, inputs, outputs = sizes(w.shape, roles)
     check_rank_fits(path, self.rank, inputs, outputs)
     key_a1, key_b1, key_b2 = jax.random.split(key, 3)

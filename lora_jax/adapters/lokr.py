@@ -5,17 +5,17 @@
 
     W + scale * kron(C, A B)
 
-The inputs of the kernel, flattened, are split in two, i1 × i2, and its outputs into o1 × o2; C is
-[i1, o1] and A B [i2, o2]. C starts at zero, so the adapted model starts as the base. From the rank
-max(i2, o2) / 2 on A B is one full matrix, and with `decompose_both` C is a product too below
-max(i1, o1) / 2, where it is the half of it at the outputs that starts at zero. All of this is as in
-PEFT (Yeh et al. 2023, LyCORIS, arXiv 2309.14859, section 3.2).
+The flattened inputs of the kernel are split into i1 × i2 and its outputs into o1 × o2. C is
+[i1, o1] and A B is [i2, o2]. C starts at zero, so the adapted model starts as the base. From rank
+max(i2, o2) / 2 on, A B is one full matrix. With `decompose_both`, C is a product too below rank
+max(i1, o1) / 2; its factor at the outputs then starts at zero. All of this is as in PEFT. Source:
+Yeh et al. 2023, LyCORIS, arXiv 2309.14859, section 3.2.
 
-Defined for every kernel that is multiplied by, convolved or gathered, with any number of axes.
-Products are direct: neither the Kronecker product nor a low-rank form of it is made. Convolutions,
-look-ups, slices and products over part of the inputs go by the low-rank form, whose rank is
-min(i1, o1) times that of A B; where that is not below the kernel's own the kernel is materialized.
-So it is by `shard_map` when it splits the inputs or the outputs.
+Defined for every kernel that is used in products, convolutions or look-ups, with any number of
+axes. Products are direct: they materialize neither the Kronecker product nor a low-rank form of it.
+Convolutions, look-ups, slices and products over part of the inputs use the low-rank form, whose
+rank is min(i1, o1) times that of A B. If that is not below the kernel's own rank, the kernel is
+materialized, as it is by a `shard_map` that splits the inputs or the outputs.
 """
 
 import dataclasses
@@ -36,11 +36,11 @@ class LoKr(Method):
   Attributes:
     rank: the inner dimension of A B, at least 1.
     alpha: the numerator of the scale, alpha / rank.
-    decompose_both: make C a product of two thin matrices too, where the rank is small enough.
-    factor: the size of i1 and of o1, or their largest if it is no divisor of the inputs or outputs;
-      None for the divisor nearest to the square root. PEFT's `decompose_factor`.
-    channels: split the last input axis alone, and leave the others whole to A: for a convolution,
-      its channels, and its window. So PEFT does it.
+    decompose_both: True to make C a product of two thin matrices too, if the rank is small enough.
+    factor: the size of i1 and of o1, or their upper bound if it is no divisor of the inputs or
+      outputs; None for the divisor nearest to the square root. PEFT's `decompose_factor`.
+    channels: True to split only the last input axis and leave the others whole in A, as PEFT does
+      for a convolution with its channels and its window.
   """
 
   rank: int
@@ -73,7 +73,7 @@ class LoKr(Method):
       return jnp.zeros((*stack, *shape), jnp.float32)
 
     def uniform(key, *shape):
-      bound = 1 / math.sqrt(max(1, shape[0]))  # an axis of size zero has no values to bound
+      bound = 1 / math.sqrt(max(1, shape[0]))  # an axis of size zero has no values
       return jax.random.uniform(key, (*stack, *shape), jnp.float32, -bound, bound)
 
     if self.decompose_both and rank < max(i1, o1) / 2:
@@ -94,8 +94,8 @@ class LoKr(Method):
 def factorization(size: int, factor: int | None = None) -> tuple[int, int]:
   """A size as a product of two.
 
-  The first is `factor` if that divides it, or else the largest divisor which is not above `factor`
-  nor above the square root. A size of zero is 1 x 0.
+  The first is `factor` if it divides the size. Otherwise it is the largest divisor that is at most
+  `factor` and at most the square root. A size of zero is 1 x 0.
 
   >>> factorization(128), factorization(128, 4), factorization(128, 6), factorization(127)
   ((8, 16), (4, 32), (4, 32), (1, 127))
@@ -108,6 +108,6 @@ def factorization(size: int, factor: int | None = None) -> tuple[int, int]:
 
 
 def _channels_first(roles: str) -> tuple[int, ...]:
-  """The axes, counted from the end, with the last input before the others."""
+  """The axes, counted from the end, with the last input first."""
   inputs, outputs = ([n - len(roles) for n, x in enumerate(roles) if x == role] for role in "io")
   return (*inputs[-1:], *inputs[:-1], *outputs)

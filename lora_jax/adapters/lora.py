@@ -5,11 +5,12 @@
 
 B starts at zero, so the adapted model starts as the base. `scale` is alpha / rank (Hu et al. 2021,
 LoRA, arXiv 2106.09685, section 4.1), or alpha / sqrt(rank) with `rslora`, which keeps the size of
-the update independent of the rank (Kalajdzievski 2023, arXiv 2312.03732). With `train_a=False` it
-is LoRA-FA (Zhang et al. 2023, arXiv 2308.03303): A stays at its start, and the layer's input need
-not be kept for the backward pass.
+the update independent of the rank (Kalajdzievski 2023, arXiv 2312.03732). `train_a=False` is
+LoRA-FA (Zhang et al. 2023, arXiv 2308.03303): A keeps its initial values, and the layer's input is
+not saved for the backward pass.
 
-Defined for every kernel that is multiplied by, convolved or gathered, with any number of axes.
+Defined for every kernel that is used in products, convolutions or look-ups, with any number of
+axes.
 """
 
 import dataclasses
@@ -27,13 +28,13 @@ class LoRA(Method):
 
   Attributes:
     rank: the inner dimension of A B, at least 1 and at most that of the kernel.
-    alpha: the numerator of the scale. With 0 the model stays as the base, and nothing is learnt.
-    rslora: divide alpha by sqrt(rank) instead of rank.
-    train_a: train A as well as B; False is LoRA-FA.
-    dropout: the share of the inputs of A that a training step drops. It needs a key:
+    alpha: the numerator of the scale. With 0 the model stays at the base and learns nothing.
+    rslora: True to divide alpha by sqrt(rank) instead of rank.
+    train_a: True to train A as well as B; False is LoRA-FA.
+    dropout: the fraction of the inputs of A that a training step drops. It needs a key,
       `lora_jax.with_dropout(weights, key)`; without one nothing is dropped. Rows that are looked
-      up, as an embedding's, have no input to drop.
-    initializer: starting values of A and B, one of `lora_jax.initializers` or your own.
+      up, as in an embedding, have no input to drop.
+    initializer: the starting values of A and B, one of `lora_jax.initializers` or your own.
   """
 
   rank: int
@@ -56,13 +57,13 @@ class LoRA(Method):
     return scale_of(self)
 
   def init(self, key, path, w, roles):
-    """As in `Method`; raises when the rank exceeds that of the kernel."""
+    """As in `Method`; raises if the rank exceeds that of the kernel."""
     stack, inputs, outputs = sizes(w.shape, roles)
     check_rank_fits(path, self.rank, inputs, outputs)
     return self.starting_at(*self.initializer(key, stack, inputs, outputs, self.rank), roles)
 
   def starting_at(self, a, b, roles: str) -> LowRank:
-    """The adapter with given factors, of any rank, for a leaf of these roles."""
+    """Returns the adapter with given factors, of any rank, for a leaf of these roles."""
     return LowRank(
       w=None, a=a, b=b, scale=self.scale, dropout=self.dropout, roles=roles.lstrip("s"),
       frozen=() if self.train_a else ("a",),
@@ -70,7 +71,7 @@ class LoRA(Method):
 
 
 def check_rank(spec) -> None:
-  """Raises TypeError when a spec's rank is no whole number, ValueError when it is below one."""
+  """Raises TypeError if a spec's rank is no whole number, ValueError if it is below one."""
   spec.settle("rank", checks.whole, least=1)
 
 
@@ -80,7 +81,7 @@ def scale_of(spec) -> float:
 
 
 def check_rank_fits(path: str, rank: int, inputs: tuple, outputs: tuple) -> None:
-  """Raises ValueError when a rank exceeds that of a kernel of these axes."""
+  """Raises ValueError if a rank exceeds that of a kernel with these axes."""
   fan_in, fan_out = math.prod(inputs), math.prod(outputs)
   if rank > min(fan_in, fan_out):
     largest = min(fan_in, fan_out)
@@ -89,8 +90,8 @@ def check_rank_fits(path: str, rank: int, inputs: tuple, outputs: tuple) -> None
 
 
 def check_leaves_start(path: str, spec, method: str) -> None:
-  """Raises TypeError for what is no spec, ValueError for the spec of another method, or one that
-  says itself what its factors start from."""
+  """Raises TypeError if spec is no spec, ValueError if it belongs to another method or has an
+  initializer of its own."""
   checks.instance(f"{path}: has", spec, Method, "spec")
   if not isinstance(spec, LoRA):
     raise ValueError(f"{path}: {method} is a start of LoRA, and the spec is {spec}; use LoRA")

@@ -4,11 +4,11 @@
     before    {"query": {"kernel": W}}
     after     {"query": {"kernel": Recentred(w=W - scale * A B, a=A, b=B, ...)}}
 
-Büyükakyüz 2024, OLoRA, arXiv 2406.01775, section 3. W is inputs by outputs here and the paper's is
-outputs by inputs, hence the transposes: the rows of B are orthonormal. As in PEFT, and unlike in
-PiSSA, the factors are not divided by the scale: the part that trains is `scale * A B`.
+Source: Büyükakyüz 2024, OLoRA, arXiv 2406.01775, section 3. W is inputs by outputs here and outputs
+by inputs in the paper, hence the transposes: the rows of B are orthonormal. As in PEFT, and unlike
+in PiSSA, the factors are not divided by the scale: the part that trains is `scale * A B`.
 
-Defined for every kernel, as PiSSA is, and as it does it starts from the values of the weights.
+Defined for every kernel. Like PiSSA, it starts from the values of the weights.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ class OLoRA(FromKernel):
   Attributes:
     rank: of A B, at least 1 and at most that of the kernel.
     alpha: the numerator of the scale.
-    rslora: divide alpha by sqrt(rank) instead of rank.
+    rslora: True to divide alpha by sqrt(rank) instead of rank.
   """
 
   def factorize(self, key, matrix):

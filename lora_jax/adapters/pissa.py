@@ -4,14 +4,14 @@
     before    {"query": {"kernel": W}}
     after     {"query": {"kernel": Recentred(w=W - scale * A B, a=A, b=B, ...)}}
 
-Meng et al. 2024, PiSSA, arXiv 2404.02948, sections 3 and 4. The paper trains with scale 1, which is
-alpha = rank; another scale is divided out of the factors, as PEFT does, so that the model starts as
-the base with any. With `iterations` the decomposition is randomised, the paper's fast variant.
+Source: Meng et al. 2024, PiSSA, arXiv 2404.02948, sections 3 and 4. The paper trains with scale 1,
+that is, alpha = rank. Any other scale is divided out of the factors, as in PEFT, so that the model
+starts as the base. With `iterations` the decomposition is randomized, the paper's fast variant.
 
-Defined for every kernel, whatever its axes are: the matrix is that of all inputs by all outputs. It
-starts from the values of the weights, so it asks for arrays where LoRA is content with shapes, and
-an attached tree holds its own copy of the kernels, less their principal part. On a quantised base
-the base stays quantised, and the principal part is subtracted in factored form.
+Defined for every kernel with any axes: the matrix is that of all inputs by all outputs. It starts
+from the values of the weights, so `init` needs arrays where LoRA needs only shapes. An attached
+tree holds its own copy of the kernels without their principal part. A quantized base stays
+quantized, and the principal part is subtracted in factored form.
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ class PiSSA(FromKernel):
   Attributes:
     rank: of A B, at least 1 and at most that of the kernel.
     alpha: the numerator of the scale, above zero.
-    rslora: divide alpha by sqrt(rank) instead of rank.
-    iterations: subspace iterations of the randomised decomposition (PEFT's `pissa_niter_4` has 4),
-      each of which costs two products of the kernel with rank + 8 vectors; None decomposes exactly.
+    rslora: True to divide alpha by sqrt(rank) instead of rank.
+    iterations: subspace iterations of the randomized decomposition (4 in PEFT's `pissa_niter_4`).
+      Each costs two products of the kernel with rank + 8 vectors. None decomposes exactly.
   """
 
   iterations: int | None = None
@@ -37,7 +37,7 @@ class PiSSA(FromKernel):
   def __post_init__(self):
     super().__post_init__()
     if self.alpha <= 0:
-      raise ValueError(f"PiSSA: alpha {self.alpha} is not above 0; its root is divided by")
+      raise ValueError(f"PiSSA: alpha {self.alpha} is not above 0; the factors divide by its root")
     self.settle("iterations", checks.whole, least=0)
 
   def factorize(self, key, matrix):

@@ -1,4 +1,4 @@
-"""What PiSSA and OLoRA share: a start taken out of the kernel itself."""
+"""The common part of PiSSA and OLoRA: a start that is taken from the kernel itself."""
 
 import dataclasses
 
@@ -13,12 +13,12 @@ from lora_jax.weights.recentred import Recentred
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FromKernel(Method):
-  """A spec whose A and B start from factors of the kernel, whose product is taken out of the base.
+  """A spec whose A and B start as factors of the kernel; the base then loses their product.
 
   Attributes:
     rank: of A B, at least 1 and at most that of the kernel.
     alpha: the numerator of the scale.
-    rslora: divide alpha by sqrt(rank) instead of rank.
+    rslora: True to divide alpha by sqrt(rank) instead of rank.
   """
 
   rank: int
@@ -39,13 +39,13 @@ class FromKernel(Method):
     raise NotImplementedError
 
   def init(self, key, path, w, roles):
-    """As in `Method`; raises when the rank exceeds the kernel's, or where there are no values."""
+    """As in `Method`; raises if the rank exceeds the kernel's, or if w is only a shape."""
     _, inputs, outputs = sizes(w.shape, roles)
     check_rank_fits(path, self.rank, inputs, outputs)
     if isinstance(w, jax.ShapeDtypeStruct):
       raise ValueError(
-        f"{path}: {type(self).__name__} starts from the values of the weights, and here is their "
-        "shape alone; pass arrays, or call init under jax.eval_shape"
+        f"{path}: {type(self).__name__} starts from the values of the weights, and this is only a "
+        "shape; pass arrays, or call init under jax.eval_shape"
       )
     a, b = factorization.factorized(
       materialize(w), roles, lambda matrix: self.factorize(key, matrix)

@@ -1,4 +1,4 @@
-"""TokenRows: chosen rows of an embedding train, as for tokens that are new to the model.
+"""TokenRows: trains chosen rows of an embedding, such as those of new tokens.
 
     before    {"embed": {"embedding": W}}
     after     {"embed": {"embedding": TokenRows(w=W, dw=0, ids=(49152, 49153))}}
@@ -6,13 +6,13 @@
     match(params, [("embed/embedding", TokenRows(ids=(49152, 49153)))])
     match(params, [("head/kernel", TokenRows(ids=(49152, 49153), axis=1))])
 
-`W[ids[n]]` becomes `W[ids[n]] + dw[n]`, with dw = 0 at the start. Where the head is tied to the
-embedding, its rows are the same ones. Nothing of the size of the vocabulary times the width is
-formed, in the look-up or in the logits. What trains is what `trainable_token_indices` trains in
-PEFT, which stores the rows themselves (`rows` of the attached weight).
+`W[ids[n]]` becomes `W[ids[n]] + dw[n]`, with dw = 0 at the start. A head that is tied to the
+embedding uses the same rows. Neither the look-up nor the logits materialize an array of the size of
+vocabulary times width. The trained values are those of PEFT's `trainable_token_indices`, which
+stores the rows themselves (`rows` of the attached weight).
 
-Defined for leaves that are looked up or multiplied by with one axis of tokens, not for stacks of
-them and not for convolutions.
+Defined for leaves with one axis of tokens that are looked up or used in products; not for stacks of
+them, nor for convolutions.
 """
 
 import dataclasses
@@ -27,10 +27,10 @@ from lora_jax.adapters.base import Method
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenRows(Method):
-  """The spec of an embedding of which some rows train.
+  """The spec of an embedding in which some rows train.
 
   Attributes:
-    ids: the tokens whose rows train, each once.
+    ids: the tokens whose rows train, without duplicates.
     axis: the axis of the tokens: 0 in an embedding, 1 in the kernel of a head.
   """
 
@@ -46,7 +46,7 @@ class TokenRows(Method):
       )
 
   def init(self, key, path, w, roles):
-    """As in `Method`; raises when there is no such axis of tokens, or no such token."""
+    """As in `Method`; raises if there is no such axis of tokens, or no such token."""
     shape = tuple(w.shape)
     if not 0 <= self.axis < len(shape) or roles.count(roles[self.axis]) != 1 or "s" in roles:
       raise ValueError(
@@ -68,7 +68,7 @@ class TokenRows(Method):
 
 
 def _tokens(name: str, value: Any) -> tuple[int, ...]:
-  """Token ids, of a sequence or an array of whole numbers."""
+  """Token ids from a sequence or an array of whole numbers."""
   if isinstance(value, str | bytes) or not isinstance(value, Iterable):
     raise TypeError(f"{name} {value!r} is not a sequence of token ids")
   return tuple(checks.whole(f"{name}: the token", token) for token in value)

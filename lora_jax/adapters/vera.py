@@ -1,24 +1,24 @@
-"""VeRA: two trained vectors for a layer, between random matrices that all layers share.
+"""VeRA: two trained vectors per layer, between random matrices that all layers share.
 
     before    {"query": {"kernel": W}}
     after     {"query": {"kernel": VeRA(w=W, a=A, b=B, lambda_d=d, lambda_b=b)}}
 
     W + A diag(d) B diag(b)
 
-A and B are frozen, random, and the same in every layer of one `rank`, `seed` and `fan_in`: of each
-the first rows, or columns, that the layer has inputs and outputs for. b starts at zero, so the
-adapted model starts as the base. Only d and b train, r + k numbers for a kernel of k outputs, and
-so ranks are much larger than LoRA's, and may exceed the kernel's own.
+A and B are frozen and random. Layers with the same `rank`, `seed` and `fan_in` share them: a layer
+takes the first rows of A for its inputs and the first columns of B for its outputs. b starts at
+zero, so the adapted model starts as the base. Only d and b train, r + k parameters for a kernel of
+k outputs. So ranks are much larger than LoRA's, and may exceed the kernel's own.
 
-No layer is asked for the largest sizes of the model: every input has its own row of A and every
-output its own column of B, each drawn from the seed and its number. For the same reason no bound of
-the uniform distribution can be that of a layer; see `fan_in`.
+The largest sizes of the model need not be known: every input has its own row of A and every output
+its own column of B, each drawn from the seed and its index. For the same reason the bound of the
+uniform distribution cannot depend on a layer; see `fan_in`.
 
-Stacked layers hold the shared matrices once for each layer of the stack. An adapter from elsewhere,
-such as PEFT, has an A and a B of its own, given to `weights.VeRA` as arrays.
+Stacked layers hold a copy of the shared matrices for each layer of the stack. An adapter from
+elsewhere, such as PEFT, has an A and a B of its own, passed to `weights.VeRA` as arrays.
 
 Source: Kopiczko et al. 2023, arXiv 2310.11454, sections 3.1 and 3.3. Defined for every kernel that
-is multiplied by, convolved or gathered, with any number of axes. (PEFT has it for linear layers.)
+is used in products, convolutions or look-ups, with any number of axes. (PEFT: linear layers only.)
 """
 
 import dataclasses
@@ -34,17 +34,17 @@ from lora_jax.adapters.lora import check_rank
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VeRA(Method):
-  """The spec of a layer's two vectors.
+  """The spec of a layer's two vectors and the shared matrices.
 
   Attributes:
     rank: the inner dimension of A B, at least 1.
-    seed: from which the shared matrices are drawn. It is part of what was learnt: with another one
-      the trained vectors mean nothing.
-    d_initial: the start of d.
+    seed: the seed of the shared matrices. It is part of the adapter: with another seed the trained
+      vectors are meaningless.
+    d_initial: the initial value of d.
     fan_in: the number of inputs for which A is drawn, uniform in ±√(6 / fan_in), the bound of He et
-      al. 2015. PEFT takes the largest of the adapted layers; with that, A is distributed as there.
-      None for the rank, which is A's number of outputs and B's of inputs, so that He's bound keeps
-      gradients at their size where the other keeps activations.
+      al. 2015. PEFT takes the largest of the adapted layers; pass that for the same distribution.
+      None takes the rank, which is A's number of outputs and B's of inputs: He's bound then
+      preserves the size of gradients instead of activations.
   """
 
   rank: int
@@ -59,7 +59,7 @@ class VeRA(Method):
     self.settle("fan_in", checks.whole, least=1)
 
   def init(self, key, path, w, roles):
-    """As in `Method`; the key is not used, since the seed is all layers' own."""
+    """As in `Method`; the key is not used, since all layers share the seed."""
     stack, inputs, outputs = sizes(w.shape, roles)
     a, b = self.matrices(math.prod(inputs), math.prod(outputs))
     a, b = a.reshape(*inputs, self.rank), b.reshape(self.rank, *outputs)
@@ -74,7 +74,7 @@ class VeRA(Method):
 
   def matrices(self, inputs: int, outputs: int) -> tuple[jax.Array, jax.Array]:
     """The first rows of A, [inputs, rank], and the first columns of B, [rank, outputs]."""
-    # The generator is named, so that no setting of JAX changes what a seed means.
+    # An explicit generator, so that no setting of JAX changes the meaning of a seed.
     keys = jax.random.split(jax.random.key(self.seed, impl="threefry2x32"))
 
     def rows(key, count, fan_in):

@@ -4,7 +4,7 @@
     smaller = compress.quantize(params, formats, axes)
     logits  = lora_jax.adapt(model.apply)({"params": smaller}, tokens)
 
-Whatever comes out is adapted, trained and merged like any other tree.
+The result is adapted, trained and merged like any other tree.
 """
 
 from lora_jax.compress.perplexity import make_windows as make_windows

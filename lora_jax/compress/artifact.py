@@ -1,12 +1,13 @@
-"""A model as a compiled-to-be program and its numbers, which run without this package.
+"""A model as an exported program and its parameters, which run without this package.
 
-    artifact.save("runs/small/artifact", lora_jax.adapt(model.apply), params, rows=1, length=128)
+    tokens = jax.ShapeDtypeStruct((1, 128), jnp.int32)
+    artifact.save("runs/small/artifact", lora_jax.adapt(model.apply), params, inputs=tokens)
 
     program.bin           the forward pass, as `jax.export` writes it: StableHLO, with its versions
-    params.safetensors    the arrays that it takes, by name
-    tokenizer.json, ...   what makes tokens of a text, where a tokenizer is given
+    params.safetensors    its parameters, by name
+    tokenizer.json, ...   the tokenizer, if one is given
 
-Whoever has JAX and safetensors runs it, on any of the platforms that it was lowered for:
+Running it needs only JAX and safetensors, on any platform that it was lowered for:
 
     program = jax.export.deserialize(bytearray(open("program.bin", "rb").read()))
     params = safetensors.numpy.load_file("params.safetensors")
@@ -42,27 +43,26 @@ def save(
   apply: Callable,
   params: PyTree,
   *,
-  rows: int,
-  length: int,
+  inputs: jax.ShapeDtypeStruct,
   platforms: Sequence[str] = ("cpu",),
   tokenizer: Tokenizer | None = None,
   options: Mapping[str, DTypeLike] = types.MappingProxyType({}),
 ) -> None:
-  """Writes a folder with a model's forward pass, new or empty, which appears whole or not at all.
+  """Writes a model's forward pass to a new or empty folder, completely or not at all.
 
   Args:
-    folder: to write.
-    apply: `apply({"params": params}, tokens) -> logits`; adapted, for params with Weights.
-    params: of arrays and Weights; masks, codes and scales are arrays of the file, codes in fp8 as
-      the bytes that they are, which numpy's safetensors hold.
-    rows, length: of the tokens that the program takes, int32 [rows, length].
-    platforms: what it is lowered for: "cpu", "cuda", "tpu".
-    tokenizer: of the model, to be written beside it.
-    options: {name: dtype} of what `apply` takes by name besides the tokens, of their shape; the
-      program takes them after these, in this order.
+    folder: the folder to write.
+    apply: `apply({"params": params}, inputs) -> logits`; adapted, for params with Weights.
+    params: arrays and Weights. Masks, quantized values and scales are arrays of the file. Values in
+      fp8 are stored as bytes, since numpy's safetensors has no such dtype.
+    inputs: the shape and dtype of the program's inputs: tokens, int32 [rows, length], or images.
+    platforms: the platforms to lower for: "cpu", "cuda", "tpu".
+    tokenizer: the model's tokenizer, written to the folder as well.
+    options: {name: dtype} of the arguments that `apply` takes by name in addition to the inputs,
+      in their shape. The program takes them after the inputs, in this order.
 
   Raises:
-    FileExistsError: when the folder holds something.
+    FileExistsError: if the folder is not empty.
   """
   folder = outputs.new_folder(folder)
   leaves = tree.flatten(params)
@@ -70,14 +70,14 @@ def save(
   arrays = {name: _as_stored(np.asarray(leaf)) for name, leaf in leaves.items()}
   structure = jax.tree.structure(params)
 
-  def forward(arrays, tokens, *others):
+  def forward(arrays, inputs, *others):
     leaves = [_as_used(arrays[name], dtype) for name, dtype in dtypes.items()]
     named = dict(zip(options, others, strict=True))
-    made = apply({"params": jax.tree.unflatten(structure, leaves)}, tokens, **named)
+    made = apply({"params": jax.tree.unflatten(structure, leaves)}, inputs, **named)
     return tuple(made) if isinstance(made, tuple) else made  # no class of this package's
 
   shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
-  given = [jax.ShapeDtypeStruct((rows, length), x) for x in (jnp.int32, *options.values())]
+  given = [inputs, *(jax.ShapeDtypeStruct(inputs.shape, x) for x in options.values())]
   program = jax.export.export(jax.jit(forward), platforms=tuple(platforms))(shapes, *given)
   with outputs.whole_folder(folder) as partial:
     outputs.write_bytes(partial / PROGRAM, program.serialize())

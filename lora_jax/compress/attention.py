@@ -1,15 +1,17 @@
-"""The attention matrix itself: pairs of projections factored together, head by head.
+"""Smaller attention heads: pairs of projections factored together, head by head.
 
-A head adds softmax(x Wq Wkᵀ xᵀ) x Wv Wo. Only the products of the pairs matter, each of the rank of
-a head's features at most, so their truncation is the best that any smaller head can do:
+A head adds softmax(x Wq Wkᵀ xᵀ) x Wv Wo. Only the products of the pairs matter. The rank of each is
+at most the number of features of the head, so its truncation is the best that any smaller head can
+do:
 
-    Wq Wkᵀ ≈ Wq' Wk'ᵀ      [D, D], of fewer features for queries and keys
-    Wv Wo  ≈ Wv' Wo'       [D, D], of fewer features for values
+    Wq Wkᵀ ≈ Wq' Wk'ᵀ      [D, D], with fewer features of queries and keys
+    Wv Wo  ≈ Wv' Wo'       [D, D], with fewer features of values
 
-Heads become smaller, and so do FLOPs and the cache of keys and values. The second is exact for
-every model. The first is for models without rotary positions: rotations stand between Wq and Wkᵀ,
-another one for each distance, and a feature that is dropped from all of them at once is no pair of
-the rotations any more. So `shrink_values` is all that they take; `refuse_rotary` says why.
+Heads become smaller, and so do FLOPs and the cache of keys and values. The second line applies to
+every model. The first is for models without rotary positions. With them, a rotation is between Wq
+and Wkᵀ, a different one for each distance, and a truncation shared by all distances does not keep
+the pairs of features that are rotated. Such models support only `shrink_values`; `refuse_rotary`
+raises an error with the reason.
 """
 
 import dataclasses
@@ -22,7 +24,7 @@ import scipy.linalg
 
 from lora_jax import tree
 from lora_jax.compress.factorize import check_rows, factor_root
-from lora_jax.compress.structured import check_separate
+from lora_jax.compress.structured import check_alike, check_separate
 from lora_jax.families import Config
 from lora_jax.models.llama_config import value_features
 from lora_jax.weights import is_weight
@@ -35,23 +37,23 @@ Matrix = np.ndarray
 def value_output(
   value: Matrix, out: Matrix, features: int, root: Matrix | None = None
 ) -> tuple[Matrix, Matrix]:
-  """Smaller values of one key/value head, and the output projections of the heads that it serves.
+  """Shrinks the values of one key/value head, and the output projections of its query heads.
 
-      minimise Σ_n ‖Sᵀ (Wv Wo_n - Wv' Wo'_n)‖²
+      minimize Σ_n ‖Sᵀ (Wv Wo_n - Wv' Wo'_n)‖²
 
-  Exact where the products have no more than this rank together.
+  Exact if the rank of all the products together is at most `features`.
 
   Args:
     value: Wv, [D, H].
     out: Wo of the query heads that attend to it, [N, H, D].
-    features: of the smaller head.
-    root: the S of S Sᵀ = E[x xᵀ], the inputs of Wv; None weighs all alike.
+    features: the number of features of the smaller head.
+    root: the S of S Sᵀ = E[x xᵀ], for the inputs of Wv; None weighs all directions alike.
 
   Returns:
     Wv' [D, features] and Wo' [N, features, D].
 
   Raises:
-    ValueError: when the features are none, or more than the head has.
+    ValueError: if `features` is below 1, or above the head's features.
   """
   _check_features(features, value.shape[-1])
   wide = out.transpose(1, 0, 2).reshape(out.shape[1], -1)  # [H, N D]
@@ -62,23 +64,24 @@ def value_output(
 def query_key(
   query: Matrix, key: Matrix, features: int, root: Matrix | None = None
 ) -> tuple[Matrix, Matrix]:
-  """Smaller keys of one head, and the queries of the heads that attend to it; no rotary positions.
+  """Shrinks the keys of one head, and the queries that attend to it; not for rotary positions.
 
-      minimise Σ_n ‖Sᵀ (Wq_n Wkᵀ - Wq'_n Wk'ᵀ)ᵀ‖²
+      minimize Σ_n ‖Sᵀ (Wq_n Wkᵀ - Wq'_n Wk'ᵀ)ᵀ‖²
 
-  The scores keep their division by the root of the features that the head had: multiply by the
-  root of new over old where the model divides by that of the new ones.
+  The scores must still be divided by the root of the original number of features. If the model
+  divides by the root of the new number, multiply by the root of new over old.
 
   Args:
     query: Wq of the query heads, [N, D, H].
     key: Wk, [D, H].
-    features, root: as in `value_output`, of the inputs of Wk.
+    features: as in `value_output`.
+    root: as in `value_output`, for the inputs of Wk.
 
   Returns:
     Wq' [N, D, features] and Wk' [D, features].
 
   Raises:
-    ValueError: as `value_output`.
+    ValueError: as in `value_output`.
   """
   _check_features(features, key.shape[-1])
   wide = query.transpose(2, 0, 1).reshape(query.shape[2], -1)  # [H, N D]
@@ -87,7 +90,7 @@ def query_key(
 
 
 def _truncated(first: Matrix, second: Matrix, features: int, root: Matrix | None):
-  """The first features of `first @ second`, [D, H] @ [H, M], which is not formed."""
+  """The first features of `first @ second`, [D, H] @ [H, M], which is not materialized."""
   whitened = first if root is None else root.T @ first
   q_first, r_first = scipy.linalg.qr(whitened, mode="economic")
   q_second, r_second = scipy.linalg.qr(second.T, mode="economic")
@@ -101,7 +104,7 @@ def _truncated(first: Matrix, second: Matrix, features: int, root: Matrix | None
 
 def _check_features(features: int, most: int) -> None:
   if not 1 <= features <= most:
-    raise ValueError(f"a head of {most} features is shrunk to 1 to {most} of them, not {features}")
+    raise ValueError(f"a head of {most} features can be shrunk to 1 to {most}, not {features}")
 
 
 # ---- a decoder
@@ -115,22 +118,23 @@ def shrink_values(
   *,
   damping: float = 1e-3,
 ) -> tuple[PyTree, Config]:
-  """A decoder whose value heads have fewer features, and its configuration.
+  """Returns a decoder whose value heads have fewer features, and its configuration.
 
   Args:
-    params: of the model, layers unstacked, its attention dense.
-    config: of the model.
-    value_dim: features of a value head, the same in every layer.
+    params: the model's parameters, with unstacked layers and dense attention.
+    config: the model's configuration.
+    value_dim: the features of a value head, the same in every layer.
     moments: of the inputs of `block_{i}/attn/value/kernel`, whole matrices; None weighs all
       directions of the residual stream alike.
     damping: as in `compress.factorize.Whitened`.
 
   Raises:
-    ValueError: when the layers are stacked or a kernel is compressed already, when the features are
-      none or more than there are, and when the calibration data are too short.
+    ValueError: if the layers are stacked or a kernel is compressed already, if `value_dim` is below
+      1 or above the model's, or if there are too few calibration data.
   """
   if config.scan_layers:
     raise ValueError("the layers are stacked; load the model with scan_layers=False")
+  check_alike(config, "value_dim")
   check_separate(params, "value_heads")
   if config.qkv_bias:
     raise ValueError("value_dim: values that have a bias cannot be shrunk; leave value_dim out")
@@ -162,9 +166,9 @@ def shrink_values(
 
 
 def refuse_rotary() -> NoReturn:
-  """Raises what asking for smaller queries and keys of a decoder does."""
+  """Raises the error for a request to shrink queries and keys of a decoder."""
   raise ValueError(
-    "queries and keys have rotary positions: a rotation stands between Wq and Wkᵀ, another for "
-    "each distance, so no truncation of their product is right for all of them; shrink the values "
-    "(value_dim), or factorise the two kernels each for itself"
+    "queries and keys have rotary positions: a rotation is between Wq and Wkᵀ, another for each "
+    "distance, so no truncation of their product is right for all of them; shrink the values "
+    "(value_dim), or factorize the two kernels separately"
   )

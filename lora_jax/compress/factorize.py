@@ -1,14 +1,15 @@
-"""Low-rank factorisation of a trained model: kernels exchanged for two thin factors.
+"""Low-rank factorization of a trained model: kernels replaced by two thin factors.
 
     paths  = factorize.select(params, ["all-linear"], axes)
     params = factorize.factorize(params, dict.fromkeys(paths, 128), factorize.svd, axes=axes)
     logits = lora_jax.adapt(model.apply)({"params": params}, tokens)
 
-How a kernel is decomposed is a function `(path, matrix, rank) -> (a, b)` of [d, k], in float64 on
-the host: `svd`, `randomized`, `pivoted_qr`, or a `Whitened`, which weighs errors by what the model
-is used on. Ranks by a share of the energy: `energy_ranks`; by a budget: `sensitivity.allocate`.
+A decomposition is a function `(path, matrix, rank) -> (a, b)` of a [d, k] matrix, in float64 on the
+host: `svd`, `randomized`, `pivoted_qr`, or a `Whitened`, which weights errors by the model's use of
+the kernel. Ranks are set by a fraction of the energy (`energy_ranks`) or by a budget
+(`sensitivity.allocate`).
 
-Sources: Halko, Martinsson and Tropp 2011, arXiv 0909.4061, for the randomised decomposition; Wang
+Sources: Halko, Martinsson and Tropp 2011, arXiv 0909.4061, for the randomized decomposition; Wang
 et al. 2024, SVD-LLM, arXiv 2403.07378, sections 3.2 and 3.3, for whitening and the update.
 """
 
@@ -35,22 +36,22 @@ Matrix = np.ndarray
 Decompose = Callable[[str, Matrix, int], tuple[Matrix, Matrix]]
 
 
-# ---- which kernels
+# ---- the choice of kernels
 
 
 def select(
   params: PyTree, patterns: Sequence[str], axes: Mapping[str, Axes] | None = None
 ) -> list[str]:
-  """The paths of the kernels to compress, in the tree's order.
+  """Returns the paths of the kernels to compress, in the tree's order.
 
   Args:
     params: a pytree of arrays.
     patterns: presets or regular expressions for whole paths, as in `lora_jax.match`.
-    axes: what `trace_axes` found. Kernels of two axes (in, out) do not need it.
+    axes: the result of `trace_axes`. Kernels of two axes (in, out) do not need it.
 
   Raises:
-    ValueError: as `lora_jax.match` does; and when a kernel is a Weight already, holds a number that
-      is not finite, or has no axis of inputs or of outputs.
+    ValueError: as `lora_jax.match` does; and if a kernel is a Weight already, has values that are
+      not finite, or has no axis of inputs or of outputs.
   """
   specs = targets.match(params, [(pattern, Method()) for pattern in patterns], axes)
   leaves = tree.flatten(params, is_leaf=is_weight)
@@ -65,29 +66,29 @@ def select(
       raise ValueError(f"{path}: holds NaN or infinity; the model is damaged")
     roles = roles_of(Method(), path, leaves, axes)
     if not {"i", "o"} <= set(roles):
-      raise ValueError(f"{path}: its axes {roles!r} are no inputs and outputs; leave it out")
+      raise ValueError(f"{path}: its axes {roles!r} are not inputs and outputs; leave it out")
   return list(specs)
 
 
 def sizes(leaf, roles: str) -> tuple[int, int, int]:
-  """How many kernels a leaf holds, and the inputs and outputs of each."""
+  """The number of kernels in a leaf, and the inputs and outputs of each."""
   return tuple(int(np.prod(part_sizes(leaf.shape, roles, role, 0))) for role in "sio")
 
 
-# ---- how
+# ---- decompositions
 
 
 def svd(path: str, matrix: Matrix, rank: int) -> tuple[Matrix, Matrix]:
-  """The nearest matrix of this rank in the Frobenius norm, by an exact SVD."""
+  """The best approximation of this rank in the Frobenius norm, by an exact SVD."""
   del path
   return _balanced(*scipy.linalg.svd(matrix, full_matrices=False), rank)
 
 
 def randomized(seed: int, iterations: int = 4) -> Decompose:
-  """Nearly `svd` at the price of a few thin products, for kernels of many thousands of axes.
+  """Returns an approximate `svd` that costs a few thin products, for kernels with large axes.
 
   Args:
-    seed: of the random start.
+    seed: the seed of the random start.
     iterations: subspace iterations; see `lora_jax.factorization.randomized_svd`.
   """
 
@@ -104,8 +105,9 @@ def randomized(seed: int, iterations: int = 4) -> Decompose:
 def pivoted_qr(path: str, matrix: Matrix, rank: int) -> tuple[Matrix, Matrix]:
   """The truncated QR decomposition with column pivoting, `W P = Q R`.
 
-  a is [d, rank] with orthonormal columns, b the first rows of R with its columns put back. Within a
-  factor of the SVD's error, and several times as fast. Exact for a matrix of this rank.
+  a is [d, rank] with orthonormal columns; b is the first rows of R with its columns in the original
+  order. The error is within a factor of the SVD's, and it is several times as fast. Exact for a
+  matrix of this rank.
   """
   del path
   q, r, pivots = scipy.linalg.qr(matrix, mode="economic", pivoting=True)
@@ -116,19 +118,19 @@ def pivoted_qr(path: str, matrix: Matrix, rank: int) -> tuple[Matrix, Matrix]:
 
 @dataclasses.dataclass(frozen=True)
 class Whitened:
-  """The factors that lose least of what the kernel is used for, not of the kernel itself.
+  """Factors that minimize the error of the model's results rather than of the kernel.
 
-      minimise ‖Sᵀ (W - a b) R‖_F,     S Sᵀ = E[x xᵀ],   R Rᵀ = E[g gᵀ]
+      minimize ‖Sᵀ (W - a b) R‖_F,     S Sᵀ = E[x xᵀ],   R Rᵀ = E[g gᵀ]
 
-  With inputs alone that is the mean square of x (W - a b), SVD-LLM's truncation-aware whitening;
-  with gradients it is the change of the loss, see `compress.sensitivity`. A decomposition like the
-  others: `Whitened(inputs)(path, matrix, rank)`.
+  With inputs alone, that is the mean square of x (W - a b), SVD-LLM's truncation-aware whitening.
+  With gradients it approximates the change of the loss; see `compress.sensitivity`. It is used like
+  the other decompositions: `Whitened(inputs)(path, matrix, rank)`.
 
   Attributes:
     inputs: `{path: Moments}` as `lora_jax.second_moments` returns them, whole matrices.
     gradients: `{path: [k, k]}` as `sensitivity.gradient_moments` returns them, or None.
-    damping: of the mean of their diagonals, added to it: directions that the calibration data do
-      not have would otherwise cost nothing.
+    damping: added to the moments' diagonals, as a fraction of their mean. Without it, directions
+      that do not occur in the calibration data would cost nothing.
   """
 
   inputs: Mapping[str, Moments]
@@ -140,7 +142,7 @@ class Whitened:
     whitened = _between(left, matrix, right)
     squares, vectors, on_the_left = _directions(whitened)
     vectors = vectors[:, :rank]
-    # The matrix projected on its first singular vectors, on whichever side it is smaller.
+    # The matrix is projected on its first singular vectors, on its smaller side.
     a, b = (vectors, vectors.T @ whitened) if on_the_left else (whitened @ vectors, vectors.T)
     least = max(squares[0] * 1e-30, 1e-100)  # a kernel of zeros has factors of zeros
     scale = np.maximum(squares[:rank], least) ** (0.25 if on_the_left else -0.25)
@@ -151,14 +153,14 @@ class Whitened:
     return a, b
 
   def values(self, path: str, matrix: Matrix) -> np.ndarray:
-    """The singular values of `Sᵀ W R`, falling: what each rank is worth."""
+    """The singular values of `Sᵀ W R`, descending: the value of each rank."""
     left, right = self._roots(path, matrix)
     squares, _, _ = _directions(_between(left, matrix, right), vectors=False)
     return np.sqrt(squares)
 
   def _roots(self, path: str, matrix: Matrix) -> tuple[Matrix, Matrix | None]:
     if path not in self.inputs:
-      raise ValueError(f"{path}: has no moments of its inputs; ask second_moments for it as well")
+      raise ValueError(f"{path}: has no moments of its inputs; add it to second_moments' paths")
     rows = check_rows(path, self.inputs[path], matrix.shape[0])
     left = factor_root(
       path, np.asarray(self.inputs[path].mean), matrix.shape[0], "inputs", self.damping
@@ -175,9 +177,9 @@ def _between(left: Matrix, matrix: Matrix, right: Matrix | None) -> Matrix:
 
 
 def _directions(matrix: Matrix, vectors: bool = True) -> tuple[np.ndarray, Matrix | None, bool]:
-  """The squares of the singular values, falling, the singular vectors on the side where there are
-  fewer axes, and whether that is the left: several times as fast as an SVD, and as good where
-  nothing below a hundred-millionth of the largest matters."""
+  """The squared singular values, descending, the singular vectors of the smaller side, and True if
+  that is the left side. Several times as fast as an SVD, and as good unless singular values below
+  a hundred-millionth of the largest matter."""
   on_the_left = matrix.shape[0] <= matrix.shape[1]
   gram = matrix @ matrix.T if on_the_left else matrix.T @ matrix
   if not vectors:
@@ -187,12 +189,12 @@ def _directions(matrix: Matrix, vectors: bool = True) -> tuple[np.ndarray, Matri
 
 
 def check_rows(path: str, moments: Moments, inputs: int) -> int:
-  """The rows that moments are of; raises ValueError for fewer than there are inputs."""
+  """The number of rows of moments; raises ValueError if it is below the number of inputs."""
   rows = int(np.asarray(moments.rows).max())
   if rows < inputs:
     raise ValueError(
       f"{path}: the calibration data have {rows} rows for its {inputs} inputs; give more, or "
-      "factorise it without them"
+      "factorize it without them"
     )
   return rows
 
@@ -202,7 +204,7 @@ def factor_root(path: str, moments: Matrix, size: int, what: str, damping: float
   if moments.shape != (size, size):
     raise ValueError(
       f"{path}: the moments of its {what} are {moments.shape}, and whitening needs {(size, size)}; "
-      "a stack of layers is whitened layer by layer, unstacked, and from whole matrices"
+      "unstack a stack of layers, and pass whole matrices instead of diagonals"
     )
   if not np.isfinite(moments).all():
     raise ValueError(f"{path}: the moments of its {what} are not finite; an activation overflowed")
@@ -216,7 +218,7 @@ def _balanced(u: Matrix, s: np.ndarray, vt: Matrix, rank: int) -> tuple[Matrix, 
   return u[:, :rank] * root, root[:, None] * vt[:rank]
 
 
-# ---- how much
+# ---- ranks
 
 
 def tails(
@@ -225,14 +227,14 @@ def tails(
   values: Callable[[str, Matrix], np.ndarray],
   axes: Mapping[str, Axes] | None = None,
 ) -> dict[str, np.ndarray]:
-  """`{path: [n + 1]}`, what is lost of each kernel at the ranks 0 ... n: the sum of σ² beyond them.
+  """Returns `{path: [n + 1]}`, each kernel's loss at the ranks 0 ... n: the sum of σ² beyond them.
 
   Args:
     params: the dense model.
     paths: the kernels, from `select`.
-    values: `(path, matrix) -> singular values`; `Whitened.values`, `singular_values`, or for
-      `pivoted_qr`, which loses more than these, `pivoted_rows`.
-    axes: what `trace_axes` found; by default what `match` was given for `paths`.
+    values: `(path, matrix) -> singular values`: `Whitened.values`, `singular_values`, or
+      `pivoted_rows` for `pivoted_qr`, which loses more than these.
+    axes: the result of `trace_axes`; by default the axes that `match` was given for `paths`.
   """
   leaves = tree.flatten(params, is_leaf=is_weight)
   axes = targets.axes_of(paths, axes, leaves)
@@ -247,33 +249,33 @@ def tails(
 
 
 def singular_values(path: str, matrix: Matrix) -> np.ndarray:
-  """Those of the kernel itself."""
+  """The singular values of the kernel itself."""
   del path
   return scipy.linalg.svdvals(matrix)
 
 
 def pivoted_rows(path: str, matrix: Matrix) -> np.ndarray:
-  """The lengths of R's rows, of which `pivoted_qr` loses those beyond its rank."""
+  """The norms of R's rows; `pivoted_qr` loses those beyond its rank."""
   del path
   r, _ = scipy.linalg.qr(matrix, mode="r", pivoting=True)
   return np.linalg.norm(r[: min(matrix.shape)], axis=1)
 
 
 def energy_ranks(losses: Mapping[str, np.ndarray], energy: float) -> dict[str, int]:
-  """The least rank of each kernel that keeps this share of its energy, Σ σ² up to it of all.
+  """Returns the smallest rank of each kernel that keeps a fraction of its energy Σ σ².
 
   Args:
-    losses: as `tails` returns them.
-    energy: above 0 and at most 1.
+    losses: the result of `tails`.
+    energy: the fraction to keep, above 0 and at most 1.
 
   Raises:
-    ValueError: when it is out of that range.
+    ValueError: if `energy` is out of range.
   """
   if not 0 < energy <= 1:
     raise ValueError(f"the energy {energy} must be above 0 and at most 1")
   ranks = {}
   for path, loss in losses.items():
-    # A share of one is reached where rounding leaves nothing.
+    # A fraction of one is reached where rounding leaves nothing.
     enough = loss <= (1 - energy + 1e-12) * loss[0]
     ranks[path] = max(int(np.argmax(enough)), 1)
   return ranks
@@ -289,20 +291,20 @@ def factorize(
   *,
   axes: Mapping[str, Axes] | None = None,
 ) -> PyTree:
-  """The tree with the kernels at these paths exchanged for `Factored` ones, in the kernels' dtype.
+  """Returns the tree with `Factored` kernels at these paths, in the kernels' dtype.
 
   Args:
-    params: a pytree of arrays; other leaves, Weights among them, stay as they are.
-    ranks: `{path: rank}`; each layer of a stack gets it.
-    decompose: `svd`, `randomized(seed)`, `pivoted_qr`, a `Whitened`, or your own.
-    axes: what `trace_axes` found. Kernels of two axes (in, out) do not need it.
+    params: a pytree of arrays; other leaves, including Weights, are kept.
+    ranks: `{path: rank}`; each layer of a stack gets this rank.
+    decompose: `svd`, `randomized(seed)`, `pivoted_qr`, a `Whitened`, or your own function.
+    axes: the result of `trace_axes`. Kernels of two axes (in, out) do not need it.
 
   Raises:
-    ValueError: when a path is no kernel that `select` would take, or a rank is below 1 or above the
-      kernel's; all are looked at before the first is decomposed.
+    ValueError: if `select` would refuse a path, or if a rank is below 1 or above the kernel's. All
+      paths are checked before the first kernel is decomposed.
   """
   if not ranks:
-    raise ValueError("there is no kernel to factorise: the ranks are empty")
+    raise ValueError("there is no kernel to factorize: the ranks are empty")
   select(params, [re.escape(path) for path in ranks], axes)
   leaves = tree.flatten(params, is_leaf=is_weight)
   roles = {path: roles_of(Method(), path, leaves, axes) for path in ranks}
@@ -310,7 +312,7 @@ def factorize(
     _, d, k = sizes(leaves[path], roles[path])
     if not 1 <= rank <= min(d, k):
       raise ValueError(
-        f"{path}: the rank must be from 1 to {min(d, k)}, the least of its {d} inputs and {k} "
+        f"{path}: the rank must be from 1 to {min(d, k)}, the smaller of its {d} inputs and {k} "
         f"outputs, and is {rank}"
       )
   found = {
@@ -328,23 +330,23 @@ def update(
   *,
   damping: float = 1e-3,
 ) -> PyTree:
-  """The second factors of some kernels fitted anew to the inputs that they now have.
+  """Returns the tree with the second factors of kernels refitted to their current inputs.
 
       b = argmin_b E‖x (W - a b)‖²  =  (aᵀ C a)⁻¹ aᵀ C W,     C = E[x xᵀ]
 
-  After earlier layers were compressed, the inputs of the later ones are no longer those that they
-  were factorised for (SVD-LLM, section 3.3). Take the moments from `compressed`, in which the
-  kernels before these are what they will be.
+  Compressing earlier layers changes the inputs of later ones, for which those were factorized
+  (SVD-LLM, section 3.3). Take the moments from `compressed`, in which all kernels before these have
+  their final values.
 
   Args:
-    compressed: the tree with `Factored` kernels at these paths, of two axes.
+    compressed: the tree with `Factored` kernels of two axes at these paths.
     dense: the tree that it was made from.
     paths: the kernels.
     moments: `{path: Moments}` of the inputs in the compressed model.
     damping: as in `Whitened`.
 
   Raises:
-    ValueError: when a kernel is not `Factored`, or its moments are missing or do not fit.
+    ValueError: if a kernel is not `Factored`, or its moments are missing or do not fit.
   """
   leaves = tree.flatten(compressed, is_leaf=is_weight)
   originals = tree.flatten(dense, is_leaf=is_weight)
@@ -352,7 +354,7 @@ def update(
   for path in paths:
     leaf = leaves[path]
     if not isinstance(leaf, Factored) or leaf.all_roles != "io":
-      raise ValueError(f"{path}: is no factorised kernel of two axes, which alone can be updated")
+      raise ValueError(f"{path}: is not a factorized kernel of two axes; only those are updated")
     w = np.asarray(originals[path], np.float64)
     root = factor_root(path, np.asarray(moments[path].mean), w.shape[0], "inputs", damping)
     a = np.asarray(leaf.a, np.float64)
@@ -377,7 +379,7 @@ def _factored(path: str, leaf, roles: str, rank: int, decompose: Decompose) -> F
 
 
 def _matrices(leaf, roles: str) -> list[Matrix]:
-  """The kernels that a leaf holds, [d, k] each, in float64."""
+  """The kernels of a leaf, [d, k] each, in float64."""
   order = [n for role in "sio" for n, each in enumerate(roles) if each == role]
   stack, d, k = sizes(leaf, roles)
   matrix = np.asarray(leaf, np.float64).transpose(order)

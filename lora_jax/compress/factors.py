@@ -1,9 +1,9 @@
-"""The factors of factorised kernels as kernels of their own, for what comes after factorisation.
+"""The factors of factorized kernels as separate kernels, for later compression steps.
 
     opened = open_factors(params)          # .../kernel becomes {"a": ..., "b": ...}
     params = close_factors(change(opened), params)
 
-So they are pruned and quantised by the same functions as dense kernels.
+They are then pruned and quantized by the same functions as dense kernels.
 """
 
 import dataclasses
@@ -18,14 +18,14 @@ PyTree = Any
 
 
 def open_factors(params: PyTree) -> PyTree:
-  """The tree with every Factored exchanged for the dict of its factors."""
+  """Returns the tree with every Factored replaced by a dict of its factors."""
   return jax.tree.map(
     lambda x: {"a": x.a, "b": x.b} if isinstance(x, Factored) else x, params, is_leaf=is_weight
   )
 
 
 def close_factors(opened: PyTree, like: PyTree) -> PyTree:
-  """The tree with Factored kernels again, as `like` has them, whose factors may be Weights now."""
+  """Returns the tree with Factored kernels where `like` has them; factors may be Weights now."""
   leaves = tree.flatten(opened, is_leaf=is_weight)
 
   def closed(path, leaf):

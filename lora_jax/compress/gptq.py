@@ -1,12 +1,12 @@
-"""Calibrated quantisation: codes by which a layer's outputs change least, and not its numbers.
+"""Calibrated quantization: quantized values that minimize the output error, not the weight error.
 
     moments = lora_jax.second_moments(f, params, formats, batches, axes=axes)
     smaller = gptq.quantize(params, formats, moments, axes)
 
-A column of the kernel is rounded, and what that did to the outputs is made up for by the columns
-that are still to be rounded, as H = mean x xᵀ of the layer's inputs says; those with the largest
-inputs come first. The scales are chosen before, so that they can be quantised in turn: of some
-multiples of the largest number of a block, the one with the least error by the diagonal of H.
+The columns of a kernel are rounded one by one. The columns that are not yet rounded compensate for
+the error in the outputs, according to H = mean x xᵀ of the layer's inputs. Columns with the largest
+inputs come first. The scales are chosen beforehand, so that they can be quantized too: among some
+multiples of a block's maximum, the one with the least error weighted by the diagonal of H.
 
 Source: Frantar et al. 2022, GPTQ, arXiv 2210.17323, section 3 and algorithm 1.
 """
@@ -42,10 +42,10 @@ from lora_jax.weights.quantized import (
 PyTree = Any
 
 _BATCH = 64
-"""Columns whose corrections of all later ones are made at once."""
+"""The number of columns whose corrections to all later columns are applied at once."""
 
 _SHRINKS = tuple(np.linspace(0.7, 1, 13))
-"""Multiples of the largest number of a block that may become its scale."""
+"""The multiples of a block's maximum that are tried as its scale."""
 
 
 def quantize(
@@ -56,23 +56,23 @@ def quantize(
   *,
   damping: float = 0.01,
 ) -> PyTree:
-  """The tree with `Quantized` Weights at these paths, calibrated one after another.
+  """Returns the tree with `Quantized` Weights at these paths, calibrated one by one.
 
   Args:
     params: a pytree of arrays.
-    formats: `{path: Format}`, what `lora_jax.match` returned.
-    moments: `{path: Moments}` of the inputs of these kernels, what `second_moments` returned. As
-      many rows as a kernel has inputs, or more, tell apart what matters.
-    axes: what `trace_axes` found; by default what `match` was given for `formats`.
-    damping: what is added to the diagonal of H, by its mean.
+    formats: `{path: Format}`, the result of `lora_jax.match`.
+    moments: `{path: Moments}` of the inputs of these kernels, the result of `second_moments`. They
+      need at least as many rows as a kernel has inputs.
+    axes: the result of `trace_axes`; by default the axes that `match` was given for `formats`.
+    damping: added to the diagonal of H, as a fraction of its mean.
 
   Raises:
-    ValueError: as `compress.quantize` does; when a path has no moments, only their diagonal, such
-      as are not finite, or fewer rows than inputs; when an axis of outputs stands before one of
-      stacks; and when damping is not above zero. Nothing is quantised then.
+    ValueError: as `compress.quantize` does; if a path has no moments, only their diagonal, moments
+      that are not finite, or fewer rows than inputs; if an axis of outputs comes before one of
+      stacks; or if damping is not above zero. Nothing is quantized then.
   """
   if checks.finite("GPTQ: damping", damping) <= 0:
-    raise ValueError(f"GPTQ: damping {damping} is not above 0, and H may have no inverse")
+    raise ValueError(f"GPTQ: damping {damping} is not above 0, so H may have no inverse")
   leaves = tree.flatten(params, is_leaf=is_weight)
   checks.by_path(formats, Format, "format", leaves)
   axes = axes_of(formats, axes, leaves)
@@ -95,7 +95,7 @@ def quantize(
 
 def _check_moments(path, leaf, columns, moments):
   if path not in moments:
-    raise ValueError(f"{path}: there are no moments of its inputs; ask second_moments for it too")
+    raise ValueError(f"{path}: has no moments of its inputs; add it to second_moments' paths")
   inputs = math.prod(leaf.shape[n] for n in columns)
   total, rows = moments[path]
   if total.shape[-2:] != (inputs, inputs) or total.ndim != rows.ndim + 2:
@@ -112,7 +112,7 @@ def _check_moments(path, leaf, columns, moments):
 
 
 def _calibrated(w, format: Format, columns, moments: jax.Array, damping: float) -> Quantized:
-  """The quantised kernel; each matrix of a stack by its own moments."""
+  """The quantized kernel; each matrix of a stack uses its own moments."""
   numbers = rows_of(w, columns).astype(jnp.float32)
   stack = moments.shape[:-2]
   matrices = numbers.reshape(math.prod(stack), -1, numbers.shape[-1])
@@ -131,7 +131,7 @@ def _order_and_factor(h: np.ndarray, damping: float) -> tuple[np.ndarray, np.nda
   """The order of the columns, and the upper Cholesky factor of the inverse of H in that order."""
   diagonal = np.diagonal(h)
   order = np.argsort(-diagonal, kind="stable")
-  # Where an input is always zero any number will do; the damping gives it an inverse.
+  # An input that is always zero may have any value; the damping makes H invertible.
   h = h[np.ix_(order, order)] + damping * (diagonal.mean() or 1) * np.eye(len(h))
   factor = np.linalg.cholesky(np.linalg.inv(h)).T
   return order.astype(np.int32), factor.astype(np.float32)
@@ -139,13 +139,13 @@ def _order_and_factor(h: np.ndarray, damping: float) -> tuple[np.ndarray, np.nda
 
 @functools.partial(jax.jit, static_argnames="format")
 def _scales(matrix: jax.Array, importance: jax.Array, format: Format) -> Any:
-  """The scales [rows, blocks] of [rows, columns] with the least weighed error."""
+  """The scales [rows, blocks] of [rows, columns] with the least weighted error."""
   plain = Format(levels=format.levels, block=format.block)
   largest = scales(matrix, plain)
   count = largest.shape[-1]
 
   def error(shrink):
-    # Numbers and importance of the columns that fill up the last block are zero.
+    # The padding of the last block has values and importance zero.
     off = _blocks(matrix, count, format) - _level(matrix, largest * shrink, format)
     return jnp.sum(off**2 * _blocks(importance, count, format), axis=-1)
 
@@ -155,7 +155,7 @@ def _scales(matrix: jax.Array, importance: jax.Array, format: Format) -> Any:
 
 
 def _level(matrix, scale, format: Format) -> jax.Array:
-  """The numbers rounded, [rows, blocks, numbers of a block]."""
+  """Rounds the values, [rows, blocks, values of a block]."""
   x = _blocks(matrix, scale.shape[-1], format)
   return level(nearest(x / scale[..., None], format.levels), format.levels) * scale[..., None]
 
@@ -168,7 +168,7 @@ def _blocks(x, count: int, format: Format) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="format")
 def _rounded(matrix, scale, order, factor, format: Format) -> jax.Array:
-  """The matrix [rows, columns] with every number at a level of its block, errors made up for."""
+  """Rounds the matrix [rows, columns] to the levels of its blocks, compensating for the errors."""
   inputs = matrix.shape[-1]
   scale = as_array(scale)
   block = jnp.arange(inputs) // (format.block or inputs)
@@ -184,7 +184,7 @@ def _rounded(matrix, scale, order, factor, format: Format) -> jax.Array:
     x = part[:, n]
     q = level(nearest(x / s[:, n], format.levels), format.levels) * s[:, n]
     error = (x - q) / u[n, n]
-    # u is upper triangular: columns before n are not changed.
+    # u is upper triangular, so columns before n do not change.
     return part - error[:, None] * u[n], rounded.at[:, n].set(q), errors.at[:, n].set(error), s, u
 
   def batch(w, start):

@@ -1,9 +1,9 @@
-"""LoftQ with formats: a quantised base, and adapters that make up for what it lost.
+"""LoftQ with formats: a quantized base, and adapters that compensate for the quantization error.
 
     base, adapters = loftq.start(params, specs, formats, axes)     # instead of lora_jax.init
     weights = lora_jax.attach(base, adapters)
 
-The algorithm, and its source, are in `lora_jax.adapters.loftq`.
+The algorithm and its source are in `lora_jax.adapters.loftq`.
 """
 
 import functools
@@ -31,24 +31,24 @@ def start(
   *,
   iterations: int = 5,
 ) -> tuple[PyTree, dict[str, LowRank]]:
-  """Returns the tree with quantised kernels, and their adapters, `{path: adapter}`.
+  """Returns the tree with quantized kernels, and their adapters, `{path: adapter}`.
 
   Args:
     params: a pytree of arrays.
-    specs: `{path: LoRA}`, what `lora_jax.match` returned.
-    formats: `{path: Format}`, of the same paths.
-    axes: what `trace_axes` found; by default what `match` was given for `specs`.
-    iterations: how often a kernel is quantised.
+    specs: `{path: LoRA}`, the result of `lora_jax.match`.
+    formats: `{path: Format}`, for the same paths.
+    axes: the result of `trace_axes`; by default the axes that `match` was given for `specs`.
+    iterations: how often a kernel is quantized.
 
   Raises:
-    ValueError: as `adapters.loftq.start` and `compress.quantize` do; and when the paths differ.
+    ValueError: as `adapters.loftq.start` and `compress.quantize` do; and if the paths differ.
   """
   leaves = tree.flatten(params, is_leaf=is_weight)
   checks.by_path(specs, Method, "spec", leaves)
   checks.by_path(formats, Format, "format", leaves)
   if set(specs) != set(formats):
     one_sided = ", ".join(sorted(set(specs) ^ set(formats)))
-    raise ValueError(f"LoftQ adapts what it quantises, and no other leaf; not so {one_sided}")
+    raise ValueError(f"LoftQ adapts exactly the leaves that it quantizes; not so {one_sided}")
   axes = axes_of(specs, axes, leaves)
   columns = {path: columns_of(path, leaves[path], axes) for path in formats}
   for path in formats:

@@ -1,6 +1,6 @@
-"""Models after their training: adapters taken into what they are beside, and arrays for others.
+"""Models after training: adapters merged into their bases, and arrays for other programs.
 
-decode(adapt(model.apply), keep_smaller(weights), ...)         codes and factors stay
+decode(adapt(model.apply), keep_smaller(weights), ...)         quantized values and factors stay
 export.save(folder, to_arrays(weights), config, tokenizer)     dense, for other programs
 """
 
@@ -27,30 +27,33 @@ PyTree = Any
 
 
 def to_arrays(weights: PyTree) -> PyTree:
-  """The arrays in float32 that a tree stands for, computed in it whatever its dtypes are.
+  """Returns a tree's arrays in float32, computed in float32 for all dtypes.
 
-  weights: a tree of float arrays and Weights, adapted or not.
+  Args:
+    weights: a tree of float arrays and Weights, adapted or not.
   """
   return jax.tree.map(lambda x: materialize(_in_float32(x)), weights, is_leaf=is_weight)
 
 
 def absorb(weights: PyTree) -> PyTree:
-  """The tree with adapters inside what they are beside, as far as that stays what it is.
+  """Returns the tree with adapters merged into their bases where the base keeps its kind.
 
     an array, alone or inside a mask    the merge is an array, inside the mask
     factors of rank q, LoRA of rank r   factors of rank q + r, `[A a] [B; scale b]`; or the merge,
-                                        where that has no more numbers
-    anything, trained in full           the merge, since the change has as many numbers
-    codes, and other methods on factors the adapter stays beside them
+                                        if that has no more parameters
+    any leaf trained in full            the merge, since the change has as many parameters
+    quantized; other methods on factors the adapter stays alongside the base
 
-  weights: a tree of arrays and Weights. The sums are of float32 and are rounded once to the dtype
-  of what they are beside.
+  Sums are computed in float32 and rounded once to the base's dtype.
+
+  Args:
+    weights: a tree of arrays and Weights.
   """
   return jax.tree.map(_absorbed, weights, is_leaf=is_weight)
 
 
 def without_masks(weights: PyTree) -> PyTree:
-  """The tree without the masks of arrays, which only what is learnt inside them needs."""
+  """Returns the tree without masks of arrays, which only learning inside the mask needs."""
   return jax.tree.map(
     lambda x: x.w if isinstance(x, Pruned) and not is_weight(x.w) else x,
     weights, is_leaf=is_weight,
@@ -58,7 +61,7 @@ def without_masks(weights: PyTree) -> PyTree:
 
 
 def keep_smaller(weights: PyTree) -> PyTree:
-  """The tree as it is used: adapters absorbed, and no masks beside what has the zeros itself."""
+  """Returns the tree for inference: adapters absorbed, no masks around arrays that have zeros."""
   return without_masks(absorb(weights))
 
 
@@ -82,7 +85,7 @@ def _is_plain(base: Weight) -> bool:
 
 
 def _joined(base: Factored, adapter: LowRank) -> Factored:
-  """One pair of factors that does what both do."""
+  """One pair of factors that computes the sum of both."""
   rank_axis = base.b.ndim - 1 - base.roles.count("o")
   a = adapter.a.astype(base.dtype)
   b = (adapter.scale * adapter.b).astype(base.dtype)
@@ -92,7 +95,7 @@ def _joined(base: Factored, adapter: LowRank) -> Factored:
 
 
 def _in_float32(leaf: jax.Array | Weight) -> jax.Array | Weight:
-  # Adapters have their base's dtype and a mask hides numbers of any, so what they hold is cast.
+  # Adapters have their base's dtype, and masks may contain any, so their contents are cast.
   if isinstance(leaf, Adapted | Pruned):
     return dataclasses.replace(leaf, w=_in_float32(leaf.w))
   return astype(leaf, jnp.float32)

@@ -4,9 +4,9 @@
     calibration, held_out = windows_NT[:64], windows_NT[64:104]
     perplexity(lora_jax.adapt(model.apply), params, held_out)
 
-The text is cut into windows that do not overlap; of each, every token but the first is predicted
-from those before it in the window. So the figure is higher than one with a sliding context, and
-comparable only with others of the same text and length of window.
+The text is cut into windows that do not overlap. In each window, every token but the first is
+predicted from the tokens before it in the window. The result is therefore higher than with a
+sliding context, and comparable only for the same text and window length.
 """
 
 import math
@@ -21,15 +21,15 @@ PyTree = Any
 
 
 def make_windows(text: str, encode: Callable[[str], Sequence[int]], length: int) -> np.ndarray:
-  """Returns the windows of a text, int32 [windows, length]; the end that fills none is left out.
+  """Returns the windows of a text, int32 [windows, length], without an incomplete last one.
 
   Args:
-    text: running text, encoded as one.
-    encode: from text to token ids.
-    length: tokens of a window, at least 2.
+    text: running text, encoded as a whole.
+    encode: maps a text to token ids.
+    length: the number of tokens of a window, at least 2.
 
   Raises:
-    ValueError: when a window has no token to predict, or the text does not fill one.
+    ValueError: if a window has no token to predict, or if the text does not fill one.
   """
   if length < 2:
     raise ValueError(f"windows of {length} tokens have none to predict; use at least 2")
@@ -42,19 +42,19 @@ def make_windows(text: str, encode: Callable[[str], Sequence[int]], length: int)
 def perplexity(
   apply: Callable, params: PyTree, windows_NT: np.ndarray, *, batch_size: int = 8
 ) -> float:
-  """exp of the mean negative log-likelihood, in nats, of all tokens but each window's first.
+  """Returns exp of the mean negative log-likelihood of all tokens but the first of each window.
 
   Args:
     apply: `apply({"params": params}, tokens_BT) -> logits_BTV`; adapted, for params with Weights.
-    params: what it takes.
-    windows_NT: token ids, as `make_windows` gives them.
+    params: the parameters.
+    windows_NT: token ids, as `make_windows` returns them.
     batch_size: windows at a time; the last batch may be smaller, and compiles once more.
 
   Raises:
-    ValueError: when there is no window.
+    ValueError: if there is no window.
   """
   if not len(windows_NT):
-    raise ValueError("there is no window to take the perplexity of")
+    raise ValueError("there is no window to compute the perplexity of")
 
   @jax.jit
   def loss_sum(params, tokens_BT):

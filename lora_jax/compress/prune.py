@@ -1,13 +1,14 @@
-"""Pruning: numbers of kernels set to zero for good, by their size or by what they do.
+"""Pruning: sets values of kernels to zero permanently, by their size or by their effect.
 
     paths  = factorize.select(params, ["all-linear"], axes)
     params = prune.prune(params, paths, prune.wanda(moments), prune.share(0.5), axes=axes)
 
-A score says how much each number of a kernel matters: `magnitude`, or `wanda`, which counts how
-large its inputs are. A pattern says which of them go: `share` of each output's, or `n_of_m`, as in
-2:4. The result holds `Pruned` Weights, whose zeros survive an adapter and its merge.
+A score rates the importance of each value of a kernel: `magnitude`, or `wanda`, which includes the
+size of its inputs. A pattern selects the values to prune: `share` prunes a fraction of each
+output's values, `n_of_m` makes patterns such as 2:4. The result holds `Pruned` Weights, whose zeros
+survive an adapter and its merge.
 
-Whole channels and heads, which leave a smaller dense model: `compress.structured`.
+Pruning of whole channels and heads, to a smaller dense model: `compress.structured`.
 
 Sources: Sun et al. 2023, Wanda, arXiv 2306.11695, section 3; Mishra et al. 2021, arXiv 2104.08378,
 for 2:4.
@@ -36,7 +37,7 @@ Score = Callable[[str, jax.Array], jax.Array]  # (path, [stack, d, k]) -> [stack
 Pattern = Callable[[str, jax.Array], jax.Array]  # (path, scores [stack, d, k]) -> bool
 
 
-# ---- what matters
+# ---- scores
 
 
 def magnitude(path: str, matrices: jax.Array) -> jax.Array:
@@ -46,7 +47,7 @@ def magnitude(path: str, matrices: jax.Array) -> jax.Array:
 
 
 def wanda(moments: Mapping[str, Moments]) -> Score:
-  """`|W_ij| ‖x_i‖`: the size of a number times the norm of the input that it meets.
+  """`|W_ij| ‖x_i‖`: the size of a value times the norm of its input.
 
   Args:
     moments: `{path: Moments}` of the kernels' inputs, whole matrices or diagonals.
@@ -54,7 +55,7 @@ def wanda(moments: Mapping[str, Moments]) -> Score:
 
   def score(path, matrices):
     if path not in moments:
-      raise ValueError(f"{path}: has no moments of its inputs; ask second_moments for it as well")
+      raise ValueError(f"{path}: has no moments of its inputs; add it to second_moments' paths")
     stack, d, _ = matrices.shape
     mean = moments[path].mean
     if mean.size == stack * d * d and d > 1:
@@ -68,17 +69,17 @@ def wanda(moments: Mapping[str, Moments]) -> Score:
   return score
 
 
-# ---- what goes
+# ---- patterns
 
 
 def share(pruned: float) -> Pattern:
-  """Of the numbers that make one output, this share with the lowest scores goes; one stays always.
+  """Prunes this fraction of each output's values, those with the lowest scores; keeps at least one.
 
   Raises:
-    ValueError: when it is not above 0 and below 1.
+    ValueError: if it is not above 0 and below 1.
   """
   if not 0 < pruned < 1:
-    raise ValueError(f"the share {pruned} to prune must be above 0 and below 1")
+    raise ValueError(f"the fraction {pruned} to prune must be above 0 and below 1")
 
   def pattern(path, scores):
     del path
@@ -89,10 +90,10 @@ def share(pruned: float) -> Pattern:
 
 
 def n_of_m(n: int, m: int) -> Pattern:
-  """Of each m inputs in a row, the n with the highest scores stay, for every output; 2 of 4, say.
+  """Keeps, for every output, the n highest scores of each m consecutive inputs, e.g. 2 of 4.
 
   Raises:
-    ValueError: when n is not below m, or, of a kernel, when its inputs are no multiple of m.
+    ValueError: if n is not below m; for a kernel, if its inputs are not a multiple of m.
   """
   if not 0 < n < m:
     raise ValueError(f"{n} of {m} is no pattern: the first must be above 0 and below the second")
@@ -108,7 +109,7 @@ def n_of_m(n: int, m: int) -> Pattern:
 
 
 def _ranks(scores: jax.Array, axis: int) -> jax.Array:
-  """The place of each score along an axis, 0 for the lowest; ties go by position."""
+  """The rank of each score along an axis, 0 for the lowest; ties are broken by position."""
   return jnp.argsort(jnp.argsort(scores, axis=axis, stable=True), axis=axis, stable=True)
 
 
@@ -123,18 +124,17 @@ def prune(
   *,
   axes: Mapping[str, Axes] | None = None,
 ) -> PyTree:
-  """The tree with `Pruned` Weights at these paths.
+  """Returns the tree with `Pruned` Weights at these paths.
 
   Args:
-    params: a pytree of arrays; other leaves, Weights among them, stay as they are.
-    paths: the kernels, as `factorize.select` returns them.
-    score: `magnitude`, `wanda(moments)`, or your own.
-    pattern: `share(0.5)`, `n_of_m(2, 4)`, or your own.
-    axes: what `trace_axes` found; by default what `match` was given for `paths`.
+    params: a pytree of arrays; other leaves, including Weights, are kept.
+    paths: the kernels, the result of `factorize.select`.
+    score: `magnitude`, `wanda(moments)`, or your own function.
+    pattern: `share(0.5)`, `n_of_m(2, 4)`, or your own function.
+    axes: the result of `trace_axes`; by default the axes that `match` was given for `paths`.
 
   Raises:
-    ValueError: when a path is no kernel that `select` would take, or as the score and the pattern
-      do.
+    ValueError: if `select` would refuse a path, or as the score and the pattern do.
   """
   leaves = tree.flatten(params, is_leaf=is_weight)
   axes = axes_of(paths, axes, leaves)
@@ -152,7 +152,7 @@ def prune(
 
 
 def sparsity(params: PyTree) -> float:
-  """The share of the numbers of all pruned leaves that is zero for good; 0 where none is pruned."""
+  """The fraction of the pruned leaves' values that stays zero; 0 if no leaf is pruned."""
   masks = [x.mask for x in jax.tree.leaves(params, is_leaf=is_weight) if isinstance(x, Pruned)]
   total = sum(math.prod(mask.shape) for mask in masks)
   kept = sum(int(mask.sum()) for mask in masks)

@@ -1,11 +1,11 @@
-"""Quantisation of chosen leaves, round to nearest: params to params with `Quantized` Weights.
+"""Quantization of chosen leaves, round to nearest: params to params with `Quantized` Weights.
 
     formats = lora_jax.match(params, [("all-linear", compress.NF4)], axes)      # {path: Format}
     smaller = compress.quantize(params, formats, axes)
     logits  = lora_jax.adapt(model.apply)({"params": smaller}, tokens)
 
-Blocks run along the inputs of a kernel, and along the row of a token in an embedding. To adapt the
-result is QLoRA; to quantise so that outputs change least, and not numbers, see `compress.gptq`.
+Blocks run along the inputs of a kernel, and along a token's row in an embedding. Adapting the
+result is QLoRA. To minimize the error of outputs instead of values, see `compress.gptq`.
 """
 
 from collections.abc import Mapping
@@ -23,25 +23,25 @@ from lora_jax.weights.quantized import FP8, INT4, INT8, NF4, Format, Quantized, 
 PyTree = Any
 
 FORMATS = {"nf4": NF4, "int4": INT4, "int8": INT8, "fp8": FP8}
-"""The formats by name, as configs have them."""
+"""The formats by their names in configs."""
 
 
 def quantize(
   params: PyTree, formats: Mapping[str, Format], axes: Mapping[str, Axes] | None = None
 ) -> PyTree:
-  """The tree with `Quantized` Weights at these paths, made one after another.
+  """Returns the tree with `Quantized` Weights at these paths, computed one by one.
 
   Args:
-    params: a pytree of arrays. It stays in memory beside what is made of it; a loop that lets go of
-      each array before it takes the next calls `quantize_leaf`.
-    formats: `{path: Format}`, what `lora_jax.match` returned.
-    axes: what `trace_axes` found; by default what `match` was given for `formats`. Kernels of two
-      axes (in, out) do not need it; an embedding does.
+    params: a pytree of arrays. It stays in memory alongside the result. To free each array before
+      the next is quantized, call `quantize_leaf` in a loop.
+    formats: `{path: Format}`, the result of `lora_jax.match`.
+    axes: the result of `trace_axes`; by default the axes that `match` was given for `formats`.
+      Kernels of two axes (in, out) do not need it; an embedding does.
 
   Raises:
-    TypeError: when a format is none (its name, for example).
-    ValueError: when a leaf is no array of floats, holds a number that is not finite, or its axes
-      are not known. Nothing is quantised then.
+    TypeError: if a format is not a Format (its name, for example).
+    ValueError: if a leaf is not an array of floats, has values that are not finite, or its axes are
+      not known. Nothing is quantized then.
   """
   leaves = tree.flatten(params, is_leaf=is_weight)
   checks.by_path(formats, Format, "format", leaves)
@@ -61,7 +61,7 @@ def quantize(
 def quantize_leaf(
   path: str, leaf: jax.Array, format: Format, axes: Mapping[str, Axes] | None = None
 ) -> Quantized:
-  """One leaf of `quantize`, for a loop that lets go of each array before it takes the next."""
+  """Quantizes one leaf as `quantize` does, for a loop that frees each array before the next."""
   columns = columns_of(path, leaf, axes_of((path,), axes, {path: leaf}))
   check_finite(path, leaf)
   return _quantized(leaf, format, columns).with_path(path)
@@ -71,7 +71,7 @@ def columns_of(path: str, leaf: Any, axes: Mapping[str, Axes] | None) -> tuple[i
   """The axes that blocks are cut from, counted from the end: the inputs, or a token's row.
 
   Raises:
-    ValueError: when it is not known which these are.
+    ValueError: if it is not known which axes these are.
   """
   roles, rows_looked_up = "io", False
   if axes is not None and axes[path].roles:
@@ -89,11 +89,11 @@ def check_finite(path: str, leaf: Any) -> None:
   """Raises ValueError for a Weight, and for a leaf with NaN or infinity, which has no scale."""
   if is_weight(leaf):
     raise ValueError(
-      f"{path}: is no array but a {type(leaf).__name__}; quantise before it is compressed or "
+      f"{path}: is a {type(leaf).__name__} and not an array; quantize before it is compressed or "
       "adapted, or merge first"
     )
   if not bool(_finite(leaf)):
-    raise ValueError(f"{path}: holds a number that is not finite, and cannot be quantised")
+    raise ValueError(f"{path}: has values that are not finite, and cannot be quantized")
 
 
 @jax.jit

@@ -1,4 +1,4 @@
-"""What a compression costs and gains: sizes, arithmetic, times and quality, step by step.
+"""The costs and gains of a compression: sizes, FLOPs, times and quality, step by step.
 
     rows = [report.Row("dense", measures), report.Row("factorize", others), ...]
     report.write("runs/small", rows, about="python -m experiments.compress ...")
@@ -30,17 +30,17 @@ _REPORT = "report.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measures:
-  """A model as it stands after a step.
+  """Measurements of a model after a step.
 
   Attributes:
-    parameters: the numbers that it is made of; of what is pruned, those that are not zero.
-    memory: bytes of the arrays that it needs on the device to be run.
+    parameters: the number of stored values; in pruned leaves, of those that are not zero.
+    memory: bytes of the arrays that it needs on the device.
     disk: bytes of the tensors' file.
-    flops: floating-point operations of the products for one token of a prompt.
-    prefill: milliseconds for a prompt, by the rows of the batch.
-    token: milliseconds for a further token of every row, with a cache, by the rows of the batch.
+    flops: floating-point operations of the products per token of a prompt.
+    prefill: milliseconds for a prompt, by batch size.
+    token: milliseconds for one further token of every row, with a cache, by batch size.
     perplexity: on the held-out windows.
-    accuracy: on the task, 0 to 1, or None where none is configured.
+    accuracy: on the task, 0 to 1, or None if no task is configured.
   """
 
   parameters: int
@@ -55,7 +55,7 @@ class Measures:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A step, "dense" for the start, in words for the table, and the model after it."""
+  """A step, described for the table ("dense" at the start), and the measurements after it."""
 
   step: str
   measures: Measures
@@ -66,11 +66,11 @@ class Row:
     return f"{self.step}: {size}, perplexity {m.perplexity:,.2f}"
 
 
-# ---- measuring
+# ---- measurements
 
 
 def count_parameters(params: PyTree) -> int:
-  """The numbers that a tree is made of: those that a mask leaves, and of codes each one."""
+  """The number of stored values of a tree: without masked values, each quantized value as one."""
   return sum(map(_count, jax.tree.leaves(params, is_leaf=is_weight)))
 
 
@@ -88,12 +88,12 @@ def _count(leaf: Any) -> int:
 
 
 def count_bytes(params: PyTree) -> int:
-  """The bytes of all arrays of a tree, masks and scales among them."""
+  """The bytes of all arrays of a tree, including masks and scales."""
   return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
 def flops_per_token(apply: Callable, params: PyTree, length: int) -> int:
-  """The floating-point operations of the products for one token of a text of this length."""
+  """The floating-point operations of the products per token of a text of this length."""
   tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
   shapes = jax.eval_shape(lambda: params)
   return cost.flops(jax.make_jaxpr(apply)({"params": shapes}, tokens)) // length
@@ -108,9 +108,9 @@ def latency(
   length: int,
   repeats: int,
 ) -> tuple[float, float]:
-  """Milliseconds for a prompt of this length, and for one token after it, of so many rows.
+  """Returns milliseconds for `rows` prompts of `length` tokens, and for one more token of each.
 
-  The medians of `repeats` calls, after one that compiles.
+  Medians of `repeats` calls, after one that compiles.
   """
   tokens = jnp.ones((rows, length), jnp.int32)
   cache = families.family_of(config).init_cache(config, rows, length + 1, config.dtype)
@@ -146,7 +146,7 @@ def _median(run: Callable, repeats: int) -> float:
 
 
 def table(rows: Sequence[Row]) -> str:
-  """The rows in markdown; sizes also as a share of the first row's."""
+  """The rows in Markdown; sizes also as a fraction of the first row's."""
   first = rows[0].measures
   batches = sorted(first.prefill)
   header = [
@@ -177,9 +177,9 @@ def write(folder: str | Path, rows: Sequence[Row], about: str) -> None:
   """Writes report.json, report.md and pareto.png into a folder.
 
   Args:
-    folder: there already.
+    folder: an existing folder.
     rows: the steps, the dense model first.
-    about: where and how it was measured, in markdown.
+    about: a description of the measurement, in Markdown.
   """
   folder = Path(folder)
   steps = [{"step": row.step} | dataclasses.asdict(row.measures) for row in rows]
@@ -191,12 +191,12 @@ def write(folder: str | Path, rows: Sequence[Row], about: str) -> None:
 
 
 def read(folder: str | Path) -> tuple[str, list[Row]]:
-  """What `write` was given for `about` and for the rows.
+  """Returns the `about` and the rows that `write` was given.
 
   Raises:
-    FileNotFoundError: when the folder has no report.
-    PermissionError: when it may not be read.
-    ValueError: when it is damaged.
+    FileNotFoundError: if the folder has no report.
+    PermissionError: if it cannot be read.
+    ValueError: if it is damaged.
   """
   path = Path(folder) / _REPORT
   found = json_files.read_json(path, what="the report of a compression")
@@ -209,7 +209,7 @@ def read(folder: str | Path) -> tuple[str, list[Row]]:
       raise ValueError("not every step was measured at the same batch sizes")
   except (KeyError, TypeError, ValueError) as error:
     raise ValueError(
-      f"{path}: is not the report of a compression ({error!r:.200}); restore it, or compress anew "
+      f"{path}: is not the report of a compression ({error!r:.200}); restore it, or compress again "
       "into another workdir"
     ) from None
   return about, rows
@@ -241,7 +241,7 @@ def _row(fields: dict[str, Any]) -> Row:
 
 
 def plot_pareto(rows: Sequence[Row], path: Path) -> None:
-  """Draws perplexity against megabytes in memory, with a line through what nothing else beats."""
+  """Plots perplexity against megabytes in memory, with a line through the Pareto-optimal points."""
   points = [(row.measures.memory / 1e6, row.measures.perplexity) for row in rows]
   figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
   axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""What an error of each kernel costs the model, and ranks that share a budget out by it.
+"""The effect of each kernel's error on the loss, and ranks that allocate a budget by it.
 
     inputs    = lora_jax.second_moments(f, params, paths, batches, axes=axes)
     gradients = sensitivity.gradient_moments(loss, params, paths, batches, axes=axes)
@@ -7,13 +7,13 @@
     costs     = {path: sensitivity.parameters(shape, axes) ...}
     ranks     = sensitivity.allocate(losses, costs, budget)
 
-An error E of a kernel changes its results by x E, and the loss, to second order and with inputs and
-gradients taken for independent, by half of
+An error E of a kernel changes its results by x E. To second order, with inputs and gradients
+assumed independent, it changes the loss by half of
 
     E[(xᵀ E g)²] = tr(Eᵀ C E G),     C = E[x xᵀ],  G = E[g gᵀ]
 
-(Martens and Grosse 2015, K-FAC, arXiv 1503.05671, section 3). It is in one unit for all kernels, so
-that a rank can be taken from whichever kernel misses it least.
+(Martens and Grosse 2015, K-FAC, arXiv 1503.05671, section 3). The unit is the same for all kernels,
+so ranks can be compared between kernels.
 """
 
 import dataclasses
@@ -47,28 +47,28 @@ def gradient_moments(
   *,
   axes: Mapping[str, Axes] | None = None,
 ) -> dict[str, np.ndarray]:
-  """Returns `{path: the sum of g gᵀ}` of the loss's gradient by the results of kernels, in float32.
+  """Returns `{path: the sum of g gᵀ}`, g the loss gradient by a kernel's results, in float32.
 
-  One program is compiled for each shape of batch; it holds k² numbers for a kernel of k outputs.
+  One program is compiled for each shape of batch; it holds k² values for a kernel of k outputs.
 
   Args:
-    loss: `loss(params, batch)`, a scalar: the sum, not the mean, of what each row contributes, so
-      that the gradients of the rows are each their own.
-    params: what `loss` takes; Weights may be among the leaves.
-    paths: the kernels: leaves that are multiplied by.
-    batches: what `loss` takes, one after another; each is read once.
-    axes: what `trace_axes` found; by default what `match` was given for `paths`.
+    loss: `loss(params, batch)`, a scalar: the sum, not the mean, of the rows' losses, so that the
+      rows' gradients are independent of the batch size.
+    params: the first argument of `loss`; Weights may be among the leaves.
+    paths: the kernels: leaves that are used in products.
+    batches: the second arguments of `loss`; each is read once.
+    axes: the result of `trace_axes`; by default the axes that `match` was given for `paths`.
 
   Raises:
-    ValueError: when a path is no leaf, when there is no batch, and when no gradient reaches the
-      results of a kernel or it is used otherwise than by a product.
+    ValueError: if a path is not a leaf, if there is no batch, or if no gradient reaches the results
+      of a kernel, or if it is used in an operation other than a product.
   """
   leaves = tree.flatten(params, is_leaf=is_weight)
   paths = paths if isinstance(paths, Mapping) else tuple(paths)
   axes = axes_of(paths, axes, leaves)
   missing = sorted(set(paths) - set(leaves))
   if missing:
-    raise ValueError(f"the tree has no leaf at {', '.join(missing)}, whose gradients are asked for")
+    raise ValueError(f"the tree has no leaf at {', '.join(missing)}, to compute gradients for")
   roles = {path: roles_of(Method(), path, leaves, axes) for path in paths}
   slots = {path: _slot(leaves[path].shape, roles[path]) for path in paths}
   probed = adapt(loss)
@@ -90,7 +90,7 @@ def gradient_moments(
     found = jax.device_get(moments(params, batch))
     totals = found if totals is None else jax.tree.map(np.add, totals, found)
   if totals is None:
-    raise ValueError("there is no batch to take the moments of gradients from")
+    raise ValueError("there is no batch to compute the moments of gradients from")
   unseen = [path for path in paths if not totals[path].any()]
   if unseen:
     raise ValueError(
@@ -112,11 +112,11 @@ def _square(total: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """What a kernel costs: as it is, and in factors of a rank.
+  """The cost of a kernel: dense, and as factors of a rank.
 
-  dense: of the kernel as it is.
-  per_rank: of each rank of its factors.
-  fixed: of having two factors at all.
+  dense: the cost of the dense kernel.
+  per_rank: the cost of each rank of its factors.
+  fixed: the fixed cost of two factors.
   """
 
   dense: float
@@ -124,24 +124,24 @@ class Cost:
   fixed: float = 0.0
 
   def at(self, rank: int | None) -> float:
-    """The cost at a rank; None is the kernel as it is."""
+    """The cost at a rank; None is the dense kernel."""
     return self.dense if rank is None else self.fixed + self.per_rank * rank
 
 
 def parameters(stack: int, d: int, k: int) -> Cost:
-  """The numbers that are stored of `stack` kernels of d inputs and k outputs."""
+  """The stored values of `stack` kernels of d inputs and k outputs."""
   return Cost(dense=stack * d * k, per_rank=stack * (d + k))
 
 
 def flops(stack: int, d: int, k: int, rows: int) -> Cost:
-  """The floating-point operations of a forward pass in which each kernel meets so many rows."""
+  """The floating-point operations of a forward pass with `rows` rows for each kernel."""
   return Cost(dense=2 * rows * stack * d * k, per_rank=2 * rows * stack * (d + k))
 
 
 def milliseconds(
   stack: int, d: int, k: int, rows: int, *, dtype=jnp.float32, repeats: int = 10
 ) -> Cost:
-  """The time of a product on this device: measured dense and at two ranks, a line in between."""
+  """The time of a product on this device: measured dense and at two ranks, linear in between."""
   whole = min(d, k)
   ranks = max(whole // 8, 1), max(whole // 2, 2)
   x = jnp.ones((rows, d), dtype)
@@ -159,7 +159,7 @@ def milliseconds(
 
 
 def _time(f: Callable, *args, repeats: int) -> float:
-  """The median time of a call, in milliseconds, without the first."""
+  """The median time of a call, in milliseconds, without the first call."""
   run = jax.jit(f)
   jax.block_until_ready(run(*args))
   times = []
@@ -171,7 +171,7 @@ def _time(f: Callable, *args, repeats: int) -> float:
 
 
 def check_budget(costs: Mapping[str, Cost], budget: float, multiple: int = 1) -> None:
-  """Raises ValueError where `allocate` would, before there are losses to share out."""
+  """Raises ValueError where `allocate` would, before losses are computed."""
   if multiple < 1:
     raise ValueError(f"ranks cannot be multiples of {multiple}; give 1 or more")
   least = sum(min(cost.at(multiple), cost.dense) for cost in costs.values())
@@ -179,7 +179,7 @@ def check_budget(costs: Mapping[str, Cost], budget: float, multiple: int = 1) ->
   if not budget >= least:
     raise ValueError(
       f"the budget {budget:,.4g} cannot be met: with rank {multiple} everywhere the kernels cost "
-      f"{least:,.4g}, as they are {whole:,.4g}"
+      f"{least:,.4g}, dense {whole:,.4g}"
     )
 
 
@@ -190,29 +190,29 @@ def allocate(
   *,
   multiple: int = 1,
 ) -> dict[str, int]:
-  """Ranks under which the costs of all kernels stay within a budget, at the least loss together.
+  """Allocates ranks that minimize the total loss within a budget for the total cost.
 
-      minimise Σ loss[path][rank]   subject to   Σ cost[path](rank) ≤ budget
+      minimize Σ loss[path][rank]   subject to   Σ cost[path](rank) ≤ budget
 
-  By a price λ of the cost: each kernel takes what makes loss + λ cost least, and the price is
-  raised until the budget holds. What is left then goes to the ranks that gain most.
+  Uses a price λ of the cost: each kernel takes the rank with the least loss + λ cost, and the price
+  rises until the budget holds. The remaining budget goes to the ranks that gain most.
 
   Args:
-    losses: `{path: [n + 1]}`, the loss at the ranks 0 ... n; as it is, a kernel loses nothing.
+    losses: `{path: [n + 1]}`, the loss at the ranks 0 ... n; a dense kernel has no loss.
     costs: `{path: Cost}`.
-    budget: what all of them together may cost, at most.
-    multiple: of which every rank is one, as 2:4 zeros (4) and the tiles of processors (8 to 128)
-      like it.
+    budget: the largest total cost.
+    multiple: every rank is a multiple of this, as suits 2:4 zeros (4) and the tiles of processors
+      (8 to 128).
 
   Returns:
-    `{path: rank}`, without the kernels that stay as they are, which is better than factors that
+    `{path: rank}`, without the kernels that stay dense: dense kernels are better than factors that
     cost as much. No rank is below 1.
 
   Raises:
-    ValueError: when even the lowest rank everywhere costs more.
+    ValueError: if even the lowest rank everywhere costs more.
   """
   check_budget(costs, budget, multiple)
-  # The options of each kernel: every rank that costs less than the kernel, then itself.
+  # The options of each kernel: every rank that costs less than the dense kernel, then dense.
   options = {}
   for path, loss in losses.items():
     cost = costs[path]
@@ -236,7 +236,7 @@ def allocate(
     middle = (low + high) / 2
     low, high = (low, middle) if total(chosen(middle)) <= budget else (middle, high)
   choice = chosen(high)
-  if total(choice) > budget:  # measured times need not fall with the rank
+  if total(choice) > budget:  # measured times need not decrease with the rank
     raise ValueError(
       f"the budget {budget:,.4g} cannot be met: the kernels cost {total(choice):,.4g} at the ranks "
       "that cost least"
@@ -247,7 +247,7 @@ def allocate(
 
 
 def _spend(choice: dict[str, int], options: Mapping[str, tuple], left: float) -> None:
-  """Raises ranks one by one, those that gain most for their cost, while something is left."""
+  """Raises ranks one by one, those with the largest gain per cost first, while budget is left."""
   while True:
     best, gain = None, 0.0
     for path, n in choice.items():

@@ -1,14 +1,14 @@
-"""A compressed model's folder: what its Weights are made of, without code.
+"""The folder of a compressed model: the parts of its Weights, without code.
 
     storage.save("runs/small/model", params, config, tokenizer)
     pretrained = storage.load("runs/small/model")           # params with Weights again
 
-    compressed.json            of each leaf its kind, its settings and the names of its tensors
-    compressed.safetensors     the tensors; a mask takes a bit a number, what it hides nothing
+    compressed.json            for each leaf its kind, settings and names of tensors
+    compressed.safetensors     the tensors; a mask takes one bit a value, masked values nothing
     config.json, tokenizer.json, ...    as in the dense model's folder
 
-Nothing is pickled. A file is taken for hostile: kinds, settings, names, dtypes and shapes are
-checked before anything is used, and a folder is loaded as a whole or not at all.
+Nothing is pickled. Files are treated as hostile: kinds, settings, names, dtypes and shapes are
+checked before use, and a folder is loaded completely or not at all.
 """
 
 import dataclasses
@@ -41,56 +41,53 @@ STRUCTURE, TENSORS = "compressed.json", "compressed.safetensors"
 VERSION = 1
 KINDS = {kind.__name__: kind for kind in (Factored, Pruned, Quantized)}
 
-# The dtypes that an array may have, and as what numpy's safetensors hold those that they lack.
+# The dtypes of arrays, and their substitutes for those that numpy's safetensors lacks.
 _DTYPES = {
   "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16,
   "int8": np.int8, "uint8": np.uint8, "bool": np.bool_,
   "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
 }  # fmt: skip
 _AS_BYTES = ("bool", "float8_e4m3fn")
-# What the codes of levels are.
 _CODES = {
   "nf4": "uint8", "int4": "uint8", "int8": "int8", "uint8": "uint8", "fp8": "float8_e4m3fn",
 }  # fmt: skip
 
 
 def is_compressed(source: str | Path) -> bool:
-  """Whether a source is the folder of a compressed model."""
+  """True if a source is the folder of a compressed model."""
   return (Path(source).expanduser() / STRUCTURE).exists()
 
 
 def steps_of(folder: str | Path) -> tuple[str, ...]:
-  """What was done to a compressed model, in order; raises ValueError as `load` does."""
+  """Returns the steps that compressed a model, in order; raises ValueError as `load` does."""
   path = Path(folder).expanduser() / STRUCTURE
   steps = _read_structure(path)["steps"]
   if not all(isinstance(step, str) for step in steps):
-    raise ValueError(f"{path}: steps {shown(steps)} are no names")
+    raise ValueError(f"{path}: steps {shown(steps)} are not names")
   return tuple(steps)
-
-
-# ---- writing
 
 
 def save(
   folder: str | Path,
   params: Mapping[str, Any],
   config: families.Config,
-  tokenizer: Tokenizer,
+  tokenizer: Tokenizer | None,
   *,
   steps: Sequence[str] = (),
 ) -> None:
-  """Writes a model's folder, new or empty, which appears whole or not at all.
+  """Writes a model to a new or empty folder, completely or not at all.
 
   Args:
-    folder: to write.
-    params: nested dicts of arrays and of Weights of the kinds in KINDS, layers unstacked.
-    config, tokenizer: of the model.
-    steps: what was done to it, in order, as `steps_of` gives it back.
+    folder: the folder to write.
+    params: nested dicts of arrays and of Weights of the kinds in KINDS, with unstacked layers.
+    config: the model's configuration.
+    tokenizer: the model's tokenizer; None for a model that takes no text.
+    steps: the steps that compressed it, in order, for `steps_of`.
 
   Raises:
-    FileExistsError: when the folder holds something.
-    TypeError: when a leaf is neither an array nor one of these Weights.
-    ValueError: when values are not finite.
+    FileExistsError: if the folder is not empty.
+    TypeError: if a leaf is neither an array nor one of these Weights.
+    ValueError: if values are not finite.
   """
   folder = outputs.new_folder(folder)
   tensors: dict[str, np.ndarray] = {}
@@ -99,23 +96,25 @@ def save(
   casting.check_finite(tensors)
   with outputs.whole_folder(folder) as partial:
     safetensors.save_file(tensors, partial / TENSORS)
-    # The one size that a config.json has no field for. Families without such heads have it not.
+    # The one size without a field in config.json. Families without such heads do not have it.
     value_dim = getattr(config, "value_dim", None)
     structure = {
       "version": VERSION, "steps": list(steps), "value_dim": value_dim, "leaves": nodes,
     }  # fmt: skip
     dense = config if value_dim is None else dataclasses.replace(config, value_dim=None)
-    described = dict(tokenizer.files.config) | families.family_of(dense).write_config(dense)
+    said = dict(tokenizer.files.config) if tokenizer else {}
+    described = said | families.family_of(dense).write_config(dense)
     written = {STRUCTURE: structure, "config.json": described}
-    if tokenizer.files.generation is not None:
+    if tokenizer and tokenizer.files.generation is not None:
       written["generation_config.json"] = dict(tokenizer.files.generation)
     for name, fields in written.items():
       outputs.write_text(partial / name, json.dumps(fields, indent=1) + "\n")
-    tokenizer.save(partial)
+    if tokenizer:
+      tokenizer.save(partial)
 
 
 def size(params: Mapping[str, Any]) -> int:
-  """The bytes of the tensors that `save` would write of a tree."""
+  """The bytes of the tensors that `save` would write for a tree."""
   tensors: dict[str, np.ndarray] = {}
   for path, leaf in traverse_util.flatten_dict(dict(params), sep="/").items():
     _written(path, leaf, tensors)
@@ -123,14 +122,14 @@ def size(params: Mapping[str, Any]) -> int:
 
 
 def _written(name: str, leaf: Any, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
-  """The description of a leaf, whose tensors are added."""
+  """The description of a leaf; adds its tensors."""
   if not is_weight(leaf):
     return _array(name, leaf, tensors)
   kind = type(leaf).__name__
   if KINDS.get(kind) is not type(leaf):
     raise TypeError(
       f"{name}: a {kind} cannot be stored in a compressed model; merge adapters first, or save "
-      "them beside it"
+      "them to a folder of their own"
     )
   parts, settings = {}, {}
   for field in dataclasses.fields(leaf):
@@ -142,14 +141,14 @@ def _written(name: str, leaf: Any, tensors: dict[str, np.ndarray]) -> dict[str, 
     elif value is not None:
       parts[field.name] = value
   if kind == "Pruned" and not is_weight(leaf.w):
-    parts["w"] = np.asarray(leaf.w)[np.asarray(leaf.mask)]  # what the mask hides is zero
+    parts["w"] = np.asarray(leaf.w)[np.asarray(leaf.mask)]  # masked values are zero
   nodes = {part: _written(f"{name}#{part}", x, tensors) for part, x in parts.items()}
   return {"kind": kind, "settings": settings, "parts": nodes}
 
 
 def _array(name: str, leaf: Any, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
   if not isinstance(leaf, jax.Array | np.ndarray):
-    raise TypeError(f"{name}: a {type(leaf).__name__} is no array and no Weight")
+    raise TypeError(f"{name}: a {type(leaf).__name__} is neither an array nor a Weight")
   array = np.asarray(leaf)
   dtype = array.dtype.name
   if dtype not in _DTYPES:
@@ -164,7 +163,7 @@ def _array(name: str, leaf: Any, tensors: dict[str, np.ndarray]) -> dict[str, An
 # ---- reading
 
 
-def load(
+def inspect(
   folder: str | Path,
   *,
   dtype: DTypeLike = jnp.float32,
@@ -172,17 +171,9 @@ def load(
   remat_policy: Callable[..., bool] | None = None,
   constrain: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Pretrained:
-  """Loads what `save` wrote, as `io.pretrained.load` does a dense model.
+  """Returns the result of `load` with the shapes of dense parameters; no tensor is read.
 
-  Args:
-    folder: of the model.
-    dtype: of the arithmetic and of what is stored as floats; codes stay as they are.
-    scan_layers: stack the layers, which must then be compressed alike, with the same ranks.
-    remat_policy, constrain: fields of the model's config.
-
-  Raises:
-    FileNotFoundError: when a file is missing.
-    ValueError: when a file is damaged, says something unknown, or does not fit the model.
+  Args, Raises: those of `load`, as far as its configuration and its tokenizer are concerned.
   """
   folder = Path(folder).expanduser()
   structure = _read_structure(folder / STRUCTURE)
@@ -192,35 +183,54 @@ def load(
       if not hasattr(config, "value_dim"):
         raise ValueError(f"value_dim {structure['value_dim']}: {config.family!r} has no such heads")
       config = dataclasses.replace(config, value_dim=structure["value_dim"])
-    config = dataclasses.replace(
-      config, remat_policy=remat_policy, constrain=constrain, dtype=dtype, param_dtype=dtype
-    )
-    if not len(structure["leaves"]) >= config.num_layers:  # or the model would be traced endlessly
+    options = {"remat_policy": remat_policy, "constrain": constrain, "scan_layers": scan_layers}
+    config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype, **options)
+    if not len(structure["leaves"]) >= config.num_layers:  # bounds the time to trace the model
       raise ValueError(f"there are {config.num_layers} layers and fewer leaves")
-    shapes = families.param_shapes(config)
-    leaves = _read_leaves(folder / TENSORS, structure["leaves"], shapes, dtype)
-    params = traverse_util.unflatten_dict(leaves, sep="/")
-    if scan_layers:
-      params = _stacked(params)
-      config = dataclasses.replace(config, scan_layers=True)
-    tokenizer = from_folder(folder)
-    if tokenizer.vocab_size > config.vocab_size:
+    tokenizer = from_folder(folder) if families.family_of(config).has_tokenizer else None
+    if tokenizer and (most := tokenizer.vocab_size) > config.vocab_size:
       raise ValueError(
-        f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the embedding only "
-        f"{config.vocab_size} rows"
+        f"the tokenizer has ids up to {most - 1}, the embedding only {config.vocab_size} rows"
       )
+    shapes = families.param_shapes(config)
   except ValueError as error:
     raise ValueError(f"{folder}: {error}") from None
-  # The norms are never compressed, and were in the dtype of the model that was.
+  # The norms are never compressed, so they have the dtype of the original model.
   norm = min((path for path in shapes if path.endswith("norm/scale")), key=len)
+  leaves = {path: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for path, shape in shapes.items()}
   return Pretrained(
     config=config,
     family=families.family_of(config),
-    params=params,
+    params=traverse_util.unflatten_dict(leaves, sep="/"),
     tokenizer=tokenizer,
     source=str(folder),
     stored_dtype=structure["leaves"][norm].get("dtype", "float32"),
   )
+
+
+def load(folder: str | Path, *, scan_layers: bool = False, **options: Any) -> Pretrained:
+  """Loads a folder that `save` wrote, as `io.pretrained.load` loads a dense model.
+
+  Args:
+    folder: the model's folder.
+    scan_layers: True to stack the layers, which must then be compressed alike, with equal ranks.
+    options: as in `inspect`; quantized values keep their own dtype.
+
+  Raises:
+    FileNotFoundError: if a file is missing.
+    ValueError: if a file is damaged, has unknown contents, or does not fit the model.
+  """
+  found = inspect(folder, scan_layers=scan_layers, **options)
+  folder = Path(folder).expanduser()
+  nodes = _read_structure(folder / STRUCTURE)["leaves"]
+  try:
+    shapes = families.param_shapes(dataclasses.replace(found.config, scan_layers=False))
+    leaves = _read_leaves(folder / TENSORS, nodes, shapes, found.config.dtype)
+    params = traverse_util.unflatten_dict(leaves, sep="/")
+    params = _stacked(params) if scan_layers else params
+  except ValueError as error:
+    raise ValueError(f"{folder}: {error}") from None
+  return dataclasses.replace(found, params=params)
 
 
 def _read_structure(path: Path) -> dict[str, Any]:
@@ -260,21 +270,21 @@ def _read_leaves(path: Path, nodes, shapes: Mapping[str, tuple[int, ...]], dtype
 
 
 def _made(stored: Stored, name: str, node: Mapping[str, Any], wanted: tuple[int, ...]) -> Any:
-  """A leaf, which must stand for an array of this shape, whatever its parts are made of."""
+  """A leaf, which must represent an array of this shape, for any shapes of its parts."""
   try:
     leaf = _read(stored, name, node)
     found, shape = jax.eval_shape(materialize, leaf), tuple(leaf.shape)
-  except Exception as error:  # whatever the arithmetic of parts that do not fit each other raises
+  except Exception as error:  # arithmetic on parts that do not fit may raise anything
     raise ValueError(f"{name}: its parts do not fit each other: {str(error)[:300]}") from None
   if tuple(found.shape) != wanted or shape != wanted:
     raise ValueError(f"{name}: shape {tuple(found.shape)}, the configuration says {wanted}")
   if not jnp.issubdtype(found.dtype, jnp.floating):
-    raise ValueError(f"{name}: its dtype {found.dtype} is none of a float's")
+    raise ValueError(f"{name}: its dtype {found.dtype} is not a float")
   return leaf
 
 
 def _names(node: Any) -> list[str]:
-  """The tensors that a description names, however deep; its form is checked on the way."""
+  """The tensors that a description names, at any depth; checks its form on the way."""
   if not isinstance(node, dict):
     raise ValueError(f"{STRUCTURE}: {shown(node)} describes no leaf")
   if set(node) == {"tensor", "dtype", "shape"}:
@@ -282,12 +292,12 @@ def _names(node: Any) -> list[str]:
     if not isinstance(node["tensor"], str) or str(node["dtype"]) not in _DTYPES:
       raise ValueError(f"{STRUCTURE}: {shown(node)} describes no tensor")
     if not isinstance(sizes, list) or any(type(n) is not int or n < 0 for n in sizes):
-      raise ValueError(f"{STRUCTURE}: {shown(node['tensor'])}: {shown(sizes)} is no shape")
+      raise ValueError(f"{STRUCTURE}: {shown(node['tensor'])}: {shown(sizes)} is not a shape")
     return [node["tensor"]]
   if set(node) != {"kind", "settings", "parts"} or str(node["kind"]) not in KINDS:
     raise ValueError(f"{STRUCTURE}: {shown(node)} describes no Weight of {', '.join(KINDS)}")
   if not isinstance(node["settings"], dict) or not isinstance(node["parts"], dict):
-    raise ValueError(f"{STRUCTURE}: {shown(node)}: its settings or its parts are no object")
+    raise ValueError(f"{STRUCTURE}: {shown(node)}: its settings or its parts are not an object")
   fields = {field.name: field for field in dataclasses.fields(KINDS[node["kind"]])}
   for part in node["parts"]:
     if part not in fields or fields[part].metadata.get("static"):
@@ -328,7 +338,7 @@ def _check_parts(leaf: str, parts: Mapping[str, Any], required) -> None:
 
 
 def _setting(leaf: str, name: str, value: Any) -> Any:
-  """A setting as it was: JSON has lists for tuples."""
+  """A setting in its original type: JSON has lists for tuples."""
   if isinstance(value, list) and all(type(x) is int for x in value):
     return tuple(value)
   if type(value) in (str, int, float, bool) or value is None:
@@ -342,7 +352,7 @@ def _read_array(tensors: Stored, node: Mapping[str, Any]) -> np.ndarray:
   size = math.prod(shape)
   if dtype == "bool":
     if stored.dtype != np.uint8 or stored.shape != (-(-size // 8),):
-      raise ValueError(f"{name}: holds no {size} bits")
+      raise ValueError(f"{name}: does not hold {size} bits")
     return np.unpackbits(stored, count=size).astype(bool).reshape(shape)
   if dtype in _AS_BYTES and stored.dtype == np.uint8:
     stored = stored.view(_DTYPES[dtype])
@@ -358,14 +368,14 @@ def _read_array(tensors: Stored, node: Mapping[str, Any]) -> np.ndarray:
 
 def _unhidden(leaf: str, kept: np.ndarray, mask: np.ndarray) -> jax.Array:
   if mask.dtype != bool or kept.shape != (int(mask.sum()),):
-    raise ValueError(f"{leaf}: {kept.shape} numbers do not fit a mask of {int(mask.sum())}")
+    raise ValueError(f"{leaf}: {kept.shape} values do not fit a mask of {int(mask.sum())}")
   w = np.zeros(mask.shape, kept.dtype)
   w[mask] = kept
   return jnp.asarray(w)
 
 
 def _cast(name: str, leaf: Any, dtype: jnp.dtype) -> Any:
-  """The leaf in another dtype; what is coded keeps its codes and their scales."""
+  """The leaf in another dtype; a quantized leaf keeps its quantized values and their scales."""
   if isinstance(leaf, Quantized):
     return leaf.astype(dtype)
   if isinstance(leaf, Factored):
@@ -376,13 +386,13 @@ def _cast(name: str, leaf: Any, dtype: jnp.dtype) -> Any:
 
 
 def _stacked(params: PyTree) -> PyTree:
-  """The parameters with their layers stacked."""
+  """The parameters with stacked layers."""
   bare = jax.tree.map(lambda x: x.with_path("") if is_weight(x) else x, params, is_leaf=is_weight)
   blocks = [bare[name] for name in bare if name.startswith("block_")]
   kinds = [(jax.tree.structure(x), [leaf.shape for leaf in jax.tree.leaves(x)]) for x in blocks]
   if any(kind != kinds[0] for kind in kinds):
     raise ValueError(
-      "its layers are not compressed alike (their ranks differ, say), so they cannot be stacked; "
-      "set scan_layers to False"
+      "its layers are not compressed alike (their ranks differ, for example), so they cannot be "
+      "stacked; set scan_layers to False"
     )
   return layers.stack_layers(bare)

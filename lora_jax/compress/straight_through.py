@@ -1,4 +1,4 @@
-"""Training against the quantised merge, so that to merge and to quantise loses nothing.
+"""Training against the quantized merge, so that merging and quantizing afterwards loses nothing.
 
     def loss(adapters):
       weights = straight_through(lora_jax.attach(params, adapters), formats, axes)
@@ -7,9 +7,9 @@
     ...
     small = compress.quantize(lora_jax.merge(params, adapters), formats, axes)    # the same model
 
-The base is held in full, and every step rounds what base and adapter add up to: a kernel at a time,
-forward and again backward. So a step costs more than one of LoRA, and its result is a plain
-quantised model with no adapter beside it.
+The base is stored in full precision. Every step quantizes the sum of base and adapter, one kernel
+at a time, in the forward and again in the backward pass. A step therefore costs more than one of
+LoRA. The result is a plain quantized model without an adapter.
 """
 
 from collections.abc import Mapping
@@ -29,15 +29,15 @@ PyTree = Any
 def straight_through(
   weights: PyTree, formats: Mapping[str, Format], axes: Mapping[str, Axes] | None = None
 ) -> PyTree:
-  """The tree with the leaves at these paths rounded where they are used, and a gradient of them.
+  """Returns the tree with leaves that are quantized at their use, with straight-through gradients.
 
   Args:
-    weights: what `lora_jax.attach` made; arrays are rounded too.
-    formats: `{path: Format}`, that the merged model will be quantised to.
-    axes: what `trace_axes` found; by default what `match` was given for `formats`.
+    weights: the result of `lora_jax.attach`; arrays are quantized too.
+    formats: `{path: Format}` of the future quantization of the merged model.
+    axes: the result of `trace_axes`; by default the axes that `match` was given for `formats`.
 
   Raises:
-    ValueError: when a path is no leaf, or one that is quantised already; or its axes are not known.
+    ValueError: if a path is not a leaf or is quantized already, or if its axes are not known.
   """
   leaves = tree.flatten(weights, is_leaf=is_weight)
   checks.by_path(formats, Format, "format", leaves)
@@ -47,7 +47,7 @@ def straight_through(
     if path not in formats:
       return leaf
     if isinstance(leaf, Coded):
-      raise ValueError(f"{path}: is quantised already, a {type(leaf).__name__}")
+      raise ValueError(f"{path}: is quantized already, a {type(leaf).__name__}")
     columns = columns_of(path, leaf, axes)
     return Rounded(leaf, format=formats[path], columns=columns, path=path)
 

@@ -1,17 +1,17 @@
-"""Structured pruning of a decoder: whole MLP channels and heads, which leave a smaller dense model.
+"""Structured pruning of a decoder: removes whole MLP channels and heads; the result is dense.
 
     params, config = structured.prune_channels(params, config, mlp_width, moments)
     params, config = structured.prune_heads(params, config, num_kv_heads, moments)
 
-A channel of an MLP is a column of gate and up and a row of down; a head is its columns of query,
-key and value and its rows of out, together with the heads that share its keys. What goes is what
-the next kernel would miss least, and that kernel is fitted anew to what stays:
+A channel of an MLP is a column of gate and up and a row of down. A head is its columns of query,
+key and value and its rows of out, together with the heads that share its keys. The groups with the
+least effect on the next kernel are removed, and that kernel is refitted to the remaining inputs:
 
     score of a group of inputs G of W:   E‖x_G W_G‖²
-    W' = argmin E‖x W - x_K W'‖²  =  C_KK⁻¹ C_K: W,     K the inputs that stay, C = E[x xᵀ]
+    W' = argmin E‖x W - x_K W'‖²  =  C_KK⁻¹ C_K: W,     K the remaining inputs, C = E[x xᵀ]
 
-Every layer keeps as many. The fit is that of optimal brain compression (Frantar et al. 2022, arXiv
-2208.11580, section 4) for all that goes at once.
+Every layer keeps the same number. The fit is that of optimal brain compression (Frantar et al.
+2022, arXiv 2208.11580, section 4) for all removed inputs at once.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ import scipy.linalg
 
 from lora_jax import tree
 from lora_jax.compress.factorize import check_rows
-from lora_jax.families import Config
+from lora_jax.families import Config, family_of
 from lora_jax.models.llama_config import value_features
 from lora_jax.weights import is_weight
 from lora_jax.weights.probe import Moments
@@ -40,18 +40,18 @@ def prune_channels(
   *,
   damping: float = 1e-3,
 ) -> tuple[PyTree, Config]:
-  """A decoder with fewer MLP channels in every layer, and its configuration.
+  """Returns a decoder with fewer MLP channels in every layer, and its configuration.
 
   Args:
-    params: of the model, layers unstacked.
-    config: of the model.
-    mlp_width: the channels that stay.
+    params: the model's parameters, with unstacked layers.
+    config: the model's configuration.
+    mlp_width: the number of channels to keep.
     moments: of the inputs of `block_{i}/mlp/down/kernel`, whole matrices.
-    damping: of the mean of their diagonal, added to it.
+    damping: added to the moments' diagonal, as a fraction of its mean.
 
   Raises:
-    ValueError: when the layers are stacked or a kernel is compressed already, when no channel goes
-      or stays, and when the calibration data are too short.
+    ValueError: if the layers are stacked or a kernel is compressed already, if no channel is
+      removed or none is kept, or if there are too few calibration data.
   """
   if getattr(config, "experts", None) is not None:
     raise ValueError(
@@ -82,15 +82,17 @@ def prune_heads(
   *,
   damping: float = 1e-3,
 ) -> tuple[PyTree, Config]:
-  """A decoder with fewer key/value heads, and the query heads that attend to them, in every layer.
+  """Returns a decoder with fewer key/value heads, and their query heads, in every layer.
 
   Args:
-    num_kv_heads: the key/value heads that stay.
+    num_kv_heads: the number of key/value heads to keep.
     moments: of the inputs of `block_{i}/attn/out/kernel`, whole matrices.
-    params, config, damping: as in `prune_channels`.
+    params: as in `prune_channels`.
+    config: as in `prune_channels`.
+    damping: as in `prune_channels`.
 
   Raises:
-    ValueError: as `prune_channels`.
+    ValueError: as in `prune_channels`.
   """
   _check(config, params, "heads", "num_kv_heads", num_kv_heads)
   groups, found = config.num_heads // config.num_kv_heads, {}
@@ -119,9 +121,9 @@ def prune_heads(
 
 
 def _fewer_inputs(path, leaf, count: int, size: int, moments, damping: float):
-  """The inputs of a kernel that stay, `count` groups of `size`, and the kernel fitted to them."""
+  """The inputs of a kernel to keep, `count` groups of `size`, and the kernel refitted to them."""
   if path not in moments:
-    raise ValueError(f"{path}: has no moments of its inputs; ask second_moments for it as well")
+    raise ValueError(f"{path}: has no moments of its inputs; add it to second_moments' paths")
   w = np.asarray(leaf, np.float64)
   check_rows(path, moments[path], len(w))
   c = np.asarray(moments[path].mean, np.float64)
@@ -132,18 +134,27 @@ def _fewer_inputs(path, leaf, count: int, size: int, moments, damping: float):
   kept = np.sort(groups[np.argsort(scores)[len(groups) - count :]].ravel())
   square = c[np.ix_(kept, kept)]
   square += damping * np.trace(square) / len(kept) * np.eye(len(kept))
-  # With damping the fit is drawn to the kernel as it was, not to zero.
+  # Damping pulls the fit to the original kernel, not to zero.
   change = c[kept] @ w - c[np.ix_(kept, kept)] @ w[kept]
   fitted = w[kept] + scipy.linalg.solve(square, change, assume_a="pos")
   return kept, jnp.asarray(fitted, leaf.dtype)
 
 
 SEPARATE = {"channels": "mlp/up", "heads": "attn/query", "value_heads": "attn/value"}
-"""The kernel of a layer that each of these needs as one of its own."""
+"""For each of these, the kernel that a layer must have as a separate one."""
+
+
+def check_alike(config: Config, field: str) -> None:
+  """Raises ValueError for a model whose layers have different shapes."""
+  if not family_of(config).layers_alike:
+    raise ValueError(
+      f"{field}: the layers of a {config.family!r} differ in their shapes, and here each keeps as "
+      f"much as the others; factorize or quantize it, and leave {field} out"
+    )
 
 
 def check_separate(params: PyTree, what: str) -> None:
-  """Raises ValueError where a model has the kernel of SEPARATE fused with others."""
+  """Raises ValueError for a model in which the kernel of SEPARATE is fused with others."""
   path = f"block_0/{SEPARATE[what]}/kernel"
   if path not in tree.flatten(params, is_leaf=is_weight):
     raise ValueError(
@@ -155,6 +166,7 @@ def check_separate(params: PyTree, what: str) -> None:
 def _check(config: Config, params: PyTree, what: str, field: str, count: int) -> None:
   if config.scan_layers:
     raise ValueError("the layers are stacked; load the model with scan_layers=False")
+  check_alike(config, field)
   check_separate(params, what)
   if field == "num_kv_heads" and config.whole_qk_norm:
     raise ValueError(

@@ -87,8 +87,8 @@ def train_batches(
   def batch(step: int) -> Batch:
     epoch, number = divmod(step, batches_per_epoch)
     rows = plan(epoch)[number]
-    block = _block(rows.indices, batch_size, shard_index, shard_count)
-    return (assemble or _assemble)(examples, block, rows.length, widths[rows.length], pad_id)
+    own = block(rows.indices, batch_size, shard_index, shard_count)
+    return (assemble or _assemble)(examples, own, rows.length, widths[rows.length], pad_id)
 
   # Not `repeat`, which would hand the map a step within the epoch, and not grain's own sharding,
   # which deals whole batches out: the shards of one step would differ in shape.
@@ -117,9 +117,9 @@ def eval_batches(
 
   def batch(number: int) -> Batch:
     rows = plan[number]
-    block = _block(rows.indices, batch_size, shard_index, shard_count)
-    arrays = (assemble or _assemble)(examples, block, rows.length, widths[rows.length], pad_id)
-    return arrays | {"index": block.astype(np.int32)}
+    own = block(rows.indices, batch_size, shard_index, shard_count)
+    arrays = (assemble or _assemble)(examples, own, rows.length, widths[rows.length], pad_id)
+    return arrays | {"index": own.astype(np.int32)}
 
   return grain.MapDataset.range(len(plan)).map(batch)
 
@@ -249,8 +249,8 @@ def _lengths(
   return lengths
 
 
-def _block(indices: np.ndarray, batch_size: int, shard_index: int, shard_count: int) -> np.ndarray:
-  """Fills the rows up with -1 and returns one shard's block of them."""
+def block(indices: np.ndarray, batch_size: int, shard_index: int, shard_count: int) -> np.ndarray:
+  """Fills rows up to a batch with -1, and returns one shard's block of them."""
   filled = np.full(batch_size, -1)
   filled[: len(indices)] = indices
   return filled.reshape(shard_count, -1)[shard_index]

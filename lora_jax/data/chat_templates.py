@@ -15,12 +15,13 @@ import bisect
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -121,12 +122,12 @@ def read_file(path: str) -> str:
   return files.read_text(Path(path), _MAX_BYTES)
 
 
-def check_date(date: str) -> None:
-  """Raises ValueError for what is no day."""
+def check_date(field: str, date: str) -> None:
+  """Raises ValueError for what is no day, by the field that says it."""
   try:
     datetime.datetime.strptime(date, "%Y-%m-%d")
   except (TypeError, ValueError):
-    raise ValueError(f"task.date {shown(date)} is no day; write it as 2026-01-31") from None
+    raise ValueError(f"{field} {shown(date)} is no day; write it as 2026-01-31") from None
 
 
 class Text(NamedTuple):
@@ -215,6 +216,7 @@ class Renderer:
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       stderr=subprocess.DEVNULL,
+      start_new_session=True,  # so that a terminal's Ctrl-C is not for it
     )
     try:
       with self.named():
@@ -245,7 +247,7 @@ class Renderer:
     """Returns the text with marks of each rendering; see `read`.
 
     Args:
-      messages: plain JSON, checked by `lora_jax.data.chat.conversation`.
+      messages: plain JSON, checked by `lora_jax.data.messages.check`.
       tools: likewise; None for none.
       renderings: the beginnings of the conversation that are rendered.
 
@@ -304,6 +306,25 @@ class Renderer:
       yield
     except TemplateError as error:
       raise TemplateError(f"{self.template.name}: {error}") from None
+
+
+@contextlib.contextmanager
+def renderers(
+  tokenizer: Tokenizer, name: str | None, date: str
+) -> Iterator[Callable[[bool], Renderer]]:
+  """Yields `(whether there are tools) -> Renderer`, which are started where they are asked for.
+
+  Args:
+    tokenizer, name: as `find` takes them.
+    date: as `Renderer` takes it.
+  """
+  with contextlib.ExitStack() as stack:
+
+    @functools.cache
+    def renderer(tools: bool) -> Renderer:
+      return stack.enter_context(Renderer(find(tokenizer, name, tools=tools), date=date))
+
+    yield renderer
 
 
 def _map_texts(value: Any, function: Any) -> Any:

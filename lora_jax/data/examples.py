@@ -58,8 +58,9 @@ class Example:
     shared: whether a token has characters of the prompt and of the completion, see `encode`.
     learnt: the numbers of the tokens that are learnt, rising and from 1 on, where these are not
       just those of the completion, as in a conversation with several answers.
-    left_out: how many records just before this one are no examples, as they are too long; of the
+    left_out: how many examples just before this one are left out, as they are too long; of the
       last example, those after it too.
+    continues: whether it is of the same record as the example before it.
   """
 
   tokens: tuple[int, ...]
@@ -68,6 +69,7 @@ class Example:
   shared: bool = False
   learnt: tuple[int, ...] | None = None
   left_out: int = 0
+  continues: bool = False
 
   @property
   def inputs(self) -> tuple[int, ...]:

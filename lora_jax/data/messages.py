@@ -1,9 +1,11 @@
 """The messages of a conversation: what is read, and what is refused before a model is loaded.
 
   check({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]})
+  check_asked({"messages": [{"role": "user", "content": "Hi"}]})
 
 A conversation begins with a user's message, perhaps after a system message, and ends with one of
-the assistant. A tool's message follows the call. Content is a text, or texts in parts.
+the assistant, or where it is to be answered with one that is not. A tool's message follows the
+call. Content is a text, or texts in parts.
 """
 
 import re
@@ -20,10 +22,13 @@ _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 _NO_CHARACTER = re.compile("[\ud800-\udfff\ufdd0-\ufdd4]")
 
 
+Message = dict[str, Any]
+
+
 class Conversation(NamedTuple):
   """What a template is given: plain JSON. `tools` is None where there are none."""
 
-  messages: list[dict[str, Any]]
+  messages: list[Message]
   tools: list[Any] | None
 
 
@@ -38,6 +43,36 @@ def check(record: Record) -> Conversation:
       roles out of order, an assistant's turn that is empty, a tool call that is no JSON, content
       that is no text. The message names the message and the remedy.
   """
+  found = _read(record)
+  roles = [message["role"] for message in found.messages]
+  if "assistant" not in roles:
+    raise ValueError("no message is of the role assistant, so nothing to learn; leave it out")
+  if roles[-1] != "assistant":
+    raise ValueError(
+      f"the last message is of the role {roles[-1]}, and nothing answers it; take it out, or add "
+      "the assistant's answer"
+    )
+  return found
+
+
+def check_asked(record: Record) -> Conversation:
+  """Returns the conversation of a record that an assistant is to answer, as `check` does.
+
+  Raises:
+    ValueError: as `check`, but of the last message where it is the assistant's or a system message.
+  """
+  found = _read(record)
+  role = found.messages[-1]["role"]
+  if role not in ("user", "tool"):
+    raise ValueError(
+      f"the last message is of the role {role}, so nothing is asked; end with a message of the "
+      "role user, or of a tool"
+    )
+  return found
+
+
+def _read(record: Record) -> Conversation:
+  """The conversation of a record, whoever has the last word."""
   if "messages" not in record:
     raise ValueError(
       f"has no messages; it has {shown(sorted(map(str, record)))}. A conversation is "
@@ -140,13 +175,6 @@ def _check_order(roles: Sequence[str], messages: Sequence[Mapping[str, Any]]) ->
       remedy = "the tool's answer must come between"
     if remedy:
       raise ValueError(f"message {n} of the role {role} follows {before}; {remedy}")
-  if "assistant" not in roles:
-    raise ValueError("no message is of the role assistant, so nothing to learn; leave it out")
-  if roles[-1] != "assistant":
-    raise ValueError(
-      f"the last message is of the role {roles[-1]}, and nothing answers it; take it out, or add "
-      "the assistant's answer"
-    )
 
 
 def _check_texts(where: str, value: Any) -> None:

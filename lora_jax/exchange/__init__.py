@@ -1,12 +1,13 @@
 """Adapters from and to other libraries: PEFT's folders, and GGUF files for llama.cpp.
 
     axes = lora_jax.trace_axes(lambda p, t: model.apply({"params": p}, t), params, tokens)
-    adapters = exchange.load("adapter", params, axes)
-    exchange.save("copy", adapters, params, axes, base_model="HuggingFaceTB/SmolLM2-135M")
+    table = pretrained.table           # lora_jax.families.tensor_names(config)
+    adapters = exchange.load("adapter", params, axes, table=table)
+    exchange.save("copy", adapters, params, axes, base_model="owner/name", table=table)
 
-A table says which tensor of the PyTorch model is which leaf here, by templates with `{i}` for the
-number of a layer. `lora_jax.families.FAMILIES` has that of each family; another model's is a
-dict:
+A table maps the tensors of the PyTorch model to the leaves of the tree, by templates with `{i}` for
+the index of a layer. `lora_jax.families` has a table for each family. The table of another model is
+a dict:
 
     GPT2 = {
       "transformer.wte.weight": "wte/embedding",
@@ -15,10 +16,9 @@ dict:
     }
     exchange.load("adapter", params, axes, table=GPT2)
 
-Where layers are stacked in one leaf, its path has no `{i}`, or is `blocks/...` for `block_{i}/...`.
-How a tensor lies in its leaf follows from the traced axes: what is multiplied by is (out, in) in
-PyTorch with the heads of a projection joined, a convolution's channels come before its window, and
-what is looked up is (tokens, width).
+The path of a leaf of stacked layers has no `{i}`, or is `blocks/...` for `block_{i}/...`. The order
+of axes follows from the traced axes: a kernel is (out, in) in PyTorch, with the heads of a
+projection joined; a convolution's channels come before its window; an embedding is (tokens, width).
 """
 
 from collections.abc import Mapping
@@ -42,30 +42,33 @@ def load(
   params: PyTree,
   axes: Mapping[str, Axes],
   *,
-  table: names.Table = names.LLAMA_HF,
+  table: names.Table | None = None,
 ) -> dict[str, Adapted]:
-  """Returns the adapters `{path: adapter}` in a folder that `peft` or `save` wrote.
+  """Loads the adapters `{path: adapter}` from a folder that `peft` or `save` wrote.
 
-  LoRA and rsLoRA with rank and alpha patterns, DoRA, PiSSA, OLoRA, AdaLoRA, VeRA, LoHa and LoKr, of
-  linear layers, embeddings and convolutions; and, as `Full` and `TokenRows`, what was trained
-  beside or without them: modules to save, biases, rows of tokens. The factors of PiSSA and OLoRA
-  belong to a residual; it is computed from `params` again, as PEFT does.
+  Supports LoRA and rsLoRA with rank and alpha patterns, DoRA, PiSSA, OLoRA, AdaLoRA, VeRA, LoHa and
+  LoKr, of linear layers, embeddings and convolutions. Modules to save, biases and rows of tokens,
+  trained with or without adapters, are loaded as `Full` and `TokenRows`. The factors of PiSSA and
+  OLoRA belong to a residual, which is computed again from `params`, as in PEFT.
 
-  The file is taken for hostile: names, shapes, dtypes and every field of the config are checked
-  before a tensor is read, and a folder is loaded as a whole or not at all.
+  The file is treated as hostile: names, shapes, dtypes and every field of the config are checked
+  before a tensor is read, and a folder is loaded completely or not at all.
 
   Args:
-    folder: with adapter_config.json and adapter_model.safetensors.
-    params: the base. Its values are needed where the file holds other values than changes (rows
-      of tokens, modules to save) or starts from them (PiSSA); else shapes will do.
-    axes: what `lora_jax.trace_axes` found.
-    table: {name of a tensor: path of its leaf}; a leaf that several names lead to is tied, and
-      `names.InOut` marks tensors that are (in, out): transformers' Conv1D.
+    folder: the folder with adapter_config.json and adapter_model.safetensors.
+    params: the base. Its values are needed if the file stores whole values (rows of tokens, modules
+      to save) or an adapter starts from them (PiSSA); otherwise shapes suffice.
+    axes: the result of `lora_jax.trace_axes`.
+    table: {name of a tensor: path of its leaf}. A leaf with several names is tied. `names.InOut`
+      marks tensors that are (in, out): transformers' Conv1D. It is required, since families have
+      different names.
 
   Raises:
-    FileNotFoundError: when a file is missing.
-    ValueError: when a file is damaged, asks for what is not supported, or does not fit the model.
+    TypeError: without a table.
+    FileNotFoundError: if a file is missing.
+    ValueError: if a file is damaged, has unsupported settings, or does not fit the model.
   """
+  table = _given(table)
   file = peft.read(folder)
   found = modules.modules(params, axes, table)
   try:
@@ -81,28 +84,30 @@ def save(
   axes: Mapping[str, Axes],
   *,
   base_model: str,
-  table: names.Table = names.LLAMA_HF,
+  table: names.Table | None = None,
   task_type: str | None = "CAUSAL_LM",
 ) -> None:
-  """Writes adapters to a folder that `peft` loads; it appears whole or not at all.
+  """Saves adapters to a folder that `peft` loads; it is written completely or not at all.
 
-  Everything is float32. PiSSA and OLoRA are written as the LoRA of twice the rank that they are on
-  the base as it was; so are adapters of several kinds that all come down to products of two
-  factors. What trains in full is written as it stands, `params` plus the change.
+  All values are float32. PiSSA and OLoRA are written as a LoRA of twice the rank on the original
+  base. Adapters of several kinds that all have a low-rank form are written as LoRA too. Leaves
+  trained in full are written with their values, `params` plus the change.
 
   Args:
-    folder: replaced if it is an adapter's folder already.
+    folder: replaced if it is an adapter's folder.
     adapters: `{path: adapter}`.
     params: the base. Its values are needed for leaves trained in full and for rows of tokens.
-    axes, table: as in `load`.
-    base_model: what the adapters belong to, the config's `base_model_name_or_path`.
-    task_type: the config's; it chooses the class of PEFT's model.
+    axes: as in `load`.
+    table: as in `load`.
+    base_model: the name of the base, the config's `base_model_name_or_path`.
+    task_type: the config's field of this name; it selects the class of PEFT's model.
 
   Raises:
-    ValueError: when there is no adapter, one does not fit its leaf, or PEFT cannot say it: the
-      layers of a stack other than the model's, kinds that do not go together, a LoHa of an
+    TypeError: without a table.
+    ValueError: if there is no adapter, if one does not fit its leaf, or if PEFT has no equivalent:
+      for stacks other than the model's layers, kinds that cannot be in one folder, a LoHa of an
       embedding.
-    FileExistsError: when the folder holds something else.
+    FileExistsError: if the folder holds something else.
   """
   config, tensors = _written(folder, adapters, params, axes, table)
   common = {
@@ -116,13 +121,20 @@ def check(
   params: PyTree,
   axes: Mapping[str, Axes],
   *,
-  table: names.Table = names.LLAMA_HF,
+  table: names.Table | None = None,
 ) -> None:
-  """Raises what `save` would of these adapters, so that a training need not end with it.
+  """Raises the errors of `save` for these adapters, e.g. before they are trained.
 
-  Of params shapes will do.
+  Args:
+    adapters: as in `save`.
+    params: as in `save`; shapes suffice.
+    axes: as in `save`.
+    table: as in `save`.
+
+  Raises:
+    ValueError: as `save` does.
   """
-  # Zeros without memory: what is refused depends on no value of the base.
+  # Zeros without memory, since no error depends on the values of the base.
   params = jax.tree.map(
     lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), params, is_leaf=is_weight
   )
@@ -138,18 +150,19 @@ def save_gguf(
   config: families.Config,
   dtype: str = "float32",
 ) -> None:
-  """Writes adapters to a GGUF file that llama.cpp loads beside its base, `--lora adapter.gguf`.
+  """Saves adapters to a GGUF file that llama.cpp loads with its base, `--lora adapter.gguf`.
 
   Args:
-    path: of the file; replaced if it is there.
-    adapters: `{path: adapter}` that all come down to products of two factors: LoRA, PiSSA, OLoRA,
-      AdaLoRA, VeRA, LoHa, LoKr.
-    params, axes: the base, of which shapes will do, and its axes, as in `load`.
-    config: of the model, of a family that llama.cpp knows (`io.names.GGUF`).
-    dtype: of the tensors: float32, float16 or bfloat16.
+    path: the file to write; an existing one is replaced.
+    adapters: `{path: adapter}`, of kinds with a low-rank form: LoRA, PiSSA, OLoRA, AdaLoRA, VeRA,
+      LoHa, LoKr.
+    params: the base; shapes suffice.
+    axes: as in `load`.
+    config: the model's configuration, of a family that llama.cpp supports (`io.names.GGUF`).
+    dtype: the dtype of the tensors: float32, float16 or bfloat16.
 
   Raises:
-    ValueError: when an adapter is no such product, or of what llama.cpp cannot adapt.
+    ValueError: if an adapter has no low-rank form, or if llama.cpp cannot adapt its leaf.
   """
   try:
     architecture = gguf_configs.architecture(config)
@@ -160,8 +173,17 @@ def save_gguf(
   gguf_lora.write(path, factors, alpha=alpha, architecture=architecture, dtype=dtype)
 
 
+def _given(table: names.Table | None) -> names.Table:
+  if table is None:
+    raise TypeError(
+      "table: the names of the model's tensors are needed, {name: path}; for a family of lora_jax "
+      "they are lora_jax.families.tensor_names(config), or `pretrained.load(...).table`"
+    )
+  return table
+
+
 def _written(where, adapters, params, axes, table):
-  found = modules.modules(params, axes, table)
+  found = modules.modules(params, axes, _given(table))
   try:
     return writing.folder(adapters, found, tree.flatten(params, is_leaf=is_weight))
   except ValueError as error:

@@ -1,4 +1,4 @@
-"""What is trained beside adapters, as PEFT has it: whole leaves, rows of embeddings, tied heads."""
+"""PEFT's form of what trains alongside adapters: whole leaves, embedding rows, tied heads."""
 
 import collections
 import re
@@ -16,14 +16,14 @@ Modules = Mapping[str, Module]
 Leaves = Mapping[str, Any]
 
 HEADS = ("classifier",)
-"""Modules of several, as RoBERTa's head of classes is, that PEFT saves whole for `SEQ_CLS`."""
+"""Modules with submodules, such as RoBERTa's classifier, that PEFT saves whole for `SEQ_CLS`."""
 
-# The kinds of which PEFT can tie the adapter of the head to that of the embedding.
+# The kinds for which PEFT can tie the head's adapter to the embedding's.
 _TYING = ("LORA", "ADALORA")
 
 
 class Folder(NamedTuple):
-  """What is written: the fields of the config, and the tensors by their names in the model."""
+  """The contents to write: the config's fields, and the tensors by their names in the model."""
 
   config: dict[str, Any]
   tensors: dict[str, np.ndarray]
@@ -33,7 +33,7 @@ class Folder(NamedTuple):
 
 
 def targets(adapted: Collection[str], modules: Modules) -> list[str] | str:
-  """The modules by their whole names; a regular expression where one ends another's name."""
+  """The modules by full name; a regular expression if one name is the end of another."""
   adapted = set(adapted)
   others = {module_of(name) for x in modules.values() for name in x.by_layer().values()} - adapted
   if any(endings(other) & adapted for other in others):
@@ -42,7 +42,7 @@ def targets(adapted: Collection[str], modules: Modules) -> list[str] | str:
 
 
 def endings(module: str) -> set[str]:
-  """What ends a module's name from a dot on."""
+  """The suffixes of a module's name that start after a dot."""
   parts = module.split(".")
   return {".".join(parts[n:]) for n in range(1, len(parts))}
 
@@ -50,7 +50,7 @@ def endings(module: str) -> set[str]:
 def full(
   format: Format, full: Adapters, adapted: Collection[str], modules: Modules, leaves: Leaves
 ) -> Folder:
-  """Leaves trained in full: a bias is stored by itself, of any other leaf the whole module."""
+  """Leaves trained in full: biases are stored alone, for other leaves the whole module."""
   saved, biases = {}, {}  # {module: {name: (path, layer)}}
   for owner, parameters in _parameters(modules).items():
     changed = {name for name, (path, _) in parameters.items() if path in full}
@@ -70,7 +70,7 @@ def full(
       ending = next((x for x in saved if owner not in saved and owner.endswith(x)), None)
       if ending:
         raise ValueError(
-          f"{ending} is trained in full, and PEFT would take {owner} for it, whose name ends so too"
+          f"{ending} is trained in full, but PEFT would match {owner} too, whose name ends with it"
         )
   saved = _whole_heads(saved, adapted, modules)
   names = {next((x for x in HEADS if is_within(owner, x)), owner) for owner in saved}
@@ -81,7 +81,7 @@ def full(
 
 
 def _whole_heads(saved: dict, adapted: Collection[str], modules: Modules) -> dict:
-  """What is saved, with what else is in a head of several modules, which PEFT saves as one."""
+  """The saved modules, completed to whole heads: PEFT saves a head of several modules as one."""
   owners = _parameters(modules)
   for head in HEADS:
     within = [owner for owner in owners if is_within(owner, head)]
@@ -89,20 +89,20 @@ def _whole_heads(saved: dict, adapted: Collection[str], modules: Modules) -> dic
       continue
     if both := [owner for owner in within if any(x in adapted for x, _ in owners[owner].values())]:
       raise ValueError(
-        f"{both[0]}: has an adapter, and PEFT saves the module {head!r} that it is in whole, for a "
-        "part of it is trained in full; train it in full too, or merge both into the model"
+        f"{both[0]}: has an adapter, but PEFT saves its module {head!r} whole, since a part of it "
+        "is trained in full; train it in full too, or merge both into the model"
       )
     saved = saved | {owner: owners[owner] for owner in within}
   return saved
 
 
 def is_within(owner: str, module: str) -> bool:
-  """Whether a module is another one's part, by its name from the last dots on."""
+  """True if a module is part of another one, by the parts of its name between dots."""
   return f".{module}." in f".{owner}"
 
 
 def full_alone(full: Adapters, modules: Modules, leaves: Leaves) -> Folder:
-  """Leaves trained in full and nothing else: what PEFT calls LN_TUNING tunes any module."""
+  """Leaves trained in full without adapters: PEFT's LN_TUNING, which tunes any module."""
   saved = {
     owner: parameters
     for owner, parameters in _parameters(modules).items()
@@ -123,7 +123,7 @@ def _parameters(modules: Modules) -> dict[str, dict[str, tuple[str, int | None]]
 
 
 def _whole(parameters, full: Adapters, modules: Modules, leaves: Leaves) -> dict[str, np.ndarray]:
-  """Parameters as they stand, changed or not, in float32."""
+  """The values of parameters, changed or not, in float32."""
   tensors, values = {}, {}
   for name, (path, layer) in (item for each in parameters for item in each.items()):
     if path not in values:
@@ -136,10 +136,10 @@ def _whole(parameters, full: Adapters, modules: Modules, leaves: Leaves) -> dict
 
 
 def rows_beside(format: Format, rows: Adapters, modules: Modules, leaves: Leaves) -> Folder:
-  """Rows of embeddings beside adapters."""
+  """Rows of embeddings, alongside adapters."""
   if rows and format.peft_type != "LORA":
     raise ValueError(
-      f"{next(iter(rows))}: PEFT trains rows of tokens beside LORA or alone, not beside "
+      f"{next(iter(rows))}: PEFT trains rows of tokens alongside LORA or alone, not alongside "
       f"{format.peft_type}; save them to a folder of their own"
     )
   ids = {module_of(modules[path].name): list(x.ids) for path, x in rows.items()}
@@ -148,7 +148,7 @@ def rows_beside(format: Format, rows: Adapters, modules: Modules, leaves: Leaves
 
 
 def rows_alone(rows: Adapters, modules: Modules, leaves: Leaves) -> Folder:
-  """Rows of embeddings, which is a kind of adapter too."""
+  """Rows of embeddings alone, which is also a kind of adapter."""
   ids = {x.ids: path for path, x in rows.items()}
   if len(ids) > 1:
     raise ValueError(
@@ -164,7 +164,7 @@ def rows_alone(rows: Adapters, modules: Modules, leaves: Leaves) -> Folder:
 
 
 def _row_tensors(rows: Adapters, modules: Modules, leaves: Leaves, suffix: str):
-  """The rows as they stand."""
+  """The values of the rows."""
   tensors = {}
   for path, adapter in rows.items():
     module = modules[path]
@@ -176,7 +176,7 @@ def _row_tensors(rows: Adapters, modules: Modules, leaves: Leaves, suffix: str):
 
 
 def heads(written: Folder, tied: Collection[Module]) -> Folder:
-  """What is done to an embedding, for the head that is tied to it."""
+  """The changes of an embedding, repeated for the head that is tied to it."""
   config, tensors = {}, {}
   kind = written.config["peft_type"]
   for module in tied:
@@ -188,7 +188,7 @@ def heads(written: Folder, tied: Collection[Module]) -> Folder:
     owner, head = module_of(module.name), module_of(module.tied)
     for name in [name for name in written.tensors if name.startswith(f"{owner}.")]:
       suffix = name.removeprefix(f"{owner}.")
-      if suffix == ROWS_BESIDE:  # which PEFT ties by itself
+      if suffix == ROWS_BESIDE:  # PEFT ties these itself
         continue
       if suffix in IN_THE_HEAD:
         tensors[f"{head}.{IN_THE_HEAD[suffix]}"] = written.tensors[name].T
@@ -201,6 +201,6 @@ def heads(written: Folder, tied: Collection[Module]) -> Folder:
         )
       if kind in _TYING:
         config["ensure_weight_tying"] = True
-      if suffix.startswith(WHOLE):  # two modules of their own, with the same values
+      if suffix.startswith(WHOLE):  # two separate modules with the same values
         config["target_modules"] = [*written.config["target_modules"], head]
   return Folder(config, tensors)

@@ -1,4 +1,4 @@
-"""Adapters read from PEFT's tensors: the parts of each layer, and those of all layers of a leaf."""
+"""Adapters from PEFT's tensors: the parts of each layer, and those of a leaf of several layers."""
 
 import dataclasses
 import math
@@ -16,22 +16,22 @@ from lora_jax.exchange.modules import Module, module_of
 from lora_jax.io import peft, peft_patterns
 from lora_jax.weights import Adapted, DoRA, LoKr, LowRank, Recentred
 
-# What `init_lora_weights` says where training starts on the base as it is, and where it starts on
-# a residual that PEFT computes again whenever it loads the adapter.
+# The values of `init_lora_weights` for which training starts at the unchanged base, and those for
+# which it starts at a residual that PEFT computes whenever it loads the adapter.
 _ON_THE_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
 _ON_A_RESIDUAL = {"pissa": PiSSA, "olora": OLoRA}
 
 Layer = int | None
 Kinds = Mapping[str, str]
-"""The names of one layer's tensors, by what they are of it: {"lora_A.weight": name}."""
+"""The names of one layer's tensors, by suffix: {"lora_A.weight": name}."""
 Parts = dict[str, np.ndarray]
 
 
 def format_of(config: Mapping[str, Any]) -> Format | None:
-  """How the adapters of a file are written; None for a kind that adapts no layers.
+  """The format of a file's adapters; None for a kind that adapts no layers.
 
   Raises:
-    ValueError: when they belong to a base that cannot be had from the file.
+    ValueError: if they belong to a base that cannot be recovered from the file.
   """
   start, dora = config.get("init_lora_weights", True), config.get("use_dora", False)
   if start in _ON_A_RESIDUAL and not dora:
@@ -48,7 +48,7 @@ def format_of(config: Mapping[str, Any]) -> Format | None:
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-  """Reads the adapters of a file; `Reader.of` makes it."""
+  """Reads the adapters of a file; create it with `Reader.of`."""
 
   file: peft.AdapterFile
   format: Format
@@ -58,24 +58,24 @@ class Reader:
 
   @classmethod
   def of(cls, file: peft.AdapterFile, format: Format) -> "Reader":
-    """The reader of a file; raises ValueError when what all layers share is not there."""
+    """The reader of a file; raises ValueError if the parts that all layers share are missing."""
     config = file.config
     missing = [part.suffix for part in format.shared if part.suffix not in file.shapes]
     if missing:
       raise ValueError(
-        f"{' and '.join(missing)} are not in the file, and PyTorch's random numbers are not made "
-        "here; write the adapter again in peft with save_projection=True"
+        f"{' and '.join(missing)} are not in the file, and PyTorch's random numbers cannot be "
+        "reproduced here; write the adapter again in peft with save_projection=True"
       )
-    masks = config["peft_type"] == "ADALORA"  # where others have patterns
+    masks = config["peft_type"] == "ADALORA"  # where other kinds have patterns
     patterns = [{} if masks else config.get(f"{x}_pattern", {}) for x in ("rank", "alpha")]
     shared = {part.field: file.load(part.suffix) for part in format.shared}
     return cls(file, format, *map(peft_patterns.compiled, patterns), shared)
 
   def adapter(self, module: Module, leaf: Any, tensors: Mapping[Layer, Kinds]) -> Adapted:
-    """The adapter of a leaf, of all its layers at once.
+    """The adapter of a leaf with all its layers.
 
     Raises:
-      ValueError: when its tensors are not of its kind or do not fit the leaf.
+      ValueError: if its tensors are not those of its kind or do not fit the leaf.
     """
     if reason := self.format.unfit(module):
       raise ValueError(f"{module.name}: {reason}")
@@ -89,7 +89,7 @@ class Reader:
       scales[layer] = self._scale(module.key(layer), rank)
       if self.format.kind is Recentred:
         layers[layer] |= self._start(module, leaf, layer, rank, scales[layer])
-    # A leaf has one scale, whose multiples the others are; zero has none but itself.
+    # A leaf has one scale, of which the others are multiples; zero has no multiple but itself.
     counted = [scale for scale in scales.values() if scale] or [0.0]
     scale = max(counted, key=counted.count)
     parts = layers.get(None)
@@ -104,7 +104,7 @@ class Reader:
       settings["order"] = lokr.order(module)
     return self.format.kind(w=None, roles=module.roles.lstrip("s"), **arrays, **settings)
 
-  # ---- what the config says of a module
+  # ---- a module's settings in the config
 
   def _rank(self, owner: str) -> int:
     config = self.file.config
@@ -118,8 +118,8 @@ class Reader:
     if self.format.alpha is None:
       return 1.0
     alpha = peft_patterns.first_match(self.alphas, owner, config[self.format.alpha])
-    if config["peft_type"] == "ADALORA":  # the ranks that are left do not change it
-      alpha = alpha if alpha > 0 else config["init_r"]  # so PEFT takes it
+    if config["peft_type"] == "ADALORA":  # the remaining ranks do not change it
+      alpha = alpha if alpha > 0 else config["init_r"]  # as in PEFT
       return alpha / (config["init_r"] + ADALORA_EPSILON)
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
@@ -142,7 +142,7 @@ class Reader:
     for part in parts:
       shape = module.tensor_shape(part.letters, rank, self.format.window)
       tensor = self._load(kinds[part.suffix], shape)
-      if rank == 0:  # AdaLoRA has left nothing of it
+      if rank == 0:  # AdaLoRA has removed it
         tensor = np.zeros(module.tensor_shape(part.letters, 1), np.float32)
       layout = self.format.layout(part.field, module)
       found[part.field] = module.to_part(tensor, part.letters, layout, max(1, rank))
@@ -157,9 +157,10 @@ class Reader:
     return found
 
   def _tucker(self, module: Module, kinds: Kinds, rank: int) -> Parts:
-    """The parts of a LoHa of a convolution whose factors are tensors of three modes each.
+    """The parts of a convolution's LoHa whose factors are tensors of three modes each.
 
-    The inner rank and the channels go into one factor, of all inputs: (window, channels, rank).
+    The inner rank and the channels are joined into one factor of all inputs: (window, channels,
+    rank).
     """
     window, channels = module.window(), module.inputs // math.prod(module.window())
     core = (rank, rank, *window, *[1] * (2 - len(window)))
@@ -173,7 +174,7 @@ class Reader:
     return found
 
   def _start(self, module: Module, leaf, layer: Layer, rank: int, scale: float) -> Parts:
-    """Where the factors of a layer started, computed from the base as PEFT does."""
+    """The start of a layer's factors, computed from the base as in PEFT."""
     method = _ON_A_RESIDUAL[self.file.config["init_lora_weights"]]
     w = module.layer(jnp.asarray(module.values(leaf)), layer)
     start = method(rank=rank, alpha=scale * rank).init(
@@ -189,14 +190,14 @@ class Reader:
   def _stacked(
     self, module: Module, leaf, layers: Mapping[Layer, Parts], ratios: Mapping[Layer, float]
   ) -> Parts:
-    """The parts of all layers: of the largest rank, of one scale, and nothing where there is none.
+    """The parts of all layers, with the largest rank and a common scale; zeros without an adapter.
 
-    What fills up is zero, of which the gradient is zero too, so that it stays so in training.
+    The padding is zero and has zero gradients, so it stays zero in training.
     """
     fields = {frozenset(parts) for parts in layers.values()}
     if len(fields) > 1:
       raise ValueError(
-        f"{module.path}: its layers have other parts than each other, "
+        f"{module.path}: its layers have different parts, "
         f"{' and '.join(', '.join(sorted(x)) for x in fields)}; load the model with "
         "scan_layers=False"
       )
@@ -211,7 +212,7 @@ class Reader:
     absent = set(range(module.layers)) - set(layers)
     for field in self.shared:
       stacked[field][:] = next(iter(layers.values()))[field]
-    if absent and self.format.kind is DoRA:  # an output of the base's own length stays as it is
+    if absent and self.format.kind is DoRA:  # an output with the base's length is unchanged
       weights = module.weights(module.values(leaf))
       for layer in absent:
         lengths = np.linalg.norm(module.rows_of_outputs(weights[layer]), axis=1)
@@ -220,7 +221,7 @@ class Reader:
 
 
 def load(file: peft.AdapterFile, name: str, shape: tuple[int, ...]) -> np.ndarray:
-  """A tensor of a file; raises ValueError when it has another shape, before it is read."""
+  """A tensor of a file; raises ValueError for another shape, before it is read."""
   if file.shapes[name] != shape:
     raise ValueError(f"{name}: shape {file.shapes[name]}, where the model and the rank say {shape}")
   return file.load(name)

@@ -14,7 +14,7 @@ from lora_jax.weights import AdaLoRA, Adapted, DoRA, LoHa, LoKr, LowRank, Recent
 
 
 class Part(NamedTuple):
-  """A part of an adapter: the end of its tensor's name, its field here, its axes there."""
+  """A part of an adapter: the suffix of its tensor, its field here, its axes in the file."""
 
   suffix: str
   field: str
@@ -23,19 +23,20 @@ class Part(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Format:
-  """How a kind of adapter is written.
+  """The form in which PEFT stores a kind of adapter.
 
   Attributes:
-    peft_type: what the config calls it.
-    kind: the Weight that it is here.
-    parts: those of a linear layer.
-    others: the ends of further names, by which a kind is written in more than one way.
-    shared: parts that all layers have in common, as large as the largest layer needs.
-    alpha: the config's field of the scale's numerator; None for a kind without a scale.
-    scaled: the fields that a factor of the scale goes into where layers of a stack differ in it.
-    window: whether a convolution's parts have axes for its window there.
-    layers: what PEFT has it for beside linear layers: conv, embedding, conv1d (transformers').
-    biases: whether the config says which biases are stored.
+    peft_type: its name in the config.
+    kind: the Weight that represents it here.
+    parts: the parts for a linear layer.
+    others: further suffixes, for kinds with more than one form.
+    shared: parts that all layers share, as large as the largest layer needs.
+    alpha: the config's field for the scale's numerator; None for a kind without a scale.
+    scaled: the fields to multiply by the scale where layers of a stack have different scales.
+    window: True if a convolution's parts have axes for its window in the file.
+    layers: the layers it supports in addition to linear ones: conv, embedding, conv1d
+      (transformers').
+    biases: True if the config says which biases are stored.
   """
 
   peft_type: str
@@ -50,7 +51,7 @@ class Format:
   biases: bool = False
 
   def parts_of(self, module: Module) -> tuple[Part, ...]:
-    """The parts as a module has them; LoRA's factors are named otherwise in an embedding."""
+    """The parts for a module; LoRA's factors have other names in an embedding."""
     if module.has_experts:
       return _OF_EXPERTS
     names = _IN_AN_EMBEDDING if module.is_embedding else {}
@@ -58,17 +59,17 @@ class Format:
 
   @property
   def suffixes(self) -> list[str]:
-    """The ends of all names of tensors."""
+    """The suffixes of all tensors."""
     own = [part.suffix for part in self.parts]
     return [*own, *self.others, *(_IN_AN_EMBEDDING[x] for x in own if x in _IN_AN_EMBEDDING)]
 
   def layout(self, field: str, module: Module) -> str:
-    """The axes of a part of one layer here."""
+    """The axes of a part of one layer in this library."""
     layout = self.kind.LAYOUTS[field]
     return layout if module.has_experts else layout.replace("s", "")
 
   def unfit(self, module: Module) -> str | None:
-    """Why PEFT cannot adapt a module so, or None."""
+    """The reason why PEFT cannot adapt a module in this form, or None."""
     if module.parameter and self.kind is not LowRank:
       return f"PEFT has no {self.kind.__name__} of {module.parameter}, a parameter: LoRA alone"
     traits = {
@@ -118,20 +119,20 @@ FORMATS = {
     ),
   ),
 }  # fmt: skip
-"""What is read and written, by the config's `peft_type`, and DoRA by its name."""
+"""The formats that are read and written, by the config's `peft_type`, and DoRA by its name."""
 
 RECENTRED = dataclasses.replace(_LORA, kind=Recentred, scaled=("b", "b0"), layers=("conv1d",))
-"""PiSSA and OLoRA as PEFT saves them when it is not told where they started: read only."""
+"""PiSSA and OLoRA as PEFT saves them without their start: only read."""
 
 WHOLE = "ln_tuning_layers."
-"""Before the name of a parameter that LN_TUNING stores whole, of whatever module it is."""
+"""The prefix of a parameter that LN_TUNING stores whole, in any module."""
 
 ROWS = "trainable_tokens_delta"
 ROWS_BESIDE = f"token_adapter.{ROWS}"
-"""The rows of an embedding, in an adapter of theirs and beside another one."""
+"""The suffixes for the rows of an embedding, in their own adapter and alongside another one."""
 
 IN_THE_HEAD = {"lora_embedding_A": "lora_B.weight", "lora_embedding_B": "lora_A.weight"}
-"""What the factors of an embedding are in the head that is tied to it, transposed."""
+"""The suffixes that an embedding's factors have, transposed, in the tied head."""
 
 ADALORA_EPSILON = 1e-5
-"""What PEFT adds to AdaLoRA's first rank before it divides alpha by it."""
+"""The value that PEFT adds to AdaLoRA's first rank before it divides alpha by it."""

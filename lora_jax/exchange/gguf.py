@@ -1,8 +1,8 @@
 """From `{path: adapter}` to the factors of a GGUF file, for models of the Llama family.
 
-In a Llama llama.cpp turns neighbouring features by a rotary angle where the model here turns
-features that are half a head apart, so the rows of the queries' and the keys' weights are in
-another order there, and so are those of their B. In other architectures it turns as is done here.
+For a Llama, llama.cpp rotates neighboring features where this library rotates features that are
+half a head apart. So the rows of the query and key weights have another order there, and so have
+those of their B. For other architectures both rotate the same features.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from lora_jax.weights import Adapted, LowRank, NotFactored
 
 
 class Factors(NamedTuple):
-  """What is written: `{name: (a, b)}` of the base's tensors, and the file's alpha."""
+  """The contents to write: `{name: (a, b)}` of the base's tensors, and the file's alpha."""
 
   factors: dict[str, tuple[np.ndarray, np.ndarray]]
   alpha: float
@@ -26,12 +26,12 @@ class Factors(NamedTuple):
 def factors(
   adapters: Mapping[str, Adapted], modules: Mapping[str, Module], config: Config
 ) -> Factors:
-  """The adapters as llama.cpp has them; errors as in `lora_jax.exchange.save_gguf`."""
+  """The adapters in llama.cpp's form; errors as in `lora_jax.exchange.save_gguf`."""
   if not adapters:
     raise ValueError("there is no adapter to save")
   low_rank = {path: _low_rank(path, adapter) for path, adapter in adapters.items()}
   alphas = [x.scale * x.rank for x in low_rank.values() if x.scale]
-  # A file has one alpha; what differs from it goes into b.
+  # A file has one alpha; deviations from it are multiplied into b.
   alpha = float(np.float32(max(alphas, key=alphas.count))) if alphas else 1.0
   architecture = gguf_configs.architecture(config)
   heads = {}
@@ -64,11 +64,11 @@ def _low_rank(path: str, adapter: Adapted) -> LowRank:
     return adapter.as_low_rank()
   except NotFactored as error:
     raise ValueError(
-      f"{path}: llama.cpp knows products of two factors only: {error}; export the merged model"
+      f"{path}: llama.cpp supports only products of two factors: {error}; export the merged model"
     ) from None
 
 
 def halves_to_neighbours(rows: np.ndarray, num_heads: int) -> np.ndarray:
-  """Reorders the rows of each head, so that those that are half a head apart become neighbours."""
+  """Reorders the rows of each head, so that rows that are half a head apart become neighbors."""
   pairs = rows.reshape(num_heads, 2, -1, rows.shape[1])
   return pairs.swapaxes(1, 2).reshape(rows.shape)

@@ -1,8 +1,8 @@
-"""LoKr's tensors, whose shapes PEFT derives from the config.
+"""LoKr's tensors, with the shapes that PEFT derives from the config.
 
 The outputs are split into l × k and the inputs into m × n, as `factorization` splits a size; the
-window of a convolution stays with n. Which matrices are whole and which are products follows from
-the rank r: those are whole that a product would not make smaller.
+window of a convolution stays with n. The rank r determines which matrices are whole and which are
+products: a matrix is whole if a product would not make it smaller.
 
     lokr_w1 (l, m)      or lokr_w1_a (l, r) and lokr_w1_b (r, m)
     lokr_w2 (k, n)      or lokr_w2_a (k, r) and lokr_w2_b (r, n), perhaps with lokr_t2 between them
@@ -25,7 +25,7 @@ Parts = dict[str, np.ndarray]
 class Split(NamedTuple):
   """A module's sizes: outputs = out_1 * out_2, channels = in_1 * in_2, and the ranks of products.
 
-  rank_1, rank_2: of the first and the second matrix; None where it is whole.
+  rank_1, rank_2: of the first and the second matrix; None for a whole matrix.
   """
 
   out_1: int
@@ -37,7 +37,7 @@ class Split(NamedTuple):
 
 
 def order(module: Module) -> Shape:
-  """The axes of the leaf in the order in which PEFT flattens them, as `LoKr.order` has them."""
+  """The axes of the leaf in PEFT's order of flattening, as in `LoKr.order`."""
   if not module.is_conv:
     return ()
   inputs, outputs = (
@@ -53,21 +53,21 @@ def parts(
   """The parts of one layer's adapter.
 
   Args:
-    module: the layer's.
+    module: the layer's module.
     kinds: `{suffix: name}` of its tensors.
-    shapes: `{name: shape}` of the file's.
-    rank: as the config says.
-    load: reads a tensor, which must have a shape.
+    shapes: `{name: shape}` of the file's tensors.
+    rank: the rank according to the config.
+    load: reads a tensor of a given shape.
 
   Raises:
-    ValueError: when the tensors are not those of a LoKr of this layer.
+    ValueError: if the tensors are not those of a LoKr of this layer.
   """
   first = {"lokr_w1"} if "lokr_w1" in kinds else {"lokr_w1_a", "lokr_w1_b"}
   second = {"lokr_w2"} if "lokr_w2" in kinds else {"lokr_w2_a", "lokr_w2_b"}
   second |= {"lokr_t2"} & kinds.keys() if module.is_conv else set()
   if kinds.keys() != first | second:
     raise ValueError(f"{', '.join(sorted(kinds.values()))}: these are not the tensors of a LoKr")
-  # Two sizes are read off the shapes; the others follow, or `load` will say.
+  # Two sizes are taken from the shapes; the others follow from them, and `load` checks them.
   rows, columns = (shapes[kinds[x]] for x in (min(first), max(first)))
   out_1, in_1 = rows[0] if rows else 0, columns[-1] if columns else 0
   window = module.window()
@@ -83,7 +83,7 @@ def parts(
     found["w1_b"] = load(kinds["lokr_w1_a"], (out_1, rank)).T
   if "lokr_w2" in kinds:
     found["w2"] = load(kinds["lokr_w2"], (out_2, in_2, *window)).reshape(out_2, -1).T
-  elif "lokr_t2" in kinds:  # one side of the core goes into the factor of the inputs
+  elif "lokr_t2" in kinds:  # one side of the core is multiplied into the factor of the inputs
     core = load(kinds["lokr_t2"], (rank, rank, *window, *[1] * (2 - len(window))))
     side = load(kinds["lokr_w2_b"], (rank, in_2))
     found["w2_a"] = np.einsum("ij...,jn->in...", core, side).reshape(rank, -1).T
@@ -95,10 +95,10 @@ def parts(
 
 
 def tensors(module: Module, adapter: LoKr, parts: Parts) -> dict[str, np.ndarray]:
-  """The tensors of one layer's adapter by the ends of their names.
+  """The tensors of one layer's adapter by suffix.
 
   Raises:
-    ValueError: when the axes are flattened in another order than PEFT's.
+    ValueError: if the axes are flattened in another order than PEFT's.
   """
   flattened, expected = (
     [n for n in axes or range(-len(module.roles), 0) if module.roles[n] == "i"]
@@ -122,7 +122,7 @@ def tensors(module: Module, adapter: LoKr, parts: Parts) -> dict[str, np.ndarray
 
 
 def split(module: Module, parts: Parts) -> Split:
-  """The sizes that the parts of a layer have."""
+  """The sizes of the parts of a layer."""
   in_1, out_1 = (parts[x].shape[n] for x, n in _ends("w1", parts))
   in_2, out_2 = (parts[x].shape[n] for x, n in _ends("w2", parts))
   ranks = (parts[f"{x}_b"].shape[0] if f"{x}_b" in parts else None for x in ("w1", "w2"))
@@ -130,15 +130,15 @@ def split(module: Module, parts: Parts) -> Split:
 
 
 def _ends(name: str, parts: Collection[str]) -> tuple[tuple[str, int], tuple[str, int]]:
-  """The parts that have the rows and the columns of a matrix, with their axes."""
+  """The parts that have the rows and the columns of a matrix, and their axes."""
   return ((name, 0), (name, 1)) if name in parts else ((f"{name}_a", 0), (f"{name}_b", 1))
 
 
 def ranks_and_settings(splits: Mapping[str, Split]) -> tuple[dict[str, int], dict[str, Any]]:
-  """Each module's rank, and the config's fields from which PEFT derives these splits.
+  """The rank of each module, and the config's fields from which PEFT derives these splits.
 
   Raises:
-    ValueError: when it would derive others from any.
+    ValueError: if PEFT would derive other splits from every rank.
   """
   both = any(x.rank_1 is not None for x in splits.values())
   ranks = {owner: _rank(x, both) for owner, x in splits.items()}
@@ -148,8 +148,8 @@ def ranks_and_settings(splits: Mapping[str, Split]) -> tuple[dict[str, int], dic
     products = {rank for rank in (x.rank_1, x.rank_2) if rank is not None}
     if products - {ranks[owner]} or (whole_1, whole_2) != (x.rank_1 is None, x.rank_2 is None):
       raise ValueError(
-        f"{owner}: PEFT derives from one rank which matrices of a LoKr are products, and from none "
-        f"those of {x}; merge it into the model"
+        f"{owner}: PEFT derives from one rank which matrices of a LoKr are products, and no rank "
+        f"gives those of {x}; merge it into the model"
       )
   for factor in (None, *sorted({size for x in splits.values() for size in (x.out_1, x.in_1)})):
     if all(
@@ -160,12 +160,12 @@ def ranks_and_settings(splits: Mapping[str, Split]) -> tuple[dict[str, int], dic
       return ranks, {"decompose_both": both, "decompose_factor": factor or -1}
   raise ValueError(
     f"{', '.join(sorted(splits)[:4])}…: PEFT splits the sizes of all layers by one factor, and "
-    "none splits them like this; merge the adapter into the model"
+    "no factor splits them like this; merge the adapter into the model"
   )
 
 
 def _rank(split: Split, both: bool) -> int:
-  """A rank from which PEFT derives a split, if there is one."""
+  """A rank from which PEFT derives a split, or None."""
   for rank in (split.rank_1, split.rank_2):
     if rank is not None:
       return rank

@@ -1,9 +1,9 @@
-"""Which tensor of a PyTorch model is which leaf of the tree, and how the one lies in the other.
+"""The correspondence of the PyTorch model's tensors and the leaves of the tree, axis by axis.
 
-A linear layer's weight is (out, in) there, a convolution's (out, channels, *window), an embedding's
-(tokens, width), whatever the leaf's axes are. So the axes of a part are said in letters, once as
-the tree has them and once as the file does: `b` of a LowRank is "ro" here and "or" there. In the
-file the axes of a letter are joined to one (the heads of a projection), and the channels of a
+In PyTorch a linear layer's weight is (out, in), a convolution's (out, channels, *window), an
+embedding's (tokens, width), for any axes of the leaf. So the axes of a part are given in letters,
+once for the tree and once for the file: `b` of a LowRank is "ro" here and "or" there. In the file
+the axes of a letter are joined into one (the heads of a projection), and the channels of a
 convolution come before its window.
 """
 
@@ -25,19 +25,20 @@ LAYER = "{i}"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Module:
-  """A leaf, and the tensor that it is in the PyTorch model: one a layer where layers are stacked.
+  """A leaf and its tensor in the PyTorch model: one tensor per layer if the layers are stacked.
 
   Attributes:
-    path: of the leaf.
-    name: of the tensor, with `{i}` in the place of a stacked layer's number.
-    shape, roles: of the leaf; no roles where it is not contracted (norms, biases).
+    path: the leaf's path.
+    name: the tensor's name, with `{i}` in place of a stacked layer's index.
+    shape, roles: of the leaf; no roles if it is not contracted (norms, biases).
     uses: the primitives that contract it, as in `lora_jax.Axes`.
-    tied: the name of a second tensor that is the same leaf, a head that is tied to the embedding.
-    fan_in_fan_out: whether the tensor is (in, out), as in transformers' Conv1D.
-    parameter: the tensor's name where it belongs to no linear layer, as a stack of experts does
-      not, and PEFT adapts it as one of `target_parameters`. `name` is then as if it were the weight
-      of a module of its own; see `lora_jax.exchange.parameters`.
-    place: of the tensor in the table.
+    tied: the name of a second tensor for the same leaf: a head that is tied to the embedding.
+    fan_in_fan_out: True if the tensor is (in, out), as in transformers' Conv1D.
+    parameter: the tensor's name if it belongs to no linear layer, such as a stack of experts, so
+      that PEFT adapts it as one of `target_parameters`. `name` is then the one that it would have
+      as the weight of a separate module; see `lora_jax.exchange.parameters`.
+    place: the tensor's position in the table.
+    groups: the groups of a convolution, as in `lora_jax.Axes`.
   """
 
   path: str
@@ -49,6 +50,7 @@ class Module:
   fan_in_fan_out: bool
   parameter: str | None = None
   place: int = 0
+  groups: int = 1
 
   @property
   def is_conv(self) -> bool:
@@ -64,12 +66,12 @@ class Module:
 
   @property
   def layers(self) -> int | None:
-    """How many layers are stacked in the leaf; None where it is one layer's."""
+    """The number of layers stacked in the leaf; None for a single layer."""
     return self.shape[self._stack] if LAYER in self.name else None
 
   @property
   def has_experts(self) -> bool:
-    """Whether the leaf is a parameter of one kernel an expert."""
+    """True if the leaf is a parameter with one kernel per expert."""
     return self.parameter is not None and _stacks(self.name, self.roles) == 1
 
   @property
@@ -82,25 +84,25 @@ class Module:
 
   @property
   def stacks_oddly(self) -> bool:
-    """Whether the leaf is a stack of what are neither layers nor the experts of a parameter."""
+    """True if the leaf is a stack of neither layers nor the experts of a parameter."""
     return bool(self.roles) and _stacks(self.name, self.roles) != int(self.has_experts)
 
   def by_layer(self) -> dict[int | None, str]:
-    """The tensor's name in each layer; {None: name} where nothing is stacked."""
+    """The tensor's name in each layer; {None: name} without stacked layers."""
     if self.layers is None:
       return {None: self.name}
     return {n: self.name.replace(LAYER, str(n)) for n in range(self.layers)}
 
   def key(self, layer: int | None) -> str:
-    """What PEFT holds patterns against in a layer: the module's name, or the parameter's."""
+    """The name that PEFT matches patterns against in a layer: the module's, or the parameter's."""
     return (self.parameter or module_of(self.name)).replace(LAYER, str(layer))
 
-  # ---- a part of an adapter, in one layer
+  # ---- a part of an adapter in one layer
 
   def tensor_shape(self, letters: str, rank: int, window: bool = False) -> tuple[int, ...]:
     """The shape in the file of a part with these axes.
 
-    window: whether a convolution's part has axes for the window there, and not one for all inputs.
+    window: True if a convolution's part has axes for the window there, not one for all inputs.
     """
     sizes = {"i": (self.inputs,), "o": (self.outputs,), "r": (rank,), "1": (1,)}
     sizes |= {"R": (rank * math.prod(self._sizes("s")),)}
@@ -120,14 +122,14 @@ class Module:
     return part.transpose(order).reshape(sizes)
 
   def to_part(self, tensor: np.ndarray, letters: str, layout: str, rank: int = 1) -> np.ndarray:
-    """The inverse of `to_tensor`; the tensor may have its window apart."""
+    """The inverse of `to_tensor`; the tensor may have separate axes for its window."""
     groups = self._groups(layout)
     order = [n for letter in letters for n in groups.get(letter, ())]
     own = [n for x in layout for n in ([rank] if x == "r" else self._sizes(x))]
     return tensor.reshape([own[n] for n in order]).transpose(np.argsort(order))
 
   def rank_axis(self, layout: str) -> int | None:
-    """The axis of the rank in a part with axes `layout`."""
+    """The rank axis of a part with axes `layout`."""
     groups = self._groups(layout)
     return groups["r"][0] if "r" in groups else None
 
@@ -139,13 +141,13 @@ class Module:
     return "io" if self.fan_in_fan_out or self.is_embedding else "oi"
 
   def values(self, leaf: Any) -> np.ndarray:
-    """The leaf in float32, dense.
+    """The values of the leaf in float32, dense.
 
     Raises:
-      ValueError: when only its shape is there.
+      ValueError: if it is only a shape.
     """
     if isinstance(leaf, jax.ShapeDtypeStruct):
-      raise ValueError(f"{self.path}: its values are needed, and here is its shape alone")
+      raise ValueError(f"{self.path}: its values are needed, but it is only a shape")
     return np.asarray(materialize(leaf), np.float32)
 
   def weights(self, leaf: np.ndarray) -> dict[int | None, np.ndarray]:
@@ -155,7 +157,7 @@ class Module:
     return dict(enumerate(map(self._weight, np.moveaxis(leaf, self._stack, 0))))
 
   def layer(self, leaf: Any, layer: int | None) -> Any:
-    """One layer of a leaf; the leaf itself where nothing is stacked."""
+    """One layer of a leaf; the leaf itself without stacked layers."""
     return leaf if layer is None else leaf.take(layer, axis=self._stack)
 
   @property
@@ -176,7 +178,7 @@ class Module:
     return self.tensor_shape(self.weight_letters, 1, window=True)
 
   def rows_of_outputs(self, weight: np.ndarray) -> np.ndarray:
-    """A tensor of `weights` as a matrix with a row for each output."""
+    """A tensor of `weights` as a matrix with one row per output."""
     if self.weight_letters == "io":
       return weight.reshape(self.inputs, self.outputs).T
     return weight.reshape(self.outputs, self.inputs)
@@ -214,12 +216,12 @@ class Module:
     return tuple(sizes[n] for n in self.channels_first()[1:]) if self.is_conv else ()
 
   def channels_first(self) -> list[int]:
-    """A convolution's inputs in the order of the file: its channels are next to its outputs."""
+    """A convolution's inputs in the file's order, with the channels next to the outputs."""
     window = range(len(self._sizes("i")) - 1)
     return [len(window), *window] if self.roles.endswith("o") else [0, *(n + 1 for n in window)]
 
   def _groups(self, layout: str) -> dict[str, list[int]]:
-    """The axes of each letter of a layout, in the order that they have in the file."""
+    """The axes of each letter of a layout, in the file's order."""
     groups, start = {}, 0
     for letter in layout:
       count = 1 if letter == "r" else len(self._sizes(letter))
@@ -230,16 +232,18 @@ class Module:
 
 
 def modules(params: Any, axes: Mapping[str, Axes], table: names.Table) -> dict[str, Module]:
-  """Returns `{path: module}` of the leaves to which the table leads.
+  """Returns `{path: module}` for the leaves in the table.
 
   Args:
-    params, axes, table: as in `lora_jax.exchange.load`.
+    params: as in `lora_jax.exchange.load`.
+    axes: as in `lora_jax.exchange.load`.
+    table: as in `lora_jax.exchange.load`.
 
   Raises:
-    ValueError: when the axes are of other parameters.
+    ValueError: if the axes are those of other parameters.
   """
   leaves = tree.flatten(params, is_leaf=is_weight)
-  # What has a name and no leaf is computed from another one: a head tied to the embedding.
+  # A name without a leaf is computed from another leaf: a head tied to the embedding.
   absent = [x for x, path in table.items() if path and LAYER not in x and path not in leaves]
   found = {}
   for path, leaf in leaves.items():
@@ -250,7 +254,7 @@ def modules(params: Any, axes: Mapping[str, Axes], table: names.Table) -> dict[s
       module = Module(
         path=path, name=name, shape=tuple(leaf.shape), roles=axes[path].roles,
         uses=axes[path].uses, tied=None,
-        fan_in_fan_out=names.is_in_out(name, table),
+        fan_in_fan_out=names.is_in_out(name, table), groups=axes[path].groups,
       )  # fmt: skip
       module = _as_parameter(module, table)
       if module.is_head_too:
@@ -260,7 +264,7 @@ def modules(params: Any, axes: Mapping[str, Axes], table: names.Table) -> dict[s
 
 
 def _as_parameter(module: Module, table: names.Table) -> Module:
-  """The module as a parameter of another one, if PyTorch has no linear layer for it."""
+  """The module as a parameter of another one if PyTorch has no linear layer for it."""
   template = names.template_of(module.name, table)
   is_bare = not module.name.endswith(".weight")
   if template not in names.ROUTERS and not (is_bare and _stacks(module.name, module.roles) == 1):
@@ -274,7 +278,7 @@ def _as_parameter(module: Module, table: names.Table) -> Module:
 
 
 def _stacks(name: str, roles: str) -> int:
-  """How many axes of a leaf are stacks of something else than layers."""
+  """The number of a leaf's axes that are stacks of anything but layers."""
   return roles.count("s") - (LAYER in name)
 
 

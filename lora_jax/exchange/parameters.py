@@ -1,14 +1,14 @@
-"""Parameters that belong to no linear layer, which PEFT adapts by `target_parameters`.
+"""Parameters outside of linear layers, which PEFT adapts by `target_parameters`.
 
 The experts of a layer are one parameter of three axes, `mlp.experts.gate_up_proj`, and a router is
-a matrix of its own. PEFT wraps the module that owns them once for each parameter, one wrapper in
-the other, and names their factors by the nesting:
+a matrix without a linear layer. PEFT wraps the module that owns them once per parameter, with
+nested wrappers, and names the factors by the nesting:
 
     model.layers.0.mlp.experts.base_layer.lora_A.weight    of gate_up_proj, which was wrapped first
-    model.layers.0.mlp.experts.lora_A.weight               of down_proj, or of the one that there is
+    model.layers.0.mlp.experts.lora_A.weight               of down_proj, or of a single parameter
 
-Elsewhere in `lora_jax.exchange` a parameter is the weight of a module with its own name; here the
-names are changed from one to the other. A is (experts * rank, in), B is (out, rank * experts).
+Elsewhere in `lora_jax.exchange` a parameter is the weight of a module with its own name. This
+module converts the names. A is (experts * rank, in), B is (out, rank * experts).
 """
 
 from collections import defaultdict
@@ -22,14 +22,14 @@ FACTORS = ("lora_A.weight", "lora_B.weight")
 _LISTED = 8
 
 Nested = dict[str, str]
-"""`{name of a factor as PEFT has it: name as if the parameter were a module's weight}`."""
+"""`{PEFT's name of a factor: its name if the parameter were a module's weight}`."""
 
 
 def unnested(file: peft.AdapterFile, modules: Mapping[str, Module]) -> peft.AdapterFile:
-  """The file with the factors of parameters named as those of modules.
+  """The file with the factors of parameters named like those of modules.
 
   Raises:
-    ValueError: when a parameter that the config names is not there.
+    ValueError: if a parameter that the config names is missing.
   """
   wanted = file.config.get("target_parameters") or []
   if not wanted:
@@ -52,9 +52,9 @@ def unnested(file: peft.AdapterFile, modules: Mapping[str, Module]) -> peft.Adap
 def nested(
   tensors: Mapping[str, Any], adapted: Collection[str], modules: Mapping[str, Module]
 ) -> dict[str, Any]:
-  """The tensors with the factors of parameters named as PEFT nests them.
+  """The tensors with the factors of parameters named by PEFT's nesting.
 
-  adapted: the keys of the parameters that are adapted.
+  adapted: the keys of the adapted parameters.
   """
   targets = {key: name for key, name in _keys(modules).items() if key in set(adapted)}
   names = {flat: name for name, flat in _nested(targets, modules).items()}
@@ -62,7 +62,7 @@ def nested(
 
 
 def _keys(modules: Mapping[str, Module]) -> dict[str, str]:
-  """`{parameter: the name that it has here}`, in the order in which PyTorch registers them."""
+  """`{parameter: its name here}`, in the order in which PyTorch registers them."""
   own = [module for module in modules.values() if module.parameter]
   found = {}
   for module in sorted(own, key=lambda module: module.place):
@@ -83,5 +83,5 @@ def _nested(targets: Mapping[str, str], modules: Mapping[str, Module]) -> Nested
 
 
 def _ends(key: str, target: str) -> bool:
-  """Whether PEFT takes a parameter for a target: its name, or the end of it from a dot on."""
+  """True if PEFT matches a parameter to a target: by its name, or its end after a dot."""
   return key == target or key.endswith(f".{target}")

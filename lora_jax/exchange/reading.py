@@ -1,7 +1,7 @@
 """From a folder in PEFT's layout to `{path: adapter}`.
 
-Every tensor is first given its place by its name; then it is seen what is missing; then the shapes
-are held against the leaf's, and only then is a tensor read.
+First every tensor is assigned by its name, then missing tensors are detected, then shapes are
+compared with the leaves; only then are tensors read.
 """
 
 from collections import defaultdict
@@ -28,9 +28,9 @@ _RESIZED = (
 )
 
 Tensors = dict[Layer, dict[str, str]]
-"""The names of a leaf's tensors in a file, by layer and by what they are of it: "lora_A.weight", or
-`_ITSELF`, or the `_BASE` that is stored with an adapted embedding. Where a vocabulary was resized,
-`peft` stores what was trained in full a second time, the `_COPY`, and the `_ORIGINAL` as well."""
+"""The names of a leaf's tensors in a file, by layer and by suffix: "lora_A.weight", or `_ITSELF`,
+or the `_BASE` that is stored with an adapted embedding. After the vocabulary was resized, `peft`
+stores a fully trained leaf a second time, as the `_COPY`, and the `_ORIGINAL` as well."""
 
 
 def adapters(
@@ -68,16 +68,16 @@ def adapters(
   return found
 
 
-# ---- what is there
+# ---- the tensors in the file
 
 
 def _places(
   shapes: Mapping[str, tuple[int, ...]], modules: Mapping[str, Module], format: Format | None
 ) -> tuple[dict[str, Tensors], dict[str, dict[str, str]]]:
-  """The tensors of each leaf by its path, and those of the head that is tied to it.
+  """The tensors of each leaf by its path, and those of the tied head.
 
   Raises:
-    ValueError: when a tensor belongs to nothing.
+    ValueError: if a tensor belongs to no leaf.
   """
   owners: dict[str, tuple[str, Layer]] = {}
   heads: dict[str, str] = {}
@@ -94,7 +94,7 @@ def _places(
     kind = next((suffix for suffix in suffixes if name.endswith(f".{suffix}")), None)
     if kind:
       owner = name.removesuffix(kind) + "weight"
-    else:  # a parameter of the model; that of an adapted layer lies within it
+    else:  # a parameter of the model; in an adapted layer it has another prefix
       owner = name.replace(f".{_UNDER_ROWS}", ".")
       for within in (_BASE, _COPY, _ORIGINAL, WHOLE):
         owner = owner.replace(f".{within}", ".")
@@ -110,7 +110,7 @@ def _places(
       continue
     if kind in tensors:
       raise ValueError(f"{name} and {tensors[kind]} are the same parameter")
-    if kind != _ORIGINAL:  # which is not what it was trained to
+    if kind != _ORIGINAL:  # the values before training
       tensors[kind] = name
   if unknown:
     raise ValueError(f"{len(unknown)} tensors fit nothing in the model: {_listed(unknown)}")
@@ -123,7 +123,7 @@ def _check_complete(
   places: Mapping[str, Tensors],
   heads: Mapping[str, Mapping[str, str]],
 ) -> None:
-  """Raises ValueError when the config names modules of which the file holds nothing."""
+  """Raises ValueError if the config names modules that are not in the file."""
   saved = config["modules_to_save"] or []
   targets, excluded = config["target_modules"], config["exclude_modules"] or []
   countable = isinstance(targets, list) and isinstance(excluded, list)
@@ -141,7 +141,7 @@ def _check_complete(
         missing.append(f"{name} of modules_to_save")
       elif countable and parameter == "weight" and not kinds and _ends(owner, targets):
         missing += [] if _ends(owner, excluded) else [f"{name} of target_modules"]
-    if module.tied:  # the head is the same leaf, and may be saved as a module of its own
+    if module.tied:  # the head is the same leaf, and may be saved as a separate module
       hits = {ending for ending in saved if module_of(module.tied).endswith(ending)}
       unmet -= hits
       if hits and path not in heads:
@@ -156,19 +156,19 @@ def _check_complete(
 
 
 def _is_saved(owner: str, ending: str) -> bool:
-  """Whether a module is one of `modules_to_save`, or in one: its name ends so, dots or not."""
+  """True if a module is in `modules_to_save` or within one; names match by suffix, as in peft."""
   parts = owner.split(".")
   return any(".".join(parts[:n]).endswith(ending) for n in range(1, len(parts) + 1))
 
 
 def _ends(module: str, endings: Collection[str]) -> bool:
-  """Whether one of the endings ends a module's name from a dot on, as PEFT reads lists of them."""
+  """True if one of the endings is a suffix of a module's name after a dot, as in PEFT's lists."""
   parts = module.split(".")
   return any(".".join(parts[n:]) in endings for n in range(len(parts)))
 
 
 def _check_rows(file, module: Module, tensors: Tensors, vocabularies: Collection[int]) -> None:
-  """Raises ValueError for an embedding or a head, stored whole, that has other tokens."""
+  """Raises ValueError for a whole embedding or head with another number of tokens."""
   own = module.weight_shape()
   names = [kinds[x] for kinds in tensors.values() for x in (_ITSELF, _BASE) if x in kinds]
   for name in names if len(own) == 2 and own[0] in vocabularies else ():
@@ -181,16 +181,16 @@ def _check_rows(file, module: Module, tensors: Tensors, vocabularies: Collection
 
 
 def _check_head(file, module: Module, own: Mapping[str, str], head: Mapping[str, str]) -> None:
-  """Raises ValueError unless what is done to an embedding is done to the head that is tied to it.
+  """Raises ValueError unless an embedding and the head tied to it change in the same way.
 
-  Here they are one leaf; in PEFT each has an adapter of its own, tied on demand.
+  Here they are one leaf; in PEFT each has its own adapter, tied on request.
   """
   expected = {IN_THE_HEAD.get(kind, kind): kind for kind in own}
   for kind in expected.keys() | head.keys():
     if kind in expected and kind in head:
       tensor, other = file.load(own[expected[kind]]), file.load(head[kind])
       same = np.array_equal(other, tensor.T if expected[kind] in IN_THE_HEAD else tensor)
-    else:  # PEFT ties rows beside another adapter by itself
+    else:  # PEFT itself ties rows alongside another adapter
       same = kind in expected and kind in (ROWS_BESIDE, _BASE)
     if not same:
       raise ValueError(
@@ -200,11 +200,11 @@ def _check_head(file, module: Module, own: Mapping[str, str], head: Mapping[str,
       )
 
 
-# ---- what it is
+# ---- the adapters
 
 
 def _full(file, module: Module, leaf, tensors: Tensors) -> Full:
-  """The change of a leaf that is stored whole; none in the layers that are not."""
+  """The change of a leaf that is stored whole; zero in layers that are not stored."""
   base = module.weights(module.values(leaf))
   change = {layer: np.zeros_like(weight) for layer, weight in base.items()}
   for layer, kinds in tensors.items():
@@ -213,9 +213,9 @@ def _full(file, module: Module, leaf, tensors: Tensors) -> Full:
 
 
 def _rows(file, module: Module, leaf, kinds: Mapping[str, str], base: Any) -> TokenRows:
-  """The change of the rows of an embedding, which are stored as they stand.
+  """The change of an embedding's rows, which are stored with their values.
 
-  base: the embedding that they belong to, where it is stored too.
+  base: the embedding that they belong to, if it is stored too.
   """
   (name,) = kinds.values()
   ids = _ids(file, module, kinds)
@@ -230,7 +230,7 @@ def _rows(file, module: Module, leaf, kinds: Mapping[str, str], base: Any) -> To
     raise ValueError(f"{name}: the rows {ids[:8]} are not each once and of the {len(weight)} there")
   rows = load(file, name, (len(ids), weight.shape[1]))
   if base is not None:
-    # Rows that resizing made and no training has: they come with the base of the adapter.
+    # Rows from resizing without training; they are part of the adapter's base.
     others = _differing(base, weight, leaf.dtype, ignored=ids)
     ids, rows = [*ids, *others], np.concatenate([rows, base[others]])
   change = module.to_part(rows - weight[ids], f"r{rest}", f"r{rest}", len(ids))
@@ -239,7 +239,7 @@ def _rows(file, module: Module, leaf, kinds: Mapping[str, str], base: Any) -> To
 
 
 def _ids(file, module: Module, kinds: Collection[str]) -> list[int]:
-  """Which rows of an embedding are stored, by the config."""
+  """The rows of an embedding that are stored, according to the config."""
   if not {ROWS, ROWS_BESIDE} & set(kinds):
     return []
   ids = file.config["token_indices" if ROWS in kinds else "trainable_token_indices"] or []
@@ -250,7 +250,7 @@ def _ids(file, module: Module, kinds: Collection[str]) -> list[int]:
 
 
 def _check_copy(file, tensors: dict[str, str]) -> None:
-  """Raises ValueError when what was trained in full is stored twice, and not alike."""
+  """Raises ValueError if a fully trained parameter is stored twice with different values."""
   if _COPY not in tensors:
     return
   copy = tensors.pop(_COPY)
@@ -264,8 +264,8 @@ def _check_copy(file, tensors: dict[str, str]) -> None:
 def _check_base(file, module: Module, leaf, tensors: Tensors) -> dict[Layer, np.ndarray]:
   """The bases that are stored with the adapters of a leaf.
 
-  Raises ValueError when one is not the base that is here; with rows of tokens it may have others
-  from the first of them on.
+  Raises ValueError if one differs from the current base; with rows of tokens, from the first of
+  these rows on it may differ.
   """
   bases = {}
   for layer, kinds in tensors.items():
@@ -287,7 +287,7 @@ def _check_base(file, module: Module, leaf, tensors: Tensors) -> dict[Layer, np.
 def _differing(
   stored: np.ndarray, weight: np.ndarray, dtype: Any, ignored: Sequence[int] = ()
 ) -> list[int]:
-  """The rows in which two weights differ in the dtype of the one that is here.
+  """The rows in which two weights differ, in the dtype of the current one.
 
   ignored: rows that are not compared.
   """

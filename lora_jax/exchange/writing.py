@@ -1,7 +1,7 @@
 """From `{path: adapter}` to the config and the tensors of a folder in PEFT's layout.
 
-What PEFT cannot say is refused with the reason: nothing is left out of a file, and nothing is
-written as something near it.
+Adapters without an equivalent in PEFT are refused with the reason: nothing is left out of a file,
+and nothing is approximated.
 """
 
 import collections
@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.exchange import beside, lokr, parameters
@@ -20,7 +21,7 @@ from lora_jax.exchange.formats import (
   Format,
 )
 from lora_jax.exchange.modules import Module, module_of
-from lora_jax.weights import Adapted, DoRA, Full, LoKr, NotFactored, TokenRows
+from lora_jax.weights import Adapted, DoRA, Full, LoKr, NotFactored, TokenRows, materialize
 
 Adapters = Mapping[str, Adapted]
 Modules = Mapping[str, Module]
@@ -28,8 +29,9 @@ Leaves = Mapping[str, Any]
 
 
 def folder(adapters: Adapters, modules: Modules, leaves: Leaves) -> beside.Folder:
-  """The adapters as PEFT has them; errors as in `lora_jax.exchange.save`."""
+  """The adapters in PEFT's form; errors as in `lora_jax.exchange.save`."""
   _check(adapters, modules, leaves)
+  adapters = {path: _in_peft(x, modules[path], leaves[path]) for path, x in adapters.items()}
   full = {path: x for path, x in adapters.items() if isinstance(x, Full)}
   rows = {path: x for path, x in adapters.items() if isinstance(x, TokenRows)}
   factored = {path: x for path, x in adapters.items() if path not in full | rows}
@@ -45,14 +47,14 @@ def folder(adapters: Adapters, modules: Modules, leaves: Leaves) -> beside.Folde
   else:
     raise ValueError(
       f"{next(iter(rows))} and {next(iter(full))}: PEFT trains rows of tokens and other leaves in "
-      "full beside adapters only; save them to folders of their own"
+      "full only alongside adapters; save them to folders of their own"
     )
   tied = [modules[path] for path in adapters if modules[path].is_head_too]
   return written | beside.heads(written, tied)
 
 
 def _check(adapters: Adapters, modules: Modules, leaves: Leaves) -> None:
-  """Raises ValueError for adapters that are not those of these leaves."""
+  """Raises ValueError for adapters that do not fit these leaves."""
   if not adapters:
     raise ValueError("there is no adapter to save")
   of_experts = {module_of(x.parameter or "") for x in modules.values() if x.has_experts}
@@ -73,8 +75,21 @@ def _check(adapters: Adapters, modules: Modules, leaves: Leaves) -> None:
       raise ValueError(f"{path}: the adapter's parts {shapes} do not fit {module.shape}")
 
 
+def _in_peft(adapter: Adapted, module: Module, leaf: Any) -> Adapted:
+  """The adapter in PEFT's form; for a convolution with several groups, the whole changed kernel.
+
+  PEFT's A for such a layer reads the channels of all groups, which no change of the kernel can do.
+  The kernel is small, so it is saved whole.
+  """
+  if module.groups == 1 or isinstance(adapter, Full):
+    return adapter
+  base = jnp.asarray(module.values(leaf))
+  changed = materialize(dataclasses.replace(adapter, w=base))
+  return Full(w=None, dw=changed - base)
+
+
 def _one_format(adapters: Adapters) -> tuple[Format, Adapters]:
-  """How the adapters are written, if need be as the plain low-rank ones that they come down to."""
+  """The format to write the adapters in, and the adapters, in low-rank form if necessary."""
   kinds = {type(adapter) for adapter in adapters.values()}
   for format in FORMATS.values():
     if kinds == {format.kind}:
@@ -94,7 +109,7 @@ def _one_format(adapters: Adapters) -> tuple[Format, Adapters]:
 
 
 class _Layer(NamedTuple):
-  """One layer's adapter: its parts, and what they are parts of."""
+  """One layer's adapter, its module and its parts."""
 
   owner: str
   module: Module
@@ -113,8 +128,8 @@ def _factored(format: Format, adapters: Adapters, modules: Modules) -> beside.Fo
     module = modules[path]
     if adapter.roles != module.roles.lstrip("s"):
       raise ValueError(
-        f"{path}: the adapter was made for the axes {adapter.roles!r}, and those that were traced "
-        f"are {module.roles!r}"
+        f"{path}: the adapter was made for the axes {adapter.roles!r}, and the traced axes are "
+        f"{module.roles!r}"
       )
     if reason := format.unfit(module):
       raise ValueError(f"{path}: {reason}; merge the adapter into the model")
@@ -140,7 +155,7 @@ def _factored(format: Format, adapters: Adapters, modules: Modules) -> beside.Fo
 
 
 def _targets(layers: Mapping[str, _Layer], modules: Modules) -> dict[str, Any]:
-  """The fields that say what is adapted; parameters are named apart from modules."""
+  """The config's fields for the targets; parameters are listed separately from modules."""
   linear = {path: module for path, module in modules.items() if not module.parameter}
   own = {key for key, layer in layers.items() if layer.module.parameter}
   fields = {"target_modules": beside.targets(layers.keys() - own, linear)}
@@ -148,7 +163,7 @@ def _targets(layers: Mapping[str, _Layer], modules: Modules) -> dict[str, Any]:
 
 
 def _tensors(format: Format, layer: "_Layer") -> dict[str, np.ndarray]:
-  """The tensors of one layer's adapter by the ends of their names."""
+  """The tensors of one layer's adapter by suffix."""
   module, parts = layer.module, layer.parts
   if format.kind is LoKr:
     return lokr.tensors(module, layer.adapter, parts)
@@ -162,7 +177,7 @@ def _tensors(format: Format, layer: "_Layer") -> dict[str, np.ndarray]:
 
 
 def _shared(format: Format, layers: Mapping[str, "_Layer"]) -> dict[str, np.ndarray]:
-  """What all layers have in common, as large as the largest of them needs."""
+  """The parts that all layers share, as large as the largest layer needs."""
   found = {}
   for part in format.shared:
     own = {
@@ -175,7 +190,7 @@ def _shared(format: Format, layers: Mapping[str, "_Layer"]) -> dict[str, np.ndar
     for owner, tensor in own.items():
       if not np.array_equal(largest[tuple(map(slice, tensor.shape))], tensor):
         raise ValueError(
-          f"{owner}: its {part.field} is no part of the one that all layers share in PEFT; save "
+          f"{owner}: its {part.field} is not a part of the one that all layers share in PEFT; save "
           "adapters of one seed and rank to a folder"
         )
     found[part.suffix] = largest
@@ -185,7 +200,7 @@ def _shared(format: Format, layers: Mapping[str, "_Layer"]) -> dict[str, np.ndar
 def _numbers(
   format: Format, layers: Mapping[str, "_Layer"], tensors: dict[str, np.ndarray]
 ) -> dict[str, Any]:
-  """The fields of the ranks and of the scales."""
+  """The config's fields for ranks and scales."""
   fields = {}
   if format.kind is LoKr:
     splits = {owner: lokr.split(layer.module, layer.parts) for owner, layer in layers.items()}
@@ -194,15 +209,15 @@ def _numbers(
     ranks = {owner: layer.rank(format) for owner, layer in layers.items()}
   rank, rank_pattern = _with_exceptions(ranks)
   if format.alpha is None:
-    return {"r": rank}  # of all layers, since they share what has it
+    return {"r": rank}  # of all layers, since they share the parts
   scales = {owner: layer.adapter.scale for owner, layer in layers.items()}
   if format.peft_type == "ADALORA":
     return _adalora_fields(ranks, scales, tensors)
   alphas = {module: _numerator(scales[module], r) for module, r in ranks.items()}
   if format.peft_type == "LORA":
-    stabilised = {module: _numerator(scales[module], math.sqrt(r)) for module, r in ranks.items()}
-    fields["use_rslora"] = _are_whole(stabilised) and not _are_whole(alphas)
-    alphas = stabilised if fields["use_rslora"] else alphas
+    stabilized = {module: _numerator(scales[module], math.sqrt(r)) for module, r in ranks.items()}
+    fields["use_rslora"] = _are_whole(stabilized) and not _are_whole(alphas)
+    alphas = stabilized if fields["use_rslora"] else alphas
   alpha, alpha_pattern = _with_exceptions(alphas)
   return fields | {
     "r": rank, format.alpha: alpha, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern,
@@ -212,8 +227,8 @@ def _numbers(
 def _adalora_fields(
   ranks: Mapping[str, int], scales: Mapping[str, float], tensors: dict[str, np.ndarray]
 ) -> dict[str, Any]:
-  """The fields of AdaLoRA's ranks; other scales than the commonest go into the singular values."""
-  # PEFT takes an alpha that is not above zero for the rank.
+  """The config's fields for AdaLoRA's ranks; less common scales go into the singular values."""
+  # PEFT replaces an alpha that is not above zero by the rank.
   positive = {module: own for module, own in scales.items() if own > 0}
   rank, scale = max(ranks.values()), _with_exceptions(positive or {"": 1.0})[0]
   for module, own in scales.items():
@@ -234,14 +249,14 @@ def _are_whole(alphas: Mapping[str, float]) -> bool:
 
 
 def _numerator(scale: float, denominator: float) -> int | float:
-  """What gives the scale when it is divided, to the bit where there is such a number."""
+  """The number that yields the scale when divided, bit for bit if one exists."""
   alpha = scale * denominator
   near = (round(alpha), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
   return next((x for x in near if x / denominator == scale), alpha)
 
 
 def _with_exceptions(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-  """The commonest value, and a pattern for every module with another one."""
+  """The most common value, and a pattern for every module with another one."""
   ((common, _),) = collections.Counter(values.values()).most_common(1)
   ends = collections.Counter(ending for module in values for ending in beside.endings(module))
   return common, {
@@ -255,15 +270,15 @@ def _dropout(adapters: Adapters, modules: Modules) -> float:
   for path, adapter in adapters.items():
     if modules[path].parameter and getattr(adapter, "dropout", 0.0):
       raise ValueError(
-        f"{path}: PEFT has no dropout of {modules[path].parameter}, a parameter, nor of what is "
-        "adapted with it; it does nothing after the training, so give all adapters none, "
+        f"{path}: PEFT has no dropout of {modules[path].parameter}, a parameter, nor of leaves "
+        "adapted with it; it has no effect after training, so remove it from all adapters, "
         "`dataclasses.replace(adapter, dropout=0.0)`"
       )
   shares = {getattr(adapter, "dropout", 0.0): path for path, adapter in adapters.items()}
   if len(shares) > 1:
     listed = " and ".join(f"{share} ({path})" for share, path in shares.items())
     raise ValueError(
-      f"PEFT has one dropout for all modules, and here are {listed}; it does nothing after the "
+      f"PEFT has one dropout for all modules, and here are {listed}; it has no effect after "
       "training, so give all adapters the same, `dataclasses.replace(adapter, dropout=0.0)`"
     )
   return next(iter(shares))

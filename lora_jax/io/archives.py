@@ -63,7 +63,7 @@ def list_zip(archive: Path) -> dict[str, zipfile.ZipInfo]:
 
   Raises ValueError for an archive that is damaged, and for one with more than 131,072 members.
   """
-  with _reading(archive.name), _Capped(archive.open("rb", buffering=0)) as file:
+  with _reading(archive.name), Capped(archive.open("rb", buffering=0)) as file:
     with zipfile.ZipFile(file) as packed:
       infos = packed.infolist()
     if len(infos) > _MAX_MEMBERS:
@@ -142,14 +142,14 @@ def _kind(archive: Path) -> "type[_Zip] | type[_Tar]":
 class _Zip:
   @staticmethod
   def list(archive: Path, wanted: Collection[str], limit: int) -> dict[str, zipfile.ZipInfo]:
-    with _Capped(archive.open("rb", buffering=0)) as file, zipfile.ZipFile(file) as packed:
+    with Capped(archive.open("rb", buffering=0)) as file, zipfile.ZipFile(file) as packed:
       return {name: packed.NameToInfo[name] for name in wanted if name in packed.NameToInfo}
 
   @staticmethod
   def read(archive: Path, info: zipfile.ZipInfo, limit: int) -> Iterator[bytes]:
     size = _CHUNK if info.compress_type in _PIECEMEAL else _SMALLEST
     with (
-      _Capped(archive.open("rb", buffering=0)) as file,
+      Capped(archive.open("rb", buffering=0)) as file,
       zipfile.ZipFile(file) as packed,
       packed.open(info) as member,
     ):
@@ -157,7 +157,7 @@ class _Zip:
         yield chunk
 
 
-class _Capped(io.BufferedReader):
+class Capped(io.BufferedReader):
   """A zip file that refuses any single read larger than the limit of a zip's directory."""
 
   def read(self, size: int | None = -1) -> bytes:

@@ -81,8 +81,12 @@ def check_values(config: LlamaConfig, reason: str) -> None:
 _LANGUAGE_MODEL, _CLASSIFIER = re.compile("ForCausalLM|LMHeadModel"), "ForSequenceClassification"
 
 
-def classes_of(fields: Mapping[str, Any]) -> tuple[str, ...]:
+def classes_of(
+  fields: Mapping[str, Any], endings: tuple[str, ...] = (_CLASSIFIER,)
+) -> tuple[str, ...]:
   """The classes of a ...ForSequenceClassification, in the order of its outputs; () of others.
+
+  endings: of the architectures that have a head of classes.
 
   Raises ValueError for an architecture that is neither that nor a language model, and for an
   `id2label` that is not the names of 0, 1, ….
@@ -90,7 +94,7 @@ def classes_of(fields: Mapping[str, Any]) -> tuple[str, ...]:
   listed = fields.get("architectures") or []
   if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
     raise ValueError(f"architectures must be a list of names, not {shown(listed)}")
-  if not any(name.endswith(_CLASSIFIER) for name in listed):
+  if not any(name.endswith(endings) for name in listed):
     return ()
   labels = fields.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # as transformers has it
   numbers = [str(n) for n in range(len(labels))]

@@ -17,6 +17,7 @@ from lora_jax.io.checked_fields import (
   given,
   head_fields,
   is_,
+  object_of,
   sizes,
 )
 from lora_jax.io.layer_fields import PATTERN, ROTATED
@@ -58,6 +59,7 @@ class Family:
   rope: how rotary positions are written.
   experts: how the MLPs of experts are written; None where there are none.
   unread: fields that the family's files have, and that transformers does not read.
+  quantized: the methods of quantisation whose files are read, as `quant_method` says.
   """
 
   architecture: str
@@ -68,6 +70,7 @@ class Family:
   rope: RopeStyle = dataclasses.field(default_factory=RopeStyle)
   experts: expert_fields.ExpertStyle | None = None
   unread: tuple[str, ...] = ()
+  quantized: tuple[str, ...] = ()
 
 
 _DEFAULTS = {
@@ -174,6 +177,7 @@ FAMILIES = {
     is_local=lambda fields, layer: layer % 2 == 0,
     rope=RopeStyle(default=_GPT_OSS_ROPE),
     experts=expert_fields.GPT_OSS,
+    quantized=("mxfp4",),
   ),
   "gemma2": Family(
     architecture="Gemma2ForCausalLM",
@@ -283,11 +287,14 @@ def from_hugging_face(fields: Fields) -> LlamaConfig:
   for field, accepted in family.fixed.items():
     if not is_(fields.get(field, accepted), accepted):
       raise ValueError(f"{field}={shown(fields[field])} is not supported, only {accepted!r}")
-  if fields.get("quantization_config"):
-    raise ValueError(
-      "quantization_config: quantised safetensors are not supported; dequantise the model in "
-      "transformers (for MXFP4 by Mxfp4Config(dequantize=True)) and save it again"
-    )
+  if quantized := object_of(fields, "quantization_config"):
+    method = quantized.get("quant_method")
+    if method not in family.quantized:
+      raise ValueError(
+        f"quantization_config: quant_method {shown(method)} is not supported of the model_type "
+        f"{name!r}: quantised safetensors are not supported but for MXFP4 of gpt_oss; dequantise "
+        "the model in transformers and save it again"
+      )
   of_experts = family.experts.known if family.experts else ()
   known = {*_SIZES, *family.defaults, *family.fixed, *family.unread, *of_experts, *_READ}
   check_known(name, known, fields)

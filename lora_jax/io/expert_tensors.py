@@ -1,10 +1,12 @@
 """The kernels of experts, of which files have many tensors and a model has one leaf a layer.
 
-    joined(tensors, path)["model.layers.0.mlp.experts.gate_up_proj"].load()    # (experts, out, in)
+    joined(tensors, path, table)["model.layers.0.mlp.experts.gate_up_proj"].load()
+    # (experts, out, in)
     apart(arrays, table)["model.layers.0.mlp.experts.3.up_proj.weight"]         # the inverse
 
 Safetensors files of Qwen3-MoE have three matrices an expert, or the two joined ones that
-transformers 5 has in memory. GGUF files have all experts in one tensor, gate and up apart.
+transformers 5 has in memory. GGUF files have all experts in one tensor, gate and up apart, and so
+are their biases in gpt-oss, whose joined ones have the rows of gate and up in turn.
 """
 
 import dataclasses
@@ -22,7 +24,8 @@ _LISTED = 4
 _OF_AN_EXPERT = re.compile(
   r"(model\.layers\.\d+\.mlp\.experts)\.(0|[1-9]\d{0,5})\.(gate|up|down)_proj\.weight"
 )
-_OF_ALL = re.compile(r"(blk\.\d+)\.ffn_(gate|up)_exps\.weight")
+_OF_ALL = re.compile(r"(blk\.\d+)\.ffn_(gate|up)_exps\.(weight|bias)")
+_GATE_UP = re.compile(r"blk\.\d+\.ffn_gate_up_exps\.(weight|bias)")
 _JOINED = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 
 
@@ -33,17 +36,21 @@ class JoinedTensor:
   name: of the whole.
   parts: for each expert the tensors whose rows follow each other; of one group, whose tensors hold
     all experts already, where `stacked` is false.
+  axis: that the rows of a group are along: of kernels -2, of biases -1.
+  in_turn: whether the rows of a group come in turn, and not one tensor's after the other's.
   """
 
   name: str
   parts: tuple[tuple[Any, ...], ...]
   stacked: bool
+  axis: int = -2
+  in_turn: bool = False
 
   @property
   def shape(self) -> tuple[int, ...]:
-    *experts, _, columns = self.parts[0][0].shape
-    rows = sum(part.shape[-2] for part in self.parts[0])
-    return (*([len(self.parts)] if self.stacked else experts), rows, columns)
+    shape = list(self.parts[0][0].shape)
+    shape[self.axis] = sum(part.shape[self.axis] for part in self.parts[0])
+    return (*([len(self.parts)] if self.stacked else []), *shape)
 
   @property
   def dtype(self) -> str:
@@ -69,20 +76,31 @@ class JoinedTensor:
     return self._read(lambda part: part.load())
 
   def _read(self, read: Callable[[Any], np.ndarray]) -> np.ndarray:
-    first = _rows(self.parts[0], read)
+    first = self._rows(self.parts[0], read)
     if not self.stacked:
       return first
     whole = np.empty((len(self.parts), *first.shape), first.dtype)
     whole[0] = first
     for n, group in enumerate(self.parts[1:], 1):
-      whole[n] = _rows(group, read)
+      whole[n] = self._rows(group, read)
     return whole
 
+  def _rows(self, group: tuple[Any, ...], read: Callable[[Any], np.ndarray]) -> np.ndarray:
+    if len(group) == 1:
+      return read(group[0])
+    arrays = list(map(read, group))
+    if not self.in_turn:
+      return np.concatenate(arrays, axis=self.axis)
+    shape = list(arrays[0].shape)
+    shape[self.axis] *= len(arrays)
+    return np.stack(arrays, axis=self.axis).reshape(shape)
 
-def joined(tensors: Mapping[str, Any], where: Any) -> dict[str, Any]:
+
+def joined(tensors: Mapping[str, Any], where: Any, table: names.Table) -> dict[str, Any]:
   """The tensors of a file, those of experts joined; others, and joined ones, as they are.
 
   where: begins the message of an error.
+  table: of the names.
 
   Raises ValueError where an expert lacks a matrix, or its matrices are of different shapes or
   dtypes, and where a matrix is there twice.
@@ -92,16 +110,19 @@ def joined(tensors: Mapping[str, Any], where: Any) -> dict[str, Any]:
     if match := _OF_AN_EXPERT.fullmatch(name):
       experts[match[1]][match[3]][int(match[2])] = tensor
     elif match := _OF_ALL.fullmatch(name):
-      experts[f"{match[1]}.ffn_gate_up_exps.weight"][match[2]][0] = tensor
+      experts[f"{match[1]}.ffn_gate_up_exps.{match[3]}"][match[2]][0] = tensor
     else:
       found[name] = tensor
   try:
     for owner, kernels in experts.items():
-      if not owner.endswith(".weight"):
+      if _GATE_UP.fullmatch(owner) is None:
         for name, kinds in _JOINED.items():
-          _add(found, f"{owner}.{name}", owner, [kernels[kind] for kind in kinds], stacked=True)
+          of_kinds = [kernels[kind] for kind in kinds]
+          _add(found, f"{owner}.{name}", owner, of_kinds, axes=2, stacked=True)
       else:
-        _add(found, owner, owner, [kernels["gate"], kernels["up"]], stacked=False)
+        axis = {"axis": -1, "axes": 2} if owner.endswith(".bias") else {"axes": 3}
+        pair, in_turn = [kernels["gate"], kernels["up"]], names.is_in_turn(owner, table)
+        _add(found, owner, owner, pair, stacked=False, in_turn=in_turn, **axis)
   except ValueError as error:
     raise ValueError(f"{where}: {error}") from None
   return found
@@ -120,16 +141,24 @@ def apart(arrays: Mapping[str, np.ndarray], table: names.Table) -> dict[str, np.
         kinds = _JOINED[last]
         for kind, rows in zip(kinds, np.split(expert, len(kinds)), strict=True):
           found[f"{owner}.{n}.{kind}_proj.weight"] = rows
-    elif name.endswith(".ffn_gate_up_exps.weight"):
-      for kind, rows in zip(("gate", "up"), np.split(array, 2, axis=1), strict=True):
+    elif _GATE_UP.fullmatch(name):
+      in_turn = names.is_in_turn(name, table)
+      halves = (array[:, ::2], array[:, 1::2]) if in_turn else np.split(array, 2, axis=1)
+      for kind, rows in zip(("gate", "up"), halves, strict=True):
         found[name.replace("gate_up", kind)] = rows
     else:
       found[name] = array
   return found
 
 
-def _add(found: dict[str, Any], name: str, owner: str, kernels: list, *, stacked: bool) -> None:
-  """Joins the kernels of each kind, `{number: tensor}`, to one tensor."""
+def _add(
+  found: dict[str, Any], name: str, owner: str, kernels: list, *, axes: int, **how: Any
+) -> None:
+  """Joins the kernels of each kind, `{number: tensor}`, to one tensor.
+
+  axes: how many a part has.
+  how: fields of the JoinedTensor.
+  """
   if name in found:
     raise ValueError(f"{owner}: holds the kernels of its experts twice, joined and apart")
   count = len(set().union(*kernels))
@@ -147,10 +176,6 @@ def _add(found: dict[str, Any], name: str, owner: str, kernels: list, *, stacked
           f"{part.name}: shape {part.shape}, where the others of {name} have {first.shape}, or "
           f"another dtype than {parts[0][0].name}"
         )
-  if len(parts[0][0].shape) != 3 - stacked:
+  if len(parts[0][0].shape) != axes:
     raise ValueError(f"{parts[0][0].name}: shape {parts[0][0].shape} is no kernel of experts")
-  found[name] = JoinedTensor(name=name, parts=parts, stacked=stacked)
-
-
-def _rows(group: tuple[Any, ...], read: Callable[[Any], np.ndarray]) -> np.ndarray:
-  return read(group[0]) if len(group) == 1 else np.concatenate(list(map(read, group)), axis=-2)
+  found[name] = JoinedTensor(name=name, parts=parts, **how)

@@ -18,14 +18,18 @@ from lora_jax.io import casting, expert_tensors, names, outputs, safetensors
 from lora_jax.io.tokenizer import Tokenizer
 from lora_jax.models import layers
 
+_OF_THE_FILE = ("dtype", "torch_dtype", "quantization_config")
+"""Fields of the config.json that was loaded, of how its numbers were stored."""
+
 
 def save(
   folder: str | Path,
   params: Mapping[str, Any],
   config: families.Config,
-  tokenizer: Tokenizer,
+  tokenizer: Tokenizer | None,
 ) -> None:
-  """Writes model.safetensors, config.json, generation_config.json and the tokenizer's files.
+  """Writes model.safetensors, config.json and, of a model of text, generation_config.json and the
+  tokenizer's files.
 
   What the tokenizer's folder says of special tokens, of generation and of chat templates is written
   as it was there, and nothing that it does not say.
@@ -47,9 +51,12 @@ def save(
 
   with outputs.whole_folder(folder) as partial:
     safetensors.save_file(tensors, partial / safetensors.SINGLE, metadata={"format": "pt"})
-    kept = {k: x for k, x in tokenizer.files.config.items() if k not in ("dtype", "torch_dtype")}
+    said = tokenizer.files.config if tokenizer else {}
+    kept = {k: x for k, x in said.items() if k not in _OF_THE_FILE}
     fields = kept | described | {"torch_dtype": dtype}
     _write_json(partial / "config.json", fields)
+    if tokenizer is None:
+      return
     if tokenizer.files.generation is not None:
       _write_json(partial / "generation_config.json", tokenizer.files.generation)
     tokenizer.save(partial)
@@ -87,7 +94,7 @@ def file_tensors(
   arrays = {name: np.asarray(flat[path]) for path, name in names.file_names(flat, table).items()}
   return expert_tensors.apart(
     {
-      name: array.swapaxes(-1, -2) if names.is_transposed(name, table) else array
+      name: array.transpose(np.argsort(names.axes_of(name, table, array.ndim)))
       for name, array in arrays.items()
     },
     table,

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from lora_jax.checks import shown
-from lora_jax.io import checked_fields, configs, gguf_gemma, gpt2_configs
+from lora_jax.io import checked_fields, configs, gguf_gemma, gguf_layers, gpt2_configs
+from lora_jax.io.checked_fields import SWITCHES
 from lora_jax.models.experts import ExpertConfig
 from lora_jax.models.gpt2 import GPT2Config
 from lora_jax.models.limits import is_number
@@ -20,6 +21,7 @@ from lora_jax.models.llama_config import LlamaConfig
 from lora_jax.models.rope import (
   LinearRope,
   Llama3Rope,
+  LongRope,
   YarnRope,
   rotary_frequencies,
   yarn_attention_factor,
@@ -32,6 +34,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
   "qwen3moe": {"qk_norm": True},
   "olmo2": {"pre_norms": False, "post_norms": True, "qk_norm": True, "whole_qk_norm": True},
   "granite": {},
+  "smollm3": {},
+  "mistral3": {},
+  "phi3": {"fused": True},
+  "gpt-oss": {"qkv_bias": True, "out_bias": True, "attn_sinks": True},
   **{arch: dict(configs.FAMILIES[x.family].switches) for arch, x in gguf_gemma.KNOWN.items()},
 }
 """llama.cpp's name of each architecture of Llama's relatives that is read, and the switches that it
@@ -40,10 +46,13 @@ has on."""
 _GPT2 = "gpt2"
 _OF_FAMILY = {
   "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3_moe": "qwen3moe",
-  "olmo2": "olmo2", "granite": "granite", "gpt2": _GPT2,
+  "olmo2": "olmo2", "olmo3": "olmo2", "granite": "granite", "smollm3": "smollm3",
+  "ministral": "llama", "ministral3": "mistral3", "phi3": "phi3", "gpt_oss": "gpt-oss",
+  "gpt2": _GPT2,
 }  # fmt: skip
 _OF_FAMILY |= {x.family: arch for arch, x in gguf_gemma.KNOWN.items()}
-_FAMILY = {"qwen3moe": "qwen3_moe"}  # where it is called otherwise than the architecture
+_FAMILY = {"qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss", "mistral3": "ministral3"}
+_WITH_EXPERTS = {"qwen3moe": {}, "gpt-oss": {"clamped": True, "biases": True}}
 _EXPERTS = {
   "expert_count": "num_experts",
   "expert_used_count": "per_token",
@@ -55,10 +64,9 @@ _FACTORS = {  # of Granite
   "residual_scale": "residual_multiplier",
   "logit_scale": "logit_divisor",
 }
-_YARN_FIXED = {
-  "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0, "yarn_log_multiplier": 0.0,
-  "yarn_ext_factor": 1.0, "yarn_attn_factor": 1.0,
-}  # fmt: skip
+_YARN_FIXED = {"yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0, "yarn_ext_factor": 1.0}
+ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+"""The tensors that rotary frequencies are divided by: all of them, or by the length of a text."""
 _SIZES = {
   "embedding_length": "width",
   "feed_forward_length": "mlp_width",
@@ -84,9 +92,10 @@ def architecture(config: LlamaConfig | GPT2Config) -> str:
     gpt2_configs.check_gguf(config)
     return found
   wanted = dict(ARCHITECTURES[found])
-  if config.family in _FAMILY.values() and config.experts is not None:
+  if found in _WITH_EXPERTS and config.experts is not None:
     # llama.cpp divides a token's shares by their sum, whatever the file says.
-    wanted["experts"] = dataclasses.replace(config.experts, normalized=True)
+    switches = {"clamped": False, "biases": False} | _WITH_EXPERTS[found]
+    wanted["experts"] = dataclasses.replace(config.experts, normalized=True, **switches)
   if found == "granite":
     wanted |= {ours: getattr(config, ours) for ours in _FACTORS.values()}
   if found in gguf_gemma.KNOWN:
@@ -94,27 +103,27 @@ def architecture(config: LlamaConfig | GPT2Config) -> str:
     wanted |= {name: getattr(said, name) for name in gguf_gemma.COMPLETED}
     if config.query_divisor is None and wanted["query_divisor"] == config.head_dim:
       wanted["query_divisor"] = None
+  else:
+    plain = {x: SWITCHES[x] for x in gguf_layers.COMPLETED} | {"rope_scaling": None}
+    said = gguf_layers.described(found, config)
+    said = gguf_layers.completed(found, said, dataclasses.replace(config, **plain))
+    wanted |= {name: getattr(said, name) for name in gguf_layers.COMPLETED}
   checked_fields.check_switches(config, wanted, f"llama.cpp's architecture {found!r} has no")
-  if found == "olmo2" and config.num_heads * config.head_dim != config.width:
-    raise ValueError(
-      f"head_dim {config.head_dim}: in llama.cpp's architecture 'olmo2' the {config.num_heads} "
-      f"heads share the width {config.width}; export the model as a folder"
-    )
   return found
 
 
 def rotates_neighbours(architecture: str) -> bool:
   """Whether rotary positions turn the pairs (x[2r], x[2r + 1]), and not (x[r], x[r + H / 2])."""
-  return architecture in ("llama", "granite")
+  return architecture in ("llama", "granite", "smollm3", "mistral3")
 
 
 def from_gguf(
-  metadata: Mapping[str, Any], *, tie_embeddings: bool, rope_factors_R: np.ndarray | None
+  metadata: Mapping[str, Any], *, tie_embeddings: bool, rope_factors: Mapping[str, np.ndarray]
 ) -> LlamaConfig | GPT2Config:
   """Returns the configuration that a GGUF file's metadata describes.
 
   tie_embeddings: whether the file lacks `output.weight`.
-  rope_factors_R: its tensor `rope_freqs.weight`, by which the rotary frequencies are divided.
+  rope_factors: those of its tensors that are of ROPE_FACTORS, {name: factors_R}.
 
   Raises ValueError for another architecture, a missing key, or an unknown rope scaling.
   """
@@ -125,11 +134,11 @@ def from_gguf(
     supported = ", ".join(map(repr, (*ARCHITECTURES, _GPT2)))
     raise ValueError(f"general.architecture {shown(arch)} is not supported; supported: {supported}")
   experts = metadata.get(f"{arch}.expert_count", 0)
-  if experts and arch not in _FAMILY:
+  if experts and arch not in _WITH_EXPERTS:
     raise ValueError(f"{arch}.expert_count={shown(experts)}: mixtures of experts are not supported")
   gemma = gguf_gemma.KNOWN.get(arch)
   window = metadata.get(f"{arch}.attention.sliding_window", 0)
-  if window and gemma is None:
+  if window and gemma is None and arch not in gguf_layers.WINDOWS:
     raise ValueError(
       f"{arch}.attention.sliding_window={shown(window)}: llama.cpp has no windows in this "
       "architecture; take the same model as safetensors"
@@ -146,12 +155,12 @@ def from_gguf(
     norm_eps=checked_fields.required(metadata, f"{arch}.attention.layer_norm_rms_epsilon"),
     tie_embeddings=tie_embeddings,
     family=gemma.family if gemma else _FAMILY.get(arch, arch),
-    experts=_experts_from_gguf(arch, metadata) if arch in _FAMILY else None,
+    experts=_experts_from_gguf(arch, metadata) if arch in _WITH_EXPERTS else None,
     **ARCHITECTURES[arch],
     **_factors(arch, metadata),
   )
   rotated = metadata.get(f"{arch}.rope.dimension_count", head_dim)
-  if not checked_fields.is_(rotated, head_dim):
+  if not checked_fields.is_(rotated, head_dim) and arch != "phi3":
     raise ValueError(
       f"{arch}.rope.dimension_count={shown(rotated)}: rotating some of a head's {head_dim} "
       "features is not supported"
@@ -163,9 +172,10 @@ def from_gguf(
       f"{head_dim} are not supported"
     )
   # The sizes have been checked, and what is made from them may be.
-  rope = _rope_from_gguf(arch, metadata, rope_factors_R, config)
-  config = dataclasses.replace(config, rope_scaling=rope)
-  return gguf_gemma.completed(arch, metadata, config) if gemma else config
+  complete = gguf_gemma.completed if gemma else gguf_layers.completed
+  config = complete(arch, metadata, config)
+  rope = _rope_from_gguf(arch, metadata, rope_factors, config)
+  return dataclasses.replace(config, rope_scaling=rope)
 
 
 def _factors(arch: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,15 +186,17 @@ def _factors(arch: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
-def to_gguf(config: LlamaConfig | GPT2Config) -> tuple[dict[str, Any], np.ndarray | None]:
-  """Returns (metadata, rope_factors_R) of a GGUF file, the inverse of `from_gguf`.
+def to_gguf(
+  config: LlamaConfig | GPT2Config,
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+  """Returns (metadata, rope_factors) of a GGUF file, the inverse of `from_gguf`.
 
   Raises ValueError as `architecture` does, for heads whose values are narrower than their keys, and
   for a scaling of rotary frequencies that llama.cpp does not have in the architecture.
   """
   arch = architecture(config)
   if arch == _GPT2:
-    return gpt2_configs.to_gguf(config), None
+    return gpt2_configs.to_gguf(config), {}
   checked_fields.check_values(config, "llama.cpp's attention has no such heads")
   metadata = {f"{arch}.{key}": getattr(config, ours) for key, ours in _SIZES.items()} | {
     f"{arch}.vocab_size": config.vocab_size,
@@ -199,79 +211,120 @@ def to_gguf(config: LlamaConfig | GPT2Config) -> tuple[dict[str, Any], np.ndarra
     metadata |= {f"{arch}.{key}": getattr(config.experts, x) for key, x in _EXPERTS.items()}
   if arch == "granite":
     metadata |= {f"{arch}.{key}": float(getattr(config, x)) for key, x in _FACTORS.items()}
-  if arch in gguf_gemma.KNOWN:
-    metadata |= gguf_gemma.described(arch, config)
+  describe = gguf_gemma.described if arch in gguf_gemma.KNOWN else gguf_layers.described
+  metadata |= describe(arch, config)
+  scaling, factors = _rope_to_gguf(arch, config)
+  return metadata | {f"{arch}.rope.scaling.{key}": x for key, x in scaling.items()}, factors
+
+
+def _rope_to_gguf(arch: str, config: LlamaConfig) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+  """The metadata of how rotary frequencies are scaled, and the tensors of its factors."""
   rope = config.rope_scaling
   match rope:
     case LinearRope():
-      scaling = {"type": "linear", "factor": float(rope.factor)}
-      return metadata | {f"{arch}.rope.scaling.{key}": x for key, x in scaling.items()}, None
+      return {"type": "linear", "factor": float(rope.factor)}, {}
     case Llama3Rope():
       if arch != "llama":
         raise ValueError(
           f"rope_scaling: llama.cpp's architecture {arch!r} has no scaling like Llama 3.1's"
         )
       frequencies_R = rotary_frequencies(config.rope_theta, config.head_dim)
-      return metadata, (frequencies_R / rope.scale(frequencies_R)).astype(np.float32)
-    case YarnRope(truncate=True, beta_fast=32, beta_slow=1):
-      return metadata | {f"{arch}.rope.scaling.{key}": x for key, x in _yarn(rope).items()}, None
+      divisors_R = (frequencies_R / rope.scale(frequencies_R)).astype(np.float32)
+      return {}, {ROPE_FACTORS[0]: divisors_R}
+    case YarnRope(beta_fast=32, beta_slow=1) if rope.truncate == _truncates(arch):
+      return _yarn(arch, rope), {}
+    case LongRope() if arch == "phi3":
+      scaling = {
+        "type": "longrope",
+        "original_context_length": rope.original_length,
+        "attn_factor": float(rope.attention_factor),
+      }
+      factors = zip(ROPE_FACTORS[1:], (rope.long_factors, rope.short_factors), strict=True)
+      return scaling, {name: np.asarray(x, np.float32) for name, x in factors}
     case None:
-      return metadata, None
+      return {}, {}
   raise ValueError(
     f"rope_scaling: llama.cpp's architecture {arch!r} has no {shown(rope)}; export the model as a "
     "folder"
   )
 
 
-def _yarn(rope: YarnRope) -> dict[str, Any]:
+def _truncates(arch: str) -> bool:
+  """Whether the ends of YaRN's ramp are whole features in the models of an architecture."""
+  return arch != "gpt-oss"
+
+
+def _yarn(arch: str, rope: YarnRope) -> dict[str, Any]:
   """YaRN in llama.cpp, which multiplies by the recommended attention factor itself."""
+  log_multiplier = 1.0 if arch == "mistral3" else 0.0
+  recommended = yarn_attention_factor(rope.factor, 1.0, log_multiplier)
   return {
     "type": "yarn",
     "factor": float(rope.factor),
     "original_context_length": rope.original_length,
-    "attn_factor": rope.attention_factor / yarn_attention_factor(rope.factor),
+    "attn_factor": rope.attention_factor / recommended,
+    **({"yarn_log_multiplier": log_multiplier} if log_multiplier else {}),
   }
 
 
-def _yarn_from_gguf(scaling: Mapping[str, Any], context_length: int) -> YarnRope:
+def _yarn_from_gguf(arch: str, scaling: Mapping[str, Any], context_length: int) -> YarnRope:
   """scaling: {key: value}, without the keys' common beginning."""
+
+  def check(key: str, *accepted: float) -> None:
+    if not any(checked_fields.is_(scaling.get(key, accepted[0]), x) for x in accepted):
+      supported = " or ".join(map(str, accepted))
+      raise ValueError(
+        f"rope.scaling.{key}={shown(scaling[key])} is not supported, only {supported}"
+      )
+
   # Versions of llama.cpp differ in whether they read these.
   for key, off in _YARN_FIXED.items():
-    if not checked_fields.is_(value := scaling.get(key, off), off):
-      raise ValueError(f"rope.scaling.{key}={shown(value)} is not supported, only {off}")
+    check(key, off)
+  if arch != "mistral3":
+    check("yarn_log_multiplier", 0.0)
   factor = checked_fields.required(scaling, "factor")
+  recommended = yarn_attention_factor(factor, 1.0, scaling.get("yarn_log_multiplier", 0.0))
+  # Some writers put the recommended factor here, and llama.cpp multiplies by it once.
+  check("yarn_attn_factor", 1.0, float(np.float32(recommended)))
   attention = scaling.get("attn_factor", 1.0)
-  recommended = yarn_attention_factor(factor)
   return YarnRope(
     factor=factor,
     original_length=scaling.get("original_context_length", context_length),
     attention_factor=attention * recommended if is_number(attention) else attention,
+    truncate=_truncates(arch),
   )
 
 
 def _experts_from_gguf(arch: str, metadata: Mapping[str, Any]) -> ExpertConfig:
   keys = {f"{arch}.{key}": ours for key, ours in _EXPERTS.items()}
-  return ExpertConfig(**checked_fields.sizes(metadata, keys))
+  return ExpertConfig(**checked_fields.sizes(metadata, keys), **_WITH_EXPERTS[arch])
 
 
 def _rope_from_gguf(
-  arch: str, metadata: Mapping[str, Any], factors_R: np.ndarray | None, config: LlamaConfig
-) -> LinearRope | Llama3Rope | YarnRope | None:
+  arch: str, metadata: Mapping[str, Any], factors: Mapping[str, np.ndarray], config: LlamaConfig
+) -> LinearRope | Llama3Rope | LongRope | YarnRope | None:
   theta, head_dim = config.rope_theta, config.head_dim
+  kinds = ("none", "linear", "yarn", *(("longrope",) if arch == "phi3" else ()))
   kind = metadata.get(f"{arch}.rope.scaling.type", "none")
-  if kind not in ("none", "linear", "yarn"):
+  if kind not in kinds:
     raise ValueError(
-      f"{arch}.rope.scaling.type {shown(kind)} is not supported; supported: 'none', 'linear', "
-      "'yarn'"
+      f"{arch}.rope.scaling.type {shown(kind)} is not supported; supported: "
+      f"{', '.join(map(repr, kinds))}"
     )
-  if kind != "none" and factors_R is not None:
-    raise ValueError(f"{arch}.rope.scaling.type {kind!r} and rope_freqs.weight: scale rope twice")
+  if kind in ("linear", "yarn") and factors:
+    raise ValueError(
+      f"{arch}.rope.scaling.type {kind!r} and {next(iter(factors))} scale rope twice"
+    )
+  begin = f"{arch}.rope.scaling."
+  scaling = {key.removeprefix(begin): x for key, x in metadata.items() if key.startswith(begin)}
   if kind == "yarn":
-    begin = f"{arch}.rope.scaling."
-    scaling = {key.removeprefix(begin): x for key, x in metadata.items() if key.startswith(begin)}
-    return _yarn_from_gguf(scaling, config.max_length)
+    return _yarn_from_gguf(arch, scaling, config.max_length)
   if kind == "linear":
     return LinearRope(factor=checked_fields.required(metadata, f"{arch}.rope.scaling.factor"))
+  if kind == "longrope" or (arch == "phi3" and factors):
+    # Older files have the factors and say nothing of a scaling.
+    return _longrope_from_gguf(scaling, factors, config.max_length)
+  factors_R = factors.get(ROPE_FACTORS[0])
   if factors_R is None:
     return None
   # The format keeps the divisors that Llama 3.1's scaling gave and not its four numbers. The
@@ -284,4 +337,23 @@ def _rope_from_gguf(
   raise ValueError(
     "rope_freqs.weight is not Llama 3.1's scaling of rotary frequencies; "
     "take the same model as safetensors, whose config.json says what it is"
+  )
+
+
+def _longrope_from_gguf(
+  scaling: Mapping[str, Any], factors: Mapping[str, np.ndarray], context_length: int
+) -> LongRope:
+  """scaling: {key: value}, without the keys' common beginning."""
+  for name in ROPE_FACTORS[1:]:
+    if name not in factors or factors[name].ndim != 1:
+      raise ValueError(
+        f"{name}: a list of numbers is needed, and "
+        f"{f'its shape is {factors[name].shape}' if name in factors else 'the file lacks it'}"
+      )
+  long_factors, short_factors = (tuple(factors[x].tolist()) for x in ROPE_FACTORS[1:])
+  return LongRope(
+    short_factors=short_factors,
+    long_factors=long_factors,
+    original_length=scaling.get("original_context_length", context_length),
+    attention_factor=scaling.get("attn_factor", 1.0),
   )

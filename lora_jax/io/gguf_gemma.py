@@ -9,10 +9,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from lora_jax.checks import shown
+from lora_jax.io.gguf_layers import WINDOW, local_layers
 from lora_jax.models.llama_config import LlamaConfig
 
-_WINDOW, _PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
 _ATTENTION_CAP, _LOGIT_CAP = "attn_logit_softcapping", "final_logit_softcapping"
 _LOCAL_THETA = "rope.freq_base_swa"
 
@@ -69,17 +68,8 @@ def completed(arch: str, metadata: Mapping[str, Any], config: LlamaConfig) -> Ll
   def said(key: str, default: Any) -> Any:
     return metadata.get(f"{arch}.{key}", default)
 
-  window = said(_WINDOW, known.window) or None
-  pattern = said(_PATTERN, known.period)
-  if type(pattern) is int and pattern > 0:
-    local = tuple(i % pattern < pattern - 1 for i in range(config.num_layers))
-  elif isinstance(pattern, list) and len(pattern) == config.num_layers:
-    local = tuple(map(bool, pattern))
-  else:
-    raise ValueError(
-      f"{arch}.{_PATTERN}={shown(pattern)} is neither a period nor a list of "
-      f"{config.num_layers} layers"
-    )
+  window = said(WINDOW, known.window) or None
+  local = local_layers(arch, metadata, known.period, config.num_layers)
   window = window if any(local) else None
   is_wide = config.num_layers == known.wide_layers
   return dataclasses.replace(
@@ -105,13 +95,13 @@ def described(arch: str, config: LlamaConfig) -> dict[str, Any]:
       "the model as a folder"
     )
   values = {
-    _WINDOW: config.window, _ATTENTION_CAP: config.attn_softcap, _LOGIT_CAP: config.logit_softcap,
+    WINDOW: config.window, _ATTENTION_CAP: config.attn_softcap, _LOGIT_CAP: config.logit_softcap,
     _LOCAL_THETA: config.local_rope_theta,
   }  # fmt: skip
   if config.local_rope_theta == KNOWN[arch].local_theta:
     del values[_LOCAL_THETA]  # which older readers do not look for
   return {
-    f"{arch}.{key}": value if key == _WINDOW else float(value)
+    f"{arch}.{key}": value if key == WINDOW else float(value)
     for key, value in values.items()
     if value is not None
   }

@@ -3,10 +3,10 @@
     wider = save("model.gguf", params, config, tokenizer, dtype="q8_0")
     wider      # {"blk.0.ffn_down.weight": "float16", ...}: what could not be stored as it was asked
 
-Norms, whatever else has one axis, and learned positions stay in float32; Gemma's norms are written
-with 1 added. Queries and keys get their rows in the order in which llama.cpp turns them by their
-positions: what is half a head apart in a Llama here are neighbours in its file; in files of other
-architectures they are half a head apart too. The formats are those of ggml
+Norms, biases, whatever else has one axis, and learned positions stay in float32; Gemma's norms are
+written with 1 added. Queries and keys get their rows in the order in which llama.cpp turns them by
+their positions: what is half a head apart in a Llama here are neighbours in its file; in files of
+other architectures they are half a head apart too. The formats are those of ggml
 (github.com/ggml-org/ggml, docs/gguf.md); the blocks are made by the `gguf` package, one tensor in
 memory at a time.
 """
@@ -74,11 +74,10 @@ def save(
   if dtype not in KINDS:
     raise ValueError(f"dtype {dtype!r} is unknown; use one of {', '.join(KINDS)}")
   architecture = gguf_configs.architecture(config)
-  metadata, rope_factors_R = gguf_configs.to_gguf(config)
+  metadata, rope_factors = gguf_configs.to_gguf(config)
   metadata |= tokenizers.to_gguf(tokenizer, config.vocab_size)
   tensors = file_tensors(params, config, families.family_of(config).names["gguf"])
-  if rope_factors_R is not None:
-    tensors["rope_freqs.weight"] = rope_factors_R
+  tensors |= rope_factors
   dtypes = {name: _dtype(name, tensor.shape, dtype) for name, tensor in tensors.items()}
 
   with (
@@ -110,7 +109,7 @@ def save(
 
 def _dtype(name: str, shape: tuple[int, ...], wanted: str) -> str:
   """What a tensor is stored as."""
-  if len(shape) < 2 or name == _POSITIONS or name.endswith(_ROUTER):
+  if len(shape) < 2 or name == _POSITIONS or name.endswith((_ROUTER, ".bias")):
     return "float32"
   if name in _EMBEDDINGS and wanted in _FOUR_OR_FIVE_BITS:
     wanted = "q8_0"

@@ -13,7 +13,7 @@ import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 
-from lora_jax.io import archives, assets, outputs, steady_files
+from lora_jax.io import archives, assets, outputs, steady_files, torch_files
 
 _NAMES = (
   "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -25,12 +25,13 @@ _CHUNK = 1 << 20
 
 
 def folder_of(path: Path) -> Path:
-  """Returns the folder of the model in a zip archive, unpacked; any other path as it is.
+  """Returns the folder of the model in a zip archive, unpacked; any other path as it is, that of a
+  file of PyTorch's too, which is a zip archive itself.
 
   Raises ValueError for an archive that is damaged, holds no model or several, and as
   `archives.extract` does.
   """
-  if path.is_dir() or not _is_zip(path):
+  if path.is_dir() or not _is_zip(path) or torch_files.is_zip_of_tensors(path):
     return path
   members = _members(path)
   folder = assets.cache_folder() / "unpacked" / assets.sha256(path)

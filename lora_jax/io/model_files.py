@@ -1,8 +1,13 @@
-"""What a pretrained model's files hold, opened and not yet read: a folder, or one GGUF file."""
+"""What a pretrained model's files hold, opened and not yet read: a folder, or one file.
+
+A file is a GGUF file, a state dict of PyTorch's, or an ONNX file. The latter two hold no
+configuration; a family that knows such files makes it of the tensors.
+"""
 
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,12 +17,16 @@ from lora_jax.io import (
   gguf,
   gguf_configs,
   json_files,
+  mxfp4,
   names,
+  onnx_files,
   safetensors,
+  torch_files,
 )
 from lora_jax.io import tokenizer as tokenizers
 
-Tensors = Mapping[str, gguf.GGUFTensor | safetensors.StoredTensor]
+Tensors = Mapping[str, Any]
+"""`{name: tensor}`; a tensor has `name`, `shape` and `load()`, as `safetensors.StoredTensor`."""
 
 _GGUF_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -34,7 +43,7 @@ class ModelFile:
 
   config: Config
   family: Family
-  tokenizer: tokenizers.Tokenizer
+  tokenizer: tokenizers.Tokenizer | None
   tensors: Tensors
   table: names.Table
   rotates_neighbours: bool
@@ -64,6 +73,11 @@ def read_config(folder: Path, families: Mapping[str, Family]) -> Config:
     raise ValueError(f"{path}: {error}") from None
 
 
+def read_tokenizer(folder: Path, family: Family) -> tokenizers.Tokenizer | None:
+  """Returns the tokenizer of a folder; None for a family without one."""
+  return tokenizers.from_folder(folder) if family.has_tokenizer else None
+
+
 def read_shape(folder: Path, families: Mapping[str, Family]) -> Config:
   """As `read_config`, with what only the names of the tensors tell, where these are there."""
   config = read_config(folder, families)
@@ -81,11 +95,12 @@ def open_folder(folder: Path, families: Mapping[str, Family]) -> ModelFile:
   tensors = names.with_prefix(safetensors.open_folder(folder), table, family.prefix)
   if getattr(config, "tie_embeddings", False) and not config.classes:
     tensors = _without_tied_head(folder, tensors, table)
+  tensors = mxfp4.joined(tensors, folder, table)
   return ModelFile(
     config=config,
     family=family,
-    tokenizer=tokenizers.from_folder(folder),
-    tensors=expert_tensors.joined(tensors, folder),
+    tokenizer=read_tokenizer(folder, family),
+    tensors=expert_tensors.joined(tensors, folder, table),
     table=table,
     rotates_neighbours=False,
   )
@@ -107,27 +122,60 @@ def _without_tied_head(folder: Path, tensors: Tensors, table: names.Table) -> Te
   return {name: tensor for name, tensor in tensors.items() if name != head}
 
 
+def open_file(path: Path, families: Mapping[str, Family]) -> ModelFile:
+  """Opens a file of any of the formats; raises as `load` does."""
+  if path.suffix.lower() == ".onnx":
+    return _open_bare(path, "onnx", onnx_files.open_file(path), families)
+  if torch_files.is_one(path):
+    return _open_bare(path, "torch", torch_files.open_file(path), families)
+  return open_gguf(path, families)
+
+
+def _open_bare(path: Path, kind: str, found: Any, families: Mapping[str, Family]) -> ModelFile:
+  """Opens a file without a configuration, of the family that knows its tensors."""
+  readers = {name: x.of_tensors[kind] for name, x in families.items() if kind in x.of_tensors}
+  for name, read in readers.items():
+    try:
+      if (known := read(found)) is None:
+        continue
+    except ValueError as error:
+      raise ValueError(f"{path}: {error}") from None
+    config, tensors = known
+    return ModelFile(
+      config=config,
+      family=families[name],
+      tokenizer=None,
+      tensors=tensors,
+      table=families[name].names[kind],
+      rotates_neighbours=False,
+    )
+  raise ValueError(
+    f"{path}: holds no configuration, and its tensors are those of no family that is known by them "
+    f"({', '.join(readers) or 'none is'}); convert it with transformers' `save_pretrained`"
+  )
+
+
 def open_gguf(path: Path, families: Mapping[str, Family]) -> ModelFile:
   """Opens a GGUF file; raises as `load` does."""
   file = gguf.read(path)
-  factors = file.tensors.get("rope_freqs.weight")
+  factors = {x: file.tensors[x] for x in gguf_configs.ROPE_FACTORS if x in file.tensors}
   try:
     config = gguf_configs.from_gguf(
       file.metadata,
       tie_embeddings="output.weight" not in file.tensors,
-      rope_factors_R=None if factors is None else factors.load(),
+      rope_factors={name: tensor.load() for name, tensor in factors.items()},
     )
     family = family_of(config, families)
     tokenizer = tokenizers.from_gguf(file.metadata)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from None
-  tensors = expert_tensors.joined(file.tensors, path)
+  tensors = expert_tensors.joined(file.tensors, path, family.names["gguf"])
   return ModelFile(
     config=config,
     family=family,
     tokenizer=tokenizer,
     tensors=tensors,
     table=family.names["gguf"],
-    rotates_neighbours=gguf_configs.rotates_neighbours(config.family),
+    rotates_neighbours=gguf_configs.rotates_neighbours(file.metadata["general.architecture"]),
     blocks=tensors,
   )

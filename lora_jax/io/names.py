@@ -5,7 +5,9 @@
 
 HUGGING_FACE and GGUF have the table of each family. In a template `{i}` stands for the number of a
 layer. A name whose path is None is known and holds nothing that the configuration does not say; it
-is left out. A path that is `InOut(...)` is of a kernel that is stored as it is.
+is left out. A path that is `InOut(...)` is of a kernel that is stored as it is, one that is
+`InTurn(...)` of what is two tensors in the file, and `Conv(...)` of a convolution's kernel.
+`lora_jax.io.image_names` has the tables of models of images.
 """
 
 import re
@@ -19,6 +21,15 @@ class InOut(str):
 
   Where a table has a plain path, the kernel's tensor is (out, in), and a kernel here is (in, out).
   """
+
+
+class InTurn(str):
+  """The path of a leaf whose outputs are gate's and up's in turn, each apart in the file."""
+
+
+class Conv(str):
+  """The path of a convolution's kernel, whose tensor is (out, in, *window), and here (*window, in,
+  out)."""
 
 
 LLAMA_GGUF = {
@@ -152,6 +163,20 @@ GPT2_GGUF = {
   "output.weight": "head/kernel",
 }
 
+GEMMA4_HF = {
+  name: path
+  for name, path in (LLAMA_HF | _NORMS_ON_BOTH_SIDES_HF | _HEAD_NORMS_HF).items()
+  if not name.endswith(".inv_freq")
+} | {
+  "model.embed_tokens_per_layer.weight": "embed_per_layer/embedding",
+  "model.per_layer_model_projection.weight": "per_layer_model/kernel",
+  "model.per_layer_projection_norm.weight": "per_layer_norm/scale",
+  "model.layers.{i}.per_layer_input_gate.weight": "block_{i}/per_layer_gate/kernel",
+  "model.layers.{i}.per_layer_projection.weight": "block_{i}/per_layer_out/kernel",
+  "model.layers.{i}.post_per_layer_input_norm.weight": "block_{i}/per_layer_norm/scale",
+  "model.layers.{i}.layer_scalar": "block_{i}/scalar",
+}
+
 HUGGING_FACE = {
   "llama": LLAMA_HF,
   "mistral": LLAMA_HF,
@@ -171,35 +196,63 @@ HUGGING_FACE = {
 }
 """By `LlamaConfig.family`: of safetensors and of PEFT's adapters."""
 
-_HEAD_NORMS_GGUF = {
-  "blk.{i}.attn_q_norm.weight": "block_{i}/attn/query_norm/scale",
-  "blk.{i}.attn_k_norm.weight": "block_{i}/attn/key_norm/scale",
+_BIASES_GGUF = {
+  "blk.{i}.attn_q.bias": "block_{i}/attn/query/bias",
+  "blk.{i}.attn_k.bias": "block_{i}/attn/key/bias",
+  "blk.{i}.attn_v.bias": "block_{i}/attn/value/bias",
 }
-_NORMS_ON_BOTH_SIDES_GGUF = {
+_POST_NORMS_GGUF = {
   "blk.{i}.post_attention_norm.weight": "block_{i}/attn_post_norm/scale",
   "blk.{i}.post_ffw_norm.weight": "block_{i}/mlp_post_norm/scale",
 }
+_FUSED_GGUF = {
+  "blk.{i}.attn_qkv.weight": "block_{i}/attn/qkv/kernel",
+  "blk.{i}.ffn_up.weight": "block_{i}/mlp/gate_up/kernel",
+  "rope_factors_long.weight": None,
+  "rope_factors_short.weight": None,
+}
+# What others call the norm after attention is here the one before the MLP.
+_GPT_OSS_GGUF = {
+  "blk.{i}.post_attention_norm.weight": "block_{i}/mlp_norm/scale",
+  "blk.{i}.attn_output.bias": "block_{i}/attn/out/bias",
+  "blk.{i}.attn_sinks.weight": "block_{i}/attn/sinks",
+  "blk.{i}.ffn_gate_inp.weight": "block_{i}/mlp/router/kernel",
+  "blk.{i}.ffn_gate_inp.bias": "block_{i}/mlp/router/bias",
+  "blk.{i}.ffn_gate_up_exps.weight": InTurn("block_{i}/mlp/experts/gate_up/kernel"),
+  "blk.{i}.ffn_gate_up_exps.bias": InTurn("block_{i}/mlp/experts/gate_up/bias"),
+  "blk.{i}.ffn_down_exps.weight": "block_{i}/mlp/experts/down/kernel",
+  "blk.{i}.ffn_down_exps.bias": "block_{i}/mlp/experts/down/bias",
+}
+
+
+def _without(table: "Table", *names: str) -> "Table":
+  return {name: path for name, path in table.items() if name not in names}
+
+
+_OLMO_GGUF = (
+  _without(LLAMA_GGUF, "blk.{i}.attn_norm.weight", "blk.{i}.ffn_norm.weight")
+  | _HEAD_NORMS_GGUF
+  | _POST_NORMS_GGUF
+)
 
 GGUF = {
   "llama": LLAMA_GGUF,
   "mistral": LLAMA_GGUF,
-  "qwen2": LLAMA_GGUF
-  | {
-    "blk.{i}.attn_q.bias": "block_{i}/attn/query/bias",
-    "blk.{i}.attn_k.bias": "block_{i}/attn/key/bias",
-    "blk.{i}.attn_v.bias": "block_{i}/attn/value/bias",
-  },
+  "ministral": LLAMA_GGUF,
+  "ministral3": LLAMA_GGUF,
+  "smollm3": LLAMA_GGUF,
+  "qwen2": LLAMA_GGUF | _BIASES_GGUF,
   "qwen3": LLAMA_GGUF | _HEAD_NORMS_GGUF,
   "qwen3_moe": _without_mlp(LLAMA_GGUF) | _HEAD_NORMS_GGUF | _EXPERTS_GGUF,
-  "olmo2": LLAMA_GGUF
-  | _HEAD_NORMS_GGUF
-  | {
-    "blk.{i}.post_attention_norm.weight": "block_{i}/attn_post_norm/scale",
-    "blk.{i}.post_ffw_norm.weight": "block_{i}/mlp_post_norm/scale",
-  },
+  "gpt_oss": _without(_without_mlp(LLAMA_GGUF), "blk.{i}.ffn_norm.weight")
+  | _BIASES_GGUF
+  | _GPT_OSS_GGUF,
+  "phi3": _without(LLAMA_GGUF, "blk.{i}.ffn_gate.weight") | _FUSED_GGUF,
+  "olmo2": _OLMO_GGUF,
+  "olmo3": _OLMO_GGUF,
   "granite": LLAMA_GGUF,
-  "gemma2": LLAMA_GGUF | _NORMS_ON_BOTH_SIDES_GGUF,
-  "gemma3_text": LLAMA_GGUF | _NORMS_ON_BOTH_SIDES_GGUF | _HEAD_NORMS_GGUF,
+  "gemma2": LLAMA_GGUF | _POST_NORMS_GGUF,
+  "gemma3_text": LLAMA_GGUF | _POST_NORMS_GGUF | _HEAD_NORMS_GGUF,
 }
 """By `LlamaConfig.family`, llama.cpp's names; a family that is not here has no GGUF files here."""
 
@@ -283,12 +336,25 @@ def names_of(path: str, table: Table) -> list[str]:
 def is_transposed(name: str, table: Table) -> bool:
   """Whether a tensor is a kernel that is (out, in), to be transposed to the kernel here."""
   path = table[template_of(name, table)]
-  return path.endswith("/kernel") and not isinstance(path, InOut)
+  return path.endswith("/kernel") and not isinstance(path, InOut | Conv)
+
+
+def axes_of(name: str, table: Table, ndim: int) -> tuple[int, ...]:
+  """Returns the axes of a tensor in the order that they have in its parameter."""
+  axes = tuple(range(ndim))
+  if ndim > 2 and isinstance(table[template_of(name, table)], Conv):
+    return (*axes[2:], 1, 0)
+  return (*axes[:-2], *axes[:-3:-1]) if is_transposed(name, table) else axes
 
 
 def is_in_out(name: str, table: Table) -> bool:
-  """Whether a tensor is a kernel that is (in, out)."""
-  return isinstance(table[template_of(name, table)], InOut)
+  """Whether a tensor is a kernel that is (in, out); False for a name that is in no row."""
+  return isinstance(table.get(template_of(name, table)), InOut)
+
+
+def is_in_turn(name: str, table: Table) -> bool:
+  """Whether a tensor is gate's and up's in turn; False for a name that is in no row."""
+  return isinstance(table.get(template_of(name, table)), InTurn)
 
 
 def with_prefix(tensors: Mapping[str, Any], table: Table, prefix: str) -> dict[str, Any]:

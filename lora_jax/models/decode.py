@@ -8,7 +8,8 @@
         model.apply, params, prompts_BT, lengths_B, steps=32, beams=4, penalty=power(1.0),
         eos_id=2, cache=llama.init_cache(config, batch_size, max_length=96), exact=True)
 
-Each works with a KV cache or, slowly, without.
+Each works with a KV cache or, slowly, without. `lora_jax.models.streaming` yields the tokens of
+`decode` one by one.
 
 B prompts, T their longest length, S new tokens, V vocabulary, U = T + S; in beam search K beams of
 a prompt, C candidates for their next token (2 K, or K more for each further token that ends a
@@ -289,19 +290,38 @@ def beam_search(
   return found
 
 
-def _read_prompts(apply, params, prompts_BT, lengths_B, cache):
-  """The logits after each prompt, and the cache filled with the prompts."""
-  if cache is None:
-    return _logits_of_text(apply, params, prompts_BT, lengths_B - 1), None
-  positions_BT = jnp.broadcast_to(jnp.arange(prompts_BT.shape[1]), prompts_BT.shape)
+def read(
+  apply: Callable,
+  params: PyTree,
+  tokens_BT: jax.Array,
+  lengths_B: jax.Array,
+  start_B: jax.Array,
+  cache: PyTree,
+) -> tuple[jax.Array, PyTree]:
+  """Returns the logits after more tokens of each row, (B, V), and the cache with these tokens.
+
+  Args:
+    apply, params: as in `decode`.
+    tokens_BT: token ids, padded on the right with anything.
+    lengths_B: how many of them each row has, at least 1.
+    start_B: the position of the first in its row.
+    cache: of all tokens before them. What it holds at later positions changes nothing.
+  """
   logits_B1V, cache = apply(
     {"params": params},
-    prompts_BT,
-    positions_BT=positions_BT,
+    tokens_BT,
+    positions_BT=start_B[:, None] + jnp.arange(tokens_BT.shape[1]),
     at_BC=lengths_B[:, None] - 1,
     cache=cache,
   )
   return logits_B1V[:, 0], cache
+
+
+def _read_prompts(apply, params, prompts_BT, lengths_B, cache):
+  """The logits after each prompt, and the cache filled with the prompts."""
+  if cache is None:
+    return _logits_of_text(apply, params, prompts_BT, lengths_B - 1), None
+  return read(apply, params, prompts_BT, lengths_B, jnp.zeros_like(lengths_B), cache)
 
 
 def _logits_of_text(apply, params, text_BU, at_B):
@@ -310,15 +330,7 @@ def _logits_of_text(apply, params, text_BU, at_B):
 
 def _logits_after(apply, params, token_B, position_B, cache):
   """The logits after one more token of each row, and the cache with it."""
-  position_B1 = position_B[:, None]
-  logits_B1V, cache = apply(
-    {"params": params},
-    token_B[:, None],
-    positions_BT=position_B1,
-    at_BC=jnp.zeros_like(position_B1),
-    cache=cache,
-  )
-  return logits_B1V[:, 0], cache
+  return read(apply, params, token_B[:, None], jnp.ones_like(position_B), position_B, cache)
 
 
 def _best(*found: Beams) -> Beams:

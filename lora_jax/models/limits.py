@@ -4,6 +4,7 @@ A configuration comes from a file, and one number of it is enough to take all me
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 # More than any model has, and little enough for shapes to be traced in seconds and counted in the
@@ -12,7 +13,10 @@ LARGEST = {
   "vocab_size": 1 << 24, "width": 1 << 20, "mlp_width": 1 << 22, "num_layers": 1 << 10,
   "num_heads": 1 << 14, "num_kv_heads": 1 << 14, "head_dim": 1 << 14, "max_length": (1 << 31) - 1,
   "window": (1 << 31) - 1, "num_experts": 1 << 14, "per_token": 1 << 14, "rotary_dim": 1 << 14,
-  "query_length": (1 << 31) - 1,
+  "query_length": (1 << 31) - 1, "full_kv_heads": 1 << 14, "full_head_dim": 1 << 14,
+  "shared_layers": 1 << 10, "per_layer_width": 1 << 14, "per_layer_vocab": 1 << 24,
+  "image_size": 1 << 14, "patch_size": 1 << 12, "channels": 1 << 12,
+  "stem_width": 1 << 14, "divisor": 1 << 10, "least_channels": 1 << 14, "output_stride": 32,
 }  # fmt: skip
 MOST_LEARNED_POSITIONS = 1 << 24
 """Of a model that has an embedding for each position: a table of this length is made."""
@@ -22,6 +26,7 @@ RANGES = {
   "query_divisor": (1e-3, 1e9), "attn_softcap": (1e-3, 1e9), "logit_softcap": (1e-3, 1e9),
   "embedding_multiplier": (1e-6, 1e6), "attention_multiplier": (1e-6, 1e6),
   "residual_multiplier": (1e-6, 1e6), "logit_divisor": (1e-6, 1e6), "query_growth": (0.0, 1e3),
+  "width_multiplier": (1e-3, 64.0), "expansion": (0.1, 64.0),
 }  # fmt: skip
 
 
@@ -54,3 +59,9 @@ def check(where: str, name: str, kind: Any, value: Any) -> None:
       raise ValueError(f"{where} must be a number from {least} to {most}, not {value!r:.40}")
   if kind is bool and type(value) is not bool:
     raise ValueError(f"{where} must be True or False, not {value!r:.40}")
+
+
+def check_choice(where: str, name: str, value: Any, choices: Sequence[str]) -> None:
+  """Checks a setting that is one of a few texts; arguments and errors as of `check`."""
+  if not isinstance(value, str) or value not in choices:
+    raise ValueError(f"{where}: {name} {value!r:.40} is none of {', '.join(choices)}")

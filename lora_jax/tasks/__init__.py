@@ -1,7 +1,8 @@
 """Tasks: what a run is about. One file a task, and one literal dict of them.
 
     task = tasks.make(config.task, config.data, loss_chunk=0)   # what the config says, checked
-    records, words = task.read(records)                         # of the data's file
+    records = task.open(path, config.data, held_out=False)      # of the data's file
+    records, words = task.read(records)
     task.check(records)                                         # before a model is loaded
     found = task.extend(found, key)                             # of a model that was loaded
     task = task.of_model(found)
@@ -14,6 +15,7 @@ task of one's own is a class with them, in a dict of one's own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
 import flax.linen as nn
@@ -22,12 +24,15 @@ import jax
 
 from lora_jax.checks import shown
 from lora_jax.data.records import Record
+from lora_jax.data.token_texts import TokenText
 from lora_jax.io.pretrained import Pretrained
 from lora_jax.tasks.chat import Chat
 from lora_jax.tasks.classification import Classification
 from lora_jax.tasks.completion import Completion
 from lora_jax.tasks.embedding import Embedding
+from lora_jax.tasks.images import Images
 from lora_jax.tasks.regression import Regression
+from lora_jax.tasks.writing import ChatFormat
 from lora_jax.train.step import Batch, Objective
 
 PyTree = Any
@@ -46,6 +51,8 @@ class Task(Protocol):
   """The names of its fields in the config's `task`, beside `name`."""
   TRAINS: ClassVar[tuple[str, ...]]
   """Patterns of the leaves that train in full whatever the adapter is: those that the task adds."""
+  UNIT: ClassVar[str]
+  """What is counted for people and has a loss, in the singular: "token", "image"."""
 
   @classmethod
   def of(cls, task: Mapping[str, Any], data: Mapping[str, Any], loss_chunk: int) -> Self:
@@ -58,11 +65,22 @@ class Task(Protocol):
     Raises ValueError for values that do not go together.
     """
 
+  def open(self, path: Path, data: Mapping[str, Any], *, held_out: bool) -> list[Record]:
+    """The records of a file or folder, as the config's `data` says.
+
+    held_out: whether it is that of `data.test_source`.
+
+    Raises ValueError for what cannot be read, with the path.
+    """
+
   def read(self, records: Sequence[Record]) -> tuple[list[Record], str]:
     """The records of a file as the task takes them, and words on how they were read, or none.
 
     Raises ValueError for a column that holds what the task cannot read.
     """
+
+  def derive(self, records: Sequence[Record], data: Mapping[str, Any]) -> list[Record]:
+    """The records with what `data` says to make of their columns."""
 
   def check(self, records: Sequence[Record]) -> None:
     """Raises ValueError for records that lack a column which the task needs."""
@@ -93,13 +111,18 @@ class Task(Protocol):
     """Raises ValueError when the batches of a step, drawn by several seeds, may differ in shape."""
 
   def describe(self, **examples: Sequence[Example]) -> dict[str, Any]:
-    """What a run keeps in eval.json of its examples, by the name of the split."""
+    """What a run keeps in eval.json of its examples, by the name of the split, `training` first;
+    raises ValueError where these do not go together."""
 
   def lines(self, described: Mapping[str, Any]) -> list[str]:
     """Lines for people about what `describe` returned; raises ValueError where it is damaged."""
 
-  def shape_of(self, batch: Batch) -> tuple[int, int]:
-    """The rows and the tokens of a row of a batch: of text, of patches, of frames."""
+  def tokens(self, example: Example) -> list[TokenText]:
+    """The tokens of an example as a person reads them; raises ValueError where it is no text."""
+
+  def shape_of(self, batch: Batch) -> tuple[int, ...]:
+    """The rows of a batch and, where a row has several, the units of a row; each shape is compiled
+    for once."""
 
   def summary(self, examples: Sequence[Example], batch_size: int) -> dict[str, Any]:
     """What a pass comes to: `examples`, `batches`, `padding` (0 to 1) and `shapes`, {key: number of
@@ -117,8 +140,8 @@ class Task(Protocol):
   def run(self, apply: Callable) -> Callable[[PyTree, Batch], Any]:
     """`(weights, batch) -> outputs`, as calibration runs the model."""
 
-  def mask(self, batch: Batch) -> jax.Array:
-    """True for each token of a batch that is no padding, [rows, tokens]."""
+  def mask(self, batch: Batch) -> jax.Array | None:
+    """True for each token of a batch that is no padding, [rows, tokens]; None where all count."""
 
   def objective(self, apply: Callable) -> Objective:
     """`(weights, batch) -> (mean loss, count)`."""
@@ -145,6 +168,9 @@ class Task(Protocol):
     """The different prompts of records, as `write` takes them; raises ValueError for a task that
     writes no texts."""
 
+  def check_room(self, asked: Sequence[Mapping[str, Any]], max_tokens: int) -> None:
+    """Raises ValueError where the model has not the positions for prompts and what follows them."""
+
   def write(
     self, apply: Callable, weights: PyTree, asked: Sequence[Mapping[str, Any]], **how: Any
   ) -> list[dict[str, Any]]:
@@ -152,6 +178,11 @@ class Task(Protocol):
 
   def longest_choice(self) -> int | None:
     """The tokens of the longest answer; None where the answers are not given."""
+
+  @property
+  def chat_format(self) -> ChatFormat:
+    """How conversations with the model are written; raises ValueError for a task that writes no
+    texts."""
 
   def asked(self, given: str) -> list[Example]:
     """What a person asks about, by the path of a file or as a text, as `predict` takes it; raises
@@ -171,6 +202,15 @@ class Task(Protocol):
     share: the batch's rows are a multiple of it.
     """
 
+  def draw(
+    self, examples: Sequence[Example], samples: Sequence[Mapping[str, str]]
+  ) -> Callable[[Any], None] | None:
+    """What draws a picture of examples and of what was made of them into a PNG file; None where
+    there is nothing to be seen.
+
+    samples: of each example what `given` says, and what was shown `before` and `after`.
+    """
+
 
 TASKS: Mapping[str, type[Task]] = {
   "completion": Completion,
@@ -178,6 +218,7 @@ TASKS: Mapping[str, type[Task]] = {
   "chat": Chat,
   "regression": Regression,
   "embedding": Embedding,
+  "images": Images,
 }
 """By `task.name` of a config."""
 

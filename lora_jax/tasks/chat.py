@@ -6,8 +6,8 @@ task.template = None         # the model's own; the name of one of its others, o
 task.date = "2026-01-01"     # what templates that ask for the day are told
 
 A table has `messages`, or another layout of `lora_jax.data.conversations`. The loss is taken on the
-tokens of the turns, with the one that ends a turn; see `lora_jax.data.chat`. For people, and where
-texts are generated, the last turn is what the model is to write.
+tokens of the turns, with the one that ends a turn; see `lora_jax.data.chat_tokens`. For people, and
+where texts are generated, the last turn is what the model is to write.
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from lora_jax.checks import shown
-from lora_jax.data import chat, chat_templates, conversations, records
+from lora_jax.data import chat, chat_templates, chat_tokens, conversations, records
 from lora_jax.data.examples import Example
 from lora_jax.io.pretrained import Pretrained
-from lora_jax.tasks.writing import Text, Writing
+from lora_jax.tasks.writing import ChatFormat, Text, Writing
 from lora_jax.train import generation
 
-_COUNTS = ("examples", "cut", "left_out", "longest", "learnt", "tokens")
+_COUNTS = ("conversations", "examples", "cut", "left_out", "longest", "learnt", "tokens")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Chat(Writing):
 
   conversation: the layout of the table, as `lora_jax.data.conversations.read` takes it.
   learn, template, date, too_long: as `lora_jax.data.chat.encode` takes them.
-  end_id: the token that ends a turn; None until `of_model`, and for a template that writes none.
+  ends: the tokens at which a turn ends; () until `of_model`.
   """
 
   FIELDS: ClassVar[tuple[str, ...]] = ("learn", "template", "date")
@@ -40,11 +40,11 @@ class Chat(Writing):
   template: str | None
   date: str
   too_long: str
-  end_id: int | None = None
+  ends: tuple[int, ...] = ()
 
   @classmethod
   def of(cls, task: Mapping[str, Any], data: Mapping[str, Any], loss_chunk: int) -> Self:
-    chat_templates.check_date(task["date"])
+    chat_templates.check_date("task.date", task["date"])
     if task["template"] is not None and chat_templates.is_file(task["template"]):
       chat_templates.read_file(task["template"])
     return cls(
@@ -65,9 +65,8 @@ class Chat(Writing):
   def of_model(self, found: Pretrained) -> Self:
     template = chat_templates.find(found.tokenizer, self.template)
     with chat_templates.Renderer(template, date=self.date) as renderer:
-      end = chat.end_of_turn(renderer)
-    end_id = None if end is None else found.tokenizer.special_tokens[end]
-    return dataclasses.replace(super().of_model(found), end_id=end_id)
+      ends = chat_tokens.stop_ids(renderer, found.tokenizer)
+    return dataclasses.replace(super().of_model(found), ends=ends)
 
   def examples(self, rows: Sequence[records.Record]) -> list[Example]:
     return chat.encode(
@@ -84,6 +83,7 @@ class Chat(Writing):
       "positions": self.model.config.max_length,
       "splits": {
         name: {
+          "conversations": sum(not example.continues for example in each),
           "examples": len(each),
           "cut": sum(example.cut > 0 for example in each),
           "left_out": sum(example.left_out for example in each),
@@ -105,7 +105,7 @@ class Chat(Writing):
         if type(count) is not int:
           raise ValueError(f"{name} is {shown(count)}")
     return [
-      f"{name}: {split['examples']:,} conversations, {split['cut']:,} of them cut to max_length "
+      f"{name}: {_words_of(split)}, {split['cut']:,} of them cut to max_length "
       f"{described['max_length']:,}; {split['left_out']:,} longer ones left out; "
       f"{split['learnt']:,} of {split['tokens']:,} tokens learnt; the longest input has "
       f"{split['longest']:,} tokens, the model {described['positions']:,} positions"
@@ -116,8 +116,7 @@ class Chat(Writing):
 
   @property
   def stop_ids(self) -> tuple[int, ...]:
-    ids = (self.end_id, *self.model.tokenizer.stop_ids)
-    return tuple(dict.fromkeys(x for x in ids if x is not None))
+    return self.ends
 
   def decode_prompt(self, tokens: Sequence[int]) -> str:
     return self.model.tokenizer.decode(tokens, skip_special_tokens=False)
@@ -139,3 +138,17 @@ class Chat(Writing):
 
   def longest_choice(self) -> None:
     """None: answers are free."""
+
+  @property
+  def chat_format(self) -> ChatFormat:
+    return ChatFormat(self.template, self.date)
+
+
+def _words_of(split: Mapping[str, int]) -> str:
+  """How many conversations there are, and in how many examples."""
+  if split["conversations"] == split["examples"]:
+    return f"{split['examples']:,} conversations"
+  return (
+    f"{split['conversations']:,} conversations in {split['examples']:,} examples, for the template "
+    "changes earlier turns"
+  )

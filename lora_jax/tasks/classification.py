@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import families
-from lora_jax.checks import shown
 from lora_jax.data import batches, records, templates
 from lora_jax.data.examples import Example
+from lora_jax.data.token_texts import TokenText, token_texts
 from lora_jax.io.pretrained import Pretrained
 from lora_jax.tasks import heads, questions
 from lora_jax.tasks.pooled_classification import PooledClassification
@@ -51,9 +51,7 @@ class Classification(Texts):
 
   @classmethod
   def of(cls, task: Mapping[str, Any], data: Mapping[str, Any], loss_chunk: int) -> Self:
-    labels = tuple(task["labels"])
-    if len(labels) < 2 or len(set(labels)) < len(labels):
-      raise ValueError(f"task.labels {shown(labels)}: give two or more different names")
+    labels = heads.labels_of(task)
     if loss_chunk:
       raise ValueError(
         f"train.loss_chunk {loss_chunk}: is for logits of many tokens, and a class is read from "
@@ -107,6 +105,11 @@ class Classification(Texts):
 
   def choice_ids(self) -> list[int]:
     return list(range(len(self.labels)))
+
+  def tokens(self, example: Example) -> list[TokenText]:
+    """Those of the text, and the name of its class as the one that is learnt."""
+    found = token_texts(self.model.tokenizer, example.inputs, learnt=())
+    return [*found, TokenText(self.labels[example.targets[0]], 1, special=False, learnt=True)]
 
   def given(self, encoded: Sequence[Example]) -> list[dict[str, str]]:
     decode = self.model.tokenizer.decode
@@ -171,4 +174,8 @@ class Classification(Texts):
     raise ValueError("the task classification writes no texts")
 
   def longest_choice(self) -> NoReturn:
+    raise ValueError("the task classification writes no texts; use experiments.evaluate")
+
+  @property
+  def chat_format(self) -> NoReturn:
     raise ValueError("the task classification writes no texts; use experiments.evaluate")

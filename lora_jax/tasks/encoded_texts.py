@@ -15,7 +15,7 @@ from lora_jax.checks import shown
 from lora_jax.data import batches, encoded, records, templates
 from lora_jax.data.encoded import Encoded, EncodedExample
 from lora_jax.io.pretrained import Pretrained
-from lora_jax.tasks import questions
+from lora_jax.tasks import questions, tables
 from lora_jax.tasks.texts import check_positions
 from lora_jax.train.distillation import Reading
 from lora_jax.train.step import Batch
@@ -25,7 +25,7 @@ Answer = questions.Answer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EncodedTexts:
+class EncodedTexts(tables.OfTables):
   """A task whose examples are whole texts; see `lora_jax.tasks.Task` for its methods.
 
   text: the template of a text, see `lora_jax.data.templates`.

@@ -5,7 +5,7 @@ bias from zero.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from lora_jax import families
+from lora_jax.checks import shown
 from lora_jax.io.pretrained import Pretrained
 from lora_jax.transform import key_of
 
@@ -20,6 +21,14 @@ PyTree = Any
 
 HEAD = "head/kernel"
 _DEVIATION = 0.02
+
+
+def labels_of(task: Mapping[str, Any]) -> tuple[str, ...]:
+  """The names of a config's classes; ValueError where there are too few or one comes twice."""
+  labels = tuple(task["labels"])
+  if len(labels) < 2 or len(set(labels)) < len(labels):
+    raise ValueError(f"task.labels {shown(labels)}: give two or more different names")
+  return labels
 
 
 def add(found: Pretrained, key: jax.Array, classes: Sequence[str]) -> Pretrained:
@@ -30,13 +39,12 @@ def add(found: Pretrained, key: jax.Array, classes: Sequence[str]) -> Pretrained
     key: of the new leaves.
     classes: the names of the head's outputs.
   """
-  config = dataclasses.replace(found.config, classes=tuple(classes))
+  config = found.family.with_classes(found.config, tuple(classes))
   known = {config.family: found.family}
   body = families.param_shapes(dataclasses.replace(config, classes=()), known)
+  shapes = families.param_shapes(config, known)
   new = {
-    path: shape
-    for path, shape in families.param_shapes(config, known).items()
-    if path.startswith("head/") or path not in body
+    path: shape for path, shape in shapes.items() if path.startswith("head/") or path not in body
   }
 
   def start() -> dict[str, jax.Array]:
@@ -47,7 +55,8 @@ def add(found: Pretrained, key: jax.Array, classes: Sequence[str]) -> Pretrained
   is_shape = isinstance(jax.tree.leaves(found.params)[0], jax.ShapeDtypeStruct)
   leaves = jax.eval_shape(start) if is_shape else start()
   added = traverse_util.unflatten_dict(leaves, sep="/")
-  kept = {name: x for name, x in found.params.items() if name != "head" and name not in added}
+  wanted = {path.partition("/")[0] for path in shapes}  # a model may have had two heads
+  kept = {name: x for name, x in found.params.items() if name in wanted and name not in added}
   return dataclasses.replace(found, config=config, params=kept | added)
 
 

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from lora_jax.checks import shown
 from lora_jax.data import batches, examples, packing
 from lora_jax.data.examples import Example
+from lora_jax.data.token_texts import TokenText, token_texts
 from lora_jax.io.pretrained import Pretrained
+from lora_jax.tasks import tables
 from lora_jax.train import evaluation, step
 from lora_jax.train.chunked_loss import chunked_completion_objective
 from lora_jax.train.distillation import Reading
@@ -22,7 +24,7 @@ PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Texts:
+class Texts(tables.OfTables):
   """A task whose examples are tokens and targets; see `lora_jax.tasks.Task` for its methods.
 
   max_length: tokens of an example at most.
@@ -49,6 +51,10 @@ class Texts:
     raise NotImplementedError
 
   def of_model(self, found: Pretrained) -> Self:
+    if found.tokenizer is None:
+      raise ValueError(
+        f"{found.source}: a {found.config.family!r} takes no text, and the task is on text"
+      )
     positions = found.config.max_length
     check_positions(
       found.config, self.max_length - 1, f"data.max_length {self.max_length}", positions + 1
@@ -79,6 +85,10 @@ class Texts:
         )
       found.append(line)
     return found
+
+  def tokens(self, example: Example) -> list[TokenText]:
+    learnt = {n + 1 for n in example.positions}
+    return token_texts(self.model.tokenizer, example.tokens, learnt)
 
   # ---- batches
 

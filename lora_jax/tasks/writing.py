@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, Self
+from typing import Any, NamedTuple, NoReturn, Self
 
 from lora_jax.data.examples import Example
 from lora_jax.io.pretrained import Pretrained
@@ -14,6 +14,17 @@ PyTree = Any
 Text = dict[str, Any]
 
 
+class ChatFormat(NamedTuple):
+  """How conversations with a model are written, as `lora_jax.data.chat_templates` takes it.
+
+  template: of the model by its name, or a file; None for the model's own.
+  date: what templates that ask for the day are told; None where nothing says it.
+  """
+
+  template: str | None = None
+  date: str | None = None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Writing(Texts):
   """A task whose examples have a prompt, and a completion that the model is to write."""
@@ -22,7 +33,7 @@ class Writing(Texts):
     if found.family.init_cache is None:
       raise ValueError(
         f"this task writes texts, and {found.source} is a {found.config.family!r}, which writes "
-        "none; use task.name classification, regression or embedding"
+        "none; use a task that reads: classification, regression, embedding or images"
       )
     return super().of_model(found)
 
@@ -30,6 +41,11 @@ class Writing(Texts):
   def stop_ids(self) -> tuple[int, ...]:
     """The tokens at which a text ends."""
     return self.model.tokenizer.stop_ids
+
+  @property
+  def chat_format(self) -> ChatFormat:
+    """How conversations with the model are written."""
+    return ChatFormat()
 
   def decode_prompt(self, tokens: Sequence[int]) -> str:
     """A prompt, for people."""
@@ -95,6 +111,10 @@ class Writing(Texts):
 
   # ---- texts for the prompts of a split
 
+  def check_room(self, asked: Sequence[Text], max_tokens: int) -> None:
+    """Raises ValueError where the model has not the positions for prompts and what follows."""
+    check_generation([each["tokens"] for each in asked], max_tokens, self.model.config)
+
   def write(
     self,
     apply: Callable,
@@ -118,7 +138,7 @@ class Writing(Texts):
     Raises ValueError where the model has not the positions for it.
     """
     tokenizer, tokens = self.model.tokenizer, [each["tokens"] for each in asked]
-    check_generation(tokens, max_tokens, self.model.config)
+    self.check_room(asked, max_tokens)
     generate_step = generation.make_generate_step(
       apply,
       self._new_cache,

@@ -1,1 +1,1 @@
-"""Training: state, step, optimiser, evaluation, checkpoints, metrics and the loop."""
+"""Training: state, step, optimizer, evaluation, checkpoints, metrics and the loop."""

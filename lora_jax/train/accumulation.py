@@ -3,8 +3,9 @@
     value_and_grad = accumulated(loss_of, parts=4)
     (loss, tokens), grads = value_and_grad(trainable, batch)      # as from the whole batch at once
 
-The loss of a batch is a mean over its tokens, and the parts of a batch do not have equally many. So
-a part's loss and gradient count by its tokens; a mean of the parts' means would be another loss.
+The loss of a batch is a mean over its tokens, and the parts of a batch differ in their number of
+tokens. So the loss and gradient of a part are weighted by its tokens; an unweighted mean over parts
+would be another loss.
 """
 
 from collections.abc import Callable
@@ -19,25 +20,25 @@ PyTree = Any
 
 
 def accumulated(loss_of: Callable, parts: int) -> Callable:
-  """Makes `(trainable, batch) -> ((loss, tokens), grads)`, taken over some rows at a time.
+  """Makes `(trainable, batch) -> ((loss, tokens), grads)`, over part of the rows at a time.
 
       loss = Σ tokens_n · loss_n / Σ tokens_n        grads = Σ tokens_n · grads_n / Σ tokens_n
 
-  One `lax.scan` over the parts, so a step has one of them in memory, and beside it one float32
-  array for each that trains. Part n has the rows n, n + parts, n + 2 · parts, …: where the rows of
-  a batch are sharded over devices, each device keeps rows of its own in every part.
+  It is one `lax.scan` over the parts. A step has only one part in memory, plus one float32 array
+  for each trained array. Part n has the rows n, n + parts, n + 2 · parts, …: if the rows of a batch
+  are sharded over devices, each device keeps rows of its own in every part.
 
   Args:
     loss_of: `(trainable, batch, n) -> (mean loss, tokens)` of part n, an int32 scalar; `tokens` is
-      how many the loss is a mean of.
-    parts: into how many equal parts the rows are cut, at least 1; 1 is `jax.value_and_grad`.
+      the number of tokens in the mean.
+    parts: the number of equal parts of the rows, at least 1; 1 is `jax.value_and_grad`.
 
   Returns:
     The function. Its gradients have the dtypes of `trainable`. It raises ValueError for a batch
-    whose rows are no multiple of `parts`; every array of a batch has its rows first.
+    whose rows are not a multiple of `parts`. The first axis of every array of a batch is the rows.
 
   Raises:
-    ValueError: when `parts` is less than 1.
+    ValueError: if `parts` is less than 1.
   """
   if parts < 1:
     raise ValueError(f"parts is {parts}; a batch has at least 1 part")
@@ -67,7 +68,7 @@ def accumulated(loss_of: Callable, parts: int) -> Callable:
 
 
 def _cut(rows: jax.Array, parts: int) -> jax.Array:
-  """[parts, rows / parts, ...] of [rows, ...], every part taken from all over the rows."""
+  """Cuts [rows, ...] to [parts, rows / parts, ...], each part with rows from all over the batch."""
   if rows.shape[0] % parts:
     raise ValueError(
       f"a batch of {rows.shape[0]} rows has no {parts} equal parts; choose a batch size that is a "

@@ -1,12 +1,12 @@
-"""How AdaLoRA trains: a budget of ranks, shared out among the matrices by what they matter.
+"""The training of AdaLoRA: a budget of ranks, allocated to the matrices by importance.
 
     tx = allocate_ranks(tx, target_rank=8, total_steps=1000, first_steps=100, last_steps=300,
                         every=10, beta1=0.85, beta2=0.85)
     objective = with_orthogonality(objective, weight=0.1)
 
-It all happens in the optimiser's update, inside the jitted step: what is known about the triplets
-is part of the optimiser's state, so that checkpoints hold it, and a change of the budget compiles
-nothing.
+The allocation is part of the optimizer's update, inside the jitted step. The statistics of the
+triplets are part of the optimizer's state, so checkpoints hold them, and a change of the budget
+does not recompile.
 
 Source: Zhang et al. 2023, AdaLoRA, arXiv 2303.10512, sections 3.1 to 3.3.
 """
@@ -28,14 +28,14 @@ PyTree = Any
 
 
 class AllocationState(NamedTuple):
-  """What is known about the triplets.
+  """Statistics of the triplets, and the optimizer's state.
 
   Attributes:
     step: int32 scalar, the number of updates made.
-    sensitivity: `{path: {part: array}}`, the smoothed |θ · ∂L/∂θ| of every number.
-    uncertainty: alike, how far it strays from its mean.
+    sensitivity: `{path: {part: array}}`, the smoothed |θ · ∂L/∂θ| of every parameter.
+    uncertainty: the same structure, its smoothed absolute deviation from the mean.
     kept: `{path: bool [*stack, rank]}`, the triplets within the last budget.
-    inner: the state of the optimiser that is wrapped.
+    inner: the state of the wrapped optimizer.
   """
 
   step: jax.Array
@@ -56,30 +56,30 @@ def allocate_ranks(
   beta1: float,
   beta2: float,
 ) -> optax.GradientTransformation:
-  """An optimiser that also sets singular values to zero, until a budget of triplets is left.
+  """Wraps an optimizer so that it also sets singular values to zero, down to a budget of triplets.
 
-  With the sensitivity I = |θ · ∂L/∂θ| of every number, before its update,
+  With the sensitivity I = |θ · ∂L/∂θ| of every parameter, before its update,
 
       Ī ← β₁ Ī + (1 − β₁) I        Ū ← β₂ Ū + (1 − β₂) |I − Ī|        s = Ī · Ū
 
-  a triplet scores s(E_i) + the mean of s over P's column + the mean of s over Q's row, and those
-  with the highest scores, of all layers of all matrices together, keep their value of E after the
-  update. Their number goes from the first rank to the target by a cube of the time that is left. A
-  value that was set to zero may come back until the last steps begin.
+  a triplet scores s(E_i) + the mean of s over P's column + the mean of s over Q's row. The triplets
+  with the highest scores, over all layers of all matrices, keep their value of E after the update.
+  Their number decreases from the first rank to the target with the cube of the remaining time. A
+  value that was set to zero may return until the last steps begin.
 
   Args:
-    tx: the optimiser of everything that trains.
+    tx: the optimizer of everything that trains.
     target_rank: the average rank of a matrix at the end.
-    total_steps: of the run.
-    first_steps: steps before the budget begins to shrink.
-    last_steps: steps with the last budget, whose choice of triplets stands.
-    every: steps between two choices.
+    total_steps: the steps of the run.
+    first_steps: the steps before the budget begins to decrease.
+    last_steps: the steps at the end with a fixed choice of triplets.
+    every: the steps between two choices.
     beta1: the decay of the sensitivity's mean; 0.85 in the authors' code.
-    beta2: the decay of the uncertainty's mean; 0.85 there.
+    beta2: the decay of the uncertainty's mean; 0.85 in the authors' code.
 
   Raises:
-    ValueError: when the steps leave no time to shrink in, or another argument is out of its range;
-      at `init`, when no AdaLoRA trains or the target exceeds its rank.
+    ValueError: if the steps leave no time for the decrease, or another argument is out of range; at
+      `init`, if no AdaLoRA trains or the target exceeds its rank.
 
   Source: equations 8 to 12 and algorithm 1.
   """
@@ -93,7 +93,7 @@ def allocate_ranks(
     raise ValueError(f"AdaLoRA: beta1 {beta1} and beta2 {beta2} must lie between 0 and 1")
 
   def budgets(first: int, last: int) -> np.ndarray:
-    """How many triplets are kept, by the number of the step."""
+    """The number of triplets to keep, by step."""
     left = 1 - (np.arange(total_steps + 1) - first_steps) / (last_choice - first_steps)
     return (last + (first - last) * np.clip(left, 0, 1) ** 3).astype(np.int32)
 
@@ -137,7 +137,7 @@ def allocate_ranks(
     def with_zeros(path, update):
       if path not in parts:
         return update
-      # Exactly what takes the value to zero.
+      # The update that makes the value exactly zero.
       e = jnp.where(zeroed[path], -parts[path]["e"], update.e)
       return dataclasses.replace(update, e=e)
 
@@ -148,13 +148,13 @@ def allocate_ranks(
 
 
 def orthogonality(weights: PyTree) -> jax.Array:
-  """How far P and Q are from orthogonal: the mean of ‖PᵀP − 1‖ and ‖QQᵀ − 1‖ over all matrices.
+  """The mean of ‖PᵀP − 1‖ and ‖QQᵀ − 1‖ over all matrices: zero if P and Q are orthogonal.
 
   The norm is Frobenius'. It is not squared, as in the authors' code and in PEFT; equation 4 of the
   paper squares it and sums.
 
   Args:
-    weights: a tree with AdaLoRA weights, at least one; others do not count.
+    weights: a tree with at least one AdaLoRA weight; other leaves are ignored.
   """
   distances = []
   for x in _triplets(weights).values():
@@ -169,13 +169,13 @@ def orthogonality(weights: PyTree) -> jax.Array:
 
 
 def with_orthogonality(objective: Objective, weight: float) -> Objective:
-  """The objective with `weight` times `orthogonality` added to its loss."""
+  """Returns the objective with `weight` times `orthogonality` added to its loss."""
 
-  def penalised(weights: PyTree, batch: Batch, *beside: PyTree) -> tuple[jax.Array, jax.Array]:
+  def penalized(weights: PyTree, batch: Batch, *beside: PyTree) -> tuple[jax.Array, jax.Array]:
     loss, tokens = objective(weights, batch, *beside)
     return loss + weight * orthogonality(weights), tokens
 
-  return penalised
+  return penalized
 
 
 def _is_adalora(x: Any) -> bool:
@@ -183,13 +183,13 @@ def _is_adalora(x: Any) -> bool:
 
 
 def _triplets(weights: PyTree) -> dict[str, dict[str, jax.Array]]:
-  """`{path: {part: array}}` of the AdaLoRA weights of a tree."""
+  """`{path: {part: array}}` for the AdaLoRA weights of a tree."""
   leaves = tree.flatten(weights, is_leaf=_is_adalora)
   return {path: x.parts for path, x in leaves.items() if _is_adalora(x)}
 
 
 def _scores(of: dict[str, jax.Array]) -> jax.Array:
-  """The scores [*stack, rank] of triplets, from those of their numbers."""
+  """The scores [*stack, rank] of triplets, from those of their parameters."""
   stacks = of["e"].ndim - 1
   of_a = of["a"].mean(axis=tuple(range(stacks, of["a"].ndim - 1)))
   of_b = of["b"].mean(axis=tuple(range(stacks + 1, of["b"].ndim)))
@@ -197,7 +197,7 @@ def _scores(of: dict[str, jax.Array]) -> jax.Array:
 
 
 def _highest(scores: dict[str, jax.Array], count: jax.Array) -> dict[str, jax.Array]:
-  """True at the `count` highest scores of all, the first of equal ones; bools in their shapes."""
+  """True for the `count` highest scores of all, the first of equal ones; bools in their shapes."""
   joined = jnp.concatenate([x.ravel() for x in scores.values()])
   places = jnp.argsort(jnp.argsort(-joined, stable=True))
   chosen = iter(jnp.split(places < count, np.cumsum([x.size for x in scores.values()])[:-1]))

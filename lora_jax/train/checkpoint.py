@@ -1,16 +1,16 @@
-"""Checkpoints of what trains: Orbax, one folder a step, never the base.
+"""Checkpoints of what trains, by Orbax, one folder per step, without the base.
 
     with Checkpoints(workdir.checkpoints, keep=2, fingerprint=fingerprint(config)) as checkpoints:
       restored = checkpoints.restore(state)             # None when there is none yet
       checkpoints.save(state, data_state=batches.get_state())
 
-A checkpoint is `{path: array}` of the `State` (step, trainable part, optimiser state) and one JSON
+A checkpoint is `{path: array}` of the `State` (step, trainable part, optimizer state) and one JSON
 record: the position of the data, the fingerprint of the config, each array's shape, type and
-CRC-32, and the CRC-32 of the record itself. So it is readable without a class of this library, and
-a bit that flipped on disk, which neither JSON nor the array format would notice, is found.
+CRC-32, and the CRC-32 of the record itself. So it can be read without this library, and a bit that
+flipped on disk, which neither JSON nor the array format would detect, is detected.
 
-Of several processes all call every method, on a folder that all of them see; each writes and reads
-its own shards. What is saved on one mesh can be restored on another.
+With several processes, all call every method, on a folder that all of them see; each writes and
+reads its own shards. A checkpoint saved on one mesh can be restored on another.
 """
 
 import contextlib
@@ -36,23 +36,23 @@ _log = logging.getLogger(__name__)
 
 
 class Restored(NamedTuple):
-  """What a checkpoint gives back: the state, and the position of the data as it was saved."""
+  """The contents of a checkpoint: the state, and the saved position of the data."""
 
   state: State
   data_state: dict[str, Any]
 
 
 class DamagedCheckpointError(ValueError):
-  """A checkpoint that cannot be read, or whose contents are not those that were saved."""
+  """A checkpoint that cannot be read, or whose contents differ from those that were saved."""
 
 
 class Checkpoints:
-  """The checkpoints of one run; a context manager that waits for the last write on its way out.
+  """The checkpoints of one run; a context manager that waits for the last write on exit.
 
   Args:
-    folder: created when it is not there.
-    keep: how many of the latest checkpoints stay.
-    fingerprint: of the run's config; a checkpoint of another config is refused.
+    folder: created if it does not exist.
+    keep: the number of latest checkpoints to keep.
+    fingerprint: the fingerprint of the run's config; a checkpoint of another config is refused.
   """
 
   def __init__(self, folder: str | pathlib.Path, *, keep: int, fingerprint: str):
@@ -80,20 +80,20 @@ class Checkpoints:
     return self.folder / str(step)
 
   def latest(self) -> pathlib.Path | None:
-    """The folder of the last checkpoint that is wholly written, or None."""
+    """The folder of the last complete checkpoint, or None."""
     self.wait()
     step = self._manager.latest_step()
     return None if step is None else self.path(step)
 
   def save(self, state: State, data_state: dict[str, Any]) -> None:
-    """Saves the state of `state.step`; the writing itself goes on in the background.
+    """Saves the state of `state.step`; the writing continues in the background.
 
     Args:
       state: its arrays are copied before this returns, so the next step may donate them.
-      data_state: the position of the data after the batch of this step; what JSON can hold.
+      data_state: the position of the data after this step's batch, as JSON values.
 
     Raises:
-      OSError: when the checkpoint before this one, or the beginning of this, cannot be written.
+      OSError: if the previous checkpoint, or the start of this one, cannot be written.
     """
     self.wait()
     step = self._saving = int(state.step)
@@ -114,21 +114,21 @@ class Checkpoints:
     assert saved, f"{self.folder}: there is a checkpoint of step {step} or of a later one"
 
   def restore(self, like: State) -> Restored | None:
-    """Restores the latest checkpoint that is whole, bit for bit.
+    """Restores the latest intact checkpoint, bit for bit.
 
-    A damaged one is named in a warning and passed over for the one before it, and its folder is
-    renamed to `damaged-<step>`, so that the step can be saved again and nothing is lost.
+    A damaged checkpoint is skipped for the previous one, with a warning. Its folder is renamed to
+    `damaged-<step>`, so that the step can be saved again and nothing is lost.
 
     Args:
-      like: arrays, or `jax.ShapeDtypeStruct`s, in the structure that is wanted; where they have a
-        sharding, the restored arrays get it.
+      like: arrays, or `jax.ShapeDtypeStruct`s, in the structure to restore. If they have shardings,
+        the restored arrays get these.
 
     Returns:
-      The state and the data's position, or None when nothing was saved yet.
+      The state and the data's position, or None if nothing was saved yet.
 
     Raises:
-      ValueError: when the checkpoint is of another config or another structure.
-      DamagedCheckpointError: when there are checkpoints and none of them can be read.
+      ValueError: if the checkpoint is of another config or another structure.
+      DamagedCheckpointError: if there are checkpoints but none of them can be read.
     """
     damaged = {}
     for step in sorted(self._manager.all_steps(), reverse=True):
@@ -144,7 +144,7 @@ class Checkpoints:
       raise DamagedCheckpointError(
         f"{self.folder}: no checkpoint can be read. "
         + "; ".join(str(error) for error in damaged.values())
-        + f". Delete {self.folder} to begin the run anew"
+        + f". Delete {self.folder} to start the run afresh"
       )
     return None
 
@@ -154,12 +154,12 @@ class Checkpoints:
       self._manager.check_for_errors()
 
   def wait(self) -> None:
-    """Waits until what was saved is on disk; raises OSError if that cannot be."""
+    """Waits until all saved checkpoints are on disk; raises OSError if writing failed."""
     with self._writing():
       self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits as `wait` does, then lets go of the folder."""
+    """Waits as `wait` does, then closes the folder."""
     with self._writing():
       self._manager.close()
 
@@ -185,7 +185,7 @@ class Checkpoints:
     if not _is_whole(record):
       raise DamagedCheckpointError(f"{path}: its record is not what was saved (its CRC-32 differs)")
     if problem := _problem_of_record(record):
-      raise DamagedCheckpointError(f"{path}: its record is none of a checkpoint, {problem}")
+      raise DamagedCheckpointError(f"{path}: its record is not that of a checkpoint, {problem}")
     if record["fingerprint"] != self._fingerprint:
       raise ValueError(
         f"{path}: this checkpoint was made with another config "
@@ -206,8 +206,8 @@ class Checkpoints:
     return Restored(state, record["data_state"])
 
   def _read(self, step: int, item: str, handler: Callable, how: Any) -> Any:
-    # Each process reads for itself, with no barrier that one of them would wait at in vain when the
-    # shards of another are damaged.
+    # Each process reads on its own, without a barrier: at one, a process would wait forever for
+    # another whose shards are damaged.
     process = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
       primary_host=None, active_processes={process}, barrier_sync_key_prefix=f"process_{process}"
@@ -217,10 +217,10 @@ class Checkpoints:
     try:
       with reader:
         found = reader.restore(self.path(step) / item, args=how)
-    # Orbax tells damage by many types, bare Exception among them.
+    # Orbax reports damage by many types, including bare Exception.
     except Exception as error:
       problem = error
-    # What is next is for all of them or for none.
+    # All processes must take the same decision.
     failed = np.flatnonzero(multihost_utils.process_allgather(np.array(problem is not None)))
     if problem:
       raise DamagedCheckpointError(
@@ -241,7 +241,7 @@ class Checkpoints:
 
 
 def _free_name(path: pathlib.Path) -> pathlib.Path:
-  """The path itself, or with the first number after it that is not taken."""
+  """The path itself, or with the first number appended that is not taken."""
   number, free = 1, path
   while free.exists():
     number, free = number + 1, path.with_name(f"{path.name}-{number}")
@@ -249,11 +249,11 @@ def _free_name(path: pathlib.Path) -> pathlib.Path:
 
 
 def _first_line(error: Exception) -> str:
-  """What the error is; a long one is cut in the middle, and what the system calls it stays."""
+  """The first line of an error; a long one is cut in the middle, before the system's own words."""
   line = f"{type(error).__name__}: {error}".partition("\n")[0]
   if len(line) <= 200:
     return line
-  # The array format ends with the number of the system's error, and the words stand in the middle.
+  # The array format ends with the number of the system's error, with the words before it.
   code = re.search(r"os_error_code='(\d+)'", line)
   reason = f"{os.strerror(int(code[1]))}: " if code else ""
   return f"{reason}{line[:60]} … {line[-130:]}"
@@ -281,7 +281,7 @@ def _is_whole(record: Any) -> bool:
 
 
 def _problem_of_record(record: dict[str, Any]) -> str | None:
-  """What a record lacks that every checkpoint has, though its CRC-32 is that of its contents."""
+  """A field that every checkpoint's record has, but this one lacks, despite a correct CRC-32."""
   for name, kind in (("data_state", dict), ("fingerprint", str), ("arrays", dict)):
     if not isinstance(record.get(name), kind):
       return f"{name} is {shown(record.get(name))}"
@@ -298,13 +298,13 @@ def _problem_of_record(record: dict[str, Any]) -> str | None:
 
 
 def _crc32_of_record(record: dict[str, Any]) -> int:
-  """Of all fields but its own, in a form that does not depend on their order."""
+  """The CRC-32 of all other fields, independent of their order."""
   as_read = json.loads(json.dumps({key: x for key, x in record.items() if key != "crc32"}))
   return zlib.crc32(json.dumps(as_read, sort_keys=True).encode())
 
 
 def _check_structure(path: pathlib.Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-  """Refuses a checkpoint whose leaves are not those that are wanted, all differences at once."""
+  """Refuses a checkpoint with other leaves than the wanted ones; lists all differences."""
   differences = [f"{key}: not in the checkpoint" for key in wanted if key not in saved]
   differences += [f"{key}: only in the checkpoint" for key in saved if key not in wanted]
   for key in wanted.keys() & saved.keys():

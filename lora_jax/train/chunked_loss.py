@@ -1,12 +1,12 @@
-"""The loss of a language model without all of its logits.
+"""The loss of a language model without materializing all of its logits.
 
     objective = chunked_completion_objective(lora_jax.adapt(model.apply), chunk=64)
 
-A vocabulary is some fifty times as wide as a small model: the logits of a batch, their float32
+A vocabulary is about fifty times as wide as a small model. The logits of a batch, their float32
 copies and their gradient are then most of a step's memory. Here the head is applied to `chunk`
-positions of every row at a time, forward and backward, so that no more than rows x chunk x
-vocabulary logits are held. The backward pass computes them again, the time of the head's forward
-pass once more.
+positions of every row at a time, forward and backward, so that at most rows x chunk x vocabulary
+logits are in memory. The backward pass recomputes them, which costs another forward pass of the
+head.
 """
 
 from collections.abc import Callable
@@ -21,22 +21,21 @@ PyTree = Any
 
 
 def chunked_completion_objective(apply: Callable, chunk: int) -> Objective:
-  """The objective of `completion_objective`, to rounding, `chunk` positions of a row at a time.
+  """Makes the objective of `completion_objective`, up to rounding, in chunks of positions.
 
-  The head may be tied to the embedding, adapted, or train in full. The chunks are cut along the
-  positions and not the rows, so rows that are sharded over devices stay where they are.
-
+  The head may be tied to the embedding, adapted, or trained in full. Chunks are cut along the
+  positions and not along the rows, so rows that are sharded over devices stay in place.
   Args:
     apply: the adapted `model.apply` of a module with two methods, `hidden(tokens_BT, at_BC=...) ->
       hidden_BCD` and `logits(hidden_BCD) -> logits_BCV`, as `lora_jax.models.llama.Llama` has.
-    chunk: positions of a row whose logits are held at a time, at least 1; from C on it is the plain
-      loss.
+    chunk: the positions of a row whose logits are in memory at a time, at least 1; from C on it is
+      the plain loss.
 
   Returns:
-    The objective, for the same batches as those of `completion_objective`.
+    The objective, for the same batches as `completion_objective`.
 
   Raises:
-    ValueError: when `chunk` is less than 1.
+    ValueError: if `chunk` is less than 1.
   """
   if chunk < 1:
     raise ValueError(f"chunk is {chunk}; it must be at least 1 position")
@@ -53,13 +52,14 @@ def chunked_completion_objective(apply: Callable, chunk: int) -> Objective:
 def chunked_loss(
   apply: Callable, weights: PyTree, hidden_BCD: jax.Array, batch: Batch, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
-  """(loss, tokens) as `completion_loss` gives them, from what the head is applied to.
+  """Returns (loss, tokens) as `completion_loss` does, from the inputs of the head.
 
   Args:
-    apply, chunk: as in `chunked_completion_objective`.
+    apply: as in `chunked_completion_objective`.
     weights: the whole tree.
     hidden_BCD: the last hidden states at the positions of the targets.
-    batch: of which the targets and their weights are used.
+    batch: the batch, of which the targets and their weights are used.
+    chunk: as in `chunked_completion_objective`.
   """
 
   def loss_of(part: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
@@ -82,7 +82,7 @@ def chunked_loss(
 
 
 def _cut(x_BC: jax.Array, chunk: int) -> jax.Array:
-  """[parts, B, chunk, ...] of [B, C, ...], the end filled up with zeros."""
+  """Cuts [B, C, ...] to [parts, B, chunk, ...], padded with zeros."""
   missing = -x_BC.shape[1] % chunk
   filled = jnp.pad(x_BC, ((0, 0), (0, missing)) + ((0, 0),) * (x_BC.ndim - 2))
   return jnp.moveaxis(filled.reshape(len(x_BC), -1, chunk, *x_BC.shape[2:]), 1, 0)

@@ -1,4 +1,4 @@
-"""Distillation: a student learns from what a teacher says of every next token, not from one answer.
+"""Distillation: a student learns from a teacher's distribution of every next token.
 
     def student(weights, batch): return apply({"params": weights}, batch["tokens"], ...)
     def teacher(weights, batch): return large({"params": weights}, batch["tokens"], ...)
@@ -7,11 +7,11 @@
     train_step = make_train_step(objective, tx)
     state, metrics = train_step(state, frozen, batch, teacher_params)
 
-The teacher may be the same base without the adapter, so that one copy of the base serves both: it
-is then `apply` on `without_adapters(weights)`, and the step takes nothing beside the batch.
+The teacher may be the same base without the adapter, so that one copy of the base serves both. The
+teacher is then `apply` on `without_adapters(weights)`, and the step takes only the batch.
 
-Source: Hinton, Vinyals and Dean 2015, arXiv 1503.02531, section 2; the term of hidden states is
-that of Jiao et al. 2019, TinyBERT, arXiv 1909.10351, equation 8, for states of one width.
+Source: Hinton, Vinyals and Dean 2015, arXiv 1503.02531, section 2; for the term of hidden states
+Jiao et al. 2019, TinyBERT, arXiv 1909.10351, equation 8, with states of equal width.
 """
 
 import dataclasses
@@ -29,10 +29,10 @@ Reading = jax.Array | tuple[jax.Array, jax.Array]  # logits_BCV, or with hidden_
 
 
 def without_adapters(weights: PyTree) -> PyTree:
-  """The base of a tree that `lora_jax.attach` made, its arrays shared with it.
+  """Returns the base of a tree that `lora_jax.attach` made, without copying its arrays.
 
   Raises:
-    ValueError: for adapters that keep a residual in the base's place (PiSSA, OLoRA).
+    ValueError: for adapters that replace the base by a residual (PiSSA, OLoRA).
   """
 
   def base_of(leaf):
@@ -51,14 +51,15 @@ def without_adapters(weights: PyTree) -> PyTree:
 def divergence(
   student_BCV: jax.Array, teacher_BCV: jax.Array, weights_BC: jax.Array, temperature: float
 ) -> jax.Array:
-  """The mean over the positions that count of T² KL(teacher || student), both softened.
+  """The mean of T² KL(teacher || student) over the positions that count, with temperature T.
 
       T² Σ_v p_v (log p_v - log q_v),     p = softmax(teacher / T),  q = softmax(student / T)
 
-  T² keeps the size of the gradient whatever the temperature. In float32, in nats.
+  T² makes the size of the gradient independent of the temperature. In float32, in nats.
 
   Args:
-    student_BCV, teacher_BCV: logits; the teacher's get no gradient.
+    student_BCV: logits.
+    teacher_BCV: logits, which get no gradient.
     weights_BC: 1 where a position counts, 0 where it is padding.
     temperature: T, above 0.
   """
@@ -77,17 +78,17 @@ def distillation_objective(
   hard: float = 0.0,
   hidden: float = 0.0,
 ) -> Objective:
-  """The objective of a student that learns from a teacher.
+  """Makes the objective of a student that learns from a teacher.
 
       (1 - hard) divergence + hard cross-entropy + hidden mean |h_student - h_teacher|²
 
   Args:
-    student: `(weights, batch) -> logits_BCV`, or `(logits_BCV, hidden_BCD)` where hidden states are
-      learnt from.
-    teacher: likewise; of the weights that the objective is given beside the batch, or where it is
-      given none, of the student's.
-    temperature: T, above 0; both distributions are softened by it.
-    hard: the share of the loss that the batch's own targets have, 0 to 1.
+    student: `(weights, batch) -> logits_BCV`, or `(logits_BCV, hidden_BCD)` to learn from hidden
+      states as well.
+    teacher: likewise, called with the `teacher_weights` of the objective or, without them, with the
+      student's weights.
+    temperature: T, above 0, which softens both distributions.
+    hard: the fraction of the loss that comes from the batch's own targets, 0 to 1.
     hidden: the weight of the hidden states' term, 0 for none.
 
   Returns:
@@ -95,8 +96,8 @@ def distillation_objective(
     `lora_jax.train.step.completion_objective`.
 
   Raises:
-    ValueError: when a number is out of its range; in the step, when hidden states are asked for and
-      not given.
+    ValueError: if a number is out of range; in the step, if hidden states are required but not
+      returned.
   """
   if not temperature > 0:
     raise ValueError(f"distillation: the temperature {temperature} must be above 0")
@@ -125,7 +126,7 @@ def _read(reading: Reading, hidden: float) -> tuple[jax.Array, jax.Array | None]
     return reading
   if hidden:
     raise ValueError(
-      f"distillation: hidden is {hidden}, and a model gives its logits alone; let student and "
+      f"distillation: hidden is {hidden}, and a model returns only its logits; let student and "
       "teacher return (logits, hidden states)"
     )
   return reading, None

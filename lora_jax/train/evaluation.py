@@ -24,22 +24,22 @@ PyTree = Any
 def make_eval_step(apply: Callable, choices: Sequence[int], chunk: int = 0) -> Callable:
   """Makes the jitted step `(weights, batch) -> sums` of one batch.
 
-  A row's answer is the choice with the highest logit at the row's first completion position; it is
-  correct when it is the row's first target. Answers of many tokens are thus told apart by their
-  first one.
+  A row's answer is the choice with the highest logit at the row's first completion position. It is
+  correct if it is the row's first target. Answers of several tokens are thus compared by their
+  first token.
 
   Args:
     apply: `apply({"params": weights}, tokens_BT, at_BC=positions) -> logits_BCV`.
-    choices: the token ids a model may answer with; empty when the task has no fixed answers.
-    chunk: the positions of a row whose logits are held at a time, as in `chunked_loss`, for an
+    choices: the token ids of the possible answers; empty if the task has no fixed answers.
+    chunk: the positions of a row whose logits are in memory at a time, as in `chunked_loss`, for an
       `apply` with its methods; 0 for all of them at once.
 
   Returns:
-    The step. Its sums are `loss` (nats), `tokens`, `rows` and, with choices, `correct`; rows of
-    weight zero only fill the batch and are not counted.
+    The step. Its sums are `loss` (nats), `tokens`, `rows` and, with choices, `correct`. Rows of
+    weight zero are padding and are not counted.
 
   Raises:
-    ValueError: when two choices are one id.
+    ValueError: if two choices have the same id.
   """
   if len(set(choices)) != len(choices):
     raise ValueError(
@@ -69,13 +69,13 @@ def make_eval_step(apply: Callable, choices: Sequence[int], chunk: int = 0) -> C
 
 
 def figures(outputs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-  """The figures of a pass, from the sums that the step of `make_eval_step` gave of each batch.
+  """Returns the figures of a pass, from the sums that `make_eval_step`'s step returned per batch.
 
   Returns:
-    `loss` (nats a token), `tokens`, `rows` and, where there are choices, `accuracy` (0..1).
+    `loss` (nats per token), `tokens`, `rows` and, with choices, `accuracy` (0..1).
 
   Raises:
-    ValueError: when the batches hold no row.
+    ValueError: if the batches hold no row.
   """
   total = {key: math.fsum(part[key] for part in outputs) for key in (outputs[0] if outputs else ())}
   if not total or total["rows"] == 0:
@@ -92,16 +92,16 @@ def evaluate(
   batches: Iterable[Batch],
   metrics: Callable[[Sequence[Any]], dict[str, float]] = figures,
 ) -> dict[str, float]:
-  """The figures of a whole split: `metrics` of what the step gives of each batch.
+  """Evaluates a whole split: `metrics` of the step's outputs.
 
   Args:
-    eval_step: `(weights, batch) -> outputs`, as `make_eval_step` makes it.
+    eval_step: `(weights, batch) -> outputs`, as `make_eval_step` returns it.
     weights: the whole tree, trainable and frozen part joined.
     batches: the split, once.
-    metrics: from the outputs of all batches, as numpy arrays, to figures; may raise ValueError.
+    metrics: maps the outputs of all batches, as numpy arrays, to figures; may raise ValueError.
   """
-  # A batch is read while the next one is under way: the device never waits for an output, and
-  # whoever counts the batches (a progress bar, say) sees how far the device is.
+  # A batch is read while the next one is computed, so the device never waits for an output, and a
+  # counter of batches (such as a progress bar) shows the device's progress.
   outputs, late = [], None
   for batch in batches:
     running = eval_step(weights, batch)

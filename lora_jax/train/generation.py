@@ -1,4 +1,4 @@
-"""Texts for the prompts of a data set, and their BLEU.
+"""Generated texts for the prompts of a data set, and their BLEU.
 
     generate_step = make_generate_step(
         lora_jax.adapt(model.apply), found.new_cache,
@@ -31,8 +31,8 @@ class Prompts(NamedTuple):
 
   Attributes:
     tokens_BT: int32, padded on the right.
-    lengths_B: int32, of each prompt.
-    index_B: the number of each prompt; -1 for a row that fills the batch.
+    lengths_B: int32, the length of each prompt.
+    index_B: the index of each prompt; -1 for a row of padding.
   """
 
   tokens_BT: np.ndarray
@@ -47,13 +47,13 @@ def prompt_batches(
 
   Args:
     prompts: token ids, at least one each.
-    batch_size: B. The rows that the last batch lacks repeat its first prompt, for what ends with
-      the others costs nothing.
-    buckets: the lengths T that may occur, rising; each compiles once.
+    batch_size: B. The last batch is filled with copies of its first prompt; they end with the
+      others, so they cost nothing.
+    buckets: the possible lengths T, ascending; each compiles once.
     pad_id: any token of the vocabulary.
 
   Raises:
-    ValueError: no prompt, one without a token, or one longer than the last bucket.
+    ValueError: if there is no prompt, one without a token, or one longer than the last bucket.
   """
   tokens, lengths = decode.pad_prompts(prompts, pad_id)
   if lengths.max() > buckets[-1]:
@@ -86,11 +86,11 @@ def make_generate_step(
   Args:
     apply: the adapted `model.apply`.
     new_cache: `(batch size, slots) -> empty cache`, e.g. `Pretrained.new_cache`.
-    max_tokens: the most tokens of a text, S.
-    beams: 1 for greedy decoding; more for the best text of a beam search, which stops where none of
-      its running texts would be better at its present length.
+    max_tokens: the largest number of tokens of a text, S.
+    beams: 1 for greedy decoding; more for the best text of a beam search. The search stops when
+      none of its running texts would be better at its present length.
     penalty: the length penalty of a beam search.
-    eos_id: the token that ends a text, several of which each does, or None.
+    eos_id: the token that ends a text, several such tokens, or None.
   """
 
   @jax.jit
@@ -117,13 +117,13 @@ def make_generate_step(
 def generate(
   generate_step: Callable, weights: PyTree, batches: Iterable[Prompts], eos_id: decode.EosId
 ) -> list[list[int]]:
-  """Returns the tokens of each prompt's text, in the prompts' order, without the one that ends it.
+  """Returns the tokens of each prompt's text, in the prompts' order, without the end token.
 
   Args:
-    generate_step: as `make_generate_step` makes it.
-    weights: what it generates with; merged ones save the adapters' thin products.
-    batches: as `prompt_batches` makes them.
-    eos_id: the token that ends a text, several of which each does, or None.
+    generate_step: as `make_generate_step` returns it.
+    weights: the model's weights; merged ones save the adapters' thin products.
+    batches: as `prompt_batches` returns them.
+    eos_id: the token that ends a text, several such tokens, or None.
   """
   found: dict[int, list[int]] = {}
   for batch in batches:
@@ -141,17 +141,17 @@ def until_end(tokens: Sequence[int], eos_id: decode.EosId) -> list[int]:
 
 
 def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
-  """The corpus BLEU of texts, each against all of its references, by `sacrebleu` as it comes.
+  """Returns the corpus BLEU of texts against all of their references, by `sacrebleu`'s defaults.
 
   Args:
     texts: one for each prompt.
     references: one list for each text; they may differ in length.
 
   Returns:
-    `bleu` (0 to 100), `texts` (their number) and `signature`, which says how it was computed.
+    `bleu` (0 to 100), `texts` (their number) and `signature`, which describes the computation.
 
   Raises:
-    ValueError: when there is no text, a text without a reference, or not one list for each text.
+    ValueError: if there is no text, a text without a reference, or not one list for each text.
 
   Source: Papineni et al. 2002; Post 2018, "A Call for Clarity in Reporting BLEU Scores".
   """
@@ -160,14 +160,14 @@ def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str,
 
 
 def chrf(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
-  """The corpus chrF of texts, the F-score of their characters, by `sacrebleu` as it comes.
+  """Returns the corpus chrF of texts, the F-score of character n-grams, by `sacrebleu`'s defaults.
 
-  It tells short sentences and languages of many endings apart where BLEU is coarse.
+  It distinguishes short sentences and highly inflected languages where BLEU is coarse.
 
   Args, Raises: those of `bleu`.
 
   Returns:
-    `chrf` (0 to 100) and `chrf_signature`, which says how it was computed.
+    `chrf` (0 to 100) and `chrf_signature`, which describes the computation.
 
   Source: Popović 2015, "chrF: character n-gram F-score for automatic MT evaluation".
   """

@@ -1,9 +1,9 @@
-"""The training loop: steps, a log line now and then, checkpoints, and a clean way out.
+"""The training loop: steps, log lines at intervals, checkpoints, and a clean exit.
 
     state = fit(state, frozen, train_step, batches, steps=100, ...)
 
-It never waits for the step it has just started: the metrics are read one step late, while the
-device works on the next one. It waits only where it must, to evaluate and to save.
+It does not wait for the step that it has just started: the metrics are read one step late, while
+the device computes the next one. It waits only to evaluate and to save.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ PyTree = Any
 
 
 class Batches(Protocol):
-  """An endless iterator of batches whose position can be saved, as those of grain are."""
+  """An endless iterator of batches with a position that can be saved, such as grain's."""
 
   def __next__(self) -> Batch: ...
 
@@ -38,13 +38,13 @@ class Batches(Protocol):
 
 
 class Writer(Protocol):
-  """What `lora_jax.train.metrics.MetricsWriter` is to the loop."""
+  """The interface of `lora_jax.train.metrics.MetricsWriter` that the loop uses."""
 
   def write(self, step: int, metrics: dict[str, float]) -> None: ...
 
 
 class Bar(Protocol):
-  """What `lora_jax.train.progress.Progress` is to the loop."""
+  """The interface of `lora_jax.train.progress.Progress` that the loop uses."""
 
   def update(self, *, loss: float, tokens_per_second: float) -> None: ...
 
@@ -52,11 +52,11 @@ class Bar(Protocol):
 
 
 class Interrupted(Exception):
-  """A signal asked the run to stop; the message says what is saved."""
+  """Raised when a signal asks the run to stop; the message says what is saved."""
 
 
 class StoppedAtOnce(Interrupted):
-  """A signal came where there was nothing to save."""
+  """Raised when a signal arrives while there is nothing to save."""
 
   def __str__(self) -> str:
     kept = "the checkpoints stay, and the same command goes on from the last of them"
@@ -80,49 +80,51 @@ def fit(
   writer: Writer,
   progress: Bar,
   shape_of: Callable[[Batch], tuple[int, ...]] = shape_of_tokens,
+  unit: str = "token",
 ) -> State:
-  """Trains from `state.step` to `steps`, and saves the end.
+  """Trains from `state.step` to `steps`, and saves the final state.
 
-  Ctrl-C or SIGTERM finishes the step, saves and raises `Interrupted`; a second one is not held
-  back. Of several processes, SIGTERM at any one of them does this in all, at one step.
+  Ctrl-C or SIGTERM finishes the step, saves and raises `Interrupted`; a second one takes effect at
+  once. With several processes, SIGTERM at any of them does this in all, at the same step.
 
   Args:
-    state: where to begin; it is donated. Also a `lora_jax.train.members.Members`: its step's
-      metrics are arrays with an entry for each member, and the log has those as `loss/0`, ...
-    frozen: the rest of the weights, as `lora_jax.partition` gives it.
-    train_step: as `make_train_step` makes it.
+    state: the initial state; it is donated. May be a `lora_jax.train.members.Members`: the metrics
+      of its step are arrays with an entry for each member, logged as `loss/0`, ...
+    frozen: the rest of the weights, as `lora_jax.partition` returns it.
+    train_step: as `make_train_step` returns it.
     batches: at the position that belongs to `state`.
-    steps: of the whole run, those that `state` has behind it included.
-    learning_rate: the optimiser's schedule, for the log.
+    steps: the steps of the whole run, including those before `state`.
+    learning_rate: the optimizer's schedule, for the log.
     log_every: steps between two lines of the log; the last step has one too.
-    log_at: further steps that have one.
+    log_at: further steps with a line.
     checkpoint_every: steps between two checkpoints.
     evaluate_every: steps between two evaluations; 0 for none.
-    evaluate: from the state and `frozen` to metrics, which are logged as `validation/<name>`; of
-      members arrays, with NaN for those that have none.
+    evaluate: maps the state and `frozen` to metrics, which are logged as `validation/<name>`; for
+      members to arrays, with NaN for members without a value.
     checkpoints: where to save.
     writer: gets the step's loss, grad_norm, loss_tokens, learning_rate, tokens_per_second (tokens
-      of the batches, padding included, by the time of the steps since the last line) and
-      validation metrics.
-    shape_of: the rows and the tokens of a row of a batch; each shape is compiled for once.
-    progress: gets the loss and the tokens a second of each step, and what takes time between them.
+      of the batches, including padding, per time of the steps since the last line) and validation
+      metrics.
+    shape_of: the rows and the tokens of a row of a batch; each shape compiles once.
+    unit: the name of these tokens, in the singular; the log's names do not change.
+    progress: gets the loss and the tokens per second of each step, and the work between steps.
 
   Returns:
     The state after `steps` steps.
 
   Raises:
-    FloatingPointError: at a loss or gradient that is not finite, of members when none is left; the
-      checkpoints are left as they are, and the message names the last one.
+    FloatingPointError: at a loss or gradient that is not finite; for members, if none is left. The
+      checkpoints are kept, and the message names the last one.
     Interrupted: after a signal.
-    OSError: when a checkpoint or the log cannot be written.
-    ValueError: when an interval is less than one step, or the batches end too early.
+    OSError: if a checkpoint or the log cannot be written.
+    ValueError: if an interval is less than one step, or the batches end too early.
   """
   if min(log_every, checkpoint_every) < 1 or evaluate_every < 0:
     raise ValueError(
       f"log_every is {log_every}, checkpoint_every {checkpoint_every} and evaluate_every "
       f"{evaluate_every}; the first two must be at least 1, the last at least 0 (for none)"
     )
-  # Once, ahead: asked for step by step, a rate would queue behind the step that is running.
+  # All rates at once, ahead of training: a rate computed per step would wait for the running step.
   rates = np.asarray(jax.vmap(learning_rate)(jnp.arange(steps)))
   ends = {*log_at, steps}
   meter = _Meter()
@@ -152,7 +154,7 @@ def fit(
       checkpoints.check()
       shape = shape_of(batch)
       if shape not in compiled:
-        progress.say(compiling(shape))
+        progress.say(compiling(shape, unit))
         compiled.add(shape)
       state, metrics = train_step(state, frozen, batch)
       done = _Done(step, metrics, tokens=math.prod(shape))
@@ -166,7 +168,7 @@ def fit(
           done.validation = {f"validation/{name}": score for name, score in scores.items()}
       stopping = bool(received) or multihost_utils.reached_preemption_sync_point(step)
       if step % checkpoint_every == 0 or step == steps or stopping:
-        # A checkpoint holds nothing that has not been seen to be finite.
+        # A checkpoint holds only values that are known to be finite.
         read(late)
         late = None
         progress.say("saving")
@@ -182,7 +184,7 @@ def fit(
 
 
 def _numbers(line: dict[str, Any]) -> dict[str, float]:
-  """A line in plain numbers: an array of members is `name/0`, `name/1`, those that have one."""
+  """A line as plain numbers: arrays of members become `name/0`, `name/1`, ..., without NaNs."""
   numbers = {}
   for name, value in line.items():
     each = np.asarray(value)
@@ -199,7 +201,7 @@ def _mean(losses: np.ndarray) -> float:
 
 @dataclasses.dataclass
 class _Done:
-  """A step that was started and whose metrics are still to be read."""
+  """A started step whose metrics are not read yet."""
 
   step: int
   metrics: dict[str, jax.Array]
@@ -208,7 +210,7 @@ class _Done:
 
 
 class _Meter:
-  """Tokens a second of the steps; pauses do not count."""
+  """Measures the tokens per second of the steps, without pauses."""
 
   def __init__(self):
     self._last = 0.0
@@ -222,7 +224,7 @@ class _Meter:
     self._last = self._tokens / max(time.perf_counter() - self._start, 1e-9)
 
   def rate(self) -> float:
-    """Since the last restart, or before it when nothing was added since."""
+    """The rate since the last restart, or before it if nothing was added since."""
     return self._last
 
   @contextlib.contextmanager
@@ -254,19 +256,18 @@ def _describe_divergence(step: int, metrics: dict[str, float], checkpoints: Chec
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-  """Around a whole run: where `fit` is not at work and there is nothing to save, Ctrl-C and SIGTERM
-  end it at once.
+  """Lets Ctrl-C and SIGTERM end a run at once where `fit` is not running, with nothing to save.
 
   Raises:
     StoppedAtOnce: after a signal.
   """
   handled = _handles_signals()
-  # Not Interrupted itself, which what is at work may take for an error of its own.
+  # Not Interrupted itself, which the running code may take for an error of its own.
   previous = signal.signal(signal.SIGTERM, signal.default_int_handler) if handled else None
   try:
     yield
   except (KeyboardInterrupt, SystemError) as error:
-    # A signal that arrives inside of a function in C may come out as an error of that function.
+    # A signal that arrives inside a C function may appear as an error of that function.
     if KeyboardInterrupt not in (type(error), type(error.__cause__)):
       raise
     raise StoppedAtOnce from None
@@ -276,10 +277,10 @@ def interruptible() -> Iterator[None]:
 
 
 def _handles_signals() -> bool:
-  """Whether signals are Python's here.
+  """True if Python's signal handlers can be set here.
 
-  Only the main thread may set handlers; elsewhere the signals keep their meaning. Of several
-  processes, JAX itself hears SIGTERM, and lets them agree on the step to stop at.
+  Only the main thread may set handlers; in other threads signals keep their meaning. With several
+  processes JAX handles SIGTERM itself, and lets them agree on the step to stop at.
   """
   is_main = threading.current_thread() is threading.main_thread()
   return is_main and not jax.distributed.is_initialized()
@@ -287,7 +288,7 @@ def _handles_signals() -> bool:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[str]]:
-  """Collects the names of SIGINT and SIGTERM instead of dying of them, each once."""
+  """Collects the names of SIGINT and SIGTERM instead of ending the process, each once."""
   received = []
   if not _handles_signals():
     yield received

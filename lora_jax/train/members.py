@@ -3,16 +3,19 @@
     adapters = stack([adapters_0, adapters_1, ...])        # of any ranks and scales
     state, frozen = init(params, adapters, settings, make_tx)
     train_step = make_train_step(objective, make_tx)
-    state, metrics = train_step(state, frozen, batches)    # the batch of every member
+    state, metrics = train_step(state, frozen, batches)    # one batch for each member
     adapters_1 = unstack(state, frozen, 1, like=adapters_1)
 
-Every array that belongs to a member has an axis of members first. The base has none: it is there
-once, and its products are taken for the rows of all members together. What members differ in is
+Every array of the members has a leading axis of members. The base has none: there is one copy, and
+its products are computed for the rows of all members together. The differences between members are
 data of one compiled program: the learning rate of every step, the number of steps, the scale and
 the rank (see `lora_jax.weights.masked`), the random key of dropout, and the batch.
 
-A member computes what it would compute if it were trained alone, to rounding. One whose loss or
-gradient is no longer finite, or that has made its own steps, stays as it is while others go on.
+A member computes the same as if it were trained alone, up to rounding. A member whose loss or
+gradient is no longer finite, or that has done all its steps, stays unchanged while others continue.
+
+JAX has no `vmap` of `ragged_dot` over adapters alone. Members of a base with experts therefore take
+turns in each step, by a loop in the same program: on one base, and in the time of separate runs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,13 +38,13 @@ MakeOptimizer = Callable[[optax.Schedule], optax.GradientTransformation]
 
 
 class Settings(NamedTuple):
-  """What members differ in beside their adapters and batches; M members, S steps of the longest.
+  """The settings that differ between members; M members, S steps of the longest.
 
   Attributes:
-    steps: int32 [M], how many each makes.
+    steps: int32 [M], the number of steps of each.
     rates: float32 [M, S], the learning rate of each at each of its steps.
-    dropout_keys: random keys [M], as `lora_jax.train.step.make_update` takes one; None where
-      nothing is dropped.
+    dropout_keys: random keys [M], as `lora_jax.train.step.make_update` takes one; None without
+      dropout.
   """
 
   steps: jax.Array
@@ -53,10 +56,10 @@ class Members(NamedTuple):
   """All that a step changes.
 
   Attributes:
-    step: int32 scalar, the steps behind all of them together.
-    states: a `State` whose arrays have an axis of members first; its own `step` counts the updates
+    step: int32 scalar, the number of common steps so far.
+    states: a `State` whose arrays have a leading axis of members; its own `step` counts the updates
       of each.
-    diverged: bool [M], whether a loss or gradient of it was not finite.
+    diverged: bool [M], True for a member with a loss or gradient that was not finite.
   """
 
   step: jax.Array
@@ -65,12 +68,12 @@ class Members(NamedTuple):
 
 
 class Frozen(NamedTuple):
-  """What a step does not change.
+  """All that a step does not change.
 
   Attributes:
-    params: the base, shared by all.
-    adapters: the parts of the adapters that do not train, with an axis of members.
-    settings: of the members.
+    params: the base, shared by all members.
+    adapters: the parts of the adapters that do not train, with a leading axis of members.
+    settings: the members' settings.
   """
 
   params: PyTree
@@ -78,31 +81,26 @@ class Frozen(NamedTuple):
   settings: Settings
 
 
-def check(axes: Mapping[str, Axes]) -> None:
-  """Raises ValueError for a base that JAX cannot share among members.
+def in_turn(axes: Mapping[str, Axes]) -> bool:
+  """True if members must take turns in each step, since their base has experts.
 
-  axes: what `lora_jax.trace_axes` found.
+  axes: the result of `lora_jax.trace_axes`.
   """
-  for path, found in axes.items():
-    if "ragged_dot_general" in found.uses:
-      raise ValueError(
-        f"{path}: experts are applied by ragged_dot, of which JAX has no vmap over adapters alone; "
-        "train the members one by one, with experiments.train"
-      )
+  return any("ragged_dot_general" in found.uses for found in axes.values())
 
 
 def stack(members: Sequence[Adapters]) -> dict[str, Adapted]:
-  """The adapters of all members in one structure, each array with an axis of members first.
+  """Stacks the adapters of all members in one structure, with a leading axis of members.
 
-  Adapters of one structure are stacked as they are. LoRAs that differ in rank or scale are made
-  `Masked`, of the largest rank. (`lora_jax.stack` is for adapters that were trained: it takes their
-  scales for a part of b, whose optimiser would then take other steps.)
+  Adapters of one structure are stacked unchanged. LoRAs that differ in rank or scale become
+  `Masked`, of the largest rank. (`lora_jax.stack` is for trained adapters: it multiplies scales
+  into b, with which an optimizer would take other steps.)
 
   Args:
     members: `{path: adapter}` of each, at least one.
 
   Raises:
-    ValueError: when members adapt different leaves, or a kind of theirs cannot be stacked.
+    ValueError: if members adapt different leaves, or one of their kinds cannot be stacked.
   """
   if not members:
     raise ValueError("there are no members to train")
@@ -114,36 +112,37 @@ def stack(members: Sequence[Adapters]) -> dict[str, Adapted]:
 
 
 def unstack(state: Members, frozen: Frozen, member: int, like: Adapters) -> dict[str, Adapted]:
-  """One member's adapters, as `lora_jax.detach` gives them after a training alone.
+  """Returns one member's adapters, as `lora_jax.detach` returns them after training it alone.
 
   Args:
-    state, frozen: of a training.
-    member: its place.
-    like: what was stacked in its place, or the shapes of it.
+    state: the state of the members.
+    frozen: their frozen part.
+    member: the member's index.
+    like: the adapters that were stacked at that index, or their shapes.
   """
   adapters = _adapters_of(state, frozen, member)
   return {path: _unmasked(x, like[path]).seal() for path, x in adapters.items()}
 
 
 def member_weights(state: Members, frozen: Frozen, member: int) -> PyTree:
-  """The tree of the base with one member's adapters; of one structure for all members."""
+  """The tree of the base with one member's adapters; the structure is the same for all members."""
   return attach(frozen.params, _adapters_of(state, frozen, member))
 
 
 def init(
   params: PyTree, adapters: Adapters, settings: Settings, make_tx: MakeOptimizer
 ) -> tuple[Members, Frozen]:
-  """What is before the first step.
+  """Returns the state before the first step, and the frozen part.
 
   Args:
     params: the base.
-    adapters: as `stack` makes them.
-    settings: of the members.
-    make_tx: from a learning rate to the optimiser.
+    adapters: the result of `stack`.
+    settings: the members' settings.
+    make_tx: maps a learning rate to the optimizer.
   """
 
   def one(params: PyTree, adapters: Adapters) -> tuple[step.State, PyTree]:
-    # What `attach` computes of the base (DoRA's norm) is computed once, and not at each step.
+    # The part of `attach` that depends on the base alone (DoRA's norm) is computed only once.
     adapters = detach(attach(params, adapters), adapters)
     trainable, rest = partition(adapters, trainable_mask(adapters))
     return step.init_state(trainable, make_tx(optax.constant_schedule(0.0))), rest
@@ -159,20 +158,22 @@ def make_train_step(
   *,
   parts: int = 1,
   shardings: Members | None = None,
+  in_turn: bool = False,
 ) -> Callable:
   """Makes the jitted step `(state, frozen, batch) -> (state, metrics)`; the state is donated.
 
   Args:
-    objective: as `lora_jax.train.step.make_update` takes it, of the whole weights of one member.
-    make_tx: from a learning rate to the optimiser. It may not depend on the rate's values: within
-      the step they are traced.
+    objective: as in `lora_jax.train.step.make_update`, on the whole weights of one member.
+    make_tx: maps a learning rate to the optimizer. It must not depend on the rate's value, which is
+      traced in the step.
     parts: as in `make_update`.
     shardings: of the new state, as in `lora_jax.train.step.make_train_step`.
+    in_turn: True for one member after another in a step, instead of all at once.
 
   Returns:
     The step. Its batch is that of each member, stacked. Its metrics are arrays [M]: `loss`,
-    `grad_norm` and `loss_tokens` as there, NaN for a member that was not updated, and `finite`
-    (bool), False for one that has diverged at this step or before.
+    `grad_norm` and `loss_tokens` as in `make_train_step` of `lora_jax.train.step`, NaN for a member
+    without an update, and `finite` (bool), False for a member that has diverged by this step.
   """
 
   def one(state, diverged, adapters, settings, params, batch):
@@ -196,9 +197,12 @@ def make_train_step(
     return state, diverged, metrics | {"finite": ~diverged}
 
   def train_step(state: Members, frozen: Frozen, batch: step.Batch):
-    states, diverged, metrics = jax.vmap(one, in_axes=(0, 0, 0, 0, None, 0))(
-      state.states, state.diverged, frozen.adapters, frozen.settings, frozen.params, batch
-    )
+    def of_member(own):
+      return one(*own[:-1], frozen.params, own[-1])
+
+    own = (state.states, state.diverged, frozen.adapters, frozen.settings, batch)
+    each = jax.lax.map(of_member, own) if in_turn else jax.vmap(of_member)(own)
+    states, diverged, metrics = each
     return Members(state.step + 1, states, diverged), metrics
 
   return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
@@ -209,30 +213,30 @@ def _adapters_of(state: Members, frozen: Frozen, member: int) -> dict[str, Adapt
 
 
 def _stacked(path: str, adapters: Sequence[Adapted]) -> Adapted:
-  """One leaf's adapters of all members."""
+  """The adapters of one leaf in all members, stacked."""
   for adapter in adapters:
     if isinstance(adapter, Recentred):
       raise ValueError(
         f"{path}: {type(adapter).__name__} (PiSSA, OLoRA) takes its start out of the base, so that "
-        "every member has a base of its own; train these one by one, or LoRA in its place"
+        "every member has a base of its own; train these one by one, or use LoRA instead"
       )
   if len({_form(adapter) for adapter in adapters}) > 1:
     if any(type(adapter) is not LowRank for adapter in adapters):
       kinds = "; ".join(dict.fromkeys(map(_describe, adapters)))
       raise ValueError(
         f"{path}: only LoRA can be masked to a common rank and scale, and the members have {kinds};"
-        " let them differ in the seed, the learning rate and the steps alone"
+        " let them differ only in the seed, the learning rate and the steps"
       )
     if len({(adapter.dropout, adapter.frozen) for adapter in adapters}) > 1:
       each = "; ".join(f"dropout {x.dropout}, frozen {x.frozen}" for x in adapters)
-      raise ValueError(f"{path}: members drop and freeze alike, and these have {each}")
+      raise ValueError(f"{path}: members must drop and freeze alike, and these have {each}")
     rank = max(adapter.rank for adapter in adapters)
     adapters = [Masked.of(adapter, rank) for adapter in adapters]
   return jax.tree.map(lambda *xs: jnp.stack(xs), *adapters)
 
 
 def _unmasked(adapter: Adapted, like: Adapted) -> Adapted:
-  """A member's adapter with the rank and the scale that it had before it was masked."""
+  """A member's adapter with its rank and scale from before masking."""
   if not isinstance(adapter, Masked):
     return adapter
   stacks = adapter.gate.ndim - 1

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl and TensorBoard event files (no TensorFlow needed).
+"""The metrics of a run: metrics.jsonl and TensorBoard event files (TensorFlow is not needed).
 
 with MetricsWriter(workdir.metrics, workdir.tensorboard, step=restored_step) as writer:
   writer.write(10, {"loss": 0.7})
@@ -23,27 +23,27 @@ _LONGEST = 1 << 20  # bytes of a line
 
 
 class MetricsWriter:
-  """Writes one line and one event a logged step; a context manager.
+  """Writes one line and one event per logged step; a context manager.
 
   Args:
-    path: metrics.jsonl. Lines past `step` are cut off, so that steps stay unique and increasing.
-    tensorboard: the folder of the event files; what it holds past `step` is marked as void.
+    path: metrics.jsonl. Lines after `step` are cut off, so that steps stay unique and increasing.
+    tensorboard: the folder of the event files; events after `step` are marked as void.
     step: the step that the run starts from, 0 for a new one.
 
   Raises:
-    ValueError: when a line of metrics.jsonl, other than an unfinished last one, is damaged.
-    OSError: when one of them cannot be written, here as in every method.
+    ValueError: if a line of metrics.jsonl, other than an incomplete last one, is damaged.
+    OSError: if one of them cannot be written, here as in every method.
   """
 
   def __init__(self, path: pathlib.Path, tensorboard: pathlib.Path, *, step: int):
     _cut(path, step)
     self._path, self._tensorboard, self._step = path, tensorboard, step
     with writing(path):
-      # Just written, so this is a file of the run's own and no link to another.
+      # It was just written, so it is the run's own file and not a link to another.
       self._lines = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
     with writing(tensorboard):
       self._events = EventFileWriter(str(tensorboard))
-      # To TensorBoard a start voids what earlier files hold from that step on.
+      # For TensorBoard, a start event voids the events of earlier files from that step on.
       self._event(step + 1, session_log=SessionLog(status=SessionLog.START))
 
   def __enter__(self) -> "MetricsWriter":
@@ -53,10 +53,10 @@ class MetricsWriter:
     self.close()
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
-    """Appends the metrics of a step, on disk when this returns.
+    """Appends the metrics of a step; they are on disk when this returns.
 
     Raises:
-      ValueError: when the step is not past the last one.
+      ValueError: if the step is not after the last one.
     """
     if step <= self._step:
       raise ValueError(f"step {step} is logged after step {self._step}; steps must increase")
@@ -81,15 +81,15 @@ class MetricsWriter:
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
-  """The objects of a metrics.jsonl, in order; a last line that a killed run left half is dropped.
+  """Returns the objects of a metrics.jsonl, in order, without an incomplete last line.
 
-  What was not finite, and is null in the file, is NaN.
+  Values that were not finite are null in the file and NaN here.
 
   Raises:
-    FileNotFoundError: when there is no such file.
-    PermissionError: when it may not be read.
-    ValueError: when any other line is damaged: when it is no JSON object, has no `step` past that
-      of the line before it, or a value that is no number.
+    FileNotFoundError: if there is no such file.
+    PermissionError: if it cannot be read.
+    ValueError: if another line is damaged: if it is not a JSON object, has no `step` after that of
+      the line before it, or has a value that is not a number.
   """
   records = []
   step = 0
@@ -119,7 +119,7 @@ def _check_line(record: Mapping[str, Any], before: int) -> int:
     raise ValueError(f"its step is {shown(step)}, and the line before has {before}")
   for name, value in record.items():
     if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
-      raise ValueError(f"{name[:80]} is {shown(value)} and no number")
+      raise ValueError(f"{name[:80]} is {shown(value)} and not a number")
   return step
 
 

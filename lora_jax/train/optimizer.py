@@ -1,12 +1,12 @@
-"""The learning-rate schedule and the optimiser, both plain optax.
+"""The learning-rate schedule and the optimizer, both plain optax.
 
     learning_rate = schedule(peak=1e-3, warmup_steps=10, total_steps=100, kind="linear")
     tx = adamw(learning_rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=1.0)
     tx = optax.chain(tx, scale_rates([(".*/b", 16.0)]))         # LoRA+
     opt_state = tx.init(trainable)      # `trainable` holds None for every frozen leaf
 
-None of them knows what trains: the optimiser is initialised on the trainable part of the tree
-alone, so it has no moment, and applies no weight decay, for anything else.
+They do not know what trains: the optimizer is initialized with the trainable part of the tree
+alone, so it has no moments for other leaves and applies no weight decay to them.
 """
 
 import math
@@ -27,13 +27,13 @@ _DECAYS = {
 def schedule(*, peak: float, warmup_steps: int, total_steps: int, kind: str) -> optax.Schedule:
   """A linear warm-up to `peak`, then a decay that would reach zero at `total_steps`.
 
-  Step i of the warm-up (from 0) runs at `peak * (i + 1) / (warmup_steps + 1)`, so that the first
-  update is not wasted on a rate of zero; step `warmup_steps` runs at `peak`.
+  Step i of the warm-up (from 0) has the rate `peak * (i + 1) / (warmup_steps + 1)`, so that the
+  first update does not have a rate of zero; step `warmup_steps` has the rate `peak`.
 
   Args:
     peak: the highest learning rate.
     warmup_steps: steps before the peak, 0 for none.
-    total_steps: steps of the whole run, warm-up included.
+    total_steps: steps of the whole run, including the warm-up.
     kind: the decay: "constant", "linear" or "cosine".
 
   Returns:
@@ -68,18 +68,18 @@ def adamw(
   weight_decay: float,
   clip_norm: float,
 ) -> optax.GradientTransformation:
-  """AdamW behind a clip of the global gradient norm.
+  """AdamW after a clip of the global gradient norm.
 
   Args:
-    learning_rate: from the step to the rate, as `schedule` makes it.
+    learning_rate: maps the step to the rate, as `schedule` returns it.
     b1: decay of the mean of the gradient, in [0, 1).
     b2: decay of the mean of its square, in [0, 1).
     eps: added to the root of the second moment; positive.
     weight_decay: decoupled, multiplied by the learning rate; 0 or more.
-    clip_norm: the greatest global norm of a gradient; `math.inf` clips nothing.
+    clip_norm: the largest global norm of a gradient; `math.inf` does not clip.
 
   Raises:
-    ValueError: when one of them is out of its range.
+    ValueError: if one of them is out of range.
 
   Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", algorithm 2; Pascanu et
   al., "On the difficulty of training recurrent neural networks", algorithm 1, for the clip.
@@ -89,7 +89,7 @@ def adamw(
   checks.positive("adamw: eps", eps)
   checks.finite("adamw: weight_decay", weight_decay, least=0)
   if not clip_norm > 0:
-    raise ValueError(f"clip_norm is {clip_norm}; it must be positive (math.inf clips nothing)")
+    raise ValueError(f"clip_norm is {clip_norm}; it must be positive (math.inf does not clip)")
   return optax.chain(
     optax.clip_by_global_norm(clip_norm),
     optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
@@ -97,18 +97,18 @@ def adamw(
 
 
 def scale_rates(rules: Sequence[tuple[str, float]]) -> optax.GradientTransformation:
-  """Learning-rate groups: what trains at some paths does so at a multiple of the rate.
+  """Learning-rate groups: the leaves at some paths train at a multiple of the learning rate.
 
-  Stands after the optimiser, whose whole update it multiplies, weight decay included.
+  Place it after the optimizer: it multiplies the whole update, including weight decay.
 
   Args:
-    rules: ordered (pattern, factor) pairs; the first whose pattern matches a path decides, and what
-      none matches keeps its rate. A pattern is a regular expression for the whole path, down to the
-      part of an adapter: `block_0/attn/query/kernel/b`. So LoRA+ is `[(".*/b", 16.0)]`. (Haiku
-      calls biases b too: where one of them trains in full, say `".*/w/b"`.)
+    rules: ordered (pattern, factor) pairs; the first whose pattern matches a path decides, and
+      paths without a match keep their rate. A pattern is a regular expression for the whole path,
+      down to the part of an adapter: `block_0/attn/query/kernel/b`. So LoRA+ is `[(".*/b", 16.0)]`.
+      (Haiku calls biases b too: if one of them trains in full, use `".*/w/b"`.)
 
   Raises:
-    ValueError: at `init`, when a pattern matches nothing that trains.
+    ValueError: at `init`, if a pattern matches nothing that trains.
 
   Source of LoRA+: Hayou et al. 2024, arXiv 2402.12354, section 4.
   """

@@ -1,13 +1,14 @@
-"""Data-parallel training in the form of `jax.pmap`: one program, every device its own rows.
+"""Data-parallel training by `jax.pmap`: one program, with different rows on every device.
 
     train_step = make_pmap_train_step(objective, tx)
     state, frozen = replicate((state, frozen))
     state, metrics = train_step(state, frozen, split(batch))
     metrics, state = first(metrics), first(state)
 
-For those who think in it, or come from code in it. `jax.pmap` is in maintenance mode since JAX 0.8,
-and JAX recommends `jax.jit` with shardings (`lora_jax.sharding`) for new code, which also cuts the
-base; the step here keeps a whole copy of it on every device. Both give the same losses.
+For users of `pmap`, or of code that is written for it. `jax.pmap` has been in maintenance mode
+since JAX 0.8, and JAX recommends `jax.jit` with shardings (`lora_jax.sharding`) for new code, which
+also shards the base. The step here keeps a whole copy of the base on every device. Both compute the
+same losses.
 """
 
 from collections.abc import Callable
@@ -34,9 +35,9 @@ def make_pmap_train_step(
 ) -> Callable:
   """Makes the step `(state, frozen, batch) -> (state, metrics)` over all local devices.
 
-  Every array has a leading axis of devices: as `replicate` gives it to the state and the frozen
-  weights, and `split` to the batch. The gradient that is applied is that of the whole batch, each
-  device's counted by its tokens. The state is donated.
+  Every array has a leading axis of devices: `replicate` adds it to the state and the frozen
+  weights, and `split` to the batch. The applied gradient is that of the whole batch, the devices'
+  gradients weighted by their tokens. The state is donated.
 
   Args and metrics: those of `lora_jax.train.step.make_train_step`.
   """
@@ -57,17 +58,17 @@ def replicate(params: PyTree) -> PyTree:
 
 
 def split(batch: Batch) -> Batch:
-  """The batch with its rows cut into a leading axis of local devices.
+  """Returns the batch with its rows split along a leading axis of local devices.
 
   Raises:
-    ValueError: when the rows are no multiple of the devices.
+    ValueError: if the rows are not a multiple of the devices.
   """
   devices = jax.local_device_count()
 
   def blocks(x: np.ndarray) -> np.ndarray:
     if x.shape[0] % devices:
       raise ValueError(
-        f"a batch of {x.shape[0]} rows cannot be shared out over {devices} devices; "
+        f"a batch of {x.shape[0]} rows cannot be divided over {devices} devices; "
         f"use a multiple of {devices}"
       )
     return x.reshape(devices, -1, *x.shape[1:])
@@ -76,5 +77,5 @@ def split(batch: Batch) -> Batch:
 
 
 def first(params: PyTree) -> PyTree:
-  """The tree as the first device has it, without the leading axis."""
+  """Returns the first device's copy of the tree, without the leading axis."""
   return jax.tree.map(lambda x: x.addressable_shards[0].data[0], params)

@@ -1,12 +1,12 @@
-"""What a training step will need, before an array of it exists.
+"""The memory and FLOPs of a training step, before any array is allocated.
 
     plan = make_plan(Run(train_step, state, frozen, batch))      # jax.ShapeDtypeStructs all
     print(plan)
     plan.total <= 16e9
 
-What a step is given (the base, what trains, the optimiser, the batch) is counted exactly. What it
-makes on the way (activations kept for the backward pass, gradients, and room to work in) is
-estimated from the traced step by `lora_jax.cost`. Nothing is compiled.
+The arguments of the step (the base, what trains, the optimizer, the batch) are counted exactly. Its
+temporaries (activations saved for the backward pass, gradients, and workspace) are estimated from
+the traced step by `lora_jax.cost`. Nothing is compiled.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ PyTree = Any
 
 
 class Run(NamedTuple):
-  """A training step and what it is called with; every array may be a `jax.ShapeDtypeStruct`.
+  """A training step and its arguments; every array may be a `jax.ShapeDtypeStruct`.
 
   Attributes:
-    train_step: as `lora_jax.train.step.make_train_step` makes it.
-    state, frozen, batch: its arguments. An array that has a sharding counts for the part of it that
-      one device holds.
+    train_step: as `lora_jax.train.step.make_train_step` returns it.
+    state, frozen, batch: its arguments. For an array with a sharding, only the shard of one device
+      counts.
   """
 
   train_step: Callable
@@ -39,14 +39,14 @@ class Run(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-  """What a step needs; `str` of it is a table.
+  """The requirements of a step; its `str` is a table.
 
   Attributes:
-    frozen, trainable: how many numbers the base has, and how many train beside it.
-    flops: floating-point operations of a step's products, of all devices.
-    base, adapters, optimizer, batch: bytes on a device of what the step is given.
-    activations: bytes on a device of what it makes: activations, gradients, room to work in. Where
-      the rows are shared out gradients count twice: XLA adds those of all devices up beside them.
+    frozen, trainable: the number of frozen and of trained parameters.
+    flops: floating-point operations of a step's products, over all devices.
+    base, adapters, optimizer, batch: bytes of the arguments, per device.
+    activations: bytes of activations, gradients and workspace, per device. If the rows are sharded,
+      gradients count twice: XLA stores their sum over devices alongside them.
   """
 
   frozen: int
@@ -60,34 +60,40 @@ class Plan:
 
   @property
   def arguments(self) -> int:
-    """Bytes on a device of what the step is given."""
+    """Bytes of the step's arguments, per device."""
     return self.base + self.adapters + self.optimizer + self.batch
 
   @property
   def total(self) -> int:
-    """Bytes on a device."""
+    """Bytes per device."""
     return self.arguments + self.activations
 
-  def of_members(self, count: int) -> "Plan":
-    """The plan of so many adapters in one program, as `lora_jax.train.members` trains them.
+  def of_members(self, count: int, *, in_turn: bool = False) -> "Plan":
+    """The plan for `count` adapters in one program, as `lora_jax.train.members` trains them.
 
-    The base is there once, and all else for each of them, as large as for the largest.
+    There is one copy of the base; everything else counts once per adapter, at the largest size.
+    Where members take each step in turn, activations count once, and what trains, with its
+    optimizer state, counts a second time: as it was before the step.
     """
     shared = ("frozen", "base")
     of_each = [field.name for field in dataclasses.fields(self) if field.name not in shared]
-    return dataclasses.replace(self, **{name: count * getattr(self, name) for name in of_each})
+    found = dataclasses.replace(self, **{name: count * getattr(self, name) for name in of_each})
+    if not in_turn:
+      return found
+    activations = self.activations + found.adapters + found.optimizer
+    return dataclasses.replace(found, activations=activations)
 
   def __str__(self) -> str:
     rows = [
       ("base", self.base),
       ("what trains", self.adapters),
-      ("optimiser", self.optimizer),
+      ("optimizer", self.optimizer),
       ("batch", self.batch),
       ("activations and gradients", self.activations),
       ("together", self.total),
     ]
     table = tables.rendered(
-      ("memory of a device", f"{'MB':>12}"),
+      ("memory per device", f"{'MB':>12}"),
       [(name, f"{size / 1e6:>12,.1f}") for name, size in rows],
     )
     return f"{table}\n{self.flops / 1e12:,.3f} TFLOP a step"
@@ -120,10 +126,14 @@ def _traced(run: Run):
 
 
 def _reduced(run: Run, share: Run | None) -> int:
-  """Bytes of the gradients of all devices, added up on each; 0 where all see the same rows."""
-  if share is None or share.batch["tokens"].shape == run.batch["tokens"].shape:
+  """Bytes of the gradients summed over devices, per device; 0 if all devices have the same rows."""
+  if share is None or _shapes(share.batch) == _shapes(run.batch):
     return 0
   return _bytes_of_a_device(share.state.trainable)
+
+
+def _shapes(batch: Batch) -> list[tuple[int, ...]]:
+  return [leaf.shape for leaf in jax.tree.leaves(batch)]
 
 
 def _count(tree: PyTree) -> int:

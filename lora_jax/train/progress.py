@@ -1,4 +1,4 @@
-"""What a run is at, on the standard error: how far it is, how long it takes, what it waits for.
+"""The progress of a run on standard error: steps done, time left, current work.
 
 with Progress(start=0, total=100) as progress:
   progress.say("compiling for 16 × 48 tokens")
@@ -23,15 +23,17 @@ Item = TypeVar("Item")
 
 
 class Progress:
-  """A bar on the standard error, one update a step; a context manager.
+  """A progress bar on standard error, one update per step; a context manager.
 
   Args:
     start: the steps done before, in an earlier process.
     total: the steps of the whole run.
-    disable: show nothing, as in all but one of several processes.
+    unit: the unit in which a batch is counted, in the singular.
+    disable: True to show nothing, as in all but one of several processes.
   """
 
-  def __init__(self, *, start: int, total: int, disable: bool = False):
+  def __init__(self, *, start: int, total: int, unit: str = "token", disable: bool = False):
+    self._unit = unit
     self._bar = _bar("train", initial=start, total=total, disable=disable)
 
   def __enter__(self) -> "Progress":
@@ -42,11 +44,12 @@ class Progress:
 
   def update(self, *, loss: float, tokens_per_second: float) -> None:
     """Moves the bar by one step."""
-    self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+    speed = f"{tokens_per_second:,.0f} {self._unit}s/s"
+    self._bar.set_postfix_str(f"loss {loss:.3f}, {speed}", refresh=False)
     self._bar.update()
 
   def say(self, what: str) -> None:
-    """Shows what is being done, until the next update."""
+    """Shows the current work until the next update."""
     self._bar.set_postfix_str(what)
 
 
@@ -56,39 +59,41 @@ def watched(
   *,
   compiled: set | None = None,
   shape_of: Callable[[Item], tuple[int, ...]] = shape_of_tokens,
+  unit: str = "token",
   leave: bool = True,
   disable: bool = False,
 ) -> Iterator[Item]:
-  """Yields items, with a bar that moves when the next one is asked for.
+  """Yields items, with a bar that moves when the next one is requested.
 
   Args:
     items: batches, or the parts of a model.
-    what: stands before the bar.
-    compiled: of batches, the shapes that have been met: of others the bar says that they are being
-      compiled, and they are added.
+    what: the label of the bar.
+    compiled: for batches, the shapes that were compiled. For a new shape the bar says that it is
+      being compiled, and the shape is added.
     shape_of: the rows and the tokens of a row of a batch.
-    leave: whether the bar stays when it is full.
-    disable: show nothing.
+    unit: the name of these tokens, in the singular.
+    leave: True to keep the bar when it is full.
+    disable: True to show nothing.
   """
   with _bar(what, total=len(items), leave=leave, disable=disable) as bar:
     for item in items:
       if compiled is not None:
         shape = shape_of(item)
         new = shape not in compiled
-        bar.set_postfix_str(compiling(shape) if new else "", refresh=new)
+        bar.set_postfix_str(compiling(shape, unit) if new else "", refresh=new)
         compiled.add(shape)
       yield item
       bar.update()
 
 
-def compiling(shape: Sequence[int]) -> str:
-  """What is said of batches of a new shape, (rows, length)."""
-  return f"compiling for {' × '.join(map(str, shape))} tokens"
+def compiling(shape: Sequence[int], unit: str = "token") -> str:
+  """The message for batches of a new shape, (rows, length) or (rows,)."""
+  return f"compiling for {' × '.join(map(str, shape))} {unit}s"
 
 
 @contextlib.contextmanager
 def stage(what: str, *, disable: bool = False) -> Iterator[None]:
-  """Tells of a work that has no measurable parts: what is begun, and how long it took."""
+  """Announces work without measurable parts, and then the time that it took."""
   if disable:
     yield
     return
@@ -101,6 +106,6 @@ def stage(what: str, *, disable: bool = False) -> Iterator[None]:
 
 
 def _bar(what: str, **options: Any) -> tqdm:
-  # In a log file every refresh is one more piece of text, so there it is rarely refreshed.
+  # In a log file every refresh is another piece of text, so refreshes are rare there.
   seconds = 0.2 if sys.stderr.isatty() else 10.0
   return tqdm(desc=what, bar_format=_FORMAT, mininterval=seconds, **options)

@@ -1,9 +1,9 @@
-"""A run's page, README.md, which tells what was done and what came of it, and its loss.png.
+"""A run's README.md, with its settings and results, and its loss.png.
 
     write_report(workdir, targets=str(lora_jax.summary(...)), command="python -m experiments...")
 
-The page is made of what the folder holds: config.json, metrics.jsonl and eval.json. So it can be
-written at any time, at the beginning of a run, where it stops and at its end, and is then true.
+The page is generated from config.json, metrics.jsonl and eval.json in the folder. So it can be
+written at any time, at the start of a run, at an interruption and at the end, and is true then.
 """
 
 import json
@@ -27,22 +27,24 @@ Lines = Callable[[Mapping[str, Any]], list[str]]
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
 
 
-def write_report(workdir: Workdir, *, targets: str, command: str, lines: Lines) -> None:
-  """Writes the page of a run as it stands and, once a step is logged, draws its losses.
+def write_report(
+  workdir: Workdir, *, targets: str, command: str, lines: Lines, unit: str = "token"
+) -> None:
+  """Writes the page of a run in its current state and, once a step is logged, plots its losses.
 
   Args:
-    workdir: config.json must be there, with its `train.steps`; of metrics.jsonl and eval.json
-      what there is. eval.json has `split`, metrics `before` and, at the end, `after`, and
-      `samples`, with the texts `prompt`, `wanted`, `before` and `after` each; and `data`, of which
-      `lines` makes lines.
+    workdir: the run's folder. It must have config.json, with `train.steps`; metrics.jsonl and
+      eval.json are used if present. eval.json has `split`, the metrics `before` and, at the end,
+      `after`; `samples`, with the texts `prompt`, `wanted`, `before` and `after` each; and `data`,
+      for `lines`.
     targets: the table of what trains.
-    command: what goes on with the run, or repeats it.
-    lines: from what eval.json keeps of the data to lines for people; raises ValueError where that
-      is damaged.
+    command: the command that continues the run, or repeats it.
+    lines: maps the `data` of eval.json to lines of text; raises ValueError if it is damaged.
+    unit: the unit of the counts and losses, in the singular.
 
   Raises:
-    ValueError: when a file of the folder is damaged.
-    OSError: when they cannot be written.
+    ValueError: if a file of the folder is damaged.
+    OSError: if they cannot be written.
   """
   config = read_config(workdir.path)
   logged = read_metrics(workdir.metrics) if workdir.metrics.exists() else []
@@ -55,15 +57,15 @@ def write_report(workdir: Workdir, *, targets: str, command: str, lines: Lines) 
   results = read_results(workdir.evaluation) if workdir.evaluation.exists() else {}
   if logged:
     with writing(workdir.plot):
-      plot_loss(logged, workdir.plot)
+      plot_loss(logged, workdir.plot, unit)
   sections = [
     f"# {workdir.path.name}",
     _status(config["train"]["steps"], logged, finished="after" in results),
     _fenced(command, "bash"),
     _data(results, lines, workdir.evaluation),
     _results(results),
-    _curve(logged, workdir),
-    _samples(results.get("samples", ())),
+    _curve(logged, workdir, unit),
+    _samples(results.get("samples", ()), workdir),
     f"## What trains\n\n{_fenced(targets)}",
     f"## Config\n\n{_fenced(json.dumps(config, indent=2), 'json')}",
     _circumstances(),
@@ -72,12 +74,12 @@ def write_report(workdir: Workdir, *, targets: str, command: str, lines: Lines) 
 
 
 def read_results(path: pathlib.Path) -> dict[str, Any]:
-  """What a run's eval.json holds, as `write_report` takes it; null, for what is not finite, is NaN.
+  """Returns a run's eval.json in the form of `write_report`; null, for values not finite, is NaN.
 
   Raises:
-    FileNotFoundError: when there is none.
-    PermissionError: when it may not be read.
-    ValueError: when it is damaged.
+    FileNotFoundError: if there is none.
+    PermissionError: if it cannot be read.
+    ValueError: if it is damaged.
   """
   content = files.read_bytes(path, json_files.MAX_BYTES)
   try:
@@ -92,16 +94,16 @@ def read_results(path: pathlib.Path) -> dict[str, Any]:
       for name, text in _typed("a sample", sample, dict).items():
         _typed(f"a sample's {name[:80]}", text, str)
       if not {"prompt", "wanted"} <= sample.keys():
-        raise ValueError("a sample has no prompt or nothing wanted")
+        raise ValueError("a sample has no prompt or no wanted text")
   except ValueError as error:
     raise damaged(path, error) from None
   return found
 
 
 def damaged(path: pathlib.Path, error: ValueError) -> ValueError:
-  """What is raised for an eval.json that does not hold what it should."""
+  """The error for an eval.json with unexpected contents."""
   return ValueError(
-    f"{path}: is not what a run keeps of its evaluation ({error}); delete it, and the same command "
+    f"{path}: does not hold a run's evaluation ({error}); delete it, and the same command "
     "measures again"
   )
 
@@ -126,12 +128,12 @@ def _status(steps: int, logged: Sequence[Mapping[str, float]], finished: bool) -
   last = logged[-1]["step"] if logged else 0
   if finished:
     return (
-      f"Finished: {steps:,} steps. `adapter/` is what was trained, as `peft` loads it. In another "
-      "workdir this gives the same again:"
+      f"Finished: {steps:,} steps. `adapter/` is the trained adapter, as `peft` loads it. In "
+      "another workdir, this command repeats the run:"
     )
   return (
-    f"Not finished: {last:,} of {steps:,} steps were logged when this was written. This goes on "
-    "from the last checkpoint:"
+    f"Not finished: {last:,} of {steps:,} steps were logged when this was written. This command "
+    "continues from the last checkpoint:"
   )
 
 
@@ -156,7 +158,7 @@ def _results(results: Mapping[str, Any]) -> str:
   return f"## Results on {results['split']}\n\n{_table(['', *whens], rows)}"
 
 
-def _curve(logged: Sequence[Mapping[str, float]], workdir: Workdir) -> str:
+def _curve(logged: Sequence[Mapping[str, float]], workdir: Workdir, unit: str) -> str:
   if not logged:
     return ""
   losses = [line["loss"] for line in logged]
@@ -166,19 +168,25 @@ def _curve(logged: Sequence[Mapping[str, float]], workdir: Workdir) -> str:
     f"## Losses\n\n![the losses over the steps]({workdir.plot.name})\n\n"
     f"In training from {losses[0]:.3f} (step {logged[0]['step']:,}) to {losses[-1]:.3f} (step "
     f"{logged[-1]['step']:,}), the lowest {lowest['loss']:.3f} (step {lowest['step']:,}); "
-    f"{speed:,.0f} tokens/s, padding included. Every logged step is in `metrics.jsonl`, and for "
+    f"{speed:,.0f} {unit}s/s, padding included. Every logged step is in `metrics.jsonl`, and for "
     f"`tensorboard --logdir={workdir.path.name}` in `tensorboard/`."
   )
 
 
-def _samples(samples: Sequence[Mapping[str, str]]) -> str:
+def _samples(samples: Sequence[Mapping[str, str]], workdir: Workdir) -> str:
   if not samples:
     return ""
+  if workdir.picture.exists():
+    names = ", ".join(f"`{sample['prompt']}`" for sample in samples)
+    return (
+      "## Samples\n\nHeld out, with the true and the predicted class of each.\n\n"
+      f"![the samples]({workdir.picture.name})\n\nFrom the upper left, row by row: {names}."
+    )
   shown = []
   for number, sample in enumerate(samples, start=1):
     answers = [f"{name + ':':8} {text}" for name, text in sample.items() if name != "prompt"]
     shown.append(f"{number}.\n\n" + _fenced("\n".join([sample["prompt"], "", *answers]), "text"))
-  return "## Samples\n\nHeld out, and what the model writes after each.\n\n" + "\n\n".join(shown)
+  return "## Samples\n\nHeld out, with the texts that the model writes.\n\n" + "\n\n".join(shown)
 
 
 def _circumstances() -> str:
@@ -197,7 +205,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _fenced(text: str, language: str = "text") -> str:
-  """A block of code, whatever stands in it."""
+  """A code block, for any text."""
   fence = "```"
   while fence in text:
     fence += "`"

@@ -1,13 +1,13 @@
-"""The training step: what it changes is one donated `State`, what it must not change is `frozen`.
+"""The training step: it changes one donated `State` and leaves `frozen` unchanged.
 
     trainable, frozen = lora_jax.partition(weights, lora_jax.trainable_mask(weights))
     state = init_state(trainable, tx)
     train_step = make_train_step(completion_objective(lora_jax.adapt(model.apply)), tx)
     state, metrics = train_step(state, frozen, batch)
 
-The mask is the one place that says what trains. The gradient is taken with respect to `trainable`
-alone, and the optimiser state is made from it alone. `frozen` is an argument, not a closure: a
-closed-over base would be a constant of the program, compiled into it.
+Only the mask says what trains. The gradient is taken with respect to `trainable` alone, and the
+optimizer state is made from it alone. `frozen` is an argument, not a closure: a base that is closed
+over would be a constant of the compiled program.
 
 Shapes: B rows of a batch, T tokens of a row, C positions of a row where the loss is taken,
 V entries of the vocabulary.
@@ -26,7 +26,7 @@ from lora_jax.tree import join
 
 PyTree = Any
 Batch = dict[str, Any]
-Objective = Callable[..., tuple[jax.Array, jax.Array]]  # (weights, batch, *beside)
+Objective = Callable[..., tuple[jax.Array, jax.Array]]  # of `(weights, batch, *beside)`
 
 
 class State(NamedTuple):
@@ -34,8 +34,8 @@ class State(NamedTuple):
 
   Attributes:
     step: int32 scalar, the number of updates made.
-    trainable: the weights with None in the place of every frozen leaf.
-    opt_state: the optimiser's state for `trainable`.
+    trainable: the weights with None in place of every frozen leaf.
+    opt_state: the optimizer's state for `trainable`.
   """
 
   step: jax.Array
@@ -44,9 +44,9 @@ class State(NamedTuple):
 
 
 def init_state(trainable: PyTree, tx: optax.GradientTransformation) -> State:
-  """The state before the first step.
+  """Returns the state before the first step.
 
-  `trainable` is copied: the step donates its state, and the caller's arrays must outlive that.
+  `trainable` is copied, since the step donates its state and the caller keeps the arrays.
   """
   trainable = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), trainable)
   return State(jnp.zeros((), jnp.int32), trainable, tx.init(trainable))
@@ -55,17 +55,17 @@ def init_state(trainable: PyTree, tx: optax.GradientTransformation) -> State:
 def completion_loss(
   logits_BCV: jax.Array, targets_BC: jax.Array, weights_BC: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """The mean cross-entropy over the positions that count, in nats, and how many they are.
+  """Returns the mean cross-entropy, in nats, over the positions that count, and their number.
 
       loss = Σ weights · (logsumexp(logits) − logits[target]) / Σ weights
 
   Args:
-    logits_BCV: any float type; the log-softmax is taken in float32.
+    logits_BCV: any float type; the log-softmax is computed in float32.
     targets_BC: integer ids in 0..V-1.
     weights_BC: 1 where a position counts, 0 where it is padding.
 
   Returns:
-    (loss, tokens), two float32 scalars; the loss of a batch in which nothing counts is 0.
+    (loss, tokens), two float32 scalars; without a position that counts the loss is 0.
   """
   losses_BC = optax.softmax_cross_entropy_with_integer_labels(
     logits_BCV.astype(jnp.float32), targets_BC
@@ -75,18 +75,18 @@ def completion_loss(
 
 
 def shape_of(batch: Batch) -> tuple[int, ...]:
-  """The rows and the tokens of a row of a language model's batch; of members, these first."""
+  """The rows and the tokens of a row of a language model's batch, after the number of members."""
   return batch["tokens"].shape
 
 
 def model_options(batch: Batch) -> dict[str, jax.Array]:
-  """What a language model takes of a batch beside the tokens, by the names that it has there."""
+  """A language model's further inputs from a batch, by the names of its arguments."""
   packed = {"segments_BT": batch["segments"]} if "segments" in batch else {}
   return {"at_BC": batch["at"]} | packed
 
 
 def completion_objective(apply: Callable) -> Objective:
-  """The objective of a language model on batches of prompts and completions.
+  """Makes the objective of a language model on batches of prompts and completions.
 
   Args:
     apply: `apply({"params": weights}, tokens_BT, at_BC=positions) -> logits_BCV`, the adapted
@@ -116,17 +116,20 @@ def make_train_step(
   """Makes the jitted step `(state, frozen, batch, *beside) -> (state, metrics)`.
 
   The state is donated: its buffers are gone after the call. A step whose loss or gradient is not
-  finite returns the state it was given, counter included, and says so in its metrics. What is given
-  beside the batch, as a teacher's weights, goes to the objective as it is.
+  finite returns the given state, including the counter, and reports it in its metrics. Further
+  arguments, such as a teacher's weights, are passed on to the objective.
 
   Args:
-    objective, tx, parts, dropout_key: as in `make_update`.
-    shardings: a State with a sharding in the place of every array, which the new state gets; None
-      leaves it to the compiler.
+    objective: as in `make_update`.
+    tx: as in `make_update`.
+    parts: as in `make_update`.
+    dropout_key: as in `make_update`.
+    shardings: a State with a sharding in place of every array, for the new state; None leaves it to
+      the compiler.
 
   Returns:
     The step. Its metrics are scalars: `loss` (the objective before the update), `grad_norm` (the
-    global norm before any clip), `loss_tokens` (how many the loss is a mean of), `finite` (bool).
+    global norm before any clip), `loss_tokens` (the number of tokens in the mean), `finite` (bool).
   """
   update = make_update(objective, tx, parts=parts, dropout_key=dropout_key)
   return jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
@@ -140,18 +143,18 @@ def make_update(
   dropout_key: jax.Array | None = None,
   axis_name: str | None = None,
 ) -> Callable:
-  """Makes the step itself, for whatever compiles it; see `make_train_step`.
+  """Makes the step itself, without compiling it; see `make_train_step`.
 
   Args:
-    objective: `(weights, batch, *beside) -> (mean loss, tokens)`, as `completion_objective` makes
-      it for nothing beside the batch.
-    tx: the optimiser.
-    parts: into how many parts a batch's rows are cut, whose gradients are summed before the update;
-      see `lora_jax.train.accumulation`.
-    dropout_key: what adapters drop inputs by, together with the number of the step and of the part,
-      so that a run which is resumed drops the same ones; None drops nothing.
-    axis_name: of the devices of a `pmap` or `shard_map` over which the rows of a batch are shared
-      out; None where the step sees the whole batch, as under `jit`.
+    objective: `(weights, batch, *beside) -> (mean loss, tokens)`, as `completion_objective` returns
+      it (without `beside`).
+    tx: the optimizer.
+    parts: the number of parts of a batch's rows, whose gradients are summed before the update; see
+      `lora_jax.train.accumulation`.
+    dropout_key: the key of the adapters' dropout, combined with the number of the step and of the
+      part, so that a resumed run drops the same inputs; None for no dropout.
+    axis_name: the axis of a `pmap` or `shard_map` over which the rows of a batch are sharded; None
+      if the step sees the whole batch, as under `jit`.
   """
 
   def step(
@@ -180,7 +183,7 @@ def make_update(
 
 
 def _mean_over_devices(axis_name: str, loss: jax.Array, tokens: jax.Array, grads: PyTree):
-  """The loss, tokens and gradient of all devices' rows: each device counts by its tokens."""
+  """The loss, tokens and gradient over all devices' rows, with devices weighted by their tokens."""
   total = jax.lax.psum(tokens, axis_name)
   share = tokens / jnp.where(total > 0, total, 1)
   loss, grads = jax.lax.psum(

@@ -1,19 +1,20 @@
-"""A run's folder: where everything of it lies, held by one process at a time.
+"""A run's folder: the files of the run, held by one process at a time.
 
 with open_workdir("runs/quickstart", config.to_dict()) as workdir:
   ...
 
 runs/quickstart/
-  README.md            what was done and what came of it, for people
+  README.md            settings and results, for people
   config.json          the whole config, and fingerprints of the files that it names; a run with
                        others is refused once there is something to lose
-  metrics.jsonl        one object a logged step
+  metrics.jsonl        one object per logged step
   checkpoints/         Orbax
   adapter/             PEFT's layout
   eval.json            metrics before and after, and samples
   loss.png
+  samples.png          of a task on images
   tensorboard/         event files
-  lock                 held while a run is alive; the system lets it go when the process dies
+  lock                 held while a run is alive; the system releases it when the process dies
 """
 
 import contextlib
@@ -31,12 +32,13 @@ from typing import Any, TextIO
 from lora_jax.checks import shown
 from lora_jax.io import files, json_files, outputs
 
-# What a run writes beside its config, by which a folder without one would be written over.
+# The outputs of a run other than its config; without a config, a run would overwrite them.
 _OWN = (
   "README.md", "metrics.jsonl", "checkpoints", "adapter", "eval.json", "loss.png", "tensorboard",
+  "samples.png",
   "members", "results.md", "results.json", "report.md", "report.json", "pareto.png", "rest.jsonl",
 )  # fmt: skip
-_INPUTS = "inputs"  # the fingerprints' field in config.json, which no config has
+_INPUTS = "inputs"  # the field for fingerprints in config.json; no config has a field of this name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +76,10 @@ class Workdir:
     return self.path / "loss.png"
 
   @property
+  def picture(self) -> pathlib.Path:
+    return self.path / "samples.png"
+
+  @property
   def tensorboard(self) -> pathlib.Path:
     return self.path / "tensorboard"
 
@@ -86,20 +92,20 @@ class Workdir:
 def open_workdir(path: str | pathlib.Path, config: Mapping[str, Any]) -> Iterator[Workdir]:
   """Creates or reopens a run's folder and holds it until the block ends.
 
-  The folder is the config's own once there is something to lose: a line of metrics, a checkpoint,
-  an adapter or a model. Until then, as after a run that a check has stopped, a run with another
-  config takes it over.
+  The folder belongs to the config once there is something to lose: a line of metrics, a checkpoint,
+  an adapter or a model. Until then, for instance after a failed check, a run with another config
+  takes it over.
 
   Args:
     path: the folder; created with its parents.
-    config: the whole config, nested mappings of what JSON can hold.
+    config: the whole config, nested mappings of JSON values.
 
   Raises:
-    ValueError: when the folder holds a run with another config (the fields that differ are
-      listed), holds a run without one or files that are no run's and would be written over, or is
-      held by another process; and for a path that can be no folder.
-    TypeError: when the config holds something JSON cannot.
-    OSError: when the folder cannot be written to.
+    ValueError: if the folder holds a run with another config (the fields that differ are listed),
+      holds a run without a config or other files that would be overwritten, or is held by another
+      process; or if the path cannot be a folder.
+    TypeError: if the config has values that JSON does not support.
+    OSError: if the folder cannot be written to.
   """
   wanted = _as_json(config)
   try:
@@ -124,22 +130,22 @@ def open_workdir(path: str | pathlib.Path, config: Mapping[str, Any]) -> Iterato
       yield workdir
     except BaseException:
       if {path.name for path in workdir.path.iterdir()} <= {workdir.config.name, workdir.lock.name}:
-        workdir.config.unlink(missing_ok=True)  # it was refused, and has left nothing
+        workdir.config.unlink(missing_ok=True)  # the run was refused, and has left nothing
       raise
 
 
 def settle_inputs(workdir: Workdir, inputs: Mapping[str, Mapping[str, str]]) -> None:
-  """Keeps the fingerprints of what a run reads, or holds them against those that it began with.
+  """Stores the fingerprints of a run's inputs, or compares them with the stored ones.
 
-  A run from before there were fingerprints has none to be held to.
+  A run from a version without fingerprints has none to compare.
 
   Args:
-    workdir: open.
-    inputs: `{field of the config: {file: fingerprint}}`, as `lora_jax.io.fingerprints` makes them.
+    workdir: an open folder.
+    inputs: `{field of the config: {file: fingerprint}}`, as `lora_jax.io.fingerprints` returns.
 
   Raises:
-    ValueError: when there is something to lose and a file has changed, or is another one; all that
-      have are listed.
+    ValueError: if there is something to lose and a file has changed or was replaced; all such files
+      are listed.
   """
   wanted, content = _as_json(inputs), _read(workdir)
   if not _holds_work(workdir):
@@ -157,32 +163,32 @@ def settle_inputs(workdir: Workdir, inputs: Mapping[str, Mapping[str, str]]) -> 
     ]
     if lines:
       raise ValueError(
-        f"{workdir.path}: what the run reads has changed since it began:\n"
+        f"{workdir.path}: the files that the run reads have changed since it began:\n"
         + _listed(lines)
-        + "\nPut back what was there, or use another workdir"
+        + "\nRestore them, or use another workdir"
       )
 
 
 def read_inputs(path: str | pathlib.Path) -> dict[str, dict[str, str]]:
-  """The fingerprints of what the run in a folder reads, as `settle_inputs` keeps them; empty for a
-  run from before there were any. Raises as `read_config` does."""
+  """The fingerprints of a run's inputs, as `settle_inputs` stores them; empty for a run from a
+  version without fingerprints. Raises as `read_config` does."""
   return _read(Workdir(pathlib.Path(path).expanduser())).get(_INPUTS, {})
 
 
 def read_config(path: str | pathlib.Path) -> dict[str, Any]:
-  """The config of the run in a folder.
+  """Returns the config of the run in a folder.
 
   Raises:
-    FileNotFoundError: when the folder holds no run.
-    PermissionError: when its config.json may not be read.
-    ValueError: when its config.json is no file with a JSON object, or its fingerprints are none.
+    FileNotFoundError: if the folder holds no run.
+    PermissionError: if its config.json cannot be read.
+    ValueError: if its config.json does not hold a JSON object, or its fingerprints are invalid.
   """
   content = _read(Workdir(pathlib.Path(path).expanduser()))
   return {name: value for name, value in content.items() if name != _INPUTS}
 
 
 def _read(workdir: Workdir) -> dict[str, Any]:
-  """What config.json holds."""
+  """The contents of config.json."""
   config = workdir.config
   try:
     found = files.read_bytes(config, json_files.MAX_BYTES)
@@ -202,7 +208,7 @@ def _read(workdir: Workdir) -> dict[str, Any]:
     for files in inputs.values()
   ):
     raise ValueError(
-      f"{config}: {_INPUTS} are no fingerprints, {{field: {{file: text}}}}; restore it, or use "
+      f"{config}: {_INPUTS} are not fingerprints, {{field: {{file: text}}}}; restore it, or use "
       "another workdir"
     )
   return content
@@ -214,10 +220,10 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-  """Writes a text file whole or not at all: a reader never sees half of it.
+  """Writes a text file completely or not at all: a reader never sees a partial file.
 
   Raises:
-    OSError: as `writing` does; what the file held is still there.
+    OSError: as `writing` does; the file keeps its old contents.
   """
   with writing(path):
     outputs.write_text(path, text)
@@ -225,10 +231,10 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 @contextlib.contextmanager
 def writing(path: pathlib.Path) -> Iterator[None]:
-  """Around the writing of a run's file or folder.
+  """Wraps the writing of a run's file or folder.
 
   Raises:
-    OSError: for any error of the system, with the path and what is to be done about it.
+    OSError: for any error of the system, with the path and a remedy.
   """
   try:
     yield
@@ -240,23 +246,23 @@ def writing(path: pathlib.Path) -> Iterator[None]:
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:
-  """Sixteen hexadecimal digits that tell one config from another, whatever its fields' order."""
+  """Sixteen hexadecimal digits that identify a config, for any order of its fields."""
   canonical = json.dumps(_as_json(config), sort_keys=True)
   return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
-  """The config as it will be read back: tuples are lists, keys are strings."""
+  """The config as JSON will return it: tuples are lists, keys are strings."""
   try:
-    # By name, for config.json is read again, and an infinite limit is a setting like another.
+    # By name, since config.json is read again, and an infinite limit is a valid setting.
     return json.loads(outputs.as_json(config, not_finite=str))
   except (TypeError, ValueError) as error:
     raise TypeError(f"the config cannot be written as JSON: {error}") from error
 
 
 def _open_lock(path: pathlib.Path) -> TextIO:
-  """Opens the lock, or makes it; what is none is never written to."""
-  wrong = f"{path}: is no lock of a run, but {{}}; delete it, or use another workdir"
+  """Opens or creates the lock; a file that is not a lock is never written to."""
+  wrong = f"{path}: is not the lock of a run but {{}}; delete it, or use another workdir"
   try:
     number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
   except OSError as error:
@@ -267,7 +273,7 @@ def _open_lock(path: pathlib.Path) -> TextIO:
   if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
     os.close(number)
     raise ValueError(wrong.format("a pipe, a device, or another file's second name"))
-  lock = open(number, "r+", encoding="ascii", errors="replace")  # noqa: SIM115, closed by who asks
+  lock = open(number, "r+", encoding="ascii", errors="replace")  # noqa: SIM115, for the caller
   if lock.read(32).strip("0123456789\n"):
     lock.close()
     raise ValueError(wrong.format("a file of another kind"))
@@ -275,8 +281,8 @@ def _open_lock(path: pathlib.Path) -> TextIO:
 
 
 def _hold(lock: TextIO, workdir: Workdir) -> None:
-  # A record lock belongs to the process and is not inherited by a fork: neither a killed run nor a
-  # data worker that outlives it can leave the folder locked.
+  # A record lock belongs to the process and is not inherited by a fork. So neither a killed run nor
+  # a data worker that outlives it can leave the folder locked.
   try:
     fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except OSError as error:
@@ -294,8 +300,8 @@ def _hold(lock: TextIO, workdir: Workdir) -> None:
 
 
 def _clear(workdir: Workdir) -> None:
-  """Removes what a killed run had not written to its end."""
-  # As earlier versions named it.
+  """Removes files that a killed run has not completed."""
+  # The names that earlier versions used.
   for path in (workdir.config, workdir.metrics, workdir.evaluation, workdir.readme):
     outputs.remove(path.with_name(path.name + ".tmp"))
   for folder in (workdir.path, *workdir.path.glob("members/*")):
@@ -305,7 +311,7 @@ def _clear(workdir: Workdir) -> None:
 
 
 def _check_others(workdir: Workdir) -> None:
-  """Refuses a folder that holds what a run would write over, and no config of a run."""
+  """Refuses a folder with files that a run would overwrite, and no config of a run."""
   if workdir.config.exists() or not workdir.path.is_dir():
     return
   if workdir.metrics.exists() or workdir.checkpoints.exists():
@@ -316,18 +322,18 @@ def _check_others(workdir: Workdir) -> None:
   others = [name for name in _OWN if (workdir.path / name).exists()]
   if others:
     raise ValueError(
-      f"{workdir.path}: holds {', '.join(others)}, which is of no run and would be written over; "
+      f"{workdir.path}: holds {', '.join(others)}, which no run wrote and a run would overwrite; "
       "use another workdir"
     )
 
 
 def _holds_work(workdir: Workdir) -> bool:
-  """Whether there is something to lose in a folder."""
+  """True if a folder holds something to lose."""
   if any((workdir.path / name).exists() for name in ("adapter", "model", "members")):
     return True
   if workdir.metrics.exists() and _has_line(workdir.metrics):
     return True
-  # A checkpoint that is being written has another name.
+  # An incomplete checkpoint has another name.
   saved = workdir.checkpoints.iterdir() if workdir.checkpoints.is_dir() else ()
   return any(path.name.isdecimal() or path.name.startswith("damaged-") for path in saved)
 
@@ -338,13 +344,13 @@ def _has_line(path: pathlib.Path) -> bool:
 
 
 def _clear_results(workdir: Workdir) -> None:
-  """Removes what a run that came to nothing has left, which is not another run's."""
+  """Removes the leftovers of a run without results, which do not belong to another run."""
   for name in _OWN:
     outputs.remove(workdir.path / name)
 
 
 def _settle_config(workdir: Workdir, wanted: dict[str, Any]) -> None:
-  """Writes the config into a folder that is free; compares it with that of a folder in use."""
+  """Writes the config into a free folder; compares it with that of a folder in use."""
   if not workdir.config.exists():
     write_json(workdir.config, wanted)
     return
@@ -379,7 +385,7 @@ _ABSENT = _Absent()
 
 
 def _fields(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  """`{"lora.rank": 8}` of `{"lora": {"rank": 8}}`; an empty mapping is a field of its own."""
+  """`{"lora.rank": 8}` for `{"lora": {"rank": 8}}`; an empty mapping is a field of its own."""
   fields = {}
   for name, value in config.items():
     if isinstance(value, dict) and value:

@@ -1,4 +1,4 @@
-"""Weights: frozen pytrees that stand for an array without being one."""
+"""Weights: frozen pytrees that represent an array and are used in its place."""
 
 from lora_jax.weights.adalora import AdaLoRA as AdaLoRA
 from lora_jax.weights.adapted import Adapted as Adapted

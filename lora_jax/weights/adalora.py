@@ -1,4 +1,4 @@
-"""AdaLoRA: `w + scale * a diag(e) b`, whose ranks are switched off one by one by zeros in e."""
+"""AdaLoRA: `w + scale * a diag(e) b`. Zeros in e switch off single ranks."""
 
 import dataclasses
 from typing import ClassVar
@@ -21,7 +21,7 @@ class AdaLoRA(Adapted):
   Attributes:
     w: the base, an array or another Weight; None in an adapter.
     a: [*stack, *inputs, rank], the left singular vectors.
-    e: [*stack, rank], the singular values; where one is zero, the matrix has that rank less.
+    e: [*stack, rank], the singular values. Each zero lowers the rank of the change by one.
     b: [*stack, rank, *outputs], the right singular vectors.
     scale: the factor of the product.
     roles, frozen, path: as in `Adapted`.
@@ -51,10 +51,10 @@ class AdaLoRA(Adapted):
     )
 
   def as_low_rank(self) -> LowRank:
-    """The same change as a plain LoRA, of the ranks that are left.
+    """The same change as a plain LoRA that holds only the remaining ranks.
 
-    The layers of a stack have one rank: that of the layer which has most left. It is read off the
-    values, so this is not for use inside `jit`.
+    All layers of a stack get one rank, that of the layer with the most ranks remaining. The rank
+    depends on values, so this does not work inside `jit`.
     """
     left = np.asarray(self.e) != 0
     rank = max(1, int(left.sum(axis=-1).max()))
@@ -72,5 +72,5 @@ class AdaLoRA(Adapted):
     return promotion.multiplied(self.a, self._beside(self.e))
 
   def _beside(self, e):
-    """What is [*stack, rank], with axes of one for the inputs of a."""
+    """An array [*stack, rank] with axes of size one for the inputs of a."""
     return e.reshape(*e.shape[:-1], *[1] * (self.a.ndim - e.ndim), e.shape[-1])

@@ -1,14 +1,14 @@
-"""A base and what is learnt beside it.
+"""A base and the parts that are learned alongside it.
 
-Every adapter method has a Weight of this kind: a frozen base `w` and named parts, of which some
-train. An adapter is the same thing without its base, `w=None`: what is initialised, saved,
-combined and stacked. `attach` gives it a base, `detach` takes the base away.
+Every adapter method has a Weight of this kind: a frozen base `w` and named parts, some of which
+train. An adapter is the same object without its base, `w=None`. Adapters are what is initialized,
+saved, combined and stacked. `attach` adds the base, `detach` removes it.
 
-An adapter may be sealed: the parts of it that do not train are then no leaves of it. An optimizer
-that is given the adapters sees nothing there, so it cannot move them, by weight decay or otherwise.
+An adapter may be sealed: the parts that do not train are then not among its leaves. An optimizer
+that is given sealed adapters does not see these parts, so weight decay cannot move them.
 
-A part's axes are those of the base or the rank, so its layout is said in the letters of their
-roles: "sir" is [*stack, *inputs, rank]. Fitting, sharding and stacking follow from that alone.
+Each axis of a part is an axis of the base or the rank. A layout gives the roles of these axes in
+letters: "sir" is [*stack, *inputs, rank]. Shape checks, sharding and stacking follow from it.
 """
 
 import dataclasses
@@ -28,16 +28,16 @@ from lora_jax.weights.factors import part_axes
 class Adapted(Weight):
   """A weight made of a base and named parts; each kind is a subclass.
 
-  A kind sets `LAYOUTS`, `LINEAR` and either `applied` (the arrays and Weights that it is computed
-  by: one line for whatever comes down to a low-rank product) or `delta` and the operations.
+  A kind sets `LAYOUTS`, `TRAINED` and `LINEAR`. It then defines either `applied`, which returns
+  the Weight that computes it (one line for any low-rank product), or `delta` and the operations.
 
   Attributes:
     w: the base, an array or another Weight; None in an adapter.
-    roles: the role of each axis of w, leading stack axes left out; see `weights.low_rank`.
-    frozen: the names of parts that do not train beside those that never do.
+    roles: the role of each axis of w, without leading stack axes; see `weights.low_rank`.
+    frozen: the names of parts that do not train, in addition to those that never do.
     path: the leaf's path, for messages.
-    sealed: the names of parts that are no leaves; see `seal`.
-    trained_beside: the paths of leaves that train in full beside this one; see `trainable_mask`.
+    sealed: the names of parts that are not leaves; see `seal`.
+    trained_beside: the paths of leaves that train in full with this one; see `trainable_mask`.
   """
 
   LAYOUTS: ClassVar[Mapping[str, str]]
@@ -45,7 +45,7 @@ class Adapted(Weight):
   TRAINED: ClassVar[tuple[str, ...]]
   """The parts that train."""
   LINEAR: ClassVar[str]
-  """A part in which the change of the base is linear: times two, it is twice the change."""
+  """A part in which the change of the base is linear: doubling it doubles the change."""
 
   w: Any
   roles: str = dataclasses.field(default="io", kw_only=True, metadata={"static": True})
@@ -57,10 +57,10 @@ class Adapted(Weight):
     default=(), kw_only=True, compare=False, metadata={"static": True}
   )
 
-  # ---- the array that it stands for
+  # ---- the array that it represents
 
   def delta(self) -> jax.Array:
-    """What is added to the base, in its axes and in at least float32."""
+    """The change that is added to the base, in the base's axes and in at least float32."""
     return self.applied().delta()
 
   def materialize(self):
@@ -89,24 +89,24 @@ class Adapted(Weight):
 
   @property
   def all_roles(self) -> str:
-    """The role of every axis of w, leading stack axes included."""
+    """The role of every axis of w, including leading stack axes."""
     return self.roles.rjust(self.ndim, "s")
 
   @property
   def parts(self) -> dict[str, jax.Array]:
-    """The parts by name; one that is None is left out."""
+    """The parts by name, without those that are None."""
     named = {name: getattr(self, name) for name in self.LAYOUTS}
     return {name: part for name, part in named.items() if part is not None}
 
-  # ---- with and without the base
+  # ---- attaching and detaching the base
 
   def attach(self, w, path: str) -> Weight:
-    """This adapter on a base.
+    """Returns this adapter on a base.
 
     Raises:
-      ValueError: when the parts are not those of a leaf of w's shape.
+      ValueError: if the shapes of the parts do not fit a leaf of w's shape.
     """
-    # A derivative by the whole adapter, and an optimizer that follows it, change what trains.
+    # `jax.grad` by the whole adapter, or an optimizer step on it, changes the trained parts.
     fixed = {
       name: lax.stop_gradient(part)
       for name, part in self.parts.items()
@@ -128,28 +128,28 @@ class Adapted(Weight):
     return weight
 
   def detach(self) -> Self:
-    """This weight without its base and its place."""
+    """Returns the adapter: this weight without its base and path."""
     return dataclasses.replace(self, w=None, path="", trained_beside=())
 
   def seal(self) -> Self:
-    """This adapter with the parts that do not train among its structure instead of its leaves.
+    """Returns this adapter with its untrained parts in the tree structure instead of the leaves.
 
-    They are constants of a function that is compiled. In a traced function, and on devices of other
-    processes, a part has no value to hold, and the adapter is returned as it is.
+    In a compiled function they are constants. A traced value, or an array on devices of other
+    processes, cannot be part of the structure; the adapter is then returned unchanged.
     """
     names = self._untrained
     sealable = all(_has_value(getattr(self, name)) for name in names)
     return dataclasses.replace(self, sealed=names) if names and sealable else self
 
   def unseal(self) -> Self:
-    """This adapter with every part among its leaves."""
+    """Returns this adapter with every part among its leaves."""
     return dataclasses.replace(self, sealed=()) if self.sealed else self
 
   @property
   def apart(self) -> tuple[str, ...]:
     if not self.sealed:
       return ()
-    # Not what was exchanged for a traced value since.
+    # A part that has since been replaced by a traced value is a leaf.
     return tuple(name for name in self.sealed if _has_value(getattr(self, name)))
 
   @property
@@ -158,12 +158,12 @@ class Adapted(Weight):
     return tuple(name for name in self.parts if name not in self.TRAINED or name in self.frozen)
 
   def unmerge(self, merged: jax.Array, path: str) -> jax.Array:
-    """The base of which `merged` is the merge with this adapter, to rounding."""
+    """The base whose merge with this adapter is `merged`, up to rounding."""
     delta = self.attach(merged, path).delta()
     return (merged.astype(delta.dtype) - delta).astype(merged.dtype)
 
   def fits(self) -> bool:
-    """Whether every part has the shape that the base and one rank give it."""
+    """True if every part has the shape that follows from the base and a single rank."""
     if self.ndim < len(self.roles):
       return False
     ranks = set()
@@ -179,28 +179,28 @@ class Adapted(Weight):
     return len(ranks) <= 1
 
   def rescaled(self, c) -> Self:
-    """This weight with the change of the base multiplied by a number, which may be traced."""
+    """Returns this weight with its change of the base times c, which may be traced."""
     part = promotion.multiplied(getattr(self, self.LINEAR), c)
     return dataclasses.replace(self, **{self.LINEAR: part})
 
   def as_low_rank(self) -> "Adapted":
-    """The plain LoRA adapter, a LowRank without a base, that changes any base as this one does.
+    """Returns the plain LoRA adapter, a LowRank without a base, that makes the same change.
 
     Raises:
-      NotFactored: when there is none, or none that does without the base.
+      NotFactored: if there is none, or if it depends on the base.
     """
     raise NotFactored(f"{type(self).__name__} has no low-rank form of its own")
 
   @property
   def drops(self) -> bool:
-    """Whether a training step drops some of its inputs: whether `with_dropout` is needed."""
+    """True if a training step drops some of its inputs, so that `with_dropout` is needed."""
     return False
 
   def with_dropout(self, key: jax.Array) -> Self:
-    """This weight as a training step uses it; itself, for a kind that drops nothing."""
+    """Returns this weight as a training step uses it; unchanged if the kind drops nothing."""
     return self
 
-  # ---- what trains, and where it lives
+  # ---- training and sharding
 
   def trainable(self):
     mask = jax.tree.map(lambda _: False, self)
@@ -209,7 +209,7 @@ class Adapted(Weight):
     return dataclasses.replace(mask, **trained)
 
   def partition_specs(self, spec):
-    """Each axis of a part is sharded as the axis of w that it is; the rank is not."""
+    """Each axis of a part is sharded like the axis of w that it is; the rank is not sharded."""
     names = (*spec, *[None] * (self.ndim - len(spec)))
     parts = {
       name: jax.P(*(None if n is None else names[n] for n in self._axes(name)))

@@ -1,10 +1,10 @@
-"""What a Weight is, and the operations that accept an array or a Weight alike.
+"""The class Weight, and the operations that accept an array or a Weight alike.
 
-A Weight is a frozen pytree that stands for an array: `W + s A B`, a quantised block, a truncated
-factorisation. It must say what array it stands for (`materialize`); it may also say how that
-array is contracted, gathered or transposed without ever being formed. An operation that it does
-not define raises `NotFactored`, and the interpreter then materializes the weight, or, in strict
-mode, tells the user why it would have to.
+A Weight is a frozen pytree that represents an array: `W + s A B`, a quantized block, a truncated
+factorization. It must define `materialize`, which returns that array. It may also define how the
+array is contracted, gathered or transposed without being materialized. An operation that it does
+not define raises `NotFactored`. The interpreter then materializes the weight or, in strict mode,
+raises an error with the reason.
 
 A new kind of weight is one file with one frozen dataclass, registered as a pytree:
 
@@ -21,8 +21,8 @@ A new kind of weight is one file with one frozen dataclass, registered as a pytr
         operands = (self.w, other) if weight_is_lhs else (other, self.w)
         return self.c * dot_general(*operands, dimension_numbers, **params)
 
-The shape and dtype of a Weight are derived from its children, never stored: `vmap`, `scan` and
-`shard_map` change the children behind its back.
+The shape and dtype of a Weight are derived from its children and never stored, since `vmap`, `scan`
+and `shard_map` replace the children.
 """
 
 import dataclasses
@@ -40,10 +40,10 @@ PyTree = Any
 
 
 class NotFactored(Exception):
-  """Raised by a Weight's method that cannot work without materializing it; says why.
+  """Raised by a Weight's method that would have to materialize the Weight; carries the reason.
 
   Attributes:
-    weight: the Weight that it is about, where the operation has several.
+    weight: the Weight in question, where the operation has several.
   """
 
   def __init__(self, reason: str, weight: "Weight | None" = None):
@@ -52,7 +52,7 @@ class NotFactored(Exception):
 
 
 class Weight:
-  """A frozen pytree that stands for an array.
+  """A frozen pytree that represents an array.
 
   `path` names the leaf for error messages; `attach` sets it.
   """
@@ -60,28 +60,28 @@ class Weight:
   path: str
 
   apart: ClassVar[tuple[str, ...]] = ()
-  """The names of arrays that are no leaves of it; see `Adapted.seal`."""
+  """The names of arrays that are not leaves; see `Adapted.seal`."""
 
   IS_DENSE: ClassVar[bool] = False
-  """Whether nothing is spared by keeping it apart: `adapt` then forms the array at once."""
+  """True if keeping it factored saves nothing; `adapt` then materializes it up front."""
 
   def __post_init__(self):
     let_flax_serialize(type(self))
 
   def materialize(self) -> jax.Array:
-    """The array that this weight stands for."""
+    """The array that this weight represents."""
     raise NotImplementedError
 
   def applied(self) -> Any:
-    """The Weight or array by whose operations this weight is applied.
+    """The Weight or array whose operations this weight uses.
 
-    A kind that comes down to another one, computed from its parts, says so here and needs no
-    operation of its own.
+    A kind that can be computed from its parts as another kind returns that one here, and then
+    needs no operations of its own.
     """
     return self
 
   def trainable(self) -> "Weight":
-    """This weight with a bool in the place of every array: True where it trains."""
+    """This weight with a bool in place of every array: True for those that train."""
     return jax.tree.map(lambda _: False, self)
 
   def with_path(self, path: str) -> "Weight":
@@ -89,7 +89,7 @@ class Weight:
 
   @property
   def aval(self) -> jax.ShapeDtypeStruct:
-    """The shape and dtype of the array, by tracing alone."""
+    """The shape and dtype of the array, without computing it."""
     return jax.eval_shape(materialize, self)
 
   @property
@@ -106,23 +106,23 @@ class Weight:
 
   @property
   def explicit_sharding(self) -> NamedSharding | None:
-    """The sharding of the array over explicit mesh axes, from the parts; None without such axes."""
+    """The array's sharding over explicit mesh axes, from the parts; None without such axes."""
     return None
 
   @property
   def is_stacked(self) -> bool:
-    """Whether slicing every child along its leading axis slices the weight along its own."""
+    """True if slicing every child along its leading axis slices the weight along its own."""
     return False
 
   def partition_specs(self, spec: jax.sharding.PartitionSpec) -> "Weight":
-    """This weight with a PartitionSpec in the place of every array, derived from its own."""
+    """This weight with a PartitionSpec in place of every array, derived from the array's spec."""
     raise NotFactored(f"{type(self).__name__} does not say how its parts are sharded")
 
   def local_specs(self, spec: jax.sharding.PartitionSpec) -> "Weight":
-    """`partition_specs` for `shard_map`, where each device computes with its own pieces alone.
+    """`partition_specs` for `shard_map`, where each device uses only its own shards.
 
     Raises:
-      NotFactored: when the pieces of the parts do not make a piece of the array.
+      NotFactored: if the shards of the parts do not determine the shard of the array.
     """
     return self.partition_specs(spec)
 
@@ -130,7 +130,7 @@ class Weight:
     raise TypeError(
       f"{self.path or type(self).__name__}: a Weight met a JAX function that does not know it. "
       "Wrap the function, `lora_jax.adapt(f)`, and pass the weights as its argument (a Weight "
-      "that the function reaches by closure is not seen), or form the array with "
+      "that the function reaches by closure is not seen), or materialize the array with "
       "`lora_jax.materialize`."
     )
 
@@ -140,18 +140,18 @@ def is_weight(x: Any) -> bool:
 
 
 def materialize(tree: PyTree) -> PyTree:
-  """The same tree with every Weight exchanged for the array that it stands for."""
+  """Returns the tree with every Weight replaced by the array that it represents."""
   return jax.tree.map(lambda x: x.materialize() if is_weight(x) else x, tree, is_leaf=is_weight)
 
 
-# What follows accepts arrays and Weights alike, so that a Weight can hold another as its base.
+# The functions below accept arrays and Weights alike, so that a Weight can be another's base.
 
 
 def call(op: str, operand, *args, **params):
-  """`lax.<op>` of an array, or the method of that name of a Weight.
+  """Calls `lax.<op>` on an array, or the method of that name on a Weight.
 
   Raises:
-    NotFactored: when the kind of weight has no such method.
+    NotFactored: if the kind of weight has no such method.
   """
   operand = applied(operand)
   if not is_weight(operand):
@@ -163,7 +163,7 @@ def call(op: str, operand, *args, **params):
 
 
 def dot_general(lhs, rhs, dimension_numbers, **params):
-  """`lax.dot_general`; a Weight's method is told on which side it stands."""
+  """`lax.dot_general`; a Weight's method is told which side the weight is on."""
   lhs, rhs = applied(lhs), applied(rhs)
   if is_weight(lhs) and is_weight(rhs):
     raise NotFactored("both operands of the product are weights")
@@ -178,7 +178,7 @@ def conv_general_dilated(x, kernel, **params):
   """`lax.conv_general_dilated`; a Weight's method takes the input first."""
   x, kernel = applied(x), applied(kernel)
   if is_weight(x):
-    raise NotFactored("the weight is what is convolved, not the kernel")
+    raise NotFactored("the weight is the convolution's input, not its kernel")
   if is_weight(kernel):
     return call("conv_general_dilated", kernel, x, **params)
   return lax.conv_general_dilated(x, kernel, **params)
@@ -199,16 +199,16 @@ def astype(operand, dtype):
 
 
 def scaled(operand, c):
-  """The operand times a number."""
+  """The operand times a scalar."""
   operand = applied(operand)
   return operand.scaled(c) if is_weight(operand) else promotion.multiplied(operand, c)
 
 
 def resharded(operand, sharding: NamedSharding):
-  """`jax.sharding.reshard`; the parts of a Weight follow its array.
+  """`jax.sharding.reshard`; the parts of a Weight are sharded along with its array.
 
   Raises:
-    NotFactored: when the parts cannot be sharded as the array is.
+    NotFactored: if the parts cannot be sharded like the array.
   """
   if not is_weight(operand):
     return jax.sharding.reshard(operand, sharding)
@@ -225,35 +225,35 @@ def resharded(operand, sharding: NamedSharding):
 
 
 def aligned(weight: Weight) -> Weight:
-  """The Weight with its parts sharded as its array is, on a mesh with explicit axes."""
+  """The Weight with its parts sharded like its array, on a mesh with explicit axes."""
   sharding = weight.explicit_sharding
   return weight if sharding is None else resharded(weight, sharding)
 
 
 def check_zero(value) -> None:
-  """Raises `NotFactored` for a value to pad with that is not known to be zero."""
+  """Raises `NotFactored` if a padding value is not known to be zero."""
   if isinstance(value, jax.core.Tracer) or value != 0:
     raise NotFactored("it is padded with values that may not be zero")
 
 
 def is_stacked(operand) -> bool:
-  """Whether slicing every array of the operand along its leading axis slices the operand."""
+  """True if slicing every array of the operand along its leading axis slices the operand."""
   return operand.is_stacked if is_weight(operand) else operand.ndim > 0
 
 
 def alike(operands) -> bool:
-  """Whether Weights are of one kind and structure, whatever their sizes are."""
+  """True if all are Weights of one kind and structure, of any sizes."""
   return len(set(map(jax.tree.structure, operands))) == 1
 
 
 def joined(f, operands):
-  """`f(*leaves)` for the leaves of Weights that are `alike`, with the path of the first."""
+  """`f(*leaves)` over the leaves of Weights that are `alike`; keeps the path of the first."""
   leaves = zip(*map(jax.tree.leaves, operands), strict=True)
   return jax.tree.unflatten(jax.tree.structure(operands[0]), [f(*each) for each in leaves])
 
 
 def applied(operand):
-  """The operand, or what it comes down to."""
+  """The operand, or the Weight that `Weight.applied` replaces it by."""
   while is_weight(operand):
     simpler = operand.applied()
     if simpler is operand:

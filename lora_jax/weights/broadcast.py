@@ -1,7 +1,7 @@
-"""Broadcast: an array repeated along the axes that it does not have, as JAX writes `w * vector`.
+"""Broadcast: an array repeated along new axes, as in `w * vector`.
 
-A jaxpr has no product of a matrix and a row: the row is broadcast to the matrix's shape first. The
-interpreter shows such an operand to the rules for products as what it was before.
+A jaxpr has no product of a matrix and a row: it first broadcasts the row to the matrix's shape. The
+interpreter keeps such an operand as a Broadcast, so that the rules for products see the row.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ class Broadcast(Weight):
   """`lax.broadcast_in_dim(x, sizes, axes)`.
 
   Attributes:
-    x: an array with the sizes of the axes.
+    x: an array whose axes are `axes` of the result.
     axes: ascending axes of the result.
     sizes: the result's shape.
   """
@@ -31,7 +31,7 @@ class Broadcast(Weight):
 
   @classmethod
   def of(cls, x: jax.Array, sizes: tuple[int, ...], axes: tuple[int, ...]) -> "Broadcast":
-    """The broadcast without the axes of size one that it repeats."""
+    """The broadcast of x without its repeated axes of size one."""
     kept = [n for n, axis in enumerate(axes) if x.shape[n] == sizes[axis]]
     x = lax.squeeze(x, [n for n in range(x.ndim) if n not in kept])
     return cls(x, tuple(axes[n] for n in kept), tuple(sizes))

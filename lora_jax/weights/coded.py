@@ -1,15 +1,15 @@
-"""Coded: an array that is held as codes, and decoded where it is used.
+"""Coded: an array that is stored quantized and dequantized where it is used.
 
-Some axes of the array are its columns: joined into one, they are cut into blocks, and the blocks
-are what is coded. Every other axis is one of rows, and every array of the codes has it too:
+Some axes of the array are its columns. They are flattened into one axis, cut into blocks and
+quantized. All other axes are rows, and every stored array keeps them:
 
-    array (d, k)            columns (-2,)      held as [k, codes of d]      a kernel, by inputs
-    array (L, d, k)         columns (-2,)      held as [L, k, codes of d]   layers of a scan
-    array (V, d)            columns (-1,)      held as [V, codes of d]      an embedding, by tokens
-    array (heads, dim, k)   columns (-3, -2)   held as [k, codes of heads * dim]
+    array (d, k)            columns (-2,)      stored as [k, d values]      a kernel, by inputs
+    array (L, d, k)         columns (-2,)      stored as [L, k, d values]   layers of a scan
+    array (V, d)            columns (-1,)      stored as [V, d values]      an embedding, by tokens
+    array (heads, dim, k)   columns (-3, -2)   stored as [k, heads * dim values]
 
-So what is sliced, moved or looked up along the rows is done to the codes. What is multiplied by is
-decoded first, for one use, as `weights.formed` says.
+Slices, transposes and look-ups along the rows act on the quantized values. A product dequantizes
+the array temporarily, as `weights.formed` explains.
 """
 
 import dataclasses
@@ -28,11 +28,11 @@ from lora_jax.weights.formed import Formed
 
 @dataclasses.dataclass(frozen=True)
 class Coded(Formed):
-  """An array held as codes; a kind has arrays of the codes and says what they stand for.
+  """A quantized array. A kind stores the quantized values and defines `decode`.
 
   Attributes:
-    columns: the axes of the array that are coded together, counted from its end, ascending.
-    sizes: their sizes.
+    columns: the axes that are quantized together, counted from the array's end, ascending.
+    sizes: the sizes of these axes.
     to: the dtype of the array.
     path: the leaf's path, for messages.
   """
@@ -43,7 +43,7 @@ class Coded(Formed):
   path: str = dataclasses.field(default="", kw_only=True, compare=False, metadata={"static": True})
 
   def decode(self) -> jax.Array:
-    """The numbers [*rows, columns], perhaps with more columns at the end that fill up a block."""
+    """The dequantized values [*rows, columns], possibly padded at the end to whole blocks."""
     raise NotImplementedError
 
   def materialize(self):
@@ -52,7 +52,7 @@ class Coded(Formed):
     )
 
   def arranged(self, numbers: jax.Array) -> jax.Array:
-    """The array of these numbers [*rows, columns], in the dtype that it has."""
+    """The array made of the values [*rows, columns], in its own dtype."""
     numbers = numbers.astype(self.to)[..., : math.prod(self.sizes)]
     rows = numbers.shape[:-1]
     last = range(len(rows), self.ndim)
@@ -74,7 +74,7 @@ class Coded(Formed):
 
   @property
   def explicit_sharding(self):
-    """The rows are sharded as those of the codes, the first axis of the columns as the codes."""
+    """Rows are sharded as in the stored arrays, the first column axis like the stored columns."""
     codes = jax.tree.leaves(self)[0]
     sharding = explicit.sharding_of(codes)
     if sharding is None:
@@ -88,7 +88,7 @@ class Coded(Formed):
     fitted = explicit.with_axes(sharding, axes)
     try:
       fitted.shard_shape(self.shape)
-    except ValueError:  # the codes divide over the mesh, the axis itself does not
+    except ValueError:  # the stored columns divide over the mesh, the axis itself does not
       axes[first] = None
       fitted = explicit.with_axes(sharding, axes)
     return fitted
@@ -99,11 +99,11 @@ class Coded(Formed):
 
   @property
   def nbytes(self) -> int:
-    """What it takes in memory."""
+    """The bytes that it takes in memory."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
   def partition_specs(self, spec):
-    """The rows are cut as the rows, the codes of a row as the first axis of the columns."""
+    """Rows are sharded like the array's rows, stored columns like the first column axis."""
     names = (*spec, *[None] * (self.ndim - len(spec)))
     cut = jax.P(*(names[n] for n in self._row_axes), names[self._column_axes[0]])
     return jax.tree.map(lambda _: cut, self)
@@ -111,18 +111,18 @@ class Coded(Formed):
   def local_specs(self, spec):
     names = (*spec, *[None] * (self.ndim - len(spec)))
     if any(names[n] is not None for n in self._column_axes):
-      raise NotFactored("the blocks of its codes may be cut where the array is")
+      raise NotFactored("its quantized blocks may be cut where the array is sharded")
     return self.partition_specs(spec)
 
-  # ---- what is looked up
+  # ---- look-ups
 
   def gather(self, indices, *, dimension_numbers, slice_sizes, mode, fill_value=None, **params):
-    """Whole rows along one axis, as an embedding is looked up; no other row is decoded."""
+    """Looks up whole rows along one axis, as for an embedding; dequantizes only these rows."""
     d = dimension_numbers
     axis = d.collapsed_slice_dims[0] if len(d.collapsed_slice_dims) == 1 else None
     full = [n == axis or size == self.shape[n] for n, size in enumerate(slice_sizes)]
     if axis is None or d.start_index_map != (axis,) or d.operand_batching_dims or not all(full):
-      raise NotFactored("only whole rows along one axis are looked up by their codes")
+      raise NotFactored("only whole rows along one axis are looked up while quantized")
     row, size = self._row(axis), self.shape[axis]
     columns = self._columns_after([n for n in range(self.ndim) if n != axis])
 
@@ -150,12 +150,12 @@ class Coded(Formed):
 
     return explicit.laid_out(rows_at, explicit.of_result(use, self, indices))(self, indices)
 
-  # ---- what stays coded
+  # ---- operations that stay quantized
 
   def astype(self, dtype):
-    """With a wider dtype the numbers that the codes stand for, which a narrower one had rounded."""
+    """A wider dtype keeps the dequantized values, which a narrower one would have rounded."""
     if not jnp.issubdtype(dtype, jnp.inexact):
-      raise NotFactored(f"a cast to {dtype} rounds the numbers, not their codes")
+      raise NotFactored(f"a cast to {dtype} rounds the values after they are dequantized")
     return dataclasses.replace(self, to=jnp.dtype(dtype).name)
 
   def transpose(self, permutation):
@@ -173,7 +173,7 @@ class Coded(Formed):
   def slice(self, start_indices, limit_indices, strides):
     bounds = list(zip(start_indices, limit_indices, strides or (1,) * self.ndim, strict=True))
     if any(bounds[n] != (0, self.shape[n], 1) for n in self._column_axes):
-      raise NotFactored("a slice of its columns may cut the blocks of its codes")
+      raise NotFactored("a slice of its columns may cut its quantized blocks")
 
     def sliced(codes):
       each = [*(bounds[n] for n in self._row_axes), (0, codes.shape[-1], 1)]
@@ -183,7 +183,7 @@ class Coded(Formed):
 
   def dynamic_slice(self, start_indices, slice_sizes):
     if any(slice_sizes[n] != self.shape[n] for n in self._column_axes):
-      raise NotFactored("a slice of its columns may cut the blocks of its codes")
+      raise NotFactored("a slice of its columns may cut its quantized blocks")
     zero = jnp.zeros_like(jnp.asarray(start_indices[0]))
 
     def sliced(codes):
@@ -194,9 +194,9 @@ class Coded(Formed):
     return self._with_rows(sliced, self.columns)
 
   def scaled(self, c):
-    raise NotFactored("a multiple of it has other codes")
+    raise NotFactored("a multiple of it has other quantized values")
 
-  # ---- which axis is which
+  # ---- rows and columns
 
   @property
   def _column_axes(self) -> list[int]:
@@ -207,25 +207,25 @@ class Coded(Formed):
     return [n for n in range(self.ndim) if n not in self._column_axes]
 
   def _row(self, axis: int) -> int:
-    """The place of an axis among those of the rows."""
+    """The index of an axis among the rows."""
     if axis in self._column_axes:
-      raise NotFactored("its columns are coded together")
+      raise NotFactored("its columns are quantized together")
     return self._row_axes.index(axis)
 
   def _columns_after(self, order: Sequence[int]) -> tuple[int, ...]:
-    """The columns when the axes of the array are these, in this order."""
+    """The columns after the axes of the array are put in this order."""
     columns = [n for n, axis in enumerate(order) if axis in self._column_axes]
     if [order[n] for n in columns] != self._column_axes:
-      raise NotFactored("its columns are coded together, in their order")
+      raise NotFactored("its columns are quantized together, in their order")
     return tuple(n - len(order) for n in columns)
 
   def _with_rows(self, change: Callable[[Any], Any], columns: tuple[int, ...]) -> Self:
-    """This weight with every array of codes changed along the rows, and the columns elsewhere."""
+    """Applies `change` to the rows of every stored array; `columns` is where the columns end up."""
     return dataclasses.replace(jax.tree.map(change, self), columns=columns)
 
 
 def rows_of(w: jax.Array, columns: Sequence[int]) -> jax.Array:
-  """The numbers [*rows, columns] of an array with these axes as columns, counted from its end."""
+  """The values [*rows, columns] of an array with these axes as columns, counted from its end."""
   last = range(w.ndim - len(columns), w.ndim)
   moved = jnp.moveaxis(w, columns, last)
   rows, sizes = moved.shape[: w.ndim - len(columns)], moved.shape[w.ndim - len(columns) :]

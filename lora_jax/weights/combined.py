@@ -1,6 +1,6 @@
 """Weights made of several arrays or Weights, and the sum: `w + y` is `Sum((w, y))`.
 
-Each operation is done to every part, and the results are summed, so that every part keeps its own
+Each operation is applied to every part and the results are summed, so every part keeps its own
 factored form. Such Weights exist only while `adapt` evaluates a function.
 """
 
@@ -70,7 +70,7 @@ class Sum(Combined, Moved):
   def is_stacked(self):
     return all(base.is_stacked(part) for part in self.parts)
 
-  # ---- what is contracted
+  # ---- contractions
 
   def dot_general(self, other, dimension_numbers, *, weight_is_lhs, **params):
     def product(part, **params):
@@ -100,7 +100,7 @@ class Sum(Combined, Moved):
     ]
     return added(*rows)
 
-  # ---- what stays a sum
+  # ---- operations that stay a sum
 
   def times(self, x, axes):
     return self._each(lambda part: scaled_along(part, x, axes))
@@ -139,7 +139,7 @@ def _plus(x, y):
 
 
 def summed(product: Callable, parts: Sequence[Any], dtype, other_dtype, params) -> jax.Array:
-  """The sum of products, each in at least float32, in the dtype that one product would have."""
+  """Sums products in at least float32; the dtype is the one that a single product would have."""
   wanted = params.get("preferred_element_type")
   if wanted is None:
     wanted = dtype if dtype == other_dtype else promotion.joint(dtype, other_dtype)

@@ -1,9 +1,9 @@
-"""Concatenated: arrays and Weights that a model joins along an axis as it runs.
+"""Concatenated: arrays and Weights that a model concatenates along an axis at run time.
 
     [q | k | v]      Concatenated((q, k, v), axis=-1)
 
-Each operation is done to every part, and the results are joined or summed, so that every part keeps
-its own factored form. It exists only while `adapt` evaluates a function.
+Each operation is applied to every part and the results are concatenated or summed, so every part
+keeps its own factored form. It exists only while `adapt` evaluates a function.
 """
 
 import dataclasses
@@ -27,11 +27,11 @@ from lora_jax.weights.scaled import scaled_along
 @register
 @dataclasses.dataclass(frozen=True)
 class Concatenated(Combined):
-  """Arrays and Weights joined along an axis.
+  """Arrays and Weights concatenated along an axis.
 
   Attributes:
-    parts: two or more, alike in every other axis.
-    axis: the axis, counted from the end as -1, so that it stays when a scan slices the parts.
+    parts: two or more, with equal sizes in all other axes.
+    axis: the axis, counted from the end as -1, so that it stays valid when a scan slices the parts.
   """
 
   axis: int = dataclasses.field(kw_only=True, metadata={"static": True})
@@ -50,17 +50,17 @@ class Concatenated(Combined):
     return self._axis > 0 and all(base.is_stacked(part) for part in self.parts)
 
   def partition_specs(self, spec):
-    # The pieces of a part are not those of the whole along the axis that is joined.
+    # Along the concatenated axis, the shards of a part are not the shards of the whole.
     names = [*spec, *[None] * (self.ndim - len(spec))]
     names[self._axis] = None
     return super().partition_specs(jax.P(*names))
 
   def local_specs(self, spec):
     if self._axis < len(spec) and spec[self._axis] is not None:
-      raise NotFactored("it is cut along the axis that its parts are joined along")
+      raise NotFactored("it is sharded along the axis of the concatenation")
     return super().local_specs(spec)
 
-  # ---- what is contracted
+  # ---- contractions
 
   def dot_general(self, other, dimension_numbers, *, weight_is_lhs, **params):
     other_labels, out_labels = dot_labels(other.ndim, self.ndim, dimension_numbers, weight_is_lhs)
@@ -98,12 +98,12 @@ class Concatenated(Combined):
     if self._axis == rhs_spec[1]:
       pairs = list(zip(self.parts, self._cut(x, lhs_spec[1]), strict=True))
       return summed(product, pairs, self.dtype, x.dtype, params)
-    raise NotFactored("its windows are joined")
+    raise NotFactored("its windows are concatenated")
 
   def gather(self, indices, *, dimension_numbers, slice_sizes, **params):
     (axis,) = dimension_numbers.collapsed_slice_dims
     if axis == self._axis:
-      raise NotFactored("the rows of several joined weights are looked up")
+      raise NotFactored("the rows of several concatenated weights are looked up")
     place = dimension_numbers.offset_dims[self._axis - (self._axis > axis)]
     rows = []
     for part in self.parts:
@@ -121,7 +121,7 @@ class Concatenated(Combined):
       )
     return concatenated(rows, place)
 
-  # ---- what stays joined
+  # ---- operations that stay concatenated
 
   def times(self, x, axes):
     if self._axis not in axes:
@@ -136,7 +136,7 @@ class Concatenated(Combined):
 
   def squeeze(self, dimensions):
     if self._axis in dimensions:
-      raise NotFactored("the axis that is joined is taken away")
+      raise NotFactored("the concatenated axis is squeezed")
     axis = self.axis + sum(n > self._axis for n in dimensions)
     return self._each(lambda part: base.call("squeeze", part, dimensions), axis=axis)
 
@@ -151,7 +151,7 @@ class Concatenated(Combined):
     return self._each(broadcast, axis=place - len(shape))
 
   def reshape(self, new_sizes):
-    """Splits and joins the axes before and after the one that is joined."""
+    """Splits and joins axes on either side of the concatenated one."""
     place = _kept_axis(self.shape, new_sizes, self._axis)
 
     def reshaped(part):
@@ -166,7 +166,7 @@ class Concatenated(Combined):
     axis = self._axis
     start, limit, stride = start_indices[axis], limit_indices[axis], strides[axis]
     if stride != 1:
-      raise NotFactored("every so many of what is joined are taken")
+      raise NotFactored("a slice with a stride runs along the concatenated axis")
 
     parts, offset = [], 0
     for part in self.parts:
@@ -180,12 +180,12 @@ class Concatenated(Combined):
     if len(parts) == 1:
       return parts[0]
     if not parts:
-      raise NotFactored("nothing of it is taken")
+      raise NotFactored("the slice is empty")
     return dataclasses.replace(self, parts=tuple(parts))
 
   def dynamic_slice(self, start_indices, slice_sizes):
     if slice_sizes[self._axis] != self.shape[self._axis]:
-      raise NotFactored("a slice at a traced place may span several of what is joined")
+      raise NotFactored("a slice at a traced index may span several parts")
     zero = jnp.zeros_like(jnp.asarray(start_indices[0]))
     starts = [zero if n == self._axis else start for n, start in enumerate(start_indices)]
 
@@ -205,7 +205,7 @@ class Concatenated(Combined):
   def pad(self, value, config):
     low, high, interior = config[self._axis]
     if interior:
-      raise NotFactored("values are put between those of the axis that is joined")
+      raise NotFactored("interior padding runs along the concatenated axis")
     last = len(self.parts) - 1
 
     def padded(n, part):
@@ -215,7 +215,7 @@ class Concatenated(Combined):
 
     return dataclasses.replace(self, parts=tuple(padded(*pair) for pair in enumerate(self.parts)))
 
-  # ---- where the parts lie
+  # ---- the places of the parts
 
   @property
   def _axis(self) -> int:
@@ -226,12 +226,12 @@ class Concatenated(Combined):
     return [part.shape[self._axis] for part in self.parts]
 
   def _cut(self, x: jax.Array, axis: int) -> Sequence[jax.Array]:
-    """An array in the pieces that meet each part."""
+    """Splits an array into the pieces that meet each part."""
     return lax.split(x, self._sizes, axis)
 
 
 def concatenated(operands: Sequence[Any], axis: int):
-  """Arrays and Weights joined along an axis; along a stack, Weights of one kind stay one."""
+  """Concatenates arrays and Weights; along a stack axis, Weights of one kind stay one Weight."""
   if not any(map(is_weight, operands)):
     return lax.concatenate(operands, axis)
   if axis == 0 and all(is_weight(x) and x.is_stacked for x in operands) and base.alike(operands):
@@ -241,10 +241,10 @@ def concatenated(operands: Sequence[Any], axis: int):
 
 
 def _kept_axis(before: Sequence[int], after: Sequence[int], axis: int) -> int:
-  """Where a reshape puts an axis that it neither splits nor joins with another.
+  """Where a reshape puts an axis that it keeps whole.
 
   Raises:
-    NotFactored: when it does.
+    NotFactored: if it splits the axis or joins it with another.
   """
   size = math.prod(before[:axis])
   place, product = 0, 1
@@ -252,5 +252,5 @@ def _kept_axis(before: Sequence[int], after: Sequence[int], axis: int) -> int:
     product *= after[place]
     place += 1
   if product != size or place == len(after) or after[place] != before[axis]:
-    raise NotFactored(f"the reshape to {tuple(after)} splits or joins the axis that is joined")
+    raise NotFactored(f"the reshape to {tuple(after)} splits or joins the concatenated axis")
   return place

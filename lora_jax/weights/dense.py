@@ -1,10 +1,10 @@
-"""Full: `w + dw`, every number of a leaf trained, beside adapters of other leaves.
+"""Full: `w + dw`, a leaf that is trained in full, alongside adapters of other leaves.
 
     before    {"norm": {"scale": w}}
     after     {"norm": {"scale": Full(w=w, dw=0)}}
 
-The sum is formed before the function is run: it is what full fine-tuning multiplies by, and there
-is nothing to spare. `dw` is float32, so that small updates are not lost on a bfloat16 base.
+The sum is materialized before the function runs: full fine-tuning multiplies by it, so factoring
+would save nothing. `dw` is float32, so that small updates are not lost on a bfloat16 base.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ class Full(Adapted):
   Attributes:
     w: the base, an array of any number of axes or another Weight; None in an adapter.
     dw: the change, of w's shape.
-    roles: empty, since every axis is treated alike.
+    roles: empty, since all axes are treated alike.
     frozen, path: as in `Adapted`.
   """
 

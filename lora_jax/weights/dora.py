@@ -1,16 +1,16 @@
-"""DoRA: a low-rank sum whose every output has a direction and a learnt length.
+"""DoRA: a low-rank sum in which every output has a direction and a learned length.
 
     magnitude * (w + scale * a @ b) / |w + scale * a @ b|        norms over the inputs
 
-The norm of what is never formed comes from what is small: with C = aᵀ w, once a step, and G = aᵀ a,
+The norm is computed without the sum. With C = aᵀ w, once per step, and G = aᵀ a,
 
     |w + s a b|² = |w|² + 2 s <C, b> + s² <b, G b>               for every output
 
-in which |w| is a constant of the base. C costs r·d·k multiplications, as much as r rows of a batch,
-and no backward pass: by section 4.3 of the source the norm is a constant there. What is left is a
-number for each output, c = magnitude / norm, and the weight is `c * w + scale * a @ (c * b)`, a
-low-rank sum over scaled outputs. That is `weight.applied()`: where nothing trains, put it in the
-weight's place, and the norm is computed once and for all.
+where |w| is a constant of the base. C costs r·d·k multiplications, as many as r rows of a batch,
+and has no backward pass: by section 4.3 of the paper the norm is treated as a constant. With one
+factor per output, c = magnitude / norm, the weight is `c * w + scale * a @ (c * b)`, a low-rank sum
+over scaled outputs. `weight.applied()` returns that sum; for inference, put it in the weight's
+place, and the norm is computed only once.
 
 Source: Liu et al. 2024, DoRA, arXiv 2402.09353.
 """
@@ -36,16 +36,16 @@ from lora_jax.weights.scaled import ScaledOutputs, spread, times
 class DoRA(Adapted):
   """`magnitude * (w + scale * a @ b) / |w + scale * a @ b|`, an array of w's shape and dtype.
 
-  An output of which nothing is left, w + scale * a @ b = 0, is zero.
+  An output whose sum w + scale * a @ b is zero stays zero.
 
   Attributes:
     w: the base, an array or another Weight; None in an adapter.
     a: [*stack, *inputs, rank].
     b: [*stack, rank, *outputs].
-    magnitude: [*stack, *outputs], the length of every output; of either sign.
+    magnitude: [*stack, *outputs], the length of every output, of either sign.
     norm: [*stack, *outputs], the norm of w; None until `attach` computes it.
     scale: the factor of the product.
-    constant_norm: leave the norm out of the derivative, as section 4.3 of the source does.
+    constant_norm: treats the norm as a constant in the derivative, as in section 4.3 of the paper.
     roles, frozen, path: as in `Adapted`.
   """
 
@@ -89,7 +89,7 @@ class DoRA(Adapted):
   def factor(self) -> jax.Array:
     """`magnitude / |w + scale * a @ b|`, [*stack, *outputs], in at least float32.
 
-    Exactly one where b is zero and the magnitude is the norm of w, and where nothing is left.
+    Exactly one where b is zero and the magnitude equals the norm of w, and where the sum is zero.
     """
     norm = self.norm_of_sum()
     if self.constant_norm:
@@ -104,18 +104,18 @@ class DoRA(Adapted):
   def norm_of_sum(self) -> jax.Array:
     """`|w + scale * a @ b|`, [*stack, *outputs], in at least float32.
 
-    The square is a sum of terms of either sign, as precise as the products in it: what is left of
-    the terms below that is noise, and counts as that much.
+    The square is a sum of terms of either sign. A result smaller than their rounding error is
+    noise, and is replaced by that error.
     """
     dtype = promotion.at_least_float32(self.dtype)
     a, b, norm = (x.astype(dtype) for x in (self.a, self.b, self.norm))
-    if self.constant_norm:  # not even traced for the derivative
+    if self.constant_norm:  # keeps the norm out of the derivative's trace
       a, b = lax.stop_gradient((a, b))
     sharding = explicit.part_sharding(self.explicit_sharding, self.all_roles, "so")
     return explicit.laid_out(self._norm_of_sum, sharding)(a, b, norm, self._a_w(a, dtype))
 
   def _norm_of_sum(self, a, b, norm, a_w):
-    # In units of w's norm, so that nothing over- or underflows, and one stays exactly one.
+    # Relative to w's norm: this avoids over- and underflow, and one stays exactly one.
     unit = jnp.where(norm > 0, norm, 1)
     b = self.scale * b / jnp.expand_dims(unit, self._rank_axis)
     c = a_w / jnp.expand_dims(unit, self._rank_axis)
@@ -151,17 +151,17 @@ class DoRA(Adapted):
 
   @property
   def _rank_axis(self) -> int:
-    """The axis of b which is the rank."""
+    """The rank axis of b."""
     return self.all_roles.count("s")
 
-  # ---- what is not as in other kinds
+  # ---- operations specific to DoRA
 
   def unmerge(self, merged, path):
-    """The base of which `merged` is the merge with this adapter, to rounding.
+    """The base whose merge with this adapter is `merged`, up to rounding.
 
     The norm of w + scale * a @ b is not in the merge. It is a root of |norm_of_sum * direction -
-    scale * a @ b| = norm, and the larger one as long as no output has turned by more than a right
-    angle. An output of magnitude zero is lost: nan.
+    scale * a @ b| = norm; the larger root, unless an output has turned by more than a right angle.
+    An output of magnitude zero cannot be recovered: nan.
     """
     delta = LowRank(None, self.a, self.b, self.scale, roles=self.roles).attach(merged, path).delta()
     names, out = labels(merged.ndim), _output_labels(self.roles.rjust(merged.ndim, "s"))
@@ -181,13 +181,13 @@ class DoRA(Adapted):
 
   def rescaled(self, c):
     raise ValueError(
-      f"{self.path or 'DoRA'}: a DoRA is no sum of its base and a change that could be multiplied, "
-      "since its outputs have lengths of their own; convert it to a LoRA first"
+      f"{self.path or 'DoRA'}: the change of a DoRA cannot be multiplied by a number, since its "
+      "outputs have lengths of their own; convert it to a LoRA first"
     )
 
   def local_specs(self, spec):
     if any(role == "i" and name for role, name in zip(self.all_roles, spec, strict=False)):
-      raise NotFactored("its norms are over all inputs, of which each device has some")
+      raise NotFactored("its norms are over all inputs, and each device has only some")
     return super().local_specs(spec)
 
 
@@ -206,5 +206,5 @@ def input_norms(w: Any, roles: str) -> jax.Array:
 
 
 def _output_labels(roles: str) -> Labels:
-  """The labels of what has a number for each output, given `labels(len(roles))` of the matrix."""
+  """The labels of an array with one value per output, given `labels(len(roles))` of the matrix."""
   return part_labels(labels(len(roles)), roles, "so")

@@ -1,9 +1,9 @@
 """Arithmetic on a mesh with explicit axes, where the type of every value says how it is sharded.
 
-JAX refuses an operation there if it cannot tell the sharding of the result: a product summed over a
-sharded axis, a reshape that joins sharded axes. The base of a weight is multiplied and reshaped as
-the function asked. The thin products alongside it are computed under `jax.sharding.auto_axes`,
-where the compiler decides, and their result gets the sharding of the base's:
+JAX refuses an operation there if it cannot infer the sharding of the result: a product summed over
+a sharded axis, a reshape that joins sharded axes. The product and reshapes of the base carry the
+sharding that the function asked for. The thin products alongside it run under
+`jax.sharding.auto_axes`, where the compiler decides, and their result takes the base's sharding:
 
     y = base.dot_general(x, self.w, ..., out_sharding=...)
     delta = laid_out(product, sharding_of(y))(x, self.a, self.b)
@@ -24,7 +24,7 @@ PyTree = Any
 
 
 def sharding_of(x: Any) -> NamedSharding | None:
-  """The sharding over explicit axes of an array or Weight, abstract or not; None without any."""
+  """The sharding of an array or Weight over explicit axes, abstract or not; None without any."""
   if hasattr(x, "explicit_sharding"):
     return x.explicit_sharding
   sharding = x.sharding if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x).sharding
@@ -37,7 +37,7 @@ def is_explicit(tree: PyTree) -> bool:
 
 
 def of_result(use: Callable[[Any], Any], w: Any, other: PyTree) -> NamedSharding | None:
-  """The sharding of `use(the array of w)`, which is traced and not computed.
+  """The sharding of `use(the array of w)`, by tracing alone.
 
   Args:
     use: an operation on an array.
@@ -51,15 +51,15 @@ def of_result(use: Callable[[Any], Any], w: Any, other: PyTree) -> NamedSharding
 
 
 def laid_out(f: Callable[..., PyTree], shardings: PyTree) -> Callable[..., PyTree]:
-  """`f`, which need not say how its values are sharded, with results of the given shardings.
+  """Returns `f` with results of the given shardings; inside, the compiler chooses the shardings.
 
   Args:
-    f: a function of pytrees of arrays. It must not reach other sharded arrays by closure.
-    shardings: what `sharding_of` returns, for every result or one for all of them. With None this
-      is `f` itself.
+    f: a function of pytrees of arrays. It must not close over other sharded arrays.
+    shardings: a result of `sharding_of`, one for every result or one for all. None returns `f`
+      itself.
 
   Raises:
-    NotFactored: for a result that is still to be summed over a mesh axis, `P(unreduced=...)`.
+    NotFactored: for a result that is not yet summed over a mesh axis, `P(unreduced=...)`.
   """
   known = [sharding for sharding in jax.tree.leaves(shardings) if sharding is not None]
   if not known:
@@ -72,12 +72,12 @@ def laid_out(f: Callable[..., PyTree], shardings: PyTree) -> Callable[..., PyTre
 def part_sharding(
   sharding: NamedSharding | None, roles: str, layout: str
 ) -> NamedSharding | None:  # fmt: skip
-  """The sharding of a part of a matrix: that of the axes it shares; the rank is not sharded.
+  """The sharding of a part of a matrix: that of the axes they have in common, the rank unsharded.
 
   Args:
-    sharding: of the matrix.
+    sharding: the sharding of the matrix.
     roles: the role of each axis of the matrix.
-    layout: the roles that the part has, as in `weights.factors`.
+    layout: the roles of the part's axes, as in `weights.factors`.
   """
   if sharding is None:
     return None
@@ -86,7 +86,7 @@ def part_sharding(
 
 
 def whole(x: Any) -> NamedSharding | None:
-  """The sharding over no axis of the mesh that an array is on; None without explicit axes."""
+  """The replicated sharding on the mesh of an array; None without explicit axes."""
   sharding = sharding_of(x)
   return sharding and with_axes(sharding, ())
 

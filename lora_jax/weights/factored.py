@@ -1,11 +1,11 @@
-"""Factored: `a @ b` and nothing else, a kernel of rank r that costs r (d + k) where it is used.
+"""Factored: `a @ b` without a base, a kernel of rank r that costs r (d + k) per use.
 
-    before    {"query": {"kernel": W}}                d k numbers
-    after     {"query": {"kernel": Factored(a, b)}}   r (d + k) numbers, W ≈ a b
+    before    {"query": {"kernel": W}}                d k parameters
+    after     {"query": {"kernel": Factored(a, b)}}   r (d + k) parameters, W ≈ a b
 
-The axes of the factors are those of a LowRank's, and so is how they are used: a Factored is applied
-as a LowRank whose base is nothing at all. It may itself be the base of an adapter, which heals it,
-and its factors may be Weights, quantised ones say, which are decoded where they are used.
+The factors have the axes of a LowRank's, and a Factored is applied as a LowRank with an empty base.
+It may itself be the base of an adapter, which restores accuracy. Its factors may be Weights, such
+as quantized ones, which are dequantized where they are used.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class Factored(Weight):
   Attributes:
     a: [*stack, *inputs, rank], an array or a Weight.
     b: [*stack, rank, *outputs], of a's dtype.
-    roles: the role of each axis of the array, leading stack axes left out; see `weights.low_rank`.
+    roles: the role of each axis of the array, without leading stack axes; see `weights.low_rank`.
     path: the leaf's path, for messages.
   """
 
@@ -75,11 +75,11 @@ class Factored(Weight):
 
   @property
   def all_roles(self) -> str:
-    """The role of every axis of the array, leading stack axes included."""
+    """The role of every axis of the array, including leading stack axes."""
     return self.roles.rjust(self.ndim, "s")
 
   def partition_specs(self, spec):
-    """Each axis of a factor is sharded as the axis of the array that it is; the rank is not."""
+    """Each axis of a factor is sharded like the array's axis that it is; the rank is unsharded."""
     names = (*spec, *[None] * (self.ndim - len(spec)))
     specs = {}
     for name, layout in self.LAYOUTS.items():
@@ -92,7 +92,7 @@ class Factored(Weight):
 @register
 @dataclasses.dataclass(frozen=True)
 class _Nothing(Weight):
-  """The base of a product that has none: the number zero, whatever is done to its axes."""
+  """The base of a product without a base: zero under every operation on its axes."""
 
   of_dtype: jnp.dtype = dataclasses.field(metadata={"static": True})
   path: str = dataclasses.field(default="", kw_only=True, compare=False, metadata={"static": True})
@@ -160,7 +160,7 @@ class _Nothing(Weight):
 @register
 @dataclasses.dataclass(frozen=True)
 class _Product(LowRank):
-  """A LowRank on nothing, whose shape is that of its factors."""
+  """A LowRank without a base; its shape follows from its factors."""
 
   @property
   def shape(self):
@@ -175,7 +175,7 @@ class _Product(LowRank):
     return _sharding(self.a, self.b, self.all_roles)
 
   def _result_sharding(self, x, y, use):
-    del y  # the base's result is always the number zero
+    del y  # the base's result is always the scalar zero
     return explicit.of_result(use, self, x)
 
   def gather(self, indices, *, dimension_numbers, mode, fill_value=None, **params):
@@ -184,7 +184,7 @@ class _Product(LowRank):
     if lax.GatherScatterMode.from_any(mode) != lax.GatherScatterMode.FILL_OR_DROP:
       return rows
     if is_weight(rows):
-      raise NotFactored("layers of a stack are gathered with a value for those out of bounds")
+      raise NotFactored("a gather of layers of a stack has a fill value for indices out of bounds")
     (axis,) = d.collapsed_slice_dims
     size = self.shape[axis]
     fill = jnp.asarray(jnp.nan if fill_value is None else fill_value, rows.dtype)
@@ -203,7 +203,7 @@ def _shape(a: tuple[int, ...], b: tuple[int, ...], roles: str) -> tuple[int, ...
 
 
 def _sharding(a, b, roles: str) -> NamedSharding | None:
-  """The sharding of the product of factors: every axis is sharded as it is in its factor."""
+  """The sharding of the product of factors: every axis is sharded as in its factor."""
   shardings = [explicit.sharding_of(factor) for factor in (a, b)]
   known = [sharding for sharding in shardings if sharding is not None]
   if not known:
@@ -212,6 +212,6 @@ def _sharding(a, b, roles: str) -> NamedSharding | None:
   for layout, factor, sharding in zip((A, B), (a, b), shardings, strict=True):
     names = explicit.mesh_axes(sharding, len(factor.shape))
     for n, name in zip(part_axes(roles, layout), names, strict=True):
-      if n is not None and name not in axes.values():  # a mesh axis shards one axis only
+      if n is not None and name not in axes.values():  # a mesh axis shards only one axis
         axes[n] = name
   return explicit.with_axes(known[0], axes.values())

@@ -1,9 +1,9 @@
 """The bookkeeping of axes between a matrix and its two factors.
 
-Every axis of a matrix has a role, one letter: `s` stack, `i` input, `o` output. The factor a holds
-the stacks, then the inputs, then the rank; the factor b holds the stacks, then the rank, then the
-outputs; each in the order that the axes have in the matrix. So whatever is done to an axis of the
-matrix is done to one axis of one factor, or, for a stack, to one axis of both.
+Every axis of a matrix has a role, one letter: `s` stack, `i` input, `o` output. Factor a has the
+stacks, the inputs and the rank as its axes; factor b the stacks, the rank and the outputs. The axes
+of a role keep the matrix's order. An operation on an axis of the matrix is thus an operation on one
+axis of one factor or, for a stack, on one axis of both.
 """
 
 import string
@@ -12,14 +12,14 @@ from collections.abc import Sequence
 import jax
 from jax import lax
 
-Labels = str  # a letter an axis, as in einsum
+Labels = str  # one letter per axis, as in einsum
 RANK = "r"
 A, B = "sir", "sro"  # the layouts of the two factors
 _EMPTY = 2**127 - 1  # a prime
 
 
 def labels(count: int) -> Labels:
-  """A lower-case letter for each axis of a matrix; `r` stays free for the rank."""
+  """A lower-case letter for each axis of a matrix; `r` is reserved for the rank."""
   return string.ascii_lowercase.replace(RANK, "")[:count]
 
 
@@ -29,7 +29,7 @@ def factor_labels(matrix: Labels, roles: str) -> tuple[Labels, Labels]:
 
 
 def part_labels(matrix: Labels, roles: str, layout: str) -> Labels:
-  """The labels of a part, given those of the matrix; `layout` is the roles it has, in their order.
+  """The labels of a part, given those of the matrix; `layout` gives the part's roles in order.
 
   >>> part_labels("abcd", "sioo", "sro")
   'arcd'
@@ -42,7 +42,7 @@ def part_labels(matrix: Labels, roles: str, layout: str) -> Labels:
 
 
 def part_axes(roles: str, layout: str) -> list[int | None]:
-  """For each axis of a part, the matrix's axis that it is; None for the rank."""
+  """The matrix's axis for each axis of a part; None for the rank."""
   names = labels(len(roles))
   place = {name: n for n, name in enumerate(names)} | {RANK: None}
   return [place[c] for c in part_labels(names, roles, layout)]
@@ -54,27 +54,27 @@ def part_sizes(shape: Sequence[int], roles: str, layout: str, rank: int) -> tupl
 
 
 def permuted_part(roles: str, permutation: Sequence[int], new_roles: str, layout: str) -> list[int]:
-  """The permutation of a part that follows one of the matrix."""
+  """The permutation of a part that matches a permutation of the matrix."""
   before, after = part_axes(roles, layout), part_axes(new_roles, layout)
   return [before.index(None if n is None else permutation[n]) for n in after]
 
 
 def reshaped_roles(roles: str, before: Sequence[int], after: Sequence[int]) -> str | None:
-  """The roles after a reshape which splits and joins axes of one role only; None for another.
+  """The roles after a reshape; None if it splits or joins axes of different roles.
 
-  An axis of size one that appears counts as a stack.
+  A new axis of size one counts as a stack.
   """
   if 0 not in before:
     return _split_and_joined(roles, before, after)
-  # First as if zero were a size that no other axis has.
+    # First treat zero as a size that no other axis has.
   sizes = ([size or _EMPTY for size in each] for each in (before, after))
   return _split_and_joined(roles, *sizes) or _around_zero(roles, before, after)
 
 
 def _around_zero(roles: str, before: Sequence[int], after: Sequence[int]) -> str | None:
-  """The roles after a reshape of an empty array, whose axes around the zero may change their size.
+  """The roles after a reshape of an empty array, in which the axes around the zero may change.
 
-  Axes of one role may become any others there: there are no values to be moved.
+  Axes of one role may become any others there, since there are no values to move.
   """
   start = 0
   while start < len(before) and start < len(after) and before[start] == after[start] != 0:
@@ -97,7 +97,7 @@ def _split_and_joined(roles: str, before: Sequence[int], after: Sequence[int]) -
     if wanted == 1:
       new_roles.append("s")
       continue
-    # Axes are joined until they hold the new one, which is then split off.
+    # Axes are joined until they contain the new one, which is then split off.
     while left < wanted:
       size, next_role = next(rest, (0, ""))
       if not size or (left > 1 and next_role != role):
@@ -113,8 +113,8 @@ def _split_and_joined(roles: str, before: Sequence[int], after: Sequence[int]) -
 def contract(
   x: jax.Array, x_labels: Labels, y: jax.Array, y_labels: Labels, out_labels: Labels, **params
 ) -> jax.Array:
-  """`einsum("x_labels,y_labels->out_labels", x, y)` by one dot_general, where every label that
-  only one operand has is in the result; lighter to trace and to lower than einsum itself."""
+  """`einsum("x_labels,y_labels->out_labels", x, y)` as one dot_general, cheaper to trace than
+  einsum. Every label that only one operand has must be in the result."""
   batch = [c for c in x_labels if c in y_labels and c in out_labels]
   summed = [c for c in x_labels if c in y_labels and c not in out_labels]
 
@@ -132,5 +132,5 @@ def contract(
 
 
 def reordered(x: jax.Array, before: Labels, after: Labels) -> jax.Array:
-  """The array with its axes in another order, itself where that is the one it has."""
+  """The array with its axes in another order; the array itself if the order is the same."""
   return x if before == after else lax.transpose(x, [before.index(c) for c in after])

@@ -1,11 +1,11 @@
-"""Formed: a weight that cannot be applied in parts, and is formed for one use at a time.
+"""Formed: a weight whose factored form is not usable in products; each use materializes it.
 
-Its array is a temporary of the product that uses it, and the backward pass forms it again. Of
-layers that are scanned, one layer's kernels are formed at a time. Of layers that are unrolled it is
-for the compiler to say when. XLA on a CPU forms all of them early, unless its scheduler is told to
-spare memory (`xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED`, as XLA_FLAGS or among
-the `compiler_options` of `jax.jit`), and keeps them for the backward pass all the same: it takes
-what is formed again for what was formed before.
+The array is a temporary of the product that uses it, and the backward pass computes it again. In
+scanned layers, one layer's kernels are materialized at a time. In unrolled layers the compiler
+decides when. XLA on CPU materializes all of them early, unless its scheduler is told to save memory
+(`xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED`, in XLA_FLAGS or in the
+`compiler_options` of `jax.jit`). Even then it keeps them for the backward pass, since it merges the
+second computation with the first.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from lora_jax.weights.low_rank import PRODUCT
 
 @dataclasses.dataclass(frozen=True)
 class Formed(Weight):
-  """A weight whose products are those of the array that it stands for."""
+  """A weight whose products are those of the array that it represents."""
 
   def dot_general(self, other, dimension_numbers, *, weight_is_lhs, **params):
     def product(self, other):
@@ -41,5 +41,5 @@ class Formed(Weight):
     return self.used(product, lhs, group_sizes)
 
   def used(self, f: Callable, *operands: jax.Array) -> jax.Array:
-    """`f(self, *operands)`, which keeps only the weight's parts and the operands for later."""
+    """`f(self, *operands)`, which saves only the weight's parts and the operands for backward."""
     return checkpoint_name(jax.checkpoint(f)(self, *operands), PRODUCT)

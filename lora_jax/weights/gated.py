@@ -1,11 +1,11 @@
-"""Gated: a low-rank sum of which some ranks are open and the others shut.
+"""Gated: a low-rank sum in which a gate switches ranks on and off.
 
     w + scale * a @ diag(gate) @ b
 
-It is what gives every row of a batch an adapter of its own: the factors of several adapters stand
-side by side along the rank, a = [a0, a1, ...] and b = [b0, b1, ...], and a row's gate is open for
-its own. Under `vmap` only the gate differs from row to row, so both products stay those of all rows
-with one matrix, where factors that differ would make as many small products as there are rows.
+It gives every row of a batch an adapter of its own. The factors of several adapters are
+concatenated along the rank, a = [a0, a1, ...] and b = [b0, b1, ...], and a row's gate is on for its
+own adapter. Under `vmap` only the gate differs between rows, so both products remain products of
+all rows with one matrix. Factors that differ would make as many small products as there are rows.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class Gated(LowRank):
   """`w + scale * a @ diag(gate) @ b`, an array of w's shape and dtype.
 
   Attributes:
-    gate: [*stack, rank], what each rank is multiplied by; it does not train.
+    gate: [*stack, rank], the multiplier of each rank; it does not train.
     w, a, b, scale, dropout, key, roles, frozen, path: as in `LowRank`.
   """
 
@@ -42,13 +42,13 @@ class Gated(LowRank):
   def as_low_rank(self) -> LowRank:
     return self._through_b().as_low_rank()
 
-  # ---- what is contracted
+  # ---- contractions
 
   def dot_general(
     self, other, dimension_numbers, *, weight_is_lhs, precision=None, preferred_element_type=None,
     **params,
   ):  # fmt: skip
-    """The gate meets the rank-sized product between the factors, and neither of them."""
+    """Applies the gate to the rank-sized product between the factors, to neither factor."""
     asked, dtype = promotion.of_base(preferred_element_type, other.dtype, self.dtype)
 
     def use(w):
@@ -68,7 +68,7 @@ class Gated(LowRank):
       x = self._dropped(x.astype(wide), key)
       factors = [(a, a_labels), (b, b_labels)]
       summed = set(x_labels) - set(out_labels)
-      # x meets first the factor whose axes are summed.
+      # x is first multiplied by the factor whose axes are summed.
       factors.sort(key=lambda factor: summed.isdisjoint(set(factor[1]) - set(gate_labels)))
       (first, first_labels), (second, second_labels) = factors
       both = dict.fromkeys(x_labels + first_labels)
@@ -95,7 +95,7 @@ class Gated(LowRank):
     return self._through_b().ragged_dot_general(lhs, group_sizes, **params)
 
   def gather(self, indices, *, dimension_numbers, **params):
-    # The factor whose rows are looked up is the large one.
+    # The factor that is looked up is the large one.
     outputs = "o" in (self.all_roles[n] for n in dimension_numbers.collapsed_slice_dims)
     plain = self._through_a() if outputs else self._through_b()
     return plain.gather(indices, dimension_numbers=dimension_numbers, **params)

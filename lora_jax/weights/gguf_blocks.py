@@ -1,10 +1,10 @@
-"""GGUFBlocks: the quantised blocks of a GGUF file as they are, decoded where they are used.
+"""GGUFBlocks: the quantized blocks of a GGUF file, unchanged, dequantized where they are used.
 
-    before    {"query": {"kernel": W}}                                dequantised at loading
+    before    {"query": {"kernel": W}}                                dequantized at loading
     after     {"query": {"kernel": GGUFBlocks(blocks, kind="Q4_1")}}  the bytes of the file
 
-The numbers are those of `gguf.quants.dequantize`, to the bit. A block is a run of bytes: scales in
-float16 or in a few bits, then the numbers in 2 to 8 bits each. The layouts are those of
+The values equal those of `gguf.quants.dequantize` bit for bit. A block is a run of bytes: scales in
+float16 or in a few bits, then the values in 2 to 8 bits each. The layouts are those of
 ggml-quants.h in llama.cpp (github.com/ggml-org/llama.cpp).
 """
 
@@ -29,7 +29,7 @@ class GGUFBlocks(Coded):
 
   Attributes:
     blocks: uint8 [*rows, the bytes of a row].
-    kind: what the blocks are, one of `KINDS`.
+    kind: the type of the blocks, one of `KINDS`.
     columns, sizes, to, path: as in `Coded`.
   """
 
@@ -40,16 +40,16 @@ class GGUFBlocks(Coded):
   def of(
     cls, blocks: np.ndarray, kind: str, columns: tuple[int, ...], dtype: DTypeLike
   ) -> "GGUFBlocks":
-    """The rows of a file, as `io.pretrained.load(keep_blocks=...)` hands them over.
+    """Wraps the rows of a file as `io.pretrained.load(keep_blocks=...)` returns them.
 
     Args:
       blocks: uint8 [*rows, the bytes of a row].
       kind: the name of the ggml type.
       columns: the axis of the array that a row runs along, counted from its end.
-      dtype: of the array.
+      dtype: the dtype of the array.
 
     Raises:
-      ValueError: for a kind that is not known here.
+      ValueError: for an unknown kind.
     """
     if kind not in KINDS:
       raise ValueError(f"blocks of kind {kind} cannot be kept; known are {', '.join(KINDS)}")
@@ -62,7 +62,7 @@ class GGUFBlocks(Coded):
     return _joined(kind.decode(_split(self.blocks, kind.size)))
 
 
-# Each function below takes uint8 [..., bytes of a block] to float32 [..., numbers of a block].
+# Each function below maps uint8 [..., bytes of a block] to float32 [..., values of a block].
 
 
 def _q4_0(x):
@@ -99,7 +99,7 @@ def _q2_k(x):
 def _q3_k(x):
   high, low, low_scales, high_scales, d = _cut(x, 32, 64, 8, 4, 2)
   scales = _bits(low_scales, 4, run=8) | _bits(high_scales, 2, run=4) << 4
-  # A bit of `high` that is set stands for nothing, one that is not for four less.
+  # A set bit of `high` subtracts nothing, a cleared one subtracts four.
   q = _minus(_bits(low, 2, run=32) | _bits(high, 1, run=32) << 2, 4)
   return _joined((_half(d) * _minus(scales, 32))[..., None] * _split(q, 16))
 
@@ -121,8 +121,28 @@ def _q6_k(x):
   return _joined(d[..., None] * _split(q, 16))
 
 
+def _mxfp4(x):
+  """E2M1 values and E8M0 scales (Open Compute Project 2023, Microscaling Formats 1.0, section 5).
+
+  The float32 result is assembled from bits, since a product would flush subnormal values to zero.
+  """
+  scale, q = _cut(x, 1, 16)
+  q = _bits(q, 4, run=16).astype(jnp.uint32)
+  step, half = (q >> 1 & 3).astype(jnp.int32), q & 1
+  one = jnp.uint32(1 << 23)
+  significand = jnp.where(step == 0, half * one, one | half << 22)
+  exponent = scale.astype(jnp.int32) + step - 1
+  shift = jnp.maximum(1 - exponent, 0).astype(jnp.uint32)
+  bits = jnp.where(
+    exponent > 0, exponent.astype(jnp.uint32) << 23 | significand & one - 1, significand >> shift
+  )
+  infinity = jnp.uint32(255 << 23)
+  bits = jnp.where(significand == 0, 0, jnp.where(exponent > 254, infinity, bits))
+  return lax.bitcast_convert_type(q >> 3 << 31 | bits, jnp.float32)
+
+
 def _between(d, least, scales, q):
-  """Eight runs of 32 numbers, each with a scale and a least of six bits."""
+  """Eight runs of 32 values, each with a scale and a minimum of six bits."""
   first, second, third = _cut(scales, 4, 4, 4)
   d_scales = jnp.concatenate([first & 63, third & 15 | first >> 2 & 48], axis=-1)
   m_scales = jnp.concatenate([second & 63, third >> 4 | second >> 2 & 48], axis=-1)
@@ -135,7 +155,7 @@ def _cut(x: jax.Array, *sizes: int) -> list[jax.Array]:
 
 
 def _half(x: jax.Array) -> jax.Array:
-  """[..., 1] of the two bytes of a float16."""
+  """[..., 1] from the two bytes of a float16."""
   return _float(lax.bitcast_convert_type(x, jnp.float16))[..., None]
 
 
@@ -148,7 +168,7 @@ def _minus(x: jax.Array, offset: int) -> jax.Array:
 
 
 def _bits(x: jax.Array, width: int, *, run: int) -> jax.Array:
-  """The numbers of so many bits in bytes: of each run of bytes first the lowest bits of all."""
+  """Unpacks values of `width` bits; each run of bytes holds the lowest bits of all values first."""
   runs = _split(x, run)[..., None, :]
   shifts = jnp.arange(0, 8, width, dtype=jnp.uint8)
   shifts = jnp.expand_dims(shifts, [n for n in range(runs.ndim) if n != runs.ndim - 2])
@@ -156,17 +176,17 @@ def _bits(x: jax.Array, width: int, *, run: int) -> jax.Array:
 
 
 def _split(x: jax.Array, size: int) -> jax.Array:
-  """The last axis as [runs, size]."""
+  """Splits the last axis into [runs, size]."""
   return x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
 
 
 def _joined(x: jax.Array) -> jax.Array:
-  """The last two axes as one."""
+  """Joins the last two axes."""
   return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
 
 
 class Kind(NamedTuple):
-  """How many numbers and bytes a block has, and how it is decoded."""
+  """The number of values and bytes of a block, and the function that dequantizes it."""
 
   numbers: int
   size: int
@@ -184,4 +204,5 @@ KINDS = {
   "Q4_K": Kind(256, 144, _q4_k),
   "Q5_K": Kind(256, 176, _q5_k),
   "Q6_K": Kind(256, 210, _q6_k),
+  "MXFP4": Kind(32, 17, _mxfp4),
 }

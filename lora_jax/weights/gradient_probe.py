@@ -1,8 +1,8 @@
-"""GradientProbe: a kernel that leaves the second moments of the gradient of what it gives.
+"""GradientProbe: a kernel wrapper that records the second moments of its output gradients.
 
-The counterpart of `weights.probe`, on the other side of the kernel: its result y passes through a
-function whose cotangent for a slot of zeros is, by definition, the sum of g gᵀ over the rows g of
-the gradient of y. `lora_jax.compress.sensitivity` reads it.
+The counterpart of `weights.probe` on the output side. The result y passes through a function whose
+cotangent for a slot of zeros is defined as the sum of g gᵀ over the rows g of the gradient of y.
+`lora_jax.compress.sensitivity` reads it.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ from lora_jax.weights.structured import Structured
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _tap(y, slot, before: Labels, after: Labels, stacks: int):
-  """y; the cotangent of the slot is the sum of g gᵀ, g the gradient of y with its axes as in after:
-  stacks, rows, outputs."""
+  """Returns y; the cotangent of the slot is the sum of g gᵀ, where g is the gradient of y with its
+  axes in the order of `after`: stacks, rows, outputs."""
   del slot, before, after, stacks
   return y
 
@@ -52,11 +52,11 @@ _tap.defvjp(_tap_forward, _tap_backward)
 @register
 @dataclasses.dataclass(frozen=True)
 class GradientProbe(Structured):
-  """The array w; the cotangent of its slot is the second moments of the gradient of its results.
+  """The array w; its slot's cotangent is the second moments of the gradients of its results.
 
   Attributes:
     w: the kernel, an array or a Weight.
-    total: a slot, zeros, for the sum of g gᵀ: [*stack, k * k] with k all outputs in their order.
+    total: a slot, zeros, for the sum of g gᵀ: [*stack, k * k], k the number of all outputs.
     roles, path: as in `Adapted`.
   """
 
@@ -80,4 +80,4 @@ class GradientProbe(Structured):
     return _tap(y, self.total, out_labels, stack + rows + outputs, len(stack))
 
   def scaled(self, c):
-    raise NotFactored("it is multiplied by a number")
+    raise NotFactored("it is multiplied by a scalar")

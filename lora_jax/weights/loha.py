@@ -2,12 +2,12 @@
 
     w + scale * (a1 @ b1) * (a2 @ b2)
 
-An elementwise product of low-rank products is one low-rank product: row by row and column by
-column, its factors hold every product of an entry of the one with an entry of the other,
+An elementwise product of low-rank products is itself a low-rank product. Its factors hold, for each
+row and column, every product of an entry of the first with an entry of the second:
 
     (a1 b1) * (a2 b2) = A B,   A[d, (p, q)] = a1[d, p] a2[d, q],   B[(p, q), k] = b1[p, k] b2[q, k]
 
-and as such it is applied, at the cost of a LoRA of rank r².
+It is applied in this form, at the cost of a LoRA of rank r².
 
 Source: Hyeon-Woo et al. 2021, FedPara, arXiv 2108.06098, section 2.2.
 """
@@ -51,8 +51,8 @@ class LoHa(Adapted):
     return dataclasses.replace(self.as_low_rank(), w=self.w, path=self.path)
 
   def as_low_rank(self) -> LowRank:
-    """The LowRank of rank r² that changes any base as this one does."""
-    p = self.b1.ndim - 1 - self.roles.count("o")  # the rank's axis of b1
+    """The LowRank of rank r² that makes the same change."""
+    p = self.b1.ndim - 1 - self.roles.count("o")  # the rank axis of b1
     a = promotion.multiplied(self.a1[..., :, None], self.a2[..., None, :])
     b = promotion.multiplied(jnp.expand_dims(self.b1, p + 1), jnp.expand_dims(self.b2, p))
     a = a.reshape(*a.shape[:-2], a.shape[-2] * a.shape[-1])

@@ -2,9 +2,9 @@
 
     w + scale * kron(w1, w2)
 
-The inputs of w, flattened, are i1 × i2 and its outputs o1 × o2; w1 is [i1, o1] and w2 [i2, o2],
-each a matrix or the product of two thin ones. The change is never formed: rows are reshaped to
-[i1, i2] and meet w2 along i2 and w1 along i1. With w2 = w2_a w2_b of rank r2 that takes
+The inputs of w, flattened, are i1 × i2 and its outputs o1 × o2. w1 is [i1, o1] and w2 is [i2, o2],
+each a matrix or the product of two thin ones. The change is not materialized: rows are reshaped to
+[i1, i2] and multiplied by w2 along i2 and by w1 along i1. With w2 = w2_a w2_b of rank r2 that takes
 r2 (i1 i2 + i1 o1 + o1 o2) multiplications a row, little more than a LoRA of rank r2.
 
 Source: Yeh et al. 2023, LyCORIS, arXiv 2309.14859, section 3.2.
@@ -35,7 +35,7 @@ from lora_jax.weights.low_rank import LowRank, total
 from lora_jax.weights.products import dot_labels
 from lora_jax.weights.pytree import register
 
-# The labels of the factors' axes: no letters, which are axes of w and of what it is multiplied by.
+# The labels of the factors' axes. They are not letters, which label the axes of w and its operands.
 _I1, _I2, _O1, _O2, _R1, _R2 = "123456"
 
 
@@ -44,8 +44,8 @@ _I1, _I2, _O1, _O2, _R1, _R2 = "123456"
 class LoKr(Adapted):
   """`w + scale * kron(w1, w2)`, an array of w's shape and dtype.
 
-  The parts are named as in PEFT and stand as everywhere here, the inputs first: w1 is lokr_w1.T,
-  w1_a is lokr_w1_b.T and w1_b is lokr_w1_a.T; so for w2.
+  The parts have PEFT's names and this library's order of axes, inputs first: w1 is lokr_w1.T, w1_a
+  is lokr_w1_b.T and w1_b is lokr_w1_a.T; likewise for w2.
 
   Attributes:
     w: the base, an array or another Weight; None in an adapter.
@@ -54,9 +54,9 @@ class LoKr(Adapted):
     w2: [*stack, i2, o2]; None where it is w2_a @ w2_b.
     w2_a, w2_b: [*stack, i2, r2] and [*stack, r2, o2], or None.
     scale: the factor of the product.
-    order: the input and output axes of w in the order in which they are flattened, counted from
-      the end as -1; empty for the order that they have. (-2, -4, -3, -1) puts the channels of a
-      convolution [h, w, c, k] before its window, as PEFT has them.
+    order: the order in which the input and output axes of w are flattened, counted from the end as
+      -1; empty for the axes' own order. (-2, -4, -3, -1) puts the channels of a convolution
+      [h, w, c, k] before its window, as in PEFT.
     roles, frozen, path: as in `Adapted`.
   """
 
@@ -72,7 +72,7 @@ class LoKr(Adapted):
   scale: float = dataclasses.field(default=1.0, metadata={"static": True})
   order: tuple[int, ...] = dataclasses.field(default=(), kw_only=True, metadata={"static": True})
 
-  # ---- the array that it stands for
+  # ---- the array that it represents
 
   def delta(self):
     dtype = promotion.at_least_float32(self.dtype)
@@ -105,11 +105,11 @@ class LoKr(Adapted):
   def as_low_rank(self):
     """The same change as a plain LoRA: kron(P Q, A B) = kron(P, A) kron(Q, B).
 
-    A matrix that is no product of two is one with the identity.
+    A matrix that is not factored is the product of itself and the identity.
 
     Raises:
-      NotFactored: for an adapter of a leaf with several input or output axes, since their sizes are
-        the base's.
+      NotFactored: for an adapter of a leaf with several input or output axes, whose sizes only the
+        base has.
     """
     p, q = _thin(self.w1, self.w1_a, self.w1_b)
     a, b = _thin(self.w2, self.w2_a, self.w2_b)
@@ -126,10 +126,10 @@ class LoKr(Adapted):
       inputs, outputs = a.shape[-4:-2], b.shape[-2:]
       a, b = a.reshape(*stack, math.prod(inputs), rank), b.reshape(*stack, rank, math.prod(outputs))
     else:
-      raise NotFactored("a LoKr with several input or output axes has one on its base; attach it")
+      raise NotFactored("a LoKr with several input or output axes needs its base; attach it first")
     return LowRank(None, a, b, self.scale, roles=self.roles)
 
-  # ---- what is contracted
+  # ---- contractions
 
   def dot_general(
     self, other, dimension_numbers, *, weight_is_lhs, precision=None, preferred_element_type=None,
@@ -170,7 +170,7 @@ class LoKr(Adapted):
     return total(y, delta, dtype)
 
   def _factors(self, transposed: bool) -> list[tuple[jax.Array, Labels]]:
-    """The factors with their labels, in the order in which they are met at the least cost."""
+    """The factors with their labels, in the order of application that costs least."""
     (w1, w1_labels), *rest = self._outer
     outer = [(self.scale * w1.astype(promotion.joint(w1.dtype)), w1_labels), *rest]
     inner = self._inner
@@ -182,7 +182,7 @@ class LoKr(Adapted):
     inner_first = i1 * o2 * (i2 + o1) <= o1 * i2 * (i1 + o2)
     return [*inner, *outer] if inner_first else [*outer, *inner]
 
-  # By the low-rank form.
+  # Through the low-rank form.
 
   def conv_general_dilated(self, x, **params):
     return self._low_rank().conv_general_dilated(x, **params)
@@ -227,7 +227,7 @@ class LoKr(Adapted):
       )
     return dataclasses.replace(low_rank, w=self.w, path=self.path)
 
-  # ---- what stays a weight
+  # ---- operations that stay a weight
 
   def astype(self, dtype):
     if not jnp.issubdtype(dtype, jnp.inexact):
@@ -254,14 +254,14 @@ class LoKr(Adapted):
 
   def local_specs(self, spec):
     if any(role != "s" and name for role, name in zip(self.all_roles, spec, strict=False)):
-      raise NotFactored("a Kronecker product's columns or rows are not made of pieces of its parts")
+      raise NotFactored("shards of a Kronecker product are not made of shards of its parts")
     return super().local_specs(spec)
 
-  # ---- which axis is which
+  # ---- the axes
 
   @property
   def _order(self) -> list[int]:
-    """The axes of w that are no stacks, as they are flattened."""
+    """The axes of w without the stacks, in the order in which they are flattened."""
     own = [n for n, role in enumerate(self.all_roles) if role != "s"]
     return [n + self.ndim for n in self.order] or own
 
@@ -271,12 +271,12 @@ class LoKr(Adapted):
 
   @property
   def _inputs(self) -> Labels:
-    """The labels of the inputs, as they are flattened."""
+    """The labels of the inputs, in the order in which they are flattened."""
     return "".join(labels(self.ndim)[n] for n in self._order if self.all_roles[n] == "i")
 
   @property
   def _outputs(self) -> Labels:
-    """The labels of the outputs, as they are flattened."""
+    """The labels of the outputs, in the order in which they are flattened."""
     return "".join(labels(self.ndim)[n] for n in self._order if self.all_roles[n] == "o")
 
   def _sizes(self, of: Labels) -> tuple[int, ...]:
@@ -310,7 +310,7 @@ def _chain(
   x: jax.Array, x_labels: Labels, factors: Sequence[tuple[jax.Array, Labels]], out_labels: Labels,
   precision,
 ) -> jax.Array:  # fmt: skip
-  """The product of x with one factor after the other, summed over labels that are not in out."""
+  """Multiplies x by one factor after the other; sums over labels that are not in out_labels."""
   precise = promotion.at_least_float32(x.dtype)
   for n, (factor, f_labels) in enumerate(factors):
     later = set(out_labels).union(*(rest for _, rest in factors[n + 1 :]))
@@ -323,7 +323,7 @@ def _chain(
 
 
 def _shape(full, a, b) -> tuple[int, ...]:
-  """The shape of a matrix, or of the product of its factors; empty where there is neither."""
+  """The shape of a matrix, or of the product of its factors; empty if there is neither."""
   if (full is None) == (a is None) or (a is None) != (b is None):
     return ()
   if full is not None:
@@ -332,7 +332,7 @@ def _shape(full, a, b) -> tuple[int, ...]:
 
 
 def _thin(full, a, b) -> tuple[jax.Array, jax.Array]:
-  """A matrix as the product of two, as thin as can be told from its shape."""
+  """A matrix as the product of two, as thin as its shape allows."""
   if full is None:
     return a, b
   *stack, rows, columns = full.shape

@@ -1,8 +1,8 @@
-"""A look-up of rows in whatever form JAX writes it, as the one form that Weights know.
+"""Look-ups of rows, in every form that JAX traces them to, reduced to the one that Weights accept.
 
 `w[ids]`, `jnp.take` and `jax.vmap(lambda i: w[i])(ids)` trace to different gathers: the last keeps
-an axis of size one and starts every other axis at zero. Weights see whole rows along one axis, that
-axis collapsed.
+an axis of size one and starts every other axis at zero. Weights see a gather of whole rows along
+one axis, with that axis collapsed.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ def looked_up(
   """`lax.gather` of a Weight.
 
   Raises:
-    NotFactored: when it takes more than whole rows along one axis.
+    NotFactored: if it takes anything but whole rows along one axis.
   """
   d, shape = dimension_numbers, operand.shape
   if d.operand_batching_dims:
@@ -33,7 +33,7 @@ def looked_up(
   (axis,) = partial
   clamped = lax.GatherScatterMode.from_any(mode) != lax.GatherScatterMode.FILL_OR_DROP
   if d.start_index_map != (axis,):
-    # The other axes are taken whole, so a start that is clamped is zero.
+    # All other axes are taken whole, so a clamped start is zero.
     if not clamped:
       raise NotFactored("whole rows along one axis are gathered from starts that may be outside")
     indices = indices[..., d.start_index_map.index(axis)][..., None]
@@ -43,7 +43,7 @@ def looked_up(
       offset_dims=d.offset_dims, collapsed_slice_dims=(axis,), start_index_map=(axis,)
     )
     return base.call("gather", operand, indices, dimension_numbers=numbers, **params)
-  # The axis of size one is taken away, and put back behind.
+  # The axis of size one is collapsed, and restored afterwards.
   place = d.offset_dims[axis]
   offsets = tuple(n - (n > place) for n in d.offset_dims if n != place)
   numbers = lax.GatherDimensionNumbers(

@@ -1,8 +1,8 @@
 """LowRank: `w + scale * a @ b`, contracted, convolved, gathered and sliced in factored form.
 
-Which axes of `w` are what is said by `roles`, one letter an axis: `i` for an input, `o` for an
-output, `s` for a stack (layers, experts). Leading stack axes need no letter, so a weight keeps its
-roles when `scan` or `vmap` slices it. The factors hold the stack axes first:
+`roles` says what the axes of `w` are, one letter an axis: `i` for an input, `o` for an output, `s`
+for a stack (layers, experts). Leading stack axes need no letter, so a weight keeps its roles when
+`scan` or `vmap` slices it. The stack axes of the factors come first:
 
     w (d, k)             roles "io"    a (d, r)            b (r, k)
     w (L, d, k)          roles "io"    a (L, d, r)         b (L, r, k)       layers stacked by scan
@@ -46,8 +46,8 @@ class LowRank(Structured):
     a: [*stack, *inputs, rank], of any float dtype; float32 keeps small updates.
     b: [*stack, rank, *outputs].
     scale: the factor of the product.
-    dropout: the share of the inputs of a that are dropped while there is a key.
-    key: [*stack] random keys, or None: nothing is dropped. `lora_jax.with_dropout` sets it.
+    dropout: the fraction of a's inputs that is dropped while there is a key.
+    key: [*stack] random keys; with None nothing is dropped. `lora_jax.with_dropout` sets it.
     roles, frozen, path: as in `Adapted`.
   """
 
@@ -85,17 +85,17 @@ class LowRank(Structured):
     return self.dropout > 0
 
   def with_dropout(self, key) -> "LowRank":
-    """This weight dropping inputs by a random key, if it has a share to drop."""
+    """Returns this weight with a random key for its dropout, if it has any."""
     if not self.drops:
       return self
     stack = self.a.shape[: self.a.ndim - 1 - self.roles.count("i")]
     return dataclasses.replace(self, key=jax.random.split(key, stack) if stack else key)
 
   def _dropped(self, x, key):
-    """The input of a, with a share of it dropped and the rest made larger for it."""
+    """The input of a after dropout, with the kept values scaled up."""
     if key is None:
       return x
-    # x has an axis for each stack that is left, so one key does for all.
+    # x still has an axis for each stack, so one key serves all of them.
     kept = jax.random.bernoulli(key.ravel()[0], 1 - self.dropout, x.shape)
     return jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
 
@@ -103,7 +103,7 @@ class LowRank(Structured):
     """`product(x, a, b, key)`, sharded over explicit mesh axes as y is.
 
     Args:
-      product: gives what is added to y.
+      product: computes the term that is added to y.
       x: the other operand.
       y: the result of the base.
       use: the same operation on the array itself; see `Structured`.
@@ -111,7 +111,7 @@ class LowRank(Structured):
     sharding = self._result_sharding(x, y, use)
     return explicit.laid_out(product, sharding)(x, self.a, self.b, self.key)
 
-  # ---- what is contracted
+  # ---- contractions
 
   def dot_general(
     self, other, dimension_numbers, *, weight_is_lhs, precision=None, preferred_element_type=None,
@@ -139,7 +139,7 @@ class LowRank(Structured):
     self, x, *, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers,
     feature_group_count, batch_group_count, precision, preferred_element_type, out_sharding=None,
   ):  # fmt: skip
-    """A convolution to `rank` channels with a as its kernel, then b at every position."""
+    """Convolves to `rank` channels with a as the kernel, then applies b at every position."""
     roles = self.all_roles
     lhs_spec, rhs_spec, out_spec = dimension_numbers
     if batch_group_count != 1:
@@ -168,7 +168,7 @@ class LowRank(Structured):
     def back(x, a, b, key):
       """From outputs to inputs: b at every position, then a as the kernel.
 
-      It is what the gradient by the input of a convolution is, and a transposed convolution.
+      The input gradient of a convolution and a transposed convolution take this form.
       """
       x = self._dropped(lax.transpose(x.astype(promotion.joint(x.dtype)), lhs_spec), key)
       h = jnp.einsum("nk...,rk->nr...", x, b.astype(x.dtype), precision=precision)
@@ -179,8 +179,8 @@ class LowRank(Structured):
       return lax.transpose(delta, [out_spec.index(n) for n in range(len(out_spec))])
 
     def product(x, a, b, key):
-      # Batch and features first, in every array; each group of features is a batch of its own,
-      # since all of them are read by the same a.
+      # Batch and features come first in every array. Each group of features becomes a batch of its
+      # own, since the same a reads all groups.
       x = self._dropped(lax.transpose(x.astype(promotion.joint(x.dtype)), lhs_spec), key)
       batch, features, *spatial = x.shape
       groups = feature_group_count
@@ -201,11 +201,11 @@ class LowRank(Structured):
     self, lhs, group_sizes, *, ragged_dot_dimension_numbers, precision, preferred_element_type,
     **params,
   ):  # fmt: skip
-    """Each group of rows by its own matrix of the stack, as experts are applied."""
+    """Multiplies each group of rows by its own matrix of the stack, as in mixtures of experts."""
     d = ragged_dot_dimension_numbers
     (_, rhs_c), (lhs_b, rhs_b) = d.dot_dimension_numbers
     if self.all_roles != "sio" or (*d.rhs_group_dimensions, *rhs_c) != (0, 1) or lhs_b or rhs_b:
-      raise NotFactored("only rows by a stack of (in, out) matrices are multiplied by group")
+      raise NotFactored("only rows are multiplied by group, by a stack of (in, out) matrices")
     asked, dtype = promotion.of_base(preferred_element_type, lhs.dtype, self.dtype)
 
     def use(w):
@@ -231,7 +231,7 @@ class LowRank(Structured):
     return total(y, self._delta(product, (lhs, group_sizes), y, use), dtype)
 
   def gather(self, indices, *, dimension_numbers, slice_sizes, fill_value=None, **params):
-    """Rows along one axis: `w[ids] + scale * a[ids] @ b`, as an embedding is looked up."""
+    """Looks up rows along one axis, as for an embedding: `w[ids] + scale * a[ids] @ b`."""
     d = dimension_numbers
     axis = d.collapsed_slice_dims[0] if len(d.collapsed_slice_dims) == 1 else None
     full = [n == axis or size == self.shape[n] for n, size in enumerate(slice_sizes)]
@@ -264,7 +264,7 @@ class LowRank(Structured):
       picked, picked_labels, other, other_labels = (
         (a, a_labels, b, b_labels) if roles[axis] == "i" else (b, b_labels, a, a_labels)
       )
-      # A row out of bounds takes its fill value from w alone, so the factor's is zero.
+      # Out of bounds, only w's row holds the fill value; the factor's row is zero.
       picked = take_rows(picked, indices, picked_labels.index(names[axis]), fill_value=0, **params)
       dtype = promotion.joint(picked.dtype, other.dtype)
       return jnp.einsum(
@@ -276,7 +276,7 @@ class LowRank(Structured):
     delta = self._delta(product, indices, rows, use)
     return plus(base.materialize(rows), delta).astype(rows.dtype)
 
-  # ---- what stays a weight; see `Structured` for the rest
+  # ---- operations that stay a weight; see `Structured` for the others
 
   def scaled(self, c):
     return dataclasses.replace(self, w=base.scaled(self.w, c), b=promotion.multiplied(self.b, c))
@@ -284,7 +284,7 @@ class LowRank(Structured):
   def times(self, x, axes):
     roles = {self.all_roles[n] for n in axes}
     if {"i", "o"} <= roles:
-      raise NotFactored("it is multiplied by a value for each pair of an input and an output")
+      raise NotFactored("it is multiplied by one value for each pair of an input and an output")
     name = "a" if "i" in roles else "b"
     names, part = labels(self.ndim), getattr(self, name)
     part_names = part_labels(names, self.all_roles, self.LAYOUTS[name])
@@ -294,25 +294,26 @@ class LowRank(Structured):
     return dataclasses.replace(self, w=w, **{name: scaled})
 
   def plus(self, x):
-    """The sum with an array."""
+    """The sum of this weight and an array."""
     return dataclasses.replace(self, w=added(self.w, x))
 
   def minus(self, x):
-    """The difference from an array."""
+    """This weight minus an array."""
     return dataclasses.replace(self, w=subtracted(self.w, x))
 
 
 def total(y, delta, dtype):
-  """`y + delta` in a dtype, with a name by which a remat policy keeps it and not its terms.
+  """`y + delta`, under a name that lets a remat policy save the sum and not its terms.
 
   Args:
-    y, delta: what is added.
-    dtype: of the sum; None for y's.
+    y: the first term.
+    delta: the second term.
+    dtype: the dtype of the sum; None for y's.
   """
   return checkpoint_name(plus(y, delta).astype(dtype or y.dtype), PRODUCT)
 
 
 def plus(y, delta):
-  """`y + delta` in y's dtype, or in float32 where that has too little range."""
+  """`y + delta` in y's dtype; the sum is in float32 if that dtype has too little range."""
   dtype = promotion.joint(y.dtype)
   return y.astype(dtype) + delta.astype(dtype)

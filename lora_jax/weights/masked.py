@@ -1,10 +1,10 @@
-"""Masked: a low-rank sum whose scale and rank are numbers in an array, and not in its structure.
+"""Masked: a low-rank sum whose scale and rank are array values instead of static fields.
 
     LowRank(w, a, b, scale=2.0) of rank 2     scale and rank are static: one program for each
-    Masked(w, a, b, gate=[2, 2, 0, 0])        the same function; a and b filled up to rank 4
+    Masked(w, a, b, gate=[2, 2, 0, 0])        the same function; a and b padded to rank 4
 
-Adapters of different ranks and scales are then one structure, that `vmap` can train at once. Where
-the gate is zero nothing is added, and the gradient of a and b is exactly zero.
+Adapters of different ranks and scales then have one structure, so `vmap` can train them at once.
+Where the gate is zero nothing is added, and the gradients of a and b are exactly zero.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ from lora_jax.weights.pytree import register
 @register
 @dataclasses.dataclass(frozen=True)
 class Masked(Gated):
-  """`w + a @ diag(gate) @ b`, applied as the LowRank whose b holds the gate.
+  """`w + a @ diag(gate) @ b`, applied as a LowRank with the gate multiplied into b.
 
-  A `Gated` keeps factors that rows share apart from gates that differ. Here the factors differ
-  too, and the product of `LowRank`, made for a fast backward pass, is the better one.
+  `Gated` serves rows that share their factors and differ in their gates. Here the factors differ
+  too, and the product of `LowRank`, which has a fast backward pass, is faster.
   """
 
   def applied(self) -> LowRank:
@@ -31,7 +31,7 @@ class Masked(Gated):
 
   @classmethod
   def of(cls, adapter: LowRank, rank: int) -> "Masked":
-    """The same adapter, filled up with zeros to a rank that is no smaller."""
+    """Returns the same adapter, padded with zeros to a rank that is at least its own."""
     stack = adapter.a.shape[: adapter.a.ndim - 1 - adapter.roles.count("i")]
     missing = rank - adapter.rank
     return cls(
@@ -47,7 +47,7 @@ class Masked(Gated):
 
 
 def _filled(x: jax.Array, axis: int, count: int) -> jax.Array:
-  """The array with zeros appended along an axis."""
+  """Appends zeros to an array along an axis."""
   widths = [(0, 0)] * x.ndim
   widths[axis] = (0, count)
   return jnp.pad(x, widths)

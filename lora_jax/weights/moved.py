@@ -1,4 +1,4 @@
-"""Weights all of whose parts have the axes of the array: what moves the axes moves every part."""
+"""Weights whose parts all have the array's axes, so that every operation moves all parts alike."""
 
 import dataclasses
 from typing import Any, Self
@@ -8,10 +8,10 @@ from lora_jax.weights.base import Weight
 
 @dataclasses.dataclass(frozen=True)
 class Moved(Weight):
-  """A weight that says once, in `_moved`, what an operation on its axes does to its parts."""
+  """A weight that defines once, in `_moved`, how operations on its axes act on its parts."""
 
   def _moved(self, op: str, *args: Any, **placed: Any) -> Self:
-    """This weight after `lax.<op>(array, *args, **placed)`."""
+    """Returns this weight after `lax.<op>(array, *args, **placed)`."""
     raise NotImplementedError
 
   def transpose(self, permutation):

@@ -1,10 +1,10 @@
-"""Probe: a kernel that leaves the second moments of what it is applied to.
+"""Probe: a kernel wrapper that records the second moments of its inputs.
 
-The kernel is the same array as ever, with slots of zeros beside it. Where it is contracted, the
-result passes through a function whose gradient by the slots is, by definition and whatever the
-cotangent is, the sum of x xᵀ over the rows x of the other operand, and their number. So to
-differentiate by the slots is to sum over all uses; `scan` slices the slots of a stack as it slices
-the kernels, and stacks their gradients. `lora_jax.calibration` does that.
+The kernel stays the same array, with slots of zeros alongside it. Where it is contracted, the
+result passes through a function whose gradient by the slots is defined, for any cotangent, as the
+sum of x xᵀ over the rows x of the other operand, and their count. Differentiating by the slots thus
+sums over all uses of the kernel. `scan` slices the slots of a stack together with the kernels and
+stacks their gradients. `lora_jax.calibration` uses this.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from lora_jax.weights.structured import Structured
 
 
 class Moments(NamedTuple):
-  """The second moments of the rows that a kernel was applied to, not centred.
+  """The second moments of a kernel's input rows, not centered.
 
   Attributes:
     total: the sum of x xᵀ, [*stack, d, d] with d all inputs in the kernel's order, or its diagonal,
@@ -38,14 +38,14 @@ class Moments(NamedTuple):
 
   @property
   def mean(self) -> jax.Array:
-    """The total by the row; zero where there was none (an expert that no token chose)."""
+    """The total per row; zero without rows (an expert that no token chose)."""
     rows = jnp.maximum(self.rows, 1)
     return self.total / rows.reshape(rows.shape + (1,) * (self.total.ndim - rows.ndim))
 
 
 @jax.custom_vjp
 def _tap(y, slots, moments):
-  """y; the cotangent of the slots is the moments."""
+  """Returns y; the cotangent of the slots is the moments."""
   del slots, moments
   return y
 
@@ -59,14 +59,13 @@ _tap.defvjp(
 @register
 @dataclasses.dataclass(frozen=True)
 class Probe(Structured):
-  """The array w; the cotangents of its slots are the second moments of what it is applied to.
+  """The array w; the cotangents of its slots are the second moments of its inputs.
 
   Attributes:
-    w: the kernel, an array or a Weight.
     total: a slot, zeros, for the sum of x xᵀ or for its diagonal: [*stack, d * d] or [*stack, d].
     rows: a slot, zeros, for the number of rows: [*stack].
-    mask: the rows that count, [*stack, all rows], or None.
-    mask_shape: the axes of the rows in the mask.
+    mask: the rows that count, [*stack, all rows], or None for all.
+    mask_shape: the shape of the rows' axes in the mask.
     roles, path: as in `Adapted`.
   """
 
@@ -80,7 +79,7 @@ class Probe(Structured):
 
   @classmethod
   def on(cls, w, moments: Moments, mask: jax.Array | None, roles: str, path: str) -> "Probe":
-    """A probe whose slots are zeros in the shape of moments, with one mask for all of a stack."""
+    """A probe whose slots are zeros in the shape of moments, with one mask for a whole stack."""
     stack = moments.rows.shape
     flat = None if mask is None else mask.astype(jnp.float32).ravel()
     return cls(
@@ -94,13 +93,13 @@ class Probe(Structured):
     )
 
   def materialize(self):
-    raise self._refusal("it is used by something else than a product or a convolution")
+    raise self._refusal("it is used in something other than a product or a convolution")
 
   @property
   def aval(self):
     return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=self.explicit_sharding)
 
-  # ---- where it meets its rows
+  # ---- contractions, which record the rows
 
   def dot_general(self, other, dimension_numbers, *, weight_is_lhs, **params):
     def product(w):
@@ -132,7 +131,7 @@ class Probe(Structured):
     kernel = [self.shape[n] for n in inputs]
 
     def patches(x):
-      # A row is what the kernel covers at one position, in one group of features.
+      # A row is the window of the kernel at one position, in one group of features.
       x = lax.transpose(x.astype(jnp.float32), lhs_spec)
       batch, groups = x.shape[0], feature_group_count
       x = x.reshape(batch * groups, x.shape[1] // groups, *x.shape[2:])
@@ -149,9 +148,9 @@ class Probe(Structured):
     d = ragged_dot_dimension_numbers
     (_, rhs_c), (lhs_b, rhs_b) = d.dot_dimension_numbers
     if self.all_roles != "sio" or (*d.rhs_group_dimensions, *rhs_c) != (0, 1) or lhs_b or rhs_b:
-      raise self._refusal("its groups are not of rows by a stack of (in, out) matrices")
+      raise self._refusal("only rows are multiplied by group, by a stack of (in, out) matrices")
     if self.mask is not None:
-      raise self._refusal("its rows are sorted into groups, and a mask does not say where to")
+      raise self._refusal("its rows are sorted into groups, so a mask cannot be matched to them")
     y = self._plainly(
       lambda w: base.ragged_dot_general(
         lhs, w, group_sizes, ragged_dot_dimension_numbers=d, **params
@@ -176,14 +175,14 @@ class Probe(Structured):
     raise self._refusal("its rows are looked up, so they have no input")
 
   def _plainly(self, use: Callable):
-    """What w gives, formed where it has to be."""
+    """The operation on w, materialized if necessary."""
     try:
       return use(self.w)
     except NotFactored:
       return use(materialize(self.w))
 
   def _tapped(self, y, x, x_labels: Labels):
-    """y, and the moments of x to the slots; upper-case labels are rows, the others those of w."""
+    """Returns y and sends x's moments to the slots; upper-case labels are rows, others are w's."""
     names = labels(self.ndim)
     stack, inputs = (part_labels(names, self.all_roles, role) for role in "si")
     rows = "".join(c for c in x_labels if c.isupper())
@@ -211,7 +210,7 @@ class Probe(Structured):
     return self.total.shape[-1] == math.prod(part_sizes(self.shape, self.all_roles, "i", 0))
 
   def _counted(self, rows: tuple[int, ...], mask: jax.Array | None) -> jax.Array:
-    """How much each row counts, [*stack or nothing, the product of rows]."""
+    """The weight of each row, [*stack or nothing, the product of rows]."""
     if mask is None:
       return jnp.ones(math.prod(rows))
     if rows == (math.prod(self.mask_shape),):
@@ -226,7 +225,7 @@ class Probe(Structured):
       f"{self.path}: no second moments of its inputs, since {reason}; leave this path out"
     )
 
-  # ---- what stays a probe
+  # ---- operations that stay a probe
 
   def scaled(self, c):
     return dataclasses.replace(self, w=base.scaled(self.w, c))
@@ -234,7 +233,7 @@ class Probe(Structured):
   def transpose(self, permutation):
     inputs = [n for n in permutation if self.all_roles[n] == "i"]
     if inputs != sorted(inputs):
-      raise self._refusal("its inputs change their order")
+      raise self._refusal("the order of its inputs changes")
     return super().transpose(permutation)
 
   def slice(self, start_indices, limit_indices, strides):
@@ -249,4 +248,4 @@ class Probe(Structured):
   def _check_whole(self, sizes) -> None:
     pairs = zip(self.all_roles, sizes, self.shape, strict=True)
     if any(role == "i" and size != whole for role, size, whole in pairs):
-      raise self._refusal("a part of its inputs is cut out")
+      raise self._refusal("some of its inputs are sliced off")

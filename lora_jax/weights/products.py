@@ -1,4 +1,4 @@
-"""The product that LoRA is: something times `a @ b`, without forming `a @ b`."""
+"""The product of LoRA: an operand times `a @ b`, without materializing `a @ b`."""
 
 import functools
 import math
@@ -23,7 +23,8 @@ def dot_labels(
 ) -> tuple[Labels, Labels]:
   """Einsum labels of the other operand and of the result of a dot_general.
 
-  The weight's are `labels(weight_ndim)`; upper-case letters are the other operand's own.
+  The weight's labels are `labels(weight_ndim)`; upper-case letters are axes that only the other
+  operand has.
   """
   contracting, batch = dimension_numbers
   if weight_is_lhs:
@@ -47,27 +48,29 @@ def low_rank_product(
   x: jax.Array, x_labels: Labels, a: jax.Array, b: jax.Array, roles: str, scale: float,
   out_labels: Labels, precision,
 ) -> jax.Array:  # fmt: skip
-  """The contraction of x with `scale * a @ b`, by two thin products; no operand is of full size.
+  """Contracts x with `scale * a @ b` by two thin products; no operand has the full size.
 
-  Two things are done for the backward pass, and left to autodiff otherwise, so that `jvp`, `vmap`
-  and `linearize` work as ever. Measured on CPU, where they make up most of the difference between
-  this product and the naive one:
+  Two details speed up the backward pass; autodiff does the rest, so `jvp`, `vmap` and `linearize`
+  work as usual. Measured on CPU, these details make up most of the difference to the naive product:
 
-  - The factors are used rank-major, [r, ...], behind an optimisation barrier. The gradient of `a`
-    is then formed as `dhᵀ x`, an [r, d] array, 5 to 20 times faster than `xᵀ dh`, which XLA would
-    otherwise make of it by folding the transpose back into the product. The barrier stands on the
-    flat array, which has one layout only: through any other, XLA hands the layout of the transposed
-    gradient on to a batched product, and its CPU compiler aborts the process.
-  - The rows of the rank-sized h are flattened to one axis before the second product, or the
-    gradient of `b` is contracted over two axes with its operands the slow way round.
+  - The factors are used rank-major, [r, ...], behind an optimization barrier. The gradient of `a`
+    is then computed as `dhᵀ x`, an [r, d] array. That is 5 to 20 times faster than `xᵀ dh`, which
+    XLA would make of it by folding the transpose back into the product. The barrier is on the flat
+    array, which has only one layout. Through any other array XLA passes the layout of the
+    transposed gradient on to a batched product, and its CPU compiler aborts the process.
+  - The rows of the rank-sized h are flattened to one axis before the second product. Otherwise the
+    gradient of `b` is contracted over two axes, with its operands in a slow order.
 
-  It is a `jit` of its own, so that products of the same shapes are traced, differentiated and
-  lowered once for all layers, and an eager call is one dispatch. The compiler inlines it.
+  The product is a `jit` of its own, so that products of the same shapes are traced, differentiated
+  and lowered once for all layers, and an eager call is one dispatch. The compiler inlines it.
 
   Args:
-    x, x_labels: the other operand, and a letter for each of its axes.
-    a, b, roles: the factors, of a matrix with these roles and the letters `labels(len(roles))`.
-    scale: the number that the product is multiplied by.
+    x: the other operand.
+    x_labels: a letter for each axis of x.
+    a: the first factor.
+    b: the second factor.
+    roles: the roles of the matrix, whose axes have the letters `labels(len(roles))`.
+    scale: the multiplier of the product.
     out_labels: the letters of the result's axes.
     precision: of the products, as in `lax.dot_general`.
   """
@@ -83,13 +86,13 @@ def low_rank_product(
     union = x_labels + "".join(c for c in first_labels if c not in x_labels)
     return [c for c in union if c in out_labels or c in second_labels]
 
-  # x meets first the factor that leaves the smaller h.
+  # x is first multiplied by the factor that leaves the smaller h.
   orders = [((a, rank_major), (b, b_labels)), ((b, b_labels), (a, rank_major))]
   (first, first_labels), (second, second_labels) = min(
     orders, key=lambda order: math.prod(sizes[c] for c in left_by(order[0][1], order[1][1]))
   )
 
-  # h: [the stacks that stay, rows, what the second product contracts]
+  # h: [the stacks that stay, rows, axes that the second product contracts]
   kept = left_by(first_labels, second_labels)
   batch = "".join(c for c in kept if c in out_labels and c in second_labels)
   rows = "".join(c for c in kept if c not in second_labels)

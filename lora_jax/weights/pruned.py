@@ -1,13 +1,13 @@
-"""Pruned: an array some of whose numbers are zero, and stay zero whatever is learnt beside them.
+"""Pruned: an array with zeros that stay zero when an adapter trains alongside it.
 
     before    {"query": {"kernel": W}}
     after     {"query": {"kernel": Pruned(w=W * mask, mask)}}
     adapted   {"query": {"kernel": Pruned(w=LowRank(W * mask, a, b), mask)}}
 
-An adapter goes inside: what is used and merged is `mask * (W + a b)`, so healing trains what will
-be kept. Alone it is used as the array that it is. With an adapter the masked sum is formed for one
-use, a temporary of that product, which the backward pass forms again: a product of a mask and of
-thin factors has no thin form.
+The adapter goes inside the mask. The model uses and merges `mask * (W + a b)`, so healing trains
+only values that are kept. Without an adapter, a Pruned is used as the plain array w. With one, the
+masked sum is materialized temporarily at each use, and again in the backward pass, since the
+product of a mask and thin factors has no thin form.
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ class Pruned(Moved):
   """`mask * w`, an array of w's shape and dtype.
 
   Attributes:
-    w: an array, which is zero where the mask is; or a Weight, which need not be.
-    mask: bool, of w's shape; False where it is zero for good.
+    w: an array that is zero where the mask is False; or a Weight, which need not be.
+    mask: bool, of w's shape; False where the value stays zero.
     path: the leaf's path, for messages.
   """
 
@@ -40,7 +40,7 @@ class Pruned(Moved):
 
   @classmethod
   def of(cls, w: jax.Array, mask: jax.Array, path: str) -> Self:
-    """An array with zeros where the mask has them."""
+    """Returns an array with the values outside the mask set to zero."""
     return cls(jnp.where(mask, w, 0), mask, path=path)
 
   def applied(self) -> Any:
@@ -73,7 +73,7 @@ class Pruned(Moved):
     w = self.w.partition_specs(spec) if is_weight(self.w) else spec
     return dataclasses.replace(self, w=w, mask=spec)
 
-  # ---- what is contracted, with a Weight inside
+  # ---- contractions, with a Weight inside
 
   def dot_general(self, other, dimension_numbers, *, weight_is_lhs, **params):
     def product(w, other):
@@ -94,7 +94,7 @@ class Pruned(Moved):
   def _used(self, use, other):
     return jax.checkpoint(lambda self, other: use(self.materialize(), other))(self, other)
 
-  # ---- what stays pruned
+  # ---- operations that stay pruned
 
   def astype(self, dtype):
     return dataclasses.replace(self, w=base.astype(self.w, dtype))

@@ -1,13 +1,12 @@
-"""How a Weight is a pytree: its leaves, what is static, and what is compared between two trees.
+"""A Weight as a pytree: its leaves, its static fields, and what a comparison of trees looks at.
 
-`register` does for a frozen dataclass what `jax.tree_util.register_dataclass` does, and more:
+`register` does for a frozen dataclass what `jax.tree_util.register_dataclass` does, and adds:
 
-- A field with `compare=False` is no part of the structure. So `path`, which only error messages
-  read, does not keep `jax.tree.map(jnp.stack, *layers)` or a compiled function from taking the
-  weight of another layer. A tree that is mapped has the fields of the first tree.
-- The parts named by `apart` are no leaves, though they are arrays. No optimizer and no gradient
-  finds them. They belong to the structure and are compared by their values; under `jit` they are
-  constants.
+- A field with `compare=False` does not take part in comparisons of structure. Thus `path`, which
+  only error messages read, does not keep `jax.tree.map(jnp.stack, *layers)` or a compiled function
+  from accepting the weight of another layer. A mapped tree has the fields of the first tree.
+- The parts named by `apart` are arrays but not leaves, so optimizers and gradients do not see them.
+  They belong to the structure and are compared by value; under `jit` they are constants.
 - `jax.export` can serialize the structure, and `flax.serialization` the arrays.
 """
 
@@ -42,7 +41,7 @@ def register(cls: T) -> T:
 
   children_of, static_of, notes_of = map(_getter, (children, static, notes))
 
-  # Every call of a compiled function goes through these for every weight, so they are short.
+  # Every call of a compiled function runs these for every weight, so they are short.
   def flatten(weight):
     apart = weight.apart
     if not apart:
@@ -59,7 +58,7 @@ def register(cls: T) -> T:
 
   def unflatten(structure, leaves):
     names, held = children, structure.held
-    weight = object.__new__(cls)  # what is made of any leaves is not checked
+    weight = object.__new__(cls)  # JAX also unflattens placeholders, so nothing is checked
     if held is not None:
       names = [name for name in children if name not in held.parts]
       weight.__dict__.update(held.parts)
@@ -86,7 +85,7 @@ def register(cls: T) -> T:
     )
 
   jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
-  # Where the module is reloaded, the name stays with the class of before, and this raises.
+  # After a reload of the module the name is taken by the old class, and this raises.
   with contextlib.suppress(ValueError):
     jax.export.register_pytree_node_serialization(
       cls,
@@ -99,17 +98,17 @@ def register(cls: T) -> T:
 
 
 def _getter(names: Sequence[str]) -> Callable[[Any], tuple]:
-  """A function that gives the fields of these names as a tuple."""
+  """Returns a function that returns the fields of these names as a tuple."""
   if len(names) > 1:
     return operator.attrgetter(*names)
   return lambda weight: tuple(getattr(weight, name) for name in names)
 
 
 def let_flax_serialize(cls: type) -> None:
-  """Tells `flax.serialization`, in a program that has imported it, how weights of a kind are saved.
+  """Registers weights of a kind with `flax.serialization`, if the program has imported it.
 
-  Flax looks a type up in a table of its own. It is not imported for the sake of it: that takes
-  longer than all of this library.
+  Flax looks types up in a table of its own. Flax is not imported just for this, since its import
+  takes longer than that of this library.
   """
   flax = sys.modules.get("flax.serialization")
   if flax is None or not hasattr(flax, "is_serializable") or flax.is_serializable(cls):
@@ -128,7 +127,7 @@ def let_flax_serialize(cls: type) -> None:
     if like.keys() != state.keys():
       raise ValueError(
         f"{where}: the saved parts are {', '.join(state)}, and those of the tree to restore into "
-        f"are {', '.join(like)}; make it by the specs that the saved one was made by"
+        f"are {', '.join(like)}; make it with the specs that the saved tree was made with"
       )
     parts = {name: flax.from_state_dict(x, state[name], name=name) for name, x in like.items()}
     for name, part in parts.items():
@@ -136,7 +135,7 @@ def let_flax_serialize(cls: type) -> None:
       if shape != wanted:
         raise ValueError(
           f"{where}: {name} was saved with the shape {shape}, and the tree to restore into has "
-          f"{wanted}; make it by the specs and for the model that the saved one was made for"
+          f"{wanted}; make it with the specs and for the model that the saved tree was made for"
         )
     return dataclasses.replace(weight, **parts)
 
@@ -147,8 +146,8 @@ def let_flax_serialize(cls: type) -> None:
 class _KeyOfSealed:
   """The key of a leaf whose weight has more arrays than leaves.
 
-  It is no `GetAttrKey`, so that Orbax refuses the tree: it would save the leaves alone, and restore
-  them into a tree with other sealed arrays without a word. Its message has the key in it.
+  It is not a `GetAttrKey`, so Orbax refuses the tree. Otherwise Orbax would save only the leaves
+  and restore them into a tree with other sealed arrays, without an error. Its message has the key.
   """
 
   name: str
@@ -159,12 +158,12 @@ class _KeyOfSealed:
   def __format__(self, spec: str) -> str:
     return (
       f"{self.name}, of an adapter with sealed parts, which would not be saved; save "
-      "lora_jax.unseal(adapters), and lora_jax.seal what is restored"
+      "lora_jax.unseal(adapters), and apply lora_jax.seal to the restored adapters"
     )
 
 
 class _Structure:
-  """What a weight is beside its leaves. The notes are not compared."""
+  """The static part of a weight. The notes are not compared."""
 
   __slots__ = ("held", "notes", "values")
 
@@ -208,7 +207,7 @@ class _Held:
 
   def __repr__(self) -> str:
     parts = ", ".join(f"{name} {tuple(part.shape)}" for name, part in self.parts.items())
-    return f"with {parts} sealed, which is no leaf (lora_jax.unseal makes it one)"
+    return f"with {parts} sealed, which is not a leaf (lora_jax.unseal makes it one)"
 
 
 def _digest(array: Any) -> bytes:

@@ -1,16 +1,16 @@
-"""Quantized: an array in 4 or 8 bits a number, with a scale for each block or each row.
+"""Quantized: an array in 4 or 8 bits a value, with a scale for each block or each row.
 
-    before    {"query": {"kernel": W}}                                     16 or 32 bits a number
-    after     {"query": {"kernel": Quantized(codes, scale, levels="nf4")}}   4.2 bits a number
+    before    {"query": {"kernel": W}}                                     16 or 32 bits a value
+    after     {"query": {"kernel": Quantized(codes, scale, levels="nf4")}}   4.2 bits a value
 
-A number is `levels[code] * scale`, its level the nearest to it. As the base `w` of a LowRank it
-makes QLoRA:
+A value is dequantized as `levels[code] * scale` and quantized to the nearest level. As the base `w`
+of a LowRank it makes QLoRA:
 
     LowRank(w=Quantized(...), a, b)
 
 Source: Dettmers et al. 2023, QLoRA, arXiv 2305.14314, section 3 and appendix E, for NF4 and for
-scales that are quantised themselves. There they are 8-bit floats, in blocks of 256 over all rows;
-here they are 8-bit steps between the least and the largest of a row, so that rows stay apart.
+double quantization. The paper quantizes the scales to 8-bit floats, in blocks of 256 over all rows.
+Here they are 8-bit steps between the minimum and the maximum of a row, so that rows stay separate.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from lora_jax.weights.products import dot_labels
 from lora_jax.weights.pytree import register
 from lora_jax.weights.scaled import times
 
-# Quantiles of the normal distribution, eight below zero and seven above, the largest of which is 1.
+# Quantiles of the normal distribution: eight up to zero and eight above, the largest of which is 1.
 _NF4 = (
   -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
   -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
@@ -37,23 +37,23 @@ _NF4 = (
 )  # fmt: skip
 
 _PACKED = {"nf4": np.array(_NF4, np.float32), "int4": np.arange(-8, 8, dtype=np.float32)}
-"""The sixteen numbers that four bits stand for; two of them are in a byte."""
+"""The values of the 4-bit levels; two quantized values share a byte."""
 
 _WHOLE = {"int8": jnp.int8, "uint8": jnp.uint8, "fp8": jnp.float8_e4m3fn}
-"""Levels that are the numbers of a dtype."""
+"""Levels that are the values of a dtype."""
 
 _LARGEST = {"nf4": 1.0, "int4": 7.5, "int8": 127.5, "uint8": 255.0, "fp8": 448.0}
-"""What the largest number of a block is scaled to: of integers all that is rounded to the last."""
+"""The value that a block's maximum is scaled to; for integers, all that rounds to the last one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Format:
-  """How an array is quantised.
+  """A format to quantize an array to.
 
   Attributes:
     levels: "nf4", "int4", "int8" or "fp8" (e4m3).
-    block: how many numbers along the inputs share a scale; None: all that make one output.
-    double: whether the scales of a row are quantised too, to 8 bits each.
+    block: the number of values along the inputs that share a scale; None: all that make one output.
+    double: True to quantize the scales of a row too, to 8 bits each.
   """
 
   levels: str
@@ -67,18 +67,18 @@ class Format:
     if self.block is not None:
       object.__setattr__(self, "block", checks.whole("Format: block", self.block))
       if self.block < 2 or self.block % 2:
-        raise ValueError(f"Format: block {self.block} is no even number above 0")
+        raise ValueError(f"Format: block {self.block} is not an even number above 0")
     if checks.flag("Format: double", self.double) and self.block is None:
-      raise ValueError("Format: double is for the scales of blocks; give block as well")
+      raise ValueError("Format: double quantizes the scales of blocks; set block as well")
 
   def unfit(self, leaf: Any) -> str | None:
-    """Why a leaf cannot be quantised, or None; `lora_jax.match` asks it."""
+    """The reason why a leaf cannot be quantized, or None; `lora_jax.match` asks for it."""
     if not hasattr(leaf, "shape") or len(leaf.shape) < 2:
       return "it has fewer than two axes"
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
       return f"its dtype {leaf.dtype} is not a float"
     if isinstance(leaf, Coded):
-      return f"it is quantised already, a {type(leaf).__name__}"
+      return f"it is quantized already, a {type(leaf).__name__}"
     return None
 
 
@@ -94,8 +94,9 @@ class Quantized(Coded):
   """`levels[codes] * scale + offset`.
 
   Attributes:
-    codes: uint8 [*rows, columns / 2] for levels of four bits, the even column in the lower ones;
-      else int8, uint8 or float8 [*rows, columns]. The columns fill up the last block.
+    codes: the quantized values. uint8 [*rows, columns / 2] for levels of four bits, with the even
+      column in the lower bits; else int8, uint8 or float8 [*rows, columns]. The columns are padded
+      to whole blocks.
     scale: [*rows, blocks], an array or a Quantized.
     offset: [*rows, blocks], or None for zero.
     levels: as in `Format`; "uint8" for the scales of a Quantized.
@@ -117,7 +118,7 @@ class Quantized(Coded):
   def dot_general(
     self, other, dimension_numbers, *, weight_is_lhs, preferred_element_type=None, **params
   ):
-    """With one scale a row and the rows among the outputs, the product is what is scaled."""
+    """With one scale a row, and rows among the outputs, the scale multiplies the product."""
     names = labels(self.ndim)
     _, out_labels = dot_labels(other.ndim, self.ndim, dimension_numbers, weight_is_lhs)
     rows = "".join(names[n] for n in self._row_axes)
@@ -126,7 +127,7 @@ class Quantized(Coded):
         other, dimension_numbers, weight_is_lhs=weight_is_lhs,
         preferred_element_type=preferred_element_type, **params,
       )  # fmt: skip
-    # The product of the levels may overflow float16 where the scaled one does not.
+    # The unscaled product may overflow float16 where the scaled one does not.
     asked, dtype = promotion.of_base(preferred_element_type, other.dtype, self.dtype)
     sharding = self.explicit_sharding
 
@@ -147,7 +148,7 @@ class Quantized(Coded):
     return self.used(product, other)
 
   def _leveled(self, dtype) -> jax.Array:
-    """The levels of the codes, [*rows, columns]."""
+    """The levels of the quantized values, [*rows, columns]."""
     if self.levels in _WHOLE:
       return self.codes.astype(dtype)
     nibbles = jnp.stack([self.codes & 15, self.codes >> 4], axis=-1)
@@ -155,15 +156,15 @@ class Quantized(Coded):
     return levels[_joined(nibbles)]
 
 
-# ---- from numbers to codes
+# ---- quantization
 
 
 def quantized(w: jax.Array, format: Format, columns: tuple[int, ...]) -> Quantized:
-  """An array rounded to a format, in its own dtype.
+  """Quantizes an array to a format; the result keeps the array's dtype.
 
   Args:
     w: any float array.
-    format: what it is rounded to.
+    format: the format to quantize to.
     columns: the axes that blocks are cut from, counted from the end of the shape, ascending.
   """
   numbers = rows_of(w, columns).astype(jnp.float32)
@@ -172,14 +173,14 @@ def quantized(w: jax.Array, format: Format, columns: tuple[int, ...]) -> Quantiz
 
 
 def scales(numbers: jax.Array, format: Format) -> Any:
-  """The scales [*rows, blocks] of numbers [*rows, columns], by the largest of each block."""
+  """The scales [*rows, blocks] of values [*rows, columns], from the maximum of each block."""
   blocks = _blocks(_filled(numbers, format), _count(numbers, format))
   scale = jnp.abs(blocks).max(axis=-1, initial=0) / _LARGEST[format.levels]
   return quantized_scales(jnp.where(scale == 0, 1, scale), format)
 
 
 def quantized_scales(scale: jax.Array, format: Format) -> Any:
-  """The scales [*rows, blocks] as the format holds them."""
+  """The scales [*rows, blocks] in the format's own precision."""
   if not format.double:
     return scale
   offset = scale.min(axis=-1, keepdims=True)
@@ -193,13 +194,13 @@ def quantized_scales(scale: jax.Array, format: Format) -> Any:
 def coded(
   numbers: jax.Array, scale: Any, format: Format, *, like: jax.Array, columns: tuple[int, ...]
 ) -> Quantized:
-  """The array of the levels nearest to numbers [*rows, columns], given the scales.
+  """Quantizes values [*rows, columns] to the nearest levels, given the scales.
 
   Args:
-    numbers: float32.
-    scale: [*rows, blocks], as `scales` gives them.
-    format: of the codes.
-    like: an array with the shape and the dtype that this one shall have.
+    numbers: the values, float32.
+    scale: [*rows, blocks], as `scales` returns them.
+    format: the format to quantize to.
+    like: an array with the shape and dtype of the result.
     columns: as in `quantized`.
   """
   dense = as_array(scale)
@@ -214,12 +215,12 @@ def coded(
 
 
 def as_array(scale: Any) -> jax.Array:
-  """The scales as numbers, whether they are quantised themselves or not."""
+  """The scales as an array, dequantized if they are quantized themselves."""
   return scale.materialize() if isinstance(scale, Quantized) else scale
 
 
 def nearest(x: jax.Array, levels: str) -> jax.Array:
-  """The codes, not packed, of the levels nearest to numbers that were divided by their scale."""
+  """Quantizes values, already divided by their scale, to the nearest levels; not packed."""
   if levels == "fp8":
     return x.clip(-_LARGEST["fp8"], _LARGEST["fp8"]).astype(jnp.float8_e4m3fn)
   if levels == "int8":
@@ -229,29 +230,29 @@ def nearest(x: jax.Array, levels: str) -> jax.Array:
 
 
 def level(codes: jax.Array, levels: str) -> jax.Array:
-  """The float32 levels of codes as `nearest` gives them."""
+  """The float32 levels of quantized values as `nearest` returns them."""
   if levels in _WHOLE:
     return codes.astype(jnp.float32)
   return jnp.asarray(_PACKED[levels])[codes]
 
 
 def _count(numbers: jax.Array, format: Format) -> int:
-  """How many blocks a row has."""
+  """The number of blocks of a row."""
   return 1 if format.block is None else max(1, -(-numbers.shape[-1] // format.block))
 
 
 def _filled(numbers: jax.Array, format: Format) -> jax.Array:
-  """The numbers with zeros at the end of a row, to whole blocks and whole bytes."""
+  """Pads each row with zeros to whole blocks and whole bytes."""
   unit = format.block or (2 if format.levels in _PACKED else 1)
   return jnp.pad(numbers, [(0, 0)] * (numbers.ndim - 1) + [(0, -numbers.shape[-1] % unit)])
 
 
 def _blocks(numbers: jax.Array, count: int) -> jax.Array:
-  """[*rows, blocks, numbers of a block]."""
+  """Splits rows into [*rows, blocks, values of a block]."""
   *rows, columns = numbers.shape
   return numbers.reshape(*rows, count, columns // count)
 
 
 def _joined(x: jax.Array) -> jax.Array:
-  """The last two axes as one."""
+  """Joins the last two axes."""
   return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])

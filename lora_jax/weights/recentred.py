@@ -1,9 +1,9 @@
-"""Recentred: a low-rank product that starts from a part of the base, which is taken out of it.
+"""Recentred: a low-rank product that starts from a part of the base and replaces that part.
 
     W + scale * (a @ b - a0 @ b0)
 
-a0 and b0 are what a and b started from, so a fresh adapter is the identity to rounding though
-neither factor is zero. PiSSA and OLoRA are of this form, and differ in what they start from.
+a and b start from a0 and b0. A fresh adapter is thus the identity up to rounding, although neither
+factor is zero. PiSSA and OLoRA have this form and differ in their start.
 """
 
 import dataclasses
@@ -24,15 +24,15 @@ from lora_jax.weights.pytree import register
 class Recentred(Adapted):
   """`w + scale * a @ b` on the residual `w = W - scale * a0 @ b0` of the base W.
 
-  `attach` takes W and keeps the residual, so that a step costs what LoRA's does. The residual is
-  computed in float32 and rounded to W's dtype; of a base that is itself a Weight it is a Weight
-  too, which keeps the base as it is and has the product subtracted wherever it is used.
+  `attach` takes W and keeps the residual, so a step costs as much as LoRA's. The residual is
+  computed in float32 and rounded to W's dtype. If the base is a Weight, so is the residual: it
+  keeps the base unchanged and subtracts the product at each use.
 
   Attributes:
     w: the residual, an array or a Weight, of shape [*stack, ...]; None in an adapter.
     a: [*stack, *inputs, rank].
     b: [*stack, rank, *outputs].
-    a0, b0: where a and b started; they do not train.
+    a0, b0: the starts of a and b; they do not train.
     scale: the factor of both products.
     roles, frozen, path: as in `Adapted`.
   """
@@ -48,9 +48,9 @@ class Recentred(Adapted):
 
   @classmethod
   def start(cls, a: jax.Array, b: jax.Array, scale: float, roles: str) -> Self:
-    """The adapter at its start, from float32 factors of a part of the base."""
+    """Returns the adapter at its start, given float32 factors of a part of the base."""
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    # Copies: a step that donates its adapters must not take the start with them.
+    # Copies, since a step that donates its adapters must not donate the start too.
     return cls(
       w=None, a=a, b=b, a0=jnp.copy(a), b0=jnp.copy(b), scale=scale, roles=roles.lstrip("s")
     )
@@ -59,7 +59,7 @@ class Recentred(Adapted):
     return self._low_rank(self.w, self.a, self.b)
 
   def attach(self, w: Any, path: str) -> Self:
-    """This adapter on the residual of a base; raises as in `Adapted`."""
+    """Returns this adapter on the residual of a base; raises as in `Adapted`."""
     weight = super().attach(w, path)
     residual = weight._low_rank(w, weight.a0, -weight.b0)
     return dataclasses.replace(weight, w=residual if is_weight(w) else residual.materialize())
@@ -68,14 +68,14 @@ class Recentred(Adapted):
     return self.as_low_rank().unmerge(merged, path)
 
   def as_low_rank(self) -> LowRank:
-    """The plain LoRA adapter that changes the base W as this one does, of twice the rank.
+    """Returns the plain LoRA adapter, of twice the rank, that makes the same change of the base W.
 
     `[a, a0] @ [b, -b0] = a @ b - a0 @ b0`
     """
     return self._joined(None, self.b, -self.b0)
 
   def rescaled(self, c) -> LowRank:
-    """The change of W multiplied by a number: a low-rank weight of twice the rank."""
+    """The change of W times c: a low-rank weight of twice the rank."""
     b, b0 = (
       promotion.multiplied(self.b, c),
       promotion.multiplied(self.b0, -c if self.w is None else 1 - c),

@@ -1,10 +1,10 @@
-"""Rounded: a weight as it will be once it is merged and quantised, with the gradient of the weight.
+"""Rounded: a weight after its future merge and quantization, with the gradient of the weight.
 
-    before    {"kernel": LowRank(W, A, B)}                      trained, then merged and quantised
-    after     {"kernel": Rounded(LowRank(W, A, B), format)}     quantised at every step
+    before    {"kernel": LowRank(W, A, B)}                      trained, then merged and quantized
+    after     {"kernel": Rounded(LowRank(W, A, B), format)}     quantized at every step
 
-The gradient passes the rounding by as if it were not there (the straight-through estimator), so the
-factors learn what survives it. Bengio et al. 2013, arXiv 1308.3432, section 4.
+The gradient ignores the rounding (the straight-through estimator), so the factors learn a change
+that survives it. Source: Bengio et al. 2013, arXiv 1308.3432, section 4.
 """
 
 import dataclasses
@@ -70,16 +70,16 @@ class Rounded(Formed):
 
   def astype(self, dtype):
     if not jnp.issubdtype(dtype, jnp.inexact):
-      raise NotFactored(f"a cast to {dtype} rounds the numbers, not their codes")
+      raise NotFactored(f"a cast to {dtype} rounds the values after they are dequantized")
     return dataclasses.replace(self, to=jnp.dtype(dtype).name)
 
   def scaled(self, c):
-    raise NotFactored("a multiple of it has other codes")
+    raise NotFactored("a multiple of it has other quantized values")
 
 
 @jax.custom_jvp
 def _pass_by(w, rounded):
-  """The rounded array, with the derivative by w of w itself."""
+  """Returns the rounded array; its derivative by w is that of w itself."""
   del w
   return rounded
 

@@ -1,7 +1,7 @@
-"""ScaledOutputs: `c * w`, a number for every output, without forming it.
+"""ScaledOutputs: `c * w`, with one multiplier per output, without materializing the product.
 
-The result of a product is multiplied, or its other operand where it is the outputs that are summed.
-The base may be any array or Weight.
+The multiplier is applied to the result of a product or, if the outputs are summed, to the other
+operand. The base may be any array or Weight.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ class ScaledOutputs(Structured):
     w = base.materialize(self.w).astype(promotion.at_least_float32(self.dtype))
     return self._times(w, labels(self.ndim), self.c - 1, self._labels)
 
-  # ---- what is contracted
+  # ---- contractions
 
   def dot_general(
     self, other, dimension_numbers, *, weight_is_lhs, preferred_element_type=None, **params
@@ -69,7 +69,7 @@ class ScaledOutputs(Structured):
   def _summed_over_stacks(
     self, other, dimension_numbers, *, weight_is_lhs, out_sharding=None, **params
   ):
-    """By a product that keeps the stacks, the scaled results of which are summed."""
+    """Computes a product that keeps the stacks, scales it and sums over the stacks."""
     pairs, batch = (list(zip(*axes, strict=True)) for axes in dimension_numbers)
     role = {pair: self.all_roles[pair[0 if weight_is_lhs else 1]] for pair in pairs}
     if "o" in role.values():
@@ -118,7 +118,7 @@ class ScaledOutputs(Structured):
   ):
     d = ragged_dot_dimension_numbers
     if self.all_roles != "sio" or tuple(d.rhs_group_dimensions) != (0,):
-      raise NotFactored("only rows by a stack of (in, out) matrices are multiplied by group")
+      raise NotFactored("only rows are multiplied by group, by a stack of (in, out) matrices")
     asked, dtype = promotion.of_base(preferred_element_type, lhs.dtype, self.dtype)
     y = base.ragged_dot_general(
       lhs, self.w, group_sizes, ragged_dot_dimension_numbers=d, preferred_element_type=asked,
@@ -133,7 +133,7 @@ class ScaledOutputs(Structured):
     return y.astype(dtype or y.dtype)
 
   def gather(self, indices, *, dimension_numbers, mode, **params):
-    """Whole rows along one axis, as an embedding is looked up."""
+    """Looks up whole rows along one axis, as for an embedding."""
     d = dimension_numbers
     if len(d.collapsed_slice_dims) != 1 or d.start_index_map != d.collapsed_slice_dims:
       raise NotFactored("only whole rows along one axis are gathered in factored form")
@@ -157,13 +157,13 @@ class ScaledOutputs(Structured):
       scaled = times(rows, out_labels, c, c_labels)
       if lax.GatherScatterMode.from_any(mode) != lax.GatherScatterMode.FILL_OR_DROP:
         return scaled
-      # A row out of bounds is not the weight's, but what the gather fills it with.
+      # A row out of bounds is the gather's fill value, which is not scaled.
       found = (ids >= 0) & (ids < size)
       return jnp.where(spread(found, batch_labels, out_labels), scaled, rows)
 
     return explicit.laid_out(scaled, explicit.sharding_of(rows))(rows, self.c, indices)
 
-  # ---- what stays a weight; see `Structured` for the rest
+  # ---- operations that stay a weight; see `Structured` for the others
 
   def scaled(self, c):
     return dataclasses.replace(self, w=base.scaled(self.w, c))
@@ -190,19 +190,19 @@ class ScaledOutputs(Structured):
 
 
 def scaled_along(operand: Any, x: jax.Array, axes: Sequence[int]) -> Any:
-  """An array or Weight times an array that lies along some of its axes.
+  """An array or Weight times an array that has some of its axes.
 
   Args:
-    operand: what is multiplied.
-    x: [the sizes of these axes].
-    axes: axes of the operand, ascending.
+    operand: the array or Weight to multiply.
+    x: the multiplier, [the sizes of these axes].
+    axes: the axes of the operand that x has, ascending.
   """
   if not base.is_weight(operand):
     wide = jnp.expand_dims(x, [n for n in range(operand.ndim) if n not in axes])
     return promotion.multiplied(operand, wide).astype(operand.dtype)
   if hasattr(operand, "times"):
     return operand.times(x, axes)
-  # Any other kind is scaled where it is used. Here an "output" is an axis that x has.
+  # Any other kind is scaled at its use. An "output" here is an axis that x has.
   stacks = 1 if operand.is_stacked else 0
   if stacks and 0 not in axes:
     x = lax.broadcast_in_dim(x, (operand.shape[0], *x.shape), range(1, x.ndim + 1))
@@ -216,7 +216,7 @@ def times(y: jax.Array, y_labels: Labels, c: jax.Array, c_labels: Labels) -> jax
 
 
 def spread(x: jax.Array, x_labels: Labels, wanted: Labels) -> jax.Array:
-  """The array with its axes where `wanted` has them, and axes of size one elsewhere."""
+  """The array with its axes in the places of `wanted`, and axes of size one elsewhere."""
   order = [x_labels.index(c) for c in wanted if c in x_labels]
   missing = [n for n, c in enumerate(wanted) if c not in x_labels]
   return jnp.expand_dims(lax.transpose(x, order), missing)

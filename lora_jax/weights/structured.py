@@ -1,8 +1,8 @@
 """Weights that stay weights when their axes are moved, split, joined or sliced.
 
-What is done to an axis of the base is done to the same axis of every part that has it, and which
-parts those are is said by `LAYOUTS` and nothing else. A kind for which that is true derives from
-`Structured`, and has every operation that only rearranges.
+An operation on an axis of the base is applied to the same axis of every part that has it.
+`LAYOUTS` alone says which parts these are. A kind for which this holds derives from `Structured`
+and gets every operation that only rearranges axes.
 """
 
 import dataclasses
@@ -23,15 +23,15 @@ from lora_jax.weights.factors import RANK, part_axes, part_sizes, permuted_part,
 
 @dataclasses.dataclass(frozen=True)
 class Structured(Adapted):
-  """An Adapted whose parts follow every change of the axes of its base."""
+  """An Adapted whose parts follow every operation on the axes of its base."""
 
   NEUTRAL: ClassVar[float] = 0
-  """What a part holds where the base is padded, so that it leaves the padding as it is."""
+  """The value of a part where the base is padded; it must leave the padding unchanged."""
 
   def astype(self, dtype):
     if not jnp.issubdtype(dtype, jnp.inexact):
       raise NotFactored(f"a cast to {dtype} rounds the sum, not its terms")
-    # The parts keep their precision: they are cast where they are used.
+    # The parts keep their precision and are cast at their use.
     return dataclasses.replace(self, w=base.astype(self.w, dtype))
 
   def transpose(self, permutation):
@@ -119,10 +119,13 @@ class Structured(Adapted):
     return self._with(base.call("pad", self.w, value, config), padded, self.all_roles)
 
   def stacks_picked(self, indices, *, dimension_numbers, fill_value=None, **params) -> Self:
-    """The weight of each of some layers of a stack: `w[ids]`, in which the ids are stacks.
+    """The weights of some layers of a stack: `w[ids]`, where the axes of ids become stacks.
 
     Args:
-      indices, dimension_numbers, fill_value, params: of a gather of whole slices along one axis.
+      indices: of a gather of whole slices along one axis.
+      dimension_numbers: of the gather.
+      fill_value: of the gather.
+      params: the gather's other parameters.
     """
     d = dimension_numbers
     (axis,) = d.collapsed_slice_dims
@@ -137,7 +140,7 @@ class Structured(Adapted):
 
     def picked(part, layout):
       old = part_axes(self.all_roles, layout)
-      # The axes of the ids stand first; then those that are left, as axes of the result.
+      # First the axes of the ids, then the axes that remain, as axes of the result.
       where = [*batch, *(None if n is None else origin.index(n) for n in old if n != axis)]
 
       def pick(part, indices):
@@ -150,7 +153,7 @@ class Structured(Adapted):
     return self._with(w, picked, roles)
 
   def _reshaped(self, use: Callable[[Any], Any], sizes: Sequence[int], roles: str) -> Self:
-    """This weight with these sizes and roles, to which `use` reshapes the base."""
+    """Reshapes this weight to these sizes and roles; `use` reshapes the base."""
     w = use(self.w)
     sharding = self._result_sharding((), w, use)
 
@@ -164,29 +167,29 @@ class Structured(Adapted):
   def _result_sharding(
     self, x: Any, y: Any, use: Callable[[Any], Any]
   ) -> NamedSharding | None:  # fmt: skip
-    """The sharding over explicit mesh axes of an operation's result: that of the base's.
+    """The sharding of an operation's result over explicit mesh axes: that of the base's result.
 
     Args:
       x: the other operands.
       y: the result of the base.
-      use: the operation, for a kind whose base does not tell; it is not computed.
+      use: the operation, for kinds whose base has no sharding; it is only traced.
     """
     del x, use
     return explicit.sharding_of(y)
 
   def _rank(self, part: jax.Array, layout: str) -> int:
-    """The size of the axis of a part that is none of the base's."""
+    """The size of a part's rank axis."""
     return part.shape[part_axes(self.all_roles, layout).index(None)] if RANK in layout else 0
 
   def _with(self, w, change: Callable[[jax.Array, str], jax.Array], roles: str) -> Self:
-    """This weight with another base, and every part changed by `change(part, its layout)`."""
+    """Returns this weight with base w and `change(part, layout)` for every part."""
     parts = {name: change(part, self.LAYOUTS[name]) for name, part in self.parts.items()}
     return dataclasses.replace(self, w=w, **parts, roles=roles.lstrip("s"))
 
 
 def take_rows(x: jax.Array, indices: jax.Array, axis: int, fill_value, slice_sizes=None, **params):
   """Gathers whole rows along an axis; the result is [*batch, *the other axes]."""
-  del slice_sizes  # of the weight: those of a part follow from its shape
+  del slice_sizes  # of the weight; those of a part follow from its shape
   rest = x.ndim - 1
   batch = indices.ndim - 1
   return lax.gather(

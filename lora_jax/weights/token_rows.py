@@ -1,9 +1,9 @@
-"""TokenRows: `w` with a change of a few rows, looked up and multiplied by without forming the sum.
+"""TokenRows: `w` with changes to a few rows, looked up and multiplied without a copy of `w`.
 
     w (V, D)             roles "io"    dw (n, D)           an embedding, tied to a head or not
-    w (D, V)             roles "oi"    dw (n, D)           the kernel of a head of its own
+    w (D, V)             roles "oi"    dw (n, D)           the kernel of an untied head
 
-The role `i` is here the axis of the tokens, whichever way the leaf is multiplied by.
+The role `i` always marks the axis of the tokens, for either side of a product.
 """
 
 import dataclasses
@@ -32,8 +32,8 @@ class TokenRows(Adapted):
   Attributes:
     w: the base, an array or another Weight, with one axis of tokens; None in an adapter.
     dw: [*stack, len(ids), *the other axes], the change of the rows.
-    ids: the tokens, each once.
-    roles: `i` for the axis of the tokens, `o` for every other one but the leading stacks.
+    ids: the token ids, without duplicates.
+    roles: `i` for the axis of the tokens, `o` for all others except leading stacks.
     frozen, path: as in `Adapted`.
   """
 
@@ -46,7 +46,7 @@ class TokenRows(Adapted):
 
   @property
   def rows(self) -> jax.Array:
-    """The rows as they stand, [*stack, len(ids), *the other axes]: what PEFT stores."""
+    """The changed rows, [*stack, len(ids), *the other axes], as PEFT stores them."""
     names = labels(self.ndim)
 
     def summed(w, dw):
@@ -69,7 +69,7 @@ class TokenRows(Adapted):
     last = max(self.ids, default=-1)
     return super().fits() and rows == len(self.ids) and last < self.shape[self._tokens]
 
-  # ---- what is contracted and looked up
+  # ---- contractions and look-ups
 
   def dot_general(
     self, other, dimension_numbers, *, weight_is_lhs, precision=None, preferred_element_type=None,
@@ -97,20 +97,20 @@ class TokenRows(Adapted):
     return y.astype(dtype or y.dtype)
 
   def gather(self, indices, *, dimension_numbers, slice_sizes, mode, fill_value=None, **params):
-    """The rows of tokens: `w[t]`, and `dw[n]` more where t is `ids[n]`."""
+    """Looks up rows of tokens: `w[t]`, plus `dw[n]` where t is `ids[n]`."""
     d = dimension_numbers
     full = [n == self._tokens or size == self.shape[n] for n, size in enumerate(slice_sizes)]
     if d.start_index_map != (self._tokens,) or d.operand_batching_dims or not all(full):
       raise NotFactored("only whole rows along the axis of the tokens are gathered")
     if "s" in self.all_roles or d.collapsed_slice_dims != (self._tokens,):
-      raise NotFactored("the rows of a stack, or slices of several rows, are gathered")
+      raise NotFactored("rows of a stack, or slices of several rows, are gathered")
     rows = base.call(
       "gather", self.w, indices, dimension_numbers=d, slice_sizes=slice_sizes, mode=mode,
       fill_value=fill_value, **params,
     )  # fmt: skip
     if not self.ids:
       return rows
-    # Where a token stands among the sorted ids; one out of bounds is equal to none of them.
+    # The place of each token among the sorted ids; a token out of bounds equals none of them.
     order = np.argsort(self.ids)
     ids = np.asarray(self.ids, np.int32)[order]
     batch, rest = string.ascii_uppercase[: indices.ndim - 1], labels(self.ndim - 1)
@@ -129,7 +129,7 @@ class TokenRows(Adapted):
 
     return explicit.laid_out(summed, explicit.sharding_of(rows))(rows, indices, self.dw)
 
-  # ---- what stays a weight
+  # ---- operations that stay a weight
 
   def astype(self, dtype):
     if not jnp.issubdtype(dtype, jnp.inexact):
@@ -145,7 +145,7 @@ class TokenRows(Adapted):
   def scaled(self, c):
     return dataclasses.replace(self, w=base.scaled(self.w, c), dw=promotion.multiplied(self.dw, c))
 
-  # ---- which rows
+  # ---- the rows
 
   @property
   def _tokens(self) -> int:
@@ -157,7 +157,7 @@ class TokenRows(Adapted):
     return np.asarray(self.ids, np.int32)
 
   def _dw_labels(self, names: str) -> str:
-    """The labels of dw, given those of w; the rows have the label of the tokens."""
+    """The labels of dw, given those of w; its rows have the label of the token axis."""
     return part_labels(names, self.all_roles, "sro").replace(RANK, names[self._tokens])
 
   def _change(self, dw, dtype) -> jax.Array:
@@ -166,6 +166,6 @@ class TokenRows(Adapted):
     return reordered(dw.astype(dtype), self._dw_labels(names), names)
 
   def _added(self, x, axis: int, change):
-    """x with a change of what lies along an axis at the ids."""
+    """Adds a change to x at the ids along an axis."""
     where = (*[slice(None)] * axis, self._places)
     return x.at[where].add(change, unique_indices=True, mode="promise_in_bounds")

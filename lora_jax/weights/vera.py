@@ -1,11 +1,11 @@
-"""VeRA: two vectors that scale random matrices, the same ones in every layer.
+"""VeRA: two trained vectors that scale random matrices, which all layers share.
 
     w + a @ diag(lambda_d) @ b @ diag(lambda_b)
 
-The vectors alone train. It is applied as a low-rank sum whose factors hold them.
+Only the vectors train. It is applied as a low-rank sum, with the vectors multiplied into b.
 
-Source: Kopiczko et al. 2023, VeRA, arXiv 2310.11454, section 3.1. (Its A and B stand the other way
-round, for weights that are multiplied from the left.)
+Source: Kopiczko et al. 2023, VeRA, arXiv 2310.11454, section 3.1. (The paper's A and B are in the
+opposite order, for weights that multiply from the left.)
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ class VeRA(Adapted):
 
   Attributes:
     w: the base, an array or another Weight; None in an adapter.
-    a: [*stack, *inputs, rank], which does not train.
-    b: [*stack, rank, *outputs], which does not train.
+    a: [*stack, *inputs, rank]; it does not train.
+    b: [*stack, rank, *outputs]; it does not train.
     lambda_d: [*stack, rank].
     lambda_b: [*stack, *outputs].
     roles, frozen, path: as in `Adapted`.
@@ -47,7 +47,7 @@ class VeRA(Adapted):
     return dataclasses.replace(self.as_low_rank(), w=self.w, path=self.path)
 
   def as_low_rank(self) -> LowRank:
-    # Both vectors go to b, which leaves a as it is: no gradient of its size is formed.
+    # Both vectors go to b and leave a unchanged, so no gradient of a's size is computed.
     stacks = self.lambda_d.ndim - 1
     outputs = self.lambda_b.ndim - stacks
     rows = self.lambda_d.reshape(*self.lambda_d.shape, *[1] * outputs)

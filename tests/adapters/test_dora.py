@@ -229,7 +229,7 @@ def test_a_rank_above_the_kernel_s_is_refused():
 
 def test_it_is_no_sum_that_could_be_scaled_or_written_as_a_lora():
   adapter = init(KEY, {"w": normal(11, 13)}, {"w": SPEC})["w"]
-  with pytest.raises(ValueError, match="no sum of its base and a change"):
+  with pytest.raises(ValueError, match="the change of a DoRA cannot be multiplied"):
     adapter.rescaled(0.5)
   with pytest.raises(NotFactored, match="no low-rank form"):
     adapter.as_low_rank()

@@ -159,7 +159,7 @@ def test_a_rounded_base_is_kept_in_the_leaf_s_dtype_and_its_rounding_is_made_up_
   ("settings", "words"),
   [
     ({"iterations": 0}, "LoftQ: iterations 0 is below 1"),
-    ({"quantize": lambda w: w[:32]}, r"w: quantize made \(32, 96\) of \(64, 96\)"),
+    ({"quantize": lambda w: w[:32]}, r"w: quantize returned \(32, 96\) for \(64, 96\)"),
     ({"spec": LoRA(rank=65, alpha=1.0)}, r"w: rank 65 exceeds min\(64, 96\)"),
     ({"spec": LoRA(rank=2, alpha=-1.0)}, "w: LoftQ divides by the root of the scale"),
     ({"spec": PiSSA(rank=2, alpha=1.0)}, "w: LoftQ is a start of LoRA"),

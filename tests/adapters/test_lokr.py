@@ -206,7 +206,7 @@ def test_factors_that_make_no_kernel_of_this_shape_are_refused(change):
 def test_shard_map_does_not_split_a_kronecker_product():
   w = trained(LoKr(rank=2, alpha=3.0), normal(2, 24, 40), "sio")
   assert w.local_specs(jax.P("layers")).w1 == jax.P("layers")
-  with pytest.raises(NotFactored, match="not made of pieces"):
+  with pytest.raises(NotFactored, match="not made of shards"):
     w.local_specs(jax.P(None, None, "model"))
   assert w.partition_specs(jax.P(None, None, "model")).w1 == jax.P(None)
 

@@ -42,7 +42,7 @@ def test_it_computes_the_logits_without_this_package(tmp_path, levels, dtype):
     ),
   }
   adapted = lora_jax.adapt(apply)
-  artifact.save(tmp_path / "model", adapted, params, rows=1, length=3)
+  artifact.save(tmp_path / "model", adapted, params, inputs=jax.ShapeDtypeStruct((1, 3), jnp.int32))
   subprocess.run(
     [sys.executable, "-I", "-c", RUN, str(tmp_path / "model")], check=True, cwd=tmp_path
   )
@@ -85,4 +85,6 @@ def test_an_encoders_program_takes_where_padding_is_and_which_text_a_token_is_of
 def test_a_folder_that_holds_something_is_left_alone(tmp_path):
   (tmp_path / "file").touch()
   with pytest.raises(FileExistsError, match="holds something already"):
-    artifact.save(tmp_path, apply, {"embed": normal(7, 8)}, rows=1, length=3)
+    artifact.save(
+      tmp_path, apply, {"embed": normal(7, 8)}, inputs=jax.ShapeDtypeStruct((1, 3), jnp.int32)
+    )

@@ -103,7 +103,7 @@ def test_a_llama_with_values_of_a_smaller_rank_is_the_same_with_smaller_heads_an
       lambda p: attention.shrink_values(p, dataclasses.replace(CONFIG, scan_layers=True), 4),
       "scan_layers=False",
     ),
-    (lambda p: attention.refuse_rotary(), "rotary positions: a rotation stands between"),
+    (lambda p: attention.refuse_rotary(), "rotary positions: a rotation is between"),
     (lambda p: dataclasses.replace(CONFIG, value_dim=9), "value_dim 9 must be from 1 to head_dim"),
   ],
 )

@@ -203,7 +203,7 @@ def test_the_costs_of_operations_count_rows_and_those_of_time_are_measured():
       "w: the calibration data have 8 rows for its 12 inputs; give more",
     ),
     (lambda p: factorize.energy_ranks({}, 1.5), "energy 1.5 must be above 0"),
-    (lambda p: factorize.update(p, p, ["w"], {}), "is no factorised kernel"),
+    (lambda p: factorize.update(p, p, ["w"], {}), "is not a factorized kernel"),
   ],
 )
 def test_what_cannot_be_factorised_is_refused_with_the_reason(make, words):

@@ -45,9 +45,12 @@ def test_the_axes_of_a_quantised_tree_are_those_of_the_dense_one():
 @pytest.mark.parametrize(
   ("leaf", "words"),
   [
-    (normal(4, 4).at[1, 2].set(jnp.nan), "w: holds a number that is not finite"),
+    (normal(4, 4).at[1, 2].set(jnp.nan), "w: has values that are not finite"),
     (normal(2, 4, 4), r"w: which of the axes of \(2, 4, 4\) are inputs"),
-    (compress.quantize({"w": normal(8, 8)}, {"w": SMALL})["w"], "w: is no array but a Quantized"),
+    (
+      compress.quantize({"w": normal(8, 8)}, {"w": SMALL})["w"],
+      "w: is a Quantized and not an array",
+    ),
   ],
 )
 def test_what_cannot_be_quantised_is_refused(leaf, words):
@@ -57,7 +60,7 @@ def test_what_cannot_be_quantised_is_refused(leaf, words):
 
 def test_a_leaf_that_is_quantised_already_does_not_match_again():
   small = compress.quantize(PARAMS, {"up/kernel": SMALL})
-  with pytest.raises(ValueError, match="cannot be adapted: it is quantised already"):
+  with pytest.raises(ValueError, match="cannot be adapted: it is quantized already"):
     lora_jax.match(small, [(".*kernel", SMALL)])
 
 
@@ -130,7 +133,7 @@ def test_every_layer_of_a_stack_is_calibrated_by_its_own_moments():
 @pytest.mark.parametrize(
   ("moments", "settings", "words"),
   [
-    ({}, {}, "w: there are no moments"),
+    ({}, {}, "w: has no moments"),
     ({"w": moments_of(correlated(10, 16))}, {}, "w: 10 rows of calibration data for 16 inputs"),
     ({"w": Moments(jnp.ones(16), jnp.float32(20))}, {}, "diagonal=False"),
     ({"w": Moments(jnp.full((16, 16), jnp.inf), jnp.float32(20))}, {}, "w: .* are not finite"),
@@ -217,7 +220,7 @@ def test_layers_of_a_scan_are_rounded_one_by_one():
 def test_what_is_quantised_already_is_not_rounded_again():
   small = compress.quantize(PARAMS, {"up/kernel": SMALL})
   assert isinstance(small["up"]["kernel"], Coded)
-  with pytest.raises(ValueError, match="up/kernel: is quantised already"):
+  with pytest.raises(ValueError, match="up/kernel: is quantized already"):
     compress.straight_through(small, {"up/kernel": SMALL})
   with pytest.raises(ValueError, match="other: the tree has no such leaf"):
     compress.straight_through(PARAMS, {"other": SMALL})

@@ -73,11 +73,25 @@ def test_every_kind_of_leaf_is_read_as_it_was_written(folder):
     np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
+def test_the_configuration_and_the_dense_shapes_are_known_without_the_tensors(folder):
+  found = storage.load(folder, dtype=jnp.bfloat16)
+  (folder / storage.TENSORS).unlink()
+  shapes = storage.inspect(folder, dtype=jnp.bfloat16)
+  assert shapes.config == found.config and shapes.source == found.source
+  assert shapes.tokenizer.to_json() == found.tokenizer.to_json()
+  leaves = tree.flatten(found.params, is_leaf=is_weight)
+  assert {path: (x.shape, x.dtype) for path, x in tree.flatten(shapes.params).items()} == {
+    path: (tuple(x.shape), jnp.bfloat16) for path, x in leaves.items()
+  }
+  stacked = storage.inspect(folder, scan_layers=True)
+  assert tree.flatten(stacked.params)["blocks/mlp/gate/kernel"].shape == (2, 8, 16)
+
+
 def test_the_steps_are_known_without_the_model_and_taken_for_hostile(folder):
   assert storage.steps_of(folder) == ("factorize",)
   structure = json.loads((folder / storage.STRUCTURE).read_text())
   (folder / storage.STRUCTURE).write_text(json.dumps(structure | {"steps": ["prune", {"a": 1}]}))
-  with pytest.raises(ValueError, match="are no names"):
+  with pytest.raises(ValueError, match="are not names"):
     storage.steps_of(folder)
 
 
@@ -161,11 +175,11 @@ DOWN = "block_0/mlp/down/kernel"
       "does not hold the tensors",
     ),
     (lambda s: s["leaves"][GATE]["parts"]["a"].update(dtype="object"), "describes no tensor"),
-    (lambda s: s["leaves"][GATE]["parts"]["a"].update(shape=[8, -2]), "is no shape"),
+    (lambda s: s["leaves"][GATE]["parts"]["a"].update(shape=[8, -2]), "is not a shape"),
     (lambda s: s["leaves"][GATE]["parts"]["a"].update(shape=[4, 4]), "says float32"),
     (
       lambda s: s["leaves"][DOWN]["parts"]["mask"].update(shape=[10**9]),
-      "holds no 1000000000 bits",
+      "does not hold 1000000000 bits",
     ),
     (lambda s: s["leaves"]["norm/scale"].update(dtype="int8"), "says int8"),
   ],

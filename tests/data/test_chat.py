@@ -7,7 +7,7 @@ import chat_peers
 import numpy as np
 import pytest
 
-from lora_jax.data import batches, chat, chat_templates, messages, packing, records
+from lora_jax.data import batches, chat, chat_templates, chat_tokens, messages, packing, records
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 TALK = [
@@ -28,9 +28,15 @@ def tokenizers(folder):
   return chat_peers.both(folder)
 
 
-def tokenise(tokenizer, source, given, learn="all", tools=None):
+def tokenise_all(tokenizer, source, given, learn="all", tools=None):
   with chat_peers.renderer(tokenizer, source) as renderer:
-    return chat.tokenise(messages.Conversation(given, tools), renderer, tokenizer, learn)
+    return chat_tokens.tokenise(messages.Conversation(given, tools), renderer, tokenizer, learn)
+
+
+def tokenise(*arguments, **options):
+  """Of a template that does not change earlier turns."""
+  [found] = tokenise_all(*arguments, **options)
+  return found
 
 
 def learnt(tokenizer, found):
@@ -48,24 +54,50 @@ def check_same_tokens(tokenizers, source, conversations):
   with chat_peers.renderer(ours, source) as renderer:
     for conversation in conversations:
       try:
-        found = chat.tokenise(conversation, renderer, ours, "all")
+        renderings = chat_tokens.tokenise(conversation, renderer, ours, "all")
       except chat_templates.TemplateError:
         continue
-      expected = peer.apply_chat_template(
-        copy.deepcopy(conversation.messages), tools=conversation.tools, chat_template=source,
-        return_dict=True, return_assistant_tokens_mask=renderer.marked,
-      )  # fmt: skip
-      assert found.ids == expected["input_ids"]
-      if renderer.marked:
-        assert found.mask == expected["assistant_masks"] and sum(found.mask) > 0
-      else:
+      for found in renderings:
+        expected = peer.apply_chat_template(
+          copy.deepcopy(conversation.messages[: found.messages]), tools=conversation.tools,
+          chat_template=source, return_dict=True, return_assistant_tokens_mask=renderer.marked,
+        )  # fmt: skip
+        assert found.ids == expected["input_ids"]
+        if renderer.marked:
+          assert found.mask == expected["assistant_masks"] and sum(found.mask) > 0
+        else:
+          check_last_turn(tokenizers, renderer, conversation, found)
+      if not renderer.marked:
         turns = [x["content"] for x in conversation.messages if x["role"] == "assistant"]
-        for turn, text in zip(learnt(ours, found), turns, strict=True):
-          # Templates may trim a text; what they write of calls differs.
-          assert text.strip() in turn and turn.count("\nuser") == text.count("\nuser")
-          assert turn[-1] in ">]"  # with the end of the turn
+        assert sum(len(found.turns) for found in renderings) == len(turns)
+        if len(renderings) == 1:
+          for turn, text in zip(learnt(ours, renderings[0]), turns, strict=True):
+            check_turn(turn, text)
       count += 1
   return count
+
+
+def check_turn(turn, text):
+  # Templates may trim a text; what they write of calls differs.
+  assert text.strip() in turn and turn.count("\nuser") == text.count("\nuser")
+  assert turn[-1] in ">]"  # with the end of the turn
+
+
+def check_last_turn(tokenizers, renderer, conversation, found):
+  """It is the message's text, after what the model is given to answer."""
+  ours, peer = tokenizers
+  check_turn(learnt(ours, found)[-1], conversation.messages[found.messages - 1]["content"])
+  asked = conversation.messages[: found.messages - 1]
+  before = peer.apply_chat_template(
+    copy.deepcopy(asked), tools=conversation.tools, tokenize=False,
+    chat_template=renderer.template.source, add_generation_prompt=True,
+  )  # fmt: skip
+  start = found.turns[-1][0]
+  assert before.startswith(ours.decode(found.ids[:start], skip_special_tokens=False))
+  if not found.shared:
+    assert ours.decode(found.ids[:start], skip_special_tokens=False) == before
+  prompt = messages.Conversation(asked, conversation.tools)
+  assert ours.decode(chat_tokens.ask(prompt, renderer, ours), skip_special_tokens=False) == before
 
 
 @pytest.mark.parametrize(
@@ -98,28 +130,70 @@ def test_the_turns_with_the_token_that_ends_them_are_learnt(tokenizers, name, ex
   assert learnt(ours, tokenise(ours, source, TALK)) == expected
   assert learnt(ours, tokenise(ours, source, TALK, "last")) == expected[1:]
   with chat_peers.renderer(ours, source) as renderer:
-    assert expected[0].endswith(chat.end_of_turn(renderer))
+    assert expected[0].endswith(chat_tokens.end_of_turn(renderer))
 
 
-def test_a_template_that_changes_earlier_turns_is_refused_with_the_place(tokenizers):
+THOUGHTFUL = [x | {"reasoning_content": "Hm."} if x["role"] == "assistant" else x for x in TALK]
+
+
+def test_of_a_template_that_changes_earlier_turns_each_is_learnt_as_it_is_written_when_it_is_last(
+  tokenizers,
+):
   ours, _ = tokenizers
-  thoughtful = [x | {"reasoning_content": "Hm."} if x["role"] == "assistant" else x for x in TALK]
-  words = (
-    r"the template: writes message 1 .* in one way as the last turn \('<think>Hm.*in another "
-    r"where more follows \('Two.*use a template with {% generation %}, or task.learn 'last'"
-  )
-  with pytest.raises(chat_templates.TemplateError, match=words):
-    tokenise(ours, chat_peers.FORGETTING, thoughtful)
-  found = tokenise(ours, chat_peers.FORGETTING, thoughtful, "last")
-  assert learnt(ours, found) == ["<think>Hm.</think>\nFour.<|im_end|>"]
+  first, last = "<think>Hm.</think>\nTwo.<|im_end|>", "<think>Hm.</think>\nFour.<|im_end|>"
+  one, two = tokenise_all(ours, chat_peers.FORGETTING, THOUGHTFUL)
+  assert (one.messages, two.messages) == (2, 4)
+  assert learnt(ours, one) == [first] and learnt(ours, two) == [last]
+  assert "Hm" not in two.text.partition("Four")[0].partition("And 2")[0]
+  assert learnt(ours, tokenise(ours, chat_peers.FORGETTING, THOUGHTFUL, "last")) == [last]
   assert learnt(ours, tokenise(ours, chat_peers.FORGETTING, TALK)) == [
     "Two.<|im_end|>", "Four.<|im_end|>",
   ]  # fmt: skip
 
 
+def test_turns_that_a_rendering_writes_alike_are_learnt_in_it_together(tokenizers):
+  """The second of three turns alone has thoughts, so it alone changes."""
+  ours, _ = tokenizers
+  given = [*TALK[:2], *THOUGHTFUL[2:], TALK[0], TALK[1] | {"content": "Two again."}]
+  one, two = tokenise_all(ours, chat_peers.FORGETTING, given)
+  assert learnt(ours, one) == ["<think>Hm.</think>\nFour.<|im_end|>"]
+  assert learnt(ours, two) == ["Two.<|im_end|>", "Two again.<|im_end|>"]
+  assert (one.messages, two.messages) == (4, 6)
+
+
+def test_qwen_3s_template_makes_an_example_of_each_turn(tokenizers):
+  ours, _ = tokenizers
+  source = (chat_peers.stock_folder() / "qwen3.jinja").read_text()
+  found = tokenise_all(ours, source, TALK)
+  assert [learnt(ours, each) for each in found] == [
+    ["<think>\n\n</think>\n\nTwo.<|im_end|>"], ["<think>\n\n</think>\n\nFour.<|im_end|>"],
+  ]  # fmt: skip
+  assert "think" not in found[1].text.partition("And 2")[0]
+
+
+def test_the_examples_of_one_conversation_are_counted_as_one(tokenizers, folder):
+  ours, _ = tokenizers
+  path = folder / "forgetting.jinja"
+  path.write_text(chat_peers.FORGETTING)
+  rows = [{"messages": TALK}, {"messages": THOUGHTFUL}, {"messages": THOUGHTFUL[:2]}]
+  found = encode(ours, rows, str(path))
+  assert [each.continues for each in found] == [False, False, True, False]
+  texts = [ours.decode(each.targets, skip_special_tokens=False) for each in found]
+  assert texts[2] == "<think>Hm.</think>\nFour.<|im_end|>" and texts[1] == texts[3]
+  # The second example of the second conversation is the longest, and no other is left out.
+  most = len(found[2].tokens) - 1
+  assert sorted(len(each.tokens) for each in found)[-2] <= most
+  shorter = encode(ours, rows, str(path), max_length=most, too_long="drop")
+  assert [each.left_out for each in shorter] == [0, 0, 1]
+  assert [each.continues for each in shorter] == [False, False, False]
+  with pytest.raises(ValueError, match=r"1 of 3 conversations .*first: record 1, which"):
+    encode(ours, rows, str(path), max_length=most)
+
+
 def test_a_generation_prompt_that_the_answer_lacks_is_refused(tokenizers):
   source = chat_peers.CHATML.replace("assistant\\n", "assistant\\n<t>")
-  with pytest.raises(chat_templates.TemplateError, match=r"with a generation prompt \('<t>'\)"):
+  words = r"what is before message 1 in one way with a generation prompt \('<t>'\)"
+  with pytest.raises(chat_templates.TemplateError, match=words):
     tokenise(tokenizers[0], source, TALK)
 
 

@@ -105,7 +105,7 @@ def test_the_day_is_the_one_that_is_given(tokenizers):
     expected = datetime.date(2024, 2, 29).strftime("%A %d %b %Y")
     assert renderer.render(SHORT, None, [(2, False)]) == [expected]
   with pytest.raises(ValueError, match=r"task\.date '29\.2\.2024' is no day"):
-    chat_templates.check_date("29.2.2024")
+    chat_templates.check_date("task.date", "29.2.2024")
 
 
 def test_templates_are_found_by_name_by_file_and_for_tools(tmp_path, smollm2_tokenizer):

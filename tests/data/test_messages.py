@@ -52,6 +52,23 @@ def test_thoughts_have_the_names_that_transformers_gives_them():
     assert messages.check(record(*given)).messages == theirs
 
 
+def test_what_is_asked_ends_with_a_question_or_the_answer_of_a_tool():
+  for given in ([USER], [USER, ANSWER, USER], [USER, CALLS, RESULT]):
+    assert messages.check_asked(record(*given)).messages[-1] == given[-1]
+    with pytest.raises(ValueError, match=r"assistant, so nothing to learn|nothing answers it"):
+      messages.check(record(*given))
+  for given, role in (
+    ([USER, ANSWER], "assistant"),
+    ([{"role": "system", "content": "a"}], "system"),
+  ):
+    with pytest.raises(
+      ValueError, match=f"last message is of the role {role}, so nothing is asked"
+    ):
+      messages.check_asked(record(*given))
+  with pytest.raises(ValueError, match="message 1 of the role user follows user; join the two"):
+    messages.check_asked(record(USER, USER))
+
+
 def test_a_record_is_not_changed():
   given = record(USER, CALLS | {"name": None}, RESULT, ANSWER | {"thinking": "Well."})
   before = json.dumps(given)

@@ -10,7 +10,7 @@ from weight_table import factors
 import lora_jax
 from experiments import parts
 from lora_jax import LowRank, combiners, exchange
-from lora_jax.io import export
+from lora_jax.io import export, names
 from lora_jax.models import llama
 
 program = imported("experiments.combine")
@@ -35,7 +35,9 @@ def tiny(tmp_path_factory, smollm2):
       a, b = factors(leaves[path].shape, "io", seed)
       adapters[path] = LowRank(None, a, b, 2.0)
     name = str(folder / "model")
-    exchange.save(folder / f"adapter_{seed}", adapters, params, axes, base_model=name)
+    exchange.save(
+      folder / f"adapter_{seed}", adapters, params, axes, base_model=name, table=names.LLAMA_HF
+    )
     both.append(adapters)
   return folder, params, axes, both
 
@@ -60,7 +62,7 @@ def test_two_adapters_are_combined_into_a_folder_that_loads(tiny, tmp_path, argu
   assert f"combined 2 adapters of 6 kernels into {output}" in printed
   expected = lora_jax.combine(both, [0.7, -0.3], method)
   assert len(expected) == 6
-  found = exchange.load(output, params, axes)
+  found = exchange.load(output, params, axes, table=names.LLAMA_HF)
   assert_close(lora_jax.merge(params, found), lora_jax.merge(params, expected))
 
 
@@ -106,7 +108,9 @@ def test_options_that_do_not_belong_to_a_method_are_refused(name, options, words
 
 def test_adapters_of_different_models_need_to_be_told_their_base(tiny, tmp_path):
   folder, params, axes, (adapters, _) = tiny
-  exchange.save(tmp_path / "other", adapters, params, axes, base_model="somewhere/else")
+  exchange.save(
+    tmp_path / "other", adapters, params, axes, base_model="somewhere/else", table=names.LLAMA_HF
+  )
   one = str(folder / "adapter_1")
   assert program.common_base([one, one]) == str(folder / "model")
   with pytest.raises(ValueError, match=r"name no common model .*'somewhere/else'.*--base"):

@@ -98,7 +98,13 @@ def test_a_checkpoint_of_a_run_is_as_large_as_what_trains_and_its_two_moments(fi
 
 def test_all_that_takes_long_is_told_of(finished):
   _, printed = finished
-  stages = ["read the data", "tokenise", "start the adapters", "answer", "save the adapter"]
+  stages = [
+    "read the data",
+    "make the examples",
+    "start the adapters",
+    "answer",
+    "save the adapter",
+  ]
   bars = ["load: ", "evaluate: ", "compiling for 8 × 16 tokens", "train: ", "saving"]
   for words in [f"{stage} ... " for stage in stages] + bars:
     assert words in printed, words
@@ -252,7 +258,7 @@ def test_the_adapter_of_a_run_of_another_method_is_read_back_from_its_file(confi
   pretrained = parts.load_model(config.model)
   model = llama.Llama(pretrained.config)
   axes = parts.trace_axes(model, pretrained.params)
-  adapters = exchange.load(run.adapter, pretrained.params, axes)
+  adapters = exchange.load(run.adapter, pretrained.params, axes, table=pretrained.table)
   assert len(adapters) == 7 + 1
   ranks = {path: int((x.e != 0).sum()) for path, x in adapters.items() if path != "norm/scale"}
   assert sum(ranks.values()) == 8 * 7 * 2

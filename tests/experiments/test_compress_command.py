@@ -16,7 +16,7 @@ from configs import heal
 from experiments import compression, parts
 from lora_jax import exchange, tree
 from lora_jax.compress import storage
-from lora_jax.io import pretrained, safetensors
+from lora_jax.io import names, pretrained, safetensors
 from lora_jax.train import workdir
 from lora_jax.weights import Factored, Pruned, is_weight
 from lora_jax.weights.quantized import INT8, Quantized, quantized
@@ -82,7 +82,7 @@ def perplexity_of(program, folder, config):
   small = storage.load(folder / "model")
   model = compression.Model(small.config, small.params, adapters={})
   if (folder / "adapter").exists():
-    adapters = exchange.load(folder / "adapter", model.params, model.axes)
+    adapters = exchange.load(folder / "adapter", model.params, model.axes, table=names.LLAMA_HF)
     model = model._replace(adapters=adapters)
   _, held_out, _ = program.read_windows(config.text, small.tokenizer)
   return program.perplexity(model.apply, model.weights, held_out)
@@ -274,7 +274,7 @@ def test_calibration_sees_the_inputs_that_kernels_have_under_the_adapter(program
 def test_adapters_go_into_arrays_masks_and_factors_and_stay_beside_codes(program, tiny, adapted):
   found = pretrained.load(str(tiny[0] / "model"))
   bare = compression.Model(found.config, found.params, adapters={})
-  loaded = exchange.load(adapted / "adapter", bare.params, bare.axes)
+  loaded = exchange.load(adapted / "adapter", bare.params, bare.axes, table=found.table)
   adapters = {path: dataclasses.replace(x, dropout=0.0) for path, x in loaded.items()}
   dense, masked, factored, coded = list(adapters)[:4]
   leaves = tree.flatten(bare.params)

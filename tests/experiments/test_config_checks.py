@@ -5,7 +5,18 @@ import math
 import pytest
 from ml_collections import ConfigDict
 
-from configs import adapters, classify, compress, e2e, embed, glue, quickstart, sft, translate
+from configs import (
+  adapters,
+  classify,
+  compress,
+  e2e,
+  embed,
+  glue,
+  images,
+  quickstart,
+  sft,
+  translate,
+)
 from configs import methods as methods_config
 from experiments import config_checks
 from lora_jax import tasks
@@ -16,6 +27,8 @@ CONFIGS = {
   "e2e": lambda: e2e.get_config(),
   "translate": lambda: translate.get_config(),
   "classify": lambda: classify.get_config(),
+  "images": lambda: images.get_config("cifar"),
+  "X-rays, head alone": lambda: images.get_config("pneumonia,model=mobilenet,method=head"),
   "sft": lambda: sft.get_config(),
   "sft on a file": lambda: sft.get_config("data=mine.jsonl,full"),
   "methods": lambda: methods_config.get_config(),

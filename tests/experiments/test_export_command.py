@@ -98,7 +98,9 @@ def make_run(folder, name, fields):
     lambda x: x + 0.1 * random.normal(size=x.shape).astype(np.float32), adapters
   )
   with workdir.open_workdir(folder / name, config.to_dict()) as run:
-    exchange.save(run.adapter, adapters, base.params, axes, base_model=config.model.source)
+    exchange.save(
+      run.adapter, adapters, base.params, axes, base_model=config.model.source, table=base.table
+    )
   return folder / name, logits_of(base, lora_jax.attach(base.params, adapters))
 
 
@@ -130,7 +132,7 @@ def healed(folder):
 
 def run_as_the_readme_says(artifact) -> np.ndarray:
   """The logits after the text, by an interpreter in which this package cannot be imported."""
-  snippet = next(block for block in readme_commands.blocks("python") if "runs/artifact" in block)
+  snippet = readme_commands.artifact_program()
   assert f'"{TEXT}"' in snippet
   there = artifact.parent / "elsewhere"
   (there / "runs").mkdir(parents=True)

@@ -58,6 +58,7 @@ def command(foreign, name: str) -> list[str]:
   return {
     "evaluate": ["evaluate", f"--workdir={foreign}"],
     "generate": ["generate", f"--workdir={foreign}", "--prompt=x"],
+    "chat": ["chat", f"--workdir={foreign}"],
     "export": ["export", f"--workdir={foreign}", "--to=merged", output],
     "combine": [
       "combine", f"--adapters={foreign}/adapter,{foreign}/adapter", "--weights=1,1",
@@ -76,7 +77,7 @@ def run(environment, name: str, *arguments: str) -> str:
   return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", ["evaluate", "generate", "export", "combine"])
+@pytest.mark.parametrize("name", ["evaluate", "generate", "chat", "export", "combine"])
 def test_what_a_strangers_file_names_is_not_fetched_unasked(evil, foreign, tmp_path, name):
   said = run(evil, *command(foreign, name))
   assert f"{ADDRESS}: is not in the cache" in said

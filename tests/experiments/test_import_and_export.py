@@ -107,7 +107,7 @@ def test_as_a_plain_lora_of_full_rank_it_loses_nothing(
 def test_gguf_has_no_dora_but_takes_the_lora_that_is_nearest(imported, config_file, tmp_path):
   workdir, output = imported[0], tmp_path / "adapter.gguf"
   printed = run("export", f"--workdir={workdir}", "--to=gguf", f"--output={output}", fails=True)
-  assert "llama.cpp knows products of two factors only" in printed
+  assert "llama.cpp supports only products of two factors" in printed
   assert not output.exists()
 
   run("export", f"--workdir={workdir}", "--to=peft", "--rank=4", f"--output={tmp_path / 'lora'}")

@@ -91,7 +91,7 @@ def test_a_file_that_was_replaced_under_its_path_stops_the_run_that_resumes(fold
   for field, (name, damage) in CHANGES.items():
     saved = (folder / name).read_bytes()
     damage(folder / name)
-    refuse(run, config, rf"(?s)has changed since it began:\n  {field}: .* bytes")
+    refuse(run, config, rf"(?s)have changed since it began:\n  {field}: .* bytes")
     (folder / name).write_bytes(saved)  # the remedy that the message names
   begin(folder, config)
 

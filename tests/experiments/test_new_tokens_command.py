@@ -44,7 +44,7 @@ def test_a_run_trains_the_row_of_a_new_token_beside_its_adapters(config, workdir
   assert settings["trainable_token_indices"] == {"model.embed_tokens": [ID]}
   base = methods.load_base(config)
   axes = parts.trace_axes(parts.make_model(base.config), base.params)
-  adapters = exchange.load(workdir / "adapter", base.params, axes)
+  adapters = exchange.load(workdir / "adapter", base.params, axes, table=base.table)
   assert isinstance(adapters.pop("embed/embedding"), TokenRows)
   assert adapters and all(isinstance(adapter, LowRank) for adapter in adapters.values())
 

@@ -51,7 +51,7 @@ def test_an_adapter_is_trained_and_saved_beside_a_quantised_base(config, workdir
   base = parts.load_model(config.model)
   tokens = np.arange(12, dtype=np.int32)[None]
   axes = parts.trace_axes(llama.Llama(base.config), base.params)
-  adapters = exchange.load(workdir / "adapter", base.params, axes)
+  adapters = exchange.load(workdir / "adapter", base.params, axes, table=base.table)
   apply = lora_jax.adapt(llama.Llama(base.config).apply, strict=True)
   adapted = jax.jit(apply)({"params": lora_jax.attach(base.params, adapters)}, tokens)
   merged = lora_jax.merge(base.params, adapters)
@@ -113,7 +113,7 @@ def test_a_run_that_was_trained_for_its_quantised_merge_loses_nothing_by_it(tmp_
   base = parts.load_model(config.model)
   model = llama.Llama(base.config)
   axes = parts.trace_axes(model, base.params)
-  adapters = exchange.load(run.adapter, base.params, axes)
+  adapters = exchange.load(run.adapter, base.params, axes, table=base.table)
   weights = methods.finish(config, base.params, adapters, axes)
   leaves = tree.flatten(weights, is_leaf=is_weight)
   assert [path for path, x in leaves.items() if isinstance(x, Quantized)] == list(adapters)
@@ -133,8 +133,8 @@ def test_a_run_that_was_trained_for_its_quantised_merge_loses_nothing_by_it(tmp_
   ("text", "fields", "words"),
   [
     ("", {"train.quantize_merge": "int3"}, "'int3' is unknown; use none, nf4"),
-    ("", {"train.quantize_merge": "nf4", "model.quantize": "nf4"}, "quantised already"),
-    ("method=loftq", {"train.quantize_merge": "nf4"}, "quantised already"),
+    ("", {"train.quantize_merge": "nf4", "model.quantize": "nf4"}, "quantized already"),
+    ("method=loftq", {"train.quantize_merge": "nf4"}, "quantized already"),
   ],
 )
 def test_a_merge_that_cannot_be_quantised_is_refused_before_the_model_is_loaded(

@@ -154,7 +154,7 @@ def test_batches_are_put_on_the_devices_ahead_by_another_thread(done):
 
 def test_all_that_takes_long_is_told_of_member_by_member(done):
   finished, told, _ = done
-  stages = ["read the data", "tokenise", "start the adapters", "answer"]
+  stages = ["read the data", "make the examples", "start the adapters", "answer"]
   stages += [f"{stage} member {n}" for stage in ("answer as", "save") for n in range(DIVERGES)]
   bars = ["load: ", "evaluate: ", "train: "]
   bars += [f"{stage} member {n}: " for stage in ("evaluate", "validate") for n in range(DIVERGES)]

@@ -20,9 +20,10 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 import lora_jax
 from lora_jax import exchange, families, is_weight
 from lora_jax.compress import storage
-from lora_jax.io import export, gguf, gguf_model, pretrained, safetensors
+from lora_jax.io import export, gguf, gguf_model, names, pretrained, safetensors
 from lora_jax.io import tokenizer as tokenizers_lib
 from lora_jax.models import bert, llama
+from lora_jax.models.experts import ExpertConfig
 from lora_jax.weights import Factored, Pruned
 from lora_jax.weights.quantized import Format, quantized
 
@@ -32,6 +33,12 @@ SPECIAL = ["<|endoftext|>", "<|im_end|>"]
 CONFIG = llama.LlamaConfig(
   vocab_size=len(ALPHABET) + len(WORDS) + len(SPECIAL), width=32, mlp_width=64, num_layers=2,
   num_heads=4, num_kv_heads=2, head_dim=8, max_length=64, tie_embeddings=True,
+)  # fmt: skip
+# gpt-oss, whose experts have kernels of one block a row.
+EXPERTS = dataclasses.replace(
+  CONFIG, family="gpt_oss", qkv_bias=True, out_bias=True, attn_sinks=True, tie_embeddings=False,
+  window=16, mlp_width=32,
+  experts=ExpertConfig(num_experts=2, per_token=1, width=32, clamped=True, biases=True),
 )  # fmt: skip
 TEXTS = ("the inner 12 things.<|im_end|>", " ünï\n\ncode ", "")
 METHODS = {
@@ -119,8 +126,10 @@ def write(folder: Path, kinds: Collection[str] | None = None) -> dict[str, Sampl
   (words / "tokenizer_config.json").write_text(json.dumps(settings))
   (words / "generation_config.json").write_text(json.dumps({"eos_token_id": [262, 261]}))
   tokenizer = tokenizers_lib.from_folder(words)
-  params = _params()
+  params = _params(CONFIG)
   export.save(folder / "model", params, CONFIG, tokenizer)
+  export.save(folder / "mxfp4", _params(EXPERTS), EXPERTS, tokenizer)
+  _in_mxfp4(folder / "mxfp4")
   _shard(folder / "model", folder / "sharded")
   gguf_model.save(folder / "f32.gguf", params, CONFIG, tokenizer)
   gguf_model.save(folder / "q8.gguf", params, CONFIG, tokenizer, dtype="q8_0")
@@ -136,6 +145,7 @@ def write(folder: Path, kinds: Collection[str] | None = None) -> dict[str, Sampl
     "shards": Sample(
       folder / "sharded", ("one.safetensors", "two.safetensors"), _of_model, ("params",)
     ),
+    "mxfp4": Sample(folder / "mxfp4", ("model.safetensors",), _of_model, ("params",)),
     "config": Sample(folder / "model", ("config.json",), _of_model, (*of_config, "tokenizer")),
     "inspect": Sample(
       folder / "model", ("config.json",), _of_shapes,
@@ -180,7 +190,7 @@ def _adapters(folder: Path, params: Any, kinds: Collection[str] | None) -> dict[
   )
 
   def observe(path: Path) -> dict[str, Any]:
-    return _of_adapters(exchange.load(path, params, axes))
+    return _of_adapters(exchange.load(path, params, axes, table=names.LLAMA_HF))
 
   for name, rules in METHODS.items():
     asked = {f"peft {name}"} | ({"gguf lora"} if name == "lora" else set())
@@ -189,7 +199,7 @@ def _adapters(folder: Path, params: Any, kinds: Collection[str] | None) -> dict[
     specs = lora_jax.match(params, rules, axes)
     made = lora_jax.init(jax.random.key(0), params, specs, axes)
     made = jax.tree.map(lambda x: x + 0.01, made)
-    exchange.save(folder / name, made, params, axes, base_model="base")
+    exchange.save(folder / name, made, params, axes, base_model="base", table=names.LLAMA_HF)
     found[f"peft {name}"] = Sample(
       folder / name, ("adapter_config.json", "adapter_model.safetensors"), observe,
       ("params", "settings", "kinds", "rows"), shares=name == "vera",
@@ -217,6 +227,17 @@ def _shard(folder: Path, target: Path) -> None:
     "weight_map": {name: f"{place}.safetensors" for name, place in places.items()},
   }
   (target / safetensors.INDEX).write_text(json.dumps(index))
+
+
+def _in_mxfp4(folder: Path) -> None:
+  path, rng = folder / safetensors.SINGLE, np.random.default_rng(2)
+  tensors = safetensors.load_file(path)
+  for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+    experts, inputs, outputs = tensors.pop(name).shape
+    shape = (experts, outputs, inputs // 32)
+    tensors[f"{name}_blocks"] = rng.integers(0, 256, (*shape, 16), dtype=np.uint8)
+    tensors[f"{name}_scales"] = rng.integers(120, 125, shape, dtype=np.uint8)
+  safetensors.save_file(tensors, path)
 
 
 # ---- what a reader makes of a file

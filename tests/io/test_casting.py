@@ -10,7 +10,7 @@ from flax import traverse_util
 
 from lora_jax import exchange, families, weights
 from lora_jax.compress import storage
-from lora_jax.io import casting, export, gguf_lora, gguf_model, peft, pretrained
+from lora_jax.io import casting, export, gguf_lora, gguf_model, names, peft, pretrained
 from lora_jax.models import llama
 
 CONFIG = llama.LlamaConfig(
@@ -134,9 +134,10 @@ def test_an_adapter_that_diverged_is_not_saved_over_one_that_did_not(tmp_path):
     for path in flat
   }
   adapter = weights.LowRank(w=None, a=jnp.ones((8, 2)), b=jnp.ones((2, 32)), scale=1.0)
-  exchange.save(tmp_path / "adapter", {UP: adapter}, params, axes, base_model="tiny")
+  said = {"base_model": "tiny", "table": names.LLAMA_HF}
+  exchange.save(tmp_path / "adapter", {UP: adapter}, params, axes, **said)
   before = {x.name: x.read_bytes() for x in (tmp_path / "adapter").iterdir()}
   broken = dataclasses.replace(adapter, b=adapter.b * jnp.inf)
   with pytest.raises(ValueError, match=r"not finite: .*up_proj.lora_B.weight"):
-    exchange.save(tmp_path / "adapter", {UP: broken}, params, axes, base_model="tiny")
+    exchange.save(tmp_path / "adapter", {UP: broken}, params, axes, **said)
   assert {x.name: x.read_bytes() for x in (tmp_path / "adapter").iterdir()} == before

@@ -64,7 +64,8 @@ def metadata():
 
 
 def from_gguf(metadata, rope_factors_R=None):
-  return gguf_configs.from_gguf(metadata, tie_embeddings=True, rope_factors_R=rope_factors_R)
+  factors = {} if rope_factors_R is None else {"rope_freqs.weight": rope_factors_R}
+  return gguf_configs.from_gguf(metadata, tie_embeddings=True, rope_factors=factors)
 
 
 def test_a_config_of_transformers_4_and_of_5_are_read_alike():
@@ -183,8 +184,8 @@ def test_yarn_is_written_to_gguf_metadata_and_read_from_it(attention):
     factor=4.0, original_length=8192, attention_factor=attention * recommended
   )
   config = dataclasses.replace(LLAMA_3_2_1B, rope_scaling=scaling)
-  metadata, factors_R = gguf_configs.to_gguf(config)
-  assert factors_R is None
+  metadata, factors = gguf_configs.to_gguf(config)
+  assert not factors
   assert metadata["llama.rope.scaling.attn_factor"] == pytest.approx(attention)
   read = from_gguf(metadata | {"general.architecture": "llama"})
   assert read.rope_scaling.attention_factor == pytest.approx(attention * recommended)

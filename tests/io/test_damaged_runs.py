@@ -79,7 +79,7 @@ def load(path):
   records = parts.load_records(config.data, parts.make_task(config))
   found = methods.load_base(config)
   axes = parts.trace_axes(llama.Llama(found.config), found.params)
-  adapters = exchange.load(run.adapter, found.params, axes)
+  adapters = exchange.load(run.adapter, found.params, axes, table=found.table)
   methods.finish(config, found.params, adapters, axes)
   return len(records)
 
@@ -210,7 +210,7 @@ def test_programs_that_use_a_run_name_its_damaged_config(damage, copied):
     ("data.max_length", 2**64, "data.max_length is 18446744073709551616; it must be 2 or more"),
     ("evaluation.batch_size", True, "evaluation.batch_size is True; it must be 1 or more"),
     ("train.loss_chunk", -1, "train.loss_chunk is -1; it must be 0 or more"),
-    ("inputs", {"model.source": 3}, "inputs are no fingerprints"),
+    ("inputs", {"model.source": 3}, "inputs are not fingerprints"),
   ],
 )
 def test_a_field_of_a_finished_run_s_config_is_held_to_what_it_may_be(field, value, words, copied):
@@ -289,7 +289,7 @@ def test_a_lock_that_is_a_link_is_refused_and_what_it_points_to_stays(copied, tm
   for make in (os.symlink, os.link):
     (path / "lock").unlink()
     make(tmp_path / "mine", path / "lock")
-    assert "is no lock of a run" in refused(lambda: go_on(path, config), "lock")
+    assert "is not the lock of a run" in refused(lambda: go_on(path, config), "lock")
     assert (tmp_path / "mine").read_text() == "mine"
 
 
@@ -306,7 +306,7 @@ def test_a_lock_that_is_no_file_is_refused(make, copied):
   path, config = copied
   (path / "lock").unlink()
   make(path / "lock")
-  assert "is no lock of a run" in refused(lambda: go_on(path, config), "lock")
+  assert "is not the lock of a run" in refused(lambda: go_on(path, config), "lock")
 
 
 def test_links_in_the_place_of_a_run_s_files_are_not_written_through(copied, tmp_path):

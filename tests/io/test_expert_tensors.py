@@ -16,6 +16,7 @@ from lora_jax.weights import GGUFBlocks, is_weight, materialize
 
 OWNER = "model.layers.{}.mlp.experts"
 NAME = "Qwen 3, experts"
+TABLE = names.HUGGING_FACE["qwen3_moe"]
 TOKENS = np.array([[5, 6, 7, 8, 9, 10, 11, 12, 13, 14]])
 
 
@@ -38,7 +39,7 @@ def a_file(layers=2, experts=3):
 
 def test_the_kernels_of_experts_are_joined_and_taken_apart_again():
   tensors = a_file()
-  joined = expert_tensors.joined(tensors, "folder")
+  joined = expert_tensors.joined(tensors, "folder", TABLE)
   assert {name: tensor.shape for name, tensor in joined.items()} == {
     "model.norm.weight": (5,),
     **{f"{OWNER.format(i)}.gate_up_proj": (3, 8, 5) for i in range(2)},
@@ -47,7 +48,7 @@ def test_the_kernels_of_experts_are_joined_and_taken_apart_again():
   whole = {name: tensor.load() for name, tensor in joined.items()}
   gate = tensors[f"{OWNER.format(1)}.2.gate_proj.weight"].load()
   np.testing.assert_array_equal(whole[f"{OWNER.format(1)}.gate_up_proj"][2, :4], gate)
-  again = expert_tensors.apart(whole, names.HUGGING_FACE["qwen3_moe"])
+  again = expert_tensors.apart(whole, TABLE)
   assert again.keys() == tensors.keys()
   for name, tensor in tensors.items():
     np.testing.assert_array_equal(again[name], tensor.load())
@@ -56,7 +57,7 @@ def test_the_kernels_of_experts_are_joined_and_taken_apart_again():
 def test_kernels_that_a_file_has_joined_are_left_as_they_are():
   name = f"{OWNER.format(0)}.gate_up_proj"
   tensors = {name: stored(name, (3, 8, 5))}
-  assert expert_tensors.joined(tensors, "folder") == tensors
+  assert expert_tensors.joined(tensors, "folder", TABLE) == tensors
 
 
 def without(name):
@@ -107,7 +108,7 @@ def without(name):
 )
 def test_experts_that_lack_a_kernel_or_have_a_strange_one_are_refused(tensors, words):
   with pytest.raises(ValueError, match=words):
-    expert_tensors.joined(tensors, "folder")
+    expert_tensors.joined(tensors, "folder", TABLE)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +123,9 @@ def test_both_spellings_of_a_folder_are_read_alike(folder, tmp_path):
   assert "model.layers.0.mlp.experts.4.up_proj.weight" in tensors
   joined = {
     name: tensor.load()
-    for name, tensor in expert_tensors.joined(safetensors.open_folder(folder), folder).items()
+    for name, tensor in expert_tensors.joined(
+      safetensors.open_folder(folder), folder, TABLE
+    ).items()
   }
   assert joined["model.layers.0.mlp.experts.gate_up_proj"].shape == (5, 48, 32)
   for path in folder.iterdir():

@@ -113,8 +113,8 @@ def test_what_llama_cpp_cannot_adapt_is_refused(tmp_path):
   config, params, axes = model(False)
   path = tmp_path / "a.gguf"
   for rules, words in (
-    ([("mlp", lora_jax.DoRA(rank=2, alpha=1.0))], "block_0/mlp/.* products of two factors only"),
-    ([("norm", lora_jax.Full())], "scale: llama.cpp knows products of two factors only"),
+    ([("mlp", lora_jax.DoRA(rank=2, alpha=1.0))], "block_0/mlp/.* only products of two factors"),
+    ([("norm", lora_jax.Full())], "scale: llama.cpp supports only products of two factors"),
   ):
     adapters = lora_jax.init(jax.random.key(0), params, lora_jax.match(params, rules, axes), axes)
     with pytest.raises(ValueError, match=words):

@@ -30,7 +30,8 @@ train = imported("experiments.train")
 ROOT = pathlib.Path(__file__).parents[2]
 FIELDS = {
   "data.train": 0.6, "data.validation": 0.0, "data.test": 0.4, "data.test_source": "",
-  "data.max_length": 61, "data.buckets": (60,), "train.steps": 30, "train.batch_size": 8,
+  "data.max_length": 61, "data.buckets": (60,), "data.packed_length": 0, "train.steps": 30,
+  "train.batch_size": 8,
   "train.accumulate": 1, "train.log_every": 5, "train.checkpoint_every": 20,
   "optimizer.warmup_steps": 1, "optimizer.peak": 2e-2, "evaluation.batch_size": 8,
   "evaluation.samples": 2,

@@ -56,6 +56,12 @@ def trained(config, run):
   return base, axes, exchange.load(run.adapter, base.params, axes, table=base.table)
 
 
+def test_it_writes_no_texts(config):
+  task = parts.make_task(config)
+  with pytest.raises(ValueError, match="the task classification writes no texts; use experiments"):
+    _ = task.chat_format
+
+
 def logits_of(base, weights):
   """The logits of each text, padded on the right in one batch."""
   ids = [base.tokenizer.encode(text) for text in TEXTS]

@@ -245,7 +245,9 @@ def test_when_no_checkpoint_can_be_read_all_stay_where_they_are(tmp_path):
     truncate(tmp_path / str(step) / "record" / "metadata")
   with (
     open_checkpoints(tmp_path) as checkpoints,
-    pytest.raises(DamagedCheckpointError, match=r"(?s)no checkpoint can be read.*/2: .*/1: .*anew"),
+    pytest.raises(
+      DamagedCheckpointError, match=r"(?s)no checkpoint can be read.*/2: .*/1: .*afresh"
+    ),
   ):
     checkpoints.restore(states[1])
   assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
@@ -331,7 +333,7 @@ def test_a_record_with_a_right_checksum_and_wrong_fields_is_passed_over(
   record["crc32"] = checkpoint._crc32_of_record(record)
   path.write_text(json.dumps(record))
   assert restored_step(tmp_path, like) == 1
-  assert f"{tmp_path / '2'}: its record is none of a checkpoint, " in caplog.text
+  assert f"{tmp_path / '2'}: its record is not that of a checkpoint, " in caplog.text
   assert re.search(words, caplog.text)
 
 

@@ -96,7 +96,7 @@ def test_the_base_of_a_pruned_leaf_stays_pruned():
     (lambda f: distillation.distillation_objective(f, f, hard=2.0), "from 0 to 1"),
     (
       lambda f: distillation.distillation_objective(f, f, hidden=1.0)(None, BATCH),
-      "logits alone",
+      "only its logits",
     ),
     (
       lambda f: distillation.without_adapters(

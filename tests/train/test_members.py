@@ -12,6 +12,7 @@ from tolerances import assert_close
 
 import lora_jax
 from lora_jax import LoRA
+from lora_jax.models.experts import ExpertConfig, Experts
 from lora_jax.train import members, optimizer, step
 from lora_jax.train.checkpoint import Checkpoints
 from lora_jax.tree import flatten
@@ -257,14 +258,61 @@ def test_the_weights_of_a_member_are_the_base_with_its_adapters():
     assert_close(lora_jax.materialize(members.member_weights(state, frozen, n)), merged)
 
 
-def test_experts_are_refused_which_jax_has_no_vmap_of():
-  def f(params, x):
-    return jax.lax.ragged_dot(x, params["w"], jnp.array([3, 2]))
+def test_members_of_a_base_with_experts_take_turns_and_are_what_each_is_alone():
+  module = Experts(ExpertConfig(num_experts=4, per_token=2, width=6))
+  rng = np.random.default_rng(0)
+  x, y = rng.normal(size=(2, STEPS, 3, 5, 8)).astype(np.float32)
+  params = module.init(jax.random.key(0), x[0])["params"]
+  axes = lora_jax.trace_axes(lambda p, x: module.apply({"params": p}, x), params, x[0])
+  assert members.in_turn(axes)
+  apply = lora_jax.adapt(module.apply, strict=True)
 
-  params, x = {"w": jnp.ones((2, 4, 3))}, jnp.ones((5, 4))
-  with pytest.raises(ValueError, match="w: experts are applied by ragged_dot, of which JAX has no"):
-    members.check(lora_jax.trace_axes(f, params, x))
-  members.check(lora_jax.trace_axes(lambda params, x: x @ params["w"][0], params, x))
+  def squares(weights, batch):
+    x, y = batch
+    return jnp.mean((apply({"params": weights}, x) - y) ** 2), jnp.float32(y.size)
+
+  each = [
+    Member(LoRA(rank=2, alpha=4.0), seed=1),
+    Member(LoRA(rank=3, alpha=1.0), seed=2, steps=5),
+  ]
+  starts = [
+    lora_jax.init(
+      jax.random.key(m.seed), params, lora_jax.match(params, [("all-linear", m.spec)], axes), axes
+    )
+    for m in each
+  ]
+  batches = [(np.stack([x[i], -x[i]]), np.stack([y[i], y[i]])) for i in range(STEPS)]
+  state, frozen = members.init(params, members.stack(starts), settings_of(each), make_tx)
+  train_step, losses = members.make_train_step(squares, make_tx, in_turn=True), []
+  for batch in batches:
+    state, metrics = train_step(state, frozen, batch)
+    losses.append(metrics["loss"])
+  assert train_step._cache_size() == 1
+  for n, m in enumerate(each):
+    weights = lora_jax.attach(params, starts[n])
+    trainable, rest = lora_jax.partition(weights, lora_jax.trainable_mask(weights))
+    tx, alone = make_tx(m.schedule), []
+    one, alone_step = step.init_state(trainable, tx), step.make_train_step(squares, tx)
+    for x_, y_ in batches[: m.steps]:
+      one, metrics = alone_step(one, rest, (x_[n], y_[n]))
+      alone.append(metrics["loss"])
+    np.testing.assert_allclose([x[n] for x in losses[: m.steps]], alone, rtol=1e-5)
+    assert_close(
+      members.unstack(state, frozen, n, like=starts[n]),
+      lora_jax.detach(lora_jax.join(one.trainable, rest), starts[n]),
+    )
+  assert not members.in_turn(
+    lora_jax.trace_axes(lambda params, x: x @ params["w"][0], {"w": jnp.ones((2, 8, 3))}, x[0])
+  )
+
+
+def test_members_in_turn_are_those_together():
+  together = train_together(DIFFERENT)[0]
+  train_step = members.make_train_step(objective(), make_tx, in_turn=True)
+  state, frozen, _ = start_of(DIFFERENT)
+  for batch in stacked_batches(DIFFERENT):
+    state, _ = train_step(state, frozen, batch)
+  assert_close(state.states.trainable, together.states.trainable)
 
 
 def test_what_cannot_be_stacked_is_refused_with_the_reason():

@@ -104,7 +104,7 @@ def test_a_run_that_a_check_stops_leaves_no_config(tmp_path):
 
 def test_what_is_of_no_run_is_not_written_over(tmp_path):
   (tmp_path / "README.md").write_text("mine")
-  refuse(ValueError, r"holds README\.md, which is of no run and would be written over", tmp_path)
+  refuse(ValueError, r"holds README\.md, which no run wrote", tmp_path)
   assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
 
 
@@ -138,14 +138,14 @@ def test_what_a_run_reads_is_held_to_what_it_began_with(tmp_path):
   settle(tmp_path, INPUTS)
   assert read_config(tmp_path) == json.loads(json.dumps(CONFIG))
   assert read_inputs(tmp_path) == INPUTS
-  with pytest.raises(ValueError, match="what the run reads has changed") as caught:
+  with pytest.raises(ValueError, match="the files that the run reads have changed") as caught:
     settle(tmp_path, CHANGED)
   assert str(caught.value).splitlines() == [
-    f"{tmp_path}: what the run reads has changed since it began:",
+    f"{tmp_path}: the files that the run reads have changed since it began:",
     "  data.source a.csv: 3 bytes, sha256 aa there, 4 bytes, sha256 bb now",
     "  model.source y: 2 there, absent now",
     "  model.source z: absent there, 2 now",
-    "Put back what was there, or use another workdir",
+    "Restore them, or use another workdir",
   ]
 
 

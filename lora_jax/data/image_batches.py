@@ -1,0 +1,164 @@
+"""Batches of pictures, cropped and flipped by a seed, as `grain` datasets.
+
+  batches = iter(train_batches(examples, 32, size=96, crop_area=0.5, flip=0.5, seed=0))
+  batch = next(batches)
+  state = batches.get_state()          # a small dict for JSON; set_state goes on from there
+
+  images  (B, S, S, 3) uint8
+  labels  (B,) int32
+  weights (B,) float32      1 for an example, 0 for a row that fills the batch
+  index   (B,) int32        evaluation only: the example's number, -1 for a row that fills the batch
+
+A batch is a pure function of the examples, the arguments and the step. In training a square is cut
+out of each picture, of a share of the area of the largest one that has room, at a place of its own,
+and resized (bicubic, without aliasing); it is flipped from left to right or not. In evaluation it
+is the largest square in the middle.
+"""
+
+import functools
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from PIL import Image
+
+from lora_jax.data.batches import block, check_shards, permutation
+
+Batch = dict[str, np.ndarray]
+
+_OF_CROPS = 2  # beside the streams of `lora_jax.data.batches`
+
+
+class Example(NamedTuple):
+  """A picture, [height, width, 3] of uint8, the number of its class, and what it is called."""
+
+  picture: np.ndarray
+  label: int
+  name: str
+
+
+def train_batches(
+  examples: Sequence[Example],
+  batch_size: int,
+  *,
+  size: int,
+  crop_area: float,
+  flip: float,
+  seed: int,
+  shard_index: int = 0,
+  shard_count: int = 1,
+) -> grain.MapDataset:
+  """Returns the endless dataset of training batches; element `step` is the batch of that step.
+
+  Every epoch takes each example once, in another order; what is short of a full batch is filled
+  with rows of weight 0.
+
+  Args:
+    examples: the pictures.
+    batch_size: rows of a batch, over all shards.
+    size: S, pixels of a side.
+    crop_area: the least share of the largest square's area that a crop has, above 0; 1: all.
+    flip: how probable it is that a picture is flipped, from 0 to 1.
+    seed: an integer of 0 or more; with the step, decides the batch.
+    shard_index, shard_count: as of `lora_jax.data.batches.train_batches`.
+
+  Raises:
+    ValueError: no examples, a batch size that the shards cannot share, or a negative seed.
+  """
+  if seed < 0:
+    raise ValueError(f"seed {seed} must be 0 or more")
+  _check(examples, batch_size, shard_index, shard_count)
+  batches_per_epoch = -(-len(examples) // batch_size)
+
+  # The iterator reads ahead, so two epochs can be in use at once.
+  @functools.lru_cache(maxsize=2)
+  def order(epoch: int) -> np.ndarray:
+    return permutation(len(examples), seed, epoch, 0)
+
+  def batch(step: int) -> Batch:
+    epoch, number = divmod(step, batches_per_epoch)
+    rows = order(epoch)[number * batch_size : (number + 1) * batch_size]
+    own = block(rows, batch_size, shard_index, shard_count)
+    first = shard_index * len(own)
+
+    def cut(row: int, picture: np.ndarray) -> np.ndarray:
+      area, across, down, flipped = _uniform(4, seed, step, _OF_CROPS, first + row)
+      found = crop(picture, size, crop_area + (1 - crop_area) * area, across, down)
+      return found[:, ::-1] if flipped < flip else found
+
+    return _assemble(examples, own, size, cut)
+
+  return grain.MapDataset.range(sys.maxsize).map(batch)
+
+
+def eval_batches(
+  examples: Sequence[Example],
+  batch_size: int,
+  *,
+  size: int,
+  shard_index: int = 0,
+  shard_count: int = 1,
+) -> grain.MapDataset:
+  """Returns the dataset of one pass, each example once and in order, the last batch filled up."""
+  _check(examples, batch_size, shard_index, shard_count)
+
+  def batch(number: int) -> Batch:
+    rows = np.arange(number * batch_size, min((number + 1) * batch_size, len(examples)))
+    own = block(rows, batch_size, shard_index, shard_count)
+    cut = functools.partial(crop, size=size, area=1.0, across=0.5, down=0.5)
+    found = _assemble(examples, own, size, lambda row, picture: cut(picture))
+    return found | {"index": own.astype(np.int32)}
+
+  return grain.MapDataset.range(-(-len(examples) // batch_size)).map(batch)
+
+
+def crop(picture: np.ndarray, size: int, area: float, across: float, down: float) -> np.ndarray:
+  """Returns a square of a picture, [size, size, 3].
+
+  Args:
+    picture: [height, width, 3] of uint8.
+    size: pixels of a side of the result.
+    area: of the largest square that has room, the share that the square has.
+    across, down: where it lies, from 0, left or above, to 1.
+  """
+  height, width = picture.shape[:2]
+  side = min(height, width) * area**0.5
+  left, top = (width - side) * across, (height - side) * down
+  box = (left, top, min(left + side, width), min(top + side, height))
+  image = Image.fromarray(np.ascontiguousarray(picture))
+  return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def summary(examples: Sequence[Example], batch_size: int, size: int) -> dict[str, Any]:
+  """Returns what a pass over the examples comes to, as `lora_jax.tasks.Task.summary` says."""
+  batches = -(-len(examples) // batch_size)
+  return {
+    "examples": len(examples),
+    "batches": batches,
+    "shapes": {(size, size): batches},
+    "padding": 1 - len(examples) / (batches * batch_size),
+  }
+
+
+def _check(examples, batch_size: int, shard_index: int, shard_count: int) -> None:
+  if not examples:
+    raise ValueError("no examples to make batches of")
+  check_shards(batch_size, shard_index, shard_count)
+
+
+def _uniform(count: int, *seeds: int) -> np.ndarray:
+  """Numbers from 0 to 1, which the seeds decide; see `lora_jax.data.batches.permutation`."""
+  bits = np.random.PCG64(np.random.SeedSequence(seeds)).random_raw(count)
+  return (bits >> np.uint64(11)) * 2.0**-53
+
+
+def _assemble(examples: Sequence[Example], indices: np.ndarray, size: int, cut) -> Batch:
+  images = np.zeros((len(indices), size, size, 3), np.uint8)
+  labels, weights = np.zeros(len(indices), np.int32), np.zeros(len(indices), np.float32)
+  for row, index in enumerate(indices):
+    if index >= 0:
+      images[row] = cut(row, examples[index].picture)
+      labels[row], weights[row] = examples[index].label, 1
+  return {"images": images, "labels": labels, "weights": weights}

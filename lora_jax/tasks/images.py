@@ -1,0 +1,372 @@
+"""Classes of images: a model of images with a head of classes.
+
+task.name = "images"
+task.labels = ("cat", "dog")             # the names, in the order of the head's outputs
+data.source = "train.npz"                # or a folder with a folder for each class
+data.arrays = ("images", "labels")       # of an .npz file; () of a folder
+data.size = 96                           # pixels of a side, as the model sees them
+data.mean, data.std = (0.5,) * 3, (0.5,) * 3     # of red, green and blue, from 0 to 1
+data.crop_area, data.flip = 0.5, 0.5     # in training; see `lora_jax.data.image_batches`
+
+The head's leaves are new, start from the run's seed, train in full and are saved with the adapter,
+as PEFT's `modules_to_save`. The model is transformers' `...ForImageClassification`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn, Self
+
+import flax.linen as nn
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lora_jax.checks import shown
+from lora_jax.data import image_batches, image_sets, pictures
+from lora_jax.data.image_batches import Example
+from lora_jax.io.pretrained import Pretrained
+from lora_jax.tasks import class_metrics, heads, questions
+from lora_jax.train.step import Batch, Objective
+
+PyTree = Any
+Record = dict[str, Any]
+
+# A larger picture is shrunk as it is read, to so many times the size that the model sees: then no
+# crop of a quarter of its area or more is enlarged.
+_KEPT = 2
+_COLOURS = 3
+_COLUMNS = 6  # of the grid of pictures that is drawn
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Images:
+  """See the module, and `lora_jax.tasks.Task` for the methods.
+
+  labels: the names of the classes.
+  size: pixels of a side.
+  mean, std: of each colour, by which images are normalised.
+  crop_area, flip: as of `image_batches.train_batches`.
+  model: the model, its weights left out; None until `of_model`.
+  """
+
+  FIELDS: ClassVar[tuple[str, ...]] = ("labels",)
+  TRAINS: ClassVar[tuple[str, ...]] = ("head/.*",)
+  UNIT: ClassVar[str] = "image"
+
+  labels: tuple[str, ...]
+  size: int
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+  crop_area: float
+  flip: float
+  model: Pretrained | None = None
+
+  @classmethod
+  def of(cls, task: Mapping[str, Any], data: Mapping[str, Any], loss_chunk: int) -> Self:
+    if loss_chunk:
+      raise ValueError(
+        f"train.loss_chunk {loss_chunk}: is for logits of many tokens, and an image has those of "
+        "its class; set it to 0"
+      )
+    for field in ("mean", "std"):
+      if len(data[field]) != _COLOURS:
+        raise ValueError(
+          f"data.{field} has {len(data[field])} values; give one for each of red, green and blue"
+        )
+    return cls(
+      labels=heads.labels_of(task), size=data["size"], mean=tuple(data["mean"]),
+      std=tuple(data["std"]), crop_area=data["crop_area"], flip=data["flip"],
+    )  # fmt: skip
+
+  # ---- records and examples
+
+  def open(self, path: Path, data: Mapping[str, Any], *, held_out: bool) -> list[Record]:
+    arrays = data["test_arrays" if held_out else "arrays"]
+    return image_sets.read(path, tuple(arrays), self.labels, most=_KEPT * self.size)
+
+  def read(self, rows: Sequence[Record]) -> tuple[list[Record], str]:
+    return list(rows), ""
+
+  def derive(self, rows: Sequence[Record], data: Mapping[str, Any]) -> list[Record]:
+    del data
+    return list(rows)
+
+  def check(self, rows: Sequence[Record]) -> None:
+    del rows  # `image_sets.read` has checked each
+
+  def extend(self, found: Pretrained, key: jax.Array) -> Pretrained:
+    return heads.add(found, key, self.labels)
+
+  def of_model(self, found: Pretrained) -> Self:
+    config = found.config
+    if getattr(config, "channels", None) != _COLOURS:
+      raise ValueError(
+        f"{found.source}: a {config.family!r} takes no images of {_COLOURS} colours, and the task "
+        "images gives it some"
+      )
+    if self.size % getattr(config, "patch_size", 1):
+      raise ValueError(
+        f"data.size {self.size} is no multiple of the model's patches of {config.patch_size} pixels"
+      )
+    # The weights stay with the caller.
+    return dataclasses.replace(self, model=dataclasses.replace(found, params={}))
+
+  def examples(self, rows: Sequence[Record]) -> list[Example]:
+    numbers = {label: number for number, label in enumerate(self.labels)}
+    return [Example(row["picture"], numbers[row["label"]], row["name"]) for row in rows]
+
+  # ---- batches
+
+  def train_batches(
+    self, examples: Sequence[Example], batch_size: int, *, seed: int, **rows: int
+  ) -> grain.MapDataset:
+    return image_batches.train_batches(
+      examples, batch_size, size=self.size, crop_area=self.crop_area, flip=self.flip, seed=seed,
+      **rows,
+    )  # fmt: skip
+
+  def eval_batches(
+    self, examples: Sequence[Example], batch_size: int, **rows: int
+  ) -> grain.MapDataset:
+    return image_batches.eval_batches(examples, batch_size, size=self.size, **rows)
+
+  def check_stackable(self) -> None:
+    """All batches have one shape."""
+
+  def describe(self, **examples: Sequence[Example]) -> dict[str, Any]:
+    counts = {
+      split: np.bincount([each.label for each in own], minlength=len(self.labels)).tolist()
+      for split, own in examples.items()
+    }
+    for split, own in counts.items():
+      unseen = [
+        label
+        for label, count, seen in zip(self.labels, own, counts.get("training", own), strict=True)
+        if count and not seen
+      ]
+      if unseen:
+        raise ValueError(
+          f"{split}: has images of {', '.join(unseen)}, of which there are none to train on; add "
+          "some, or take the class out of task.labels"
+        )
+    return {"size": self.size, "labels": list(self.labels), "splits": counts}
+
+  def lines(self, described: Mapping[str, Any]) -> list[str]:
+    _check_described(described)
+    found = []
+    for split, counts in described["splits"].items():
+      each = ", ".join(
+        f"{count:,} {label}" for label, count in zip(described["labels"], counts, strict=True)
+      )
+      found.append(f"{split}: {sum(counts):,} images of {described['size']} pixels a side: {each}")
+    return found
+
+  def tokens(self, example: Example) -> NoReturn:
+    raise ValueError("the task images reads no texts, and has no tokens to show")
+
+  def shape_of(self, batch: Batch) -> tuple[int, ...]:
+    return batch["weights"].shape
+
+  def summary(self, examples: Sequence[Example], batch_size: int) -> dict[str, Any]:
+    return image_batches.summary(examples, batch_size, self.size)
+
+  def batch_of(self, shape: tuple[int, int], rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    return {
+      "images": jax.ShapeDtypeStruct((rows, *shape, _COLOURS), jnp.uint8),
+      "labels": jax.ShapeDtypeStruct((rows,), jnp.int32),
+      "weights": jax.ShapeDtypeStruct((rows,), jnp.float32),
+    }
+
+  def words_of(self, shape: tuple[int, int]) -> str:
+    return f"{' × '.join(map(str, shape))} pixels"
+
+  # ---- training and evaluation
+
+  def forward(self, model: nn.Module) -> Callable:
+    """`(variables, images of uint8) -> logits`, with the normalisation."""
+    mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
+
+    def apply(variables: PyTree, images_BHWC: jax.Array, **options: Any) -> Any:
+      return model.apply(variables, (images_BHWC / np.float32(255) - mean) / std, **options)
+
+    return apply
+
+  def run(self, apply: Callable) -> Callable[[PyTree, Batch], jax.Array]:
+    return lambda weights, batch: apply({"params": weights}, batch["images"])
+
+  def mask(self, batch: Batch) -> None:
+    """Every row counts: a patch has no padding, nor a place that a window lies at."""
+    del batch
+
+  def objective(self, apply: Callable) -> Objective:
+    def objective(weights: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array]:
+      total, count = _loss(apply({"params": weights}, batch["images"]), batch)
+      return total / jnp.where(count > 0, count, 1), count
+
+    return objective
+
+  def reading(self, apply: Callable, hidden: bool) -> NoReturn:
+    raise ValueError("distill.teacher: is for tasks on text; set it to none")
+
+  def make_eval_step(self, apply: Callable) -> Callable[[PyTree, Batch], PyTree]:
+    @jax.jit
+    def step(weights: PyTree, batch: Batch) -> dict[str, jax.Array]:
+      logits_BK = apply({"params": weights}, batch["images"])
+      loss, _ = _loss(logits_BK, batch)
+      scores_BK = jax.nn.softmax(logits_BK.astype(jnp.float32))
+      return {"loss": loss, "scores": scores_BK} | {x: batch[x] for x in ("labels", "weights")}
+
+    return step
+
+  def metrics(self, outputs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    joined = {
+      name: np.concatenate([np.asarray(each[name]) for each in outputs])
+      for name in ("scores", "labels", "weights")
+    }
+    real = joined["weights"] > 0
+    rows = int(real.sum())
+    loss = sum(float(each["loss"]) for each in outputs) / rows
+    found = class_metrics.of_scores(joined["scores"][real], joined["labels"][real])
+    return {"loss": loss, **found, "rows": rows}
+
+  def line(self, metrics: Mapping[str, float]) -> str:
+    return (
+      f"accuracy {metrics['accuracy']:.1%}, balanced {metrics['balanced_accuracy']:.1%}, AUC "
+      f"{metrics['auc']:.3f}, loss {metrics['loss']:.3f} on {metrics['rows']} images"
+    )
+
+  # ---- what people are shown
+
+  def given(self, examples: Sequence[Example]) -> list[dict[str, str]]:
+    return [{"prompt": each.name, "wanted": self.labels[each.label]} for each in examples]
+
+  def make_show(
+    self, apply: Callable, examples: Sequence[Example], put: Callable, share: int
+  ) -> Callable[[PyTree], list[str]]:
+    """The class that the model gives each image."""
+    [batch] = self.eval_batches(examples, -(-len(examples) // share) * share)
+    probabilities = _probabilities(apply)
+
+    def show(weights: PyTree) -> list[str]:
+      found = questions.answers(
+        lambda batch: put(probabilities(weights, batch)), [batch], self._answer
+      )
+      return [each["label"] for each in found]
+
+    return show
+
+  # ---- answers for images of one's own
+
+  def asked(self, given: str) -> list[Example]:
+    """The image of a file, or those of a folder in the order of their names."""
+    path = Path(given)
+    files = [path]
+    if path.is_dir():
+      files = sorted(x for x in path.iterdir() if x.suffix.lower() in pictures.ENDINGS)
+      if not files:
+        raise ValueError(
+          f"{given}: the folder has no pictures, whose names end in {', '.join(pictures.ENDINGS)}"
+        )
+    return [Example(pictures.read(x, _KEPT * self.size), 0, str(x)) for x in files]
+
+  def predict(
+    self,
+    apply: Callable,
+    weights: PyTree,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    watch: Callable[[Sequence], Any] = iter,
+  ) -> list[questions.Answer]:
+    """`image`, `label` and `probabilities` of each; `watch` goes over the batches."""
+    step = _probabilities(apply)
+    data = watch(self.eval_batches(examples, batch_size))
+    found = questions.answers(lambda batch: step(weights, batch), data, self._answer)
+    return [{"image": example.name} | each for example, each in zip(examples, found, strict=True)]
+
+  def _answer(self, probabilities: np.ndarray) -> questions.Answer:
+    return {
+      "label": self.labels[int(probabilities.argmax())],
+      "probabilities": dict(zip(self.labels, probabilities.tolist(), strict=True)),
+    }
+
+  def draw(
+    self, examples: Sequence[Example], samples: Sequence[Mapping[str, str]]
+  ) -> Callable[[Any], None] | None:
+    """A grid of the images with what each is, and what the model took it for before and after."""
+    if not examples:
+      return None
+    return functools.partial(_draw, examples, samples, self.size)
+
+  def prompts(self, *unused: Any) -> NoReturn:
+    raise ValueError("the task images writes no texts; leave --beams out")
+
+  def check_room(self, *unused: Any) -> NoReturn:
+    raise ValueError("the task images writes no texts")
+
+  @property
+  def talk(self) -> NoReturn:
+    raise ValueError("the task images writes no texts; use experiments.predict")
+
+  def write(self, *unused: Any, **how: Any) -> NoReturn:
+    raise ValueError("the task images writes no texts")
+
+  def longest_choice(self) -> NoReturn:
+    raise ValueError("the task images writes no texts; use experiments.evaluate")
+
+
+def _probabilities(apply: Callable) -> Callable[[PyTree, Batch], jax.Array]:
+  """The jitted step `(weights, batch) -> the probability of each class`, [rows, classes]."""
+
+  @jax.jit
+  def step(weights: PyTree, batch: Batch) -> jax.Array:
+    return jax.nn.softmax(apply({"params": weights}, batch["images"]).astype(jnp.float32))
+
+  return step
+
+
+def _loss(logits_BK: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+  """The sum of the cross-entropies in nats, and of how many rows."""
+  losses_B = optax.softmax_cross_entropy_with_integer_labels(
+    logits_BK.astype(jnp.float32), batch["labels"]
+  )
+  return jnp.sum(losses_B * batch["weights"]), jnp.sum(batch["weights"])
+
+
+def _draw(
+  examples: Sequence[Example], samples: Sequence[Mapping[str, str]], size: int, target: Any
+) -> None:
+  from matplotlib.figure import Figure  # it takes half a second, and only runs draw
+
+  columns = min(_COLUMNS, len(examples))
+  rows = -(-len(examples) // columns)
+  figure = Figure(figsize=(2.0 * columns, 2.8 * rows), dpi=100)
+  figure.subplots_adjust(hspace=0.45, wspace=0.06)  # room for the lines below a picture
+  for place, (example, sample) in enumerate(zip(examples, samples, strict=True)):
+    axes = figure.add_subplot(rows, columns, place + 1)
+    axes.imshow(image_batches.crop(example.picture, size, 1.0, 0.5, 0.5))
+    axes.set_axis_off()
+    axes.set_title(sample["wanted"], fontsize=10, fontweight="bold")
+    said = [(when, sample[when]) for when in ("before", "after") if when in sample]
+    for line, (when, answer) in enumerate(said):
+      color = "#1a7f37" if answer == sample["wanted"] else "#b3261e"
+      axes.text(
+        0.5, -0.04 - 0.12 * line, f"{when}: {answer}", transform=axes.transAxes, fontsize=9,
+        color=color, ha="center", va="top",
+      )  # fmt: skip
+  figure.savefig(target, format="png", bbox_inches="tight")
+
+
+def _check_described(described: Mapping[str, Any]) -> None:
+  labels, splits = described.get("labels"), described.get("splits")
+  whole = isinstance(labels, list) and all(isinstance(x, str) for x in labels)
+  whole = whole and isinstance(splits, dict) and type(described.get("size")) is int
+  for counts in splits.values() if whole else ():
+    whole = whole and isinstance(counts, list) and len(counts) == len(labels)
+    whole = whole and all(type(n) is int for n in counts)
+  if not whole:
+    raise ValueError(f"data is {shown(dict(described))}")

@@ -1,0 +1,53 @@
+"""Files of records as a config's `data` says how to read them, for tasks on text."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lora_jax.data import detokenise, labels, records
+
+# The format of a file by its name.
+_BY_NAME = "auto"
+
+# What configs of earlier runs, which lack a field of the data section, meant without it.
+_BEFORE_THE_FIELD = {"encoding": "utf-8-sig", "quoted": None}
+
+
+def read(path: str | Path, data: Mapping[str, Any]) -> list[records.Record]:
+  """The records of one file, as a section of a config says: `format`, `columns`, `encoding` and
+  `quoted`. Raises as `lora_jax.data.records.read` does."""
+  return records.read(
+    path,
+    format=None if data["format"] == _BY_NAME else data["format"],
+    columns=data["columns"] or None,
+    quoted=_setting(data, "quoted"),
+    encoding=_setting(data, "encoding"),
+  )
+
+
+def derive(rows: Sequence[records.Record], data: Mapping[str, Any]) -> list[records.Record]:
+  """The records with the columns that `detokenise` and `sign_of` make; raises as these do."""
+  rows = detokenise.detokenise_columns(rows, data["detokenise"])
+  if data["sign_of"]:
+    rows = labels.sign_label(rows, data["sign_of"], neutral=data["neutral"])
+  return rows
+
+
+class OfTables:
+  """What tasks share whose records are rows of tables, and whose examples are texts."""
+
+  UNIT: ClassVar[str] = "token"
+
+  def open(self, path: Path, data: Mapping[str, Any], *, held_out: bool) -> list[records.Record]:
+    del held_out
+    return read(path, data)
+
+  def derive(self, rows: Sequence[records.Record], data: Mapping[str, Any]) -> list[records.Record]:
+    return derive(rows, data)
+
+  def draw(self, encoded: Sequence[Any], samples: Sequence[Mapping[str, str]]) -> None:
+    """Texts are shown as texts."""
+
+
+def _setting(data: Mapping[str, Any], name: str) -> Any:
+  return data[name] if name in data else _BEFORE_THE_FIELD[name]
