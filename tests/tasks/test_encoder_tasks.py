@@ -337,7 +337,7 @@ def test_what_cannot_be_learned_is_refused_before_weights_are_loaded(
 @pytest.mark.parametrize(
   ("record", "words"),
   [
-    ({"label": "neither"}, r"bad.jsonl: record 160: its label 'neither' is none of task.labels"),
+    ({"label": "neither"}, r"bad.jsonl: record 160: its label 'neither' is not one of task.labels"),
     ({"label": None}, "column 'label' of record 160 holds a NoneType"),
     ({"text": " "}, r"bad.jsonl: record 160: its text is empty; add some text"),
     ({"other": ""}, r"bad.jsonl: record 160: its pair is empty"),
