@@ -8,7 +8,7 @@ sentences of its batch. The figure is Spearman's correlation of the cosine of tw
 the score, on the published development set. The files are looked for in the folder `glue/STS-B` of
 LORA_JAX_DATA, else of ../shared/data.
 
-    :smoke            a few steps on little data: everything runs, nothing is learnt
+    :smoke            a few steps on little data: everything runs, nothing is learned
     :method=full      another method of configs/adapters.py
 """
 
@@ -20,7 +20,7 @@ from configs import arguments, glue
 def get_config(text: str = "") -> ml_collections.ConfigDict:
   args = arguments.parse(text, smoke=False, method="lora", rank=0)
   smoke = ",smoke" if args["smoke"] else ""
-  # What is not said here is as on STS-B in configs/glue.py: the model, the data, the optimiser.
+  # All that is not set here is as on STS-B in configs/glue.py: model, data, optimizer.
   config = glue.get_config(f"stsb,method={args['method']},rank={args['rank']}{smoke}")
 
   task = config.task

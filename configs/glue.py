@@ -17,7 +17,7 @@ every method. All methods of a task see the same batches for as many steps.
 
     :method=head    the head alone; full: all parameters; or another method of configs/adapters.py
     :sweep          three seeds in one program, on batches of one length
-    :smoke          a few steps on little data: everything runs, nothing is learnt
+    :smoke          a few steps on little data: everything runs, nothing is learned
 
 Held out is the published development set, of which no text is trained on; of MRPC, whose
 development set is not published apart, a tenth of the pairs by their first sentence. The files are
@@ -91,11 +91,11 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   args = arguments.parse(rest, smoke=False, sweep=False, method="lora", rank=0)
   chosen = TASKS[name]
   method = "full" if args["method"] == "head" else args["method"]
-  # What is not said here is as in the quickstart: the adapter, most of the optimiser.
+  # All that is not set here is as in the quickstart: the adapter, most of the optimizer.
   config = quickstart.get_config(f"method={method},rank={args['rank']}")
   config.model.source = MINILM
   if args["method"] == "head":
-    config.adapter.targets = ()  # the pooler and the head train whatever these are
+    config.adapter.targets = ()  # the pooler and the head always train
 
   config.task = task = ml_collections.ConfigDict()
   task.name = "classification" if chosen.labels else "regression"

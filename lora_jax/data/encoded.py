@@ -80,7 +80,7 @@ def eval_batches(
 
 
 def describe(examples: Sequence[EncodedExample]) -> dict[str, int]:
-  """What became of the lengths of examples: how many there are, how many lost tokens, and the most
+  """The lengths of examples: how many there are, how many lost tokens, and the most
   tokens of a text."""
   return {
     "examples": len(examples),

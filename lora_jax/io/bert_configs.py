@@ -32,7 +32,7 @@ class Style:
   defaults: of fields that may be absent, as transformers' configuration has them.
   fixed: fields by which a file may ask for more than the model does, and the value of each that is
     accepted.
-  ignored: fields that may say what they like, besides those of every family.
+  ignored: fields that may say what they like, in addition to those of every family.
   offset: whether positions are counted from the row after padding's.
   pooled: whether a model without a head may have a pooler.
   pooler_activation: see `BertConfig`.
@@ -108,12 +108,12 @@ def from_hugging_face(fields: Fields) -> BertConfig:
 
   Raises ValueError for a missing field, one of another type or beyond what a model has, an unknown
   field that is neither null nor empty nor false, another activation, positions that are not
-  absolute, a decoder, and quantised weights.
+  absolute, a decoder, and quantized weights.
   """
   name = fields["model_type"]
   style = STYLES[name]
   if fields.get("quantization_config"):
-    raise ValueError("quantization_config: quantised safetensors are not supported")
+    raise ValueError("quantization_config: quantized safetensors are not supported")
   known = {*style.sizes, style.positions, *style.defaults, *style.fixed, *style.ignored, POOLER}
   check_known(name, known, fields)
   for field, accepted in style.fixed.items():

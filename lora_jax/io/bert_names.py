@@ -2,7 +2,7 @@
 
     HUGGING_FACE["bert"]["bert.pooler.dense.weight"]       # "pooler/kernel"
 
-The dense layer on a text's first token is the pooler here, whatever its name in files is: BERT's is
+The dense layer on a text's first token is the pooler here, by any name in files: BERT's is
 a part of the body, and RoBERTa's and DistilBERT's are parts of the head of classes.
 """
 

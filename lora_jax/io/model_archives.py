@@ -4,9 +4,9 @@
     folder_of(Path("model.gguf"))       # the path itself
 
 An archive is taken for hostile, as in `lora_jax.io.archives`: the files that a model's folder may
-have are asked for by name, those beside the one config.json of a model, and nothing else is
+have are asked for by name, those in the folder of a model's config.json, and nothing else is
 unpacked. They lie in the cache under the archive's SHA-256, and at every use their sizes and
-checksums are held against the archive's directory.
+checksums are compared with the archive's directory.
 """
 
 import zipfile

@@ -20,7 +20,7 @@ _SETTINGS = "tokenizer_config.json"
 _MAX_BYTES = 40 << 20
 _UNKNOWN, _BEGIN, _END = "[UNK]", "[CLS]", "[SEP]"
 _SPECIAL = ("[PAD]", _UNKNOWN, _BEGIN, _END, "[MASK]")
-# Of a tokenizer_config.json, as BertTokenizer has them where they are absent.
+# Fields of a tokenizer_config.json, as BertTokenizer has them where they are absent.
 _DEFAULTS = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True}
 
 

@@ -100,7 +100,7 @@ class BertConfig:
       ("activation", ACTIVATIONS), ("pooler_activation", POOLER_ACTIVATIONS),
     ):  # fmt: skip
       if (value := getattr(self, name)) not in known:
-        raise ValueError(f"BertConfig: {name} {value!r:.40} is none of {', '.join(known)}")
+        raise ValueError(f"BertConfig: {name} {value!r:.40} is not one of {', '.join(known)}")
 
   @property
   def has_pooler(self) -> bool:
@@ -108,7 +108,7 @@ class BertConfig:
 
 
 class Encoding(NamedTuple):
-  """What an encoder without a head returns; `pooled_BD` is None for a model without a pooler."""
+  """The result of an encoder without a head; `pooled_BD` is None for a model without a pooler."""
 
   hidden_BTD: jax.Array
   pooled_BD: jax.Array | None
@@ -163,7 +163,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-  """One layer: attention, then the MLP, each added to its input and normalised after that."""
+  """One layer: attention, then the MLP, each added to its input and normalized after that."""
 
   config: BertConfig
 
@@ -182,7 +182,7 @@ class Bert(nn.Module):
   mask_BT: True for each token of a text, False for padding, which no token sees; None: no padding.
   types_BT: which text of a pair a token belongs to, from 0; None: the first one.
 
-  Returns logits_BC of a model with classes, else an `Encoding`. What stands at padding has no
+  Returns logits_BC of a model with classes, else an `Encoding`. Vectors at padding have no
   meaning.
 
   Raises ValueError for a row of more than P tokens, and for types in a model without them.

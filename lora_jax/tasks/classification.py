@@ -107,9 +107,9 @@ class Classification(Texts):
     return list(range(len(self.labels)))
 
   def tokens(self, example: Example) -> list[TokenText]:
-    """Those of the text, and the name of its class as the one that is learnt."""
-    found = token_texts(self.model.tokenizer, example.inputs, learnt=())
-    return [*found, TokenText(self.labels[example.targets[0]], 1, special=False, learnt=True)]
+    """Those of the text, and the name of its class as the one that is learned."""
+    found = token_texts(self.model.tokenizer, example.inputs, learned=())
+    return [*found, TokenText(self.labels[example.targets[0]], 1, special=False, learned=True)]
 
   def given(self, encoded: Sequence[Example]) -> list[dict[str, str]]:
     decode = self.model.tokenizer.decode

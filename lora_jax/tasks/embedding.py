@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.checks import shown
 from lora_jax.data import records, templates
 from lora_jax.data.encoded import EncodedExample
 from lora_jax.io.pretrained import Pretrained
@@ -97,8 +98,13 @@ class Embedding(EncodedTexts):
     return super().summary(self._alike(found), batch_size)
 
   def describe(self, **found: Sequence[EncodedExample]) -> dict[str, Any]:
-    self._alike(found["training"])  # refuses it where there are none
-    return super().describe(**found)
+    return super().describe(**found) | {"alike": len(self._alike(found["training"]))}
+
+  def lines(self, described: Mapping[str, Any]) -> list[str]:
+    if type(alike := described.get("alike")) is not int:
+      raise ValueError(f"data alike is {shown(alike)}")
+    told = f"training: {alike:,} pairs have a score of {self.positive:g} or more, and are learned"
+    return [*super().lines(described), told]
 
   # ---- training and evaluation
 

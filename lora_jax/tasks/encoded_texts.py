@@ -1,4 +1,4 @@
-"""What tasks share whose texts an encoder reads as a whole, alone or in pairs."""
+"""The base of tasks whose texts an encoder reads as a whole, alone or in pairs."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -70,7 +70,7 @@ class EncodedTexts(tables.OfTables):
         )
 
   def target(self, row: records.Record, where: str) -> int | float:
-    """What is wanted of a record; raises ValueError for what its label cannot be."""
+    """The label of a record; raises ValueError for what its label cannot be."""
     raise NotImplementedError
 
   def _templates(self) -> dict[str, str]:
@@ -205,7 +205,7 @@ class EncodedTexts(tables.OfTables):
     return _flat(batch["mask"])
 
   def reading(self, apply: Callable, hidden: bool) -> Callable[[PyTree, Batch], Reading]:
-    """Of a classification, the logits [B, 1, classes] and the first token's vector [B, 1, D]."""
+    """The logits of a classification [B, 1, classes] and the first token's vector [B, 1, D]."""
     run, run_hidden = self.run(apply), self.hidden(apply)
 
     def read(weights: PyTree, batch: Batch) -> Reading:
@@ -225,7 +225,7 @@ class EncodedTexts(tables.OfTables):
     ]
 
   def words(self, target: int | float) -> str:
-    """What is wanted of an example, for people."""
+    """A target, for people."""
     raise NotImplementedError
 
   def _texts(self, example: EncodedExample) -> list[str]:
@@ -318,7 +318,7 @@ def _inputs(batch: Batch) -> tuple[jax.Array]:
 
 
 def _options(batch: Batch) -> dict[str, jax.Array]:
-  """What an encoder takes beside the tokens."""
+  """The arguments of an encoder in addition to the tokens."""
   types = {"types_BT": _flat(batch["types"])} if "types" in batch else {}
   return {"mask_BT": _flat(batch["mask"])} | types
 

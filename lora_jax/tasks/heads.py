@@ -32,7 +32,7 @@ def labels_of(task: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def add(found: Pretrained, key: jax.Array, classes: Sequence[str]) -> Pretrained:
-  """The model with a new head of classes in the place of its own; of shapes, their shapes.
+  """The model with a new head of classes in place of its own; of shapes, their shapes.
 
   Args:
     found: the model.

@@ -39,7 +39,7 @@ class PooledClassification(EncodedTexts):
   def target(self, row: records.Record, where: str) -> int:
     if (found := templates.fill(self.label, row)) not in self.labels:
       raise ValueError(
-        f"{where}: its label {shown(found)} is none of task.labels {shown(self.labels)}"
+        f"{where}: its label {shown(found)} is not one of task.labels {shown(self.labels)}"
       )
     return self.labels.index(found)
 

@@ -1,4 +1,4 @@
-"""What a person asks a run: the records of a file, or a text; and the answers, in their order."""
+"""Questions of a person to a run, from a file or a text, and the answers in their order."""
 
 import pathlib
 from collections.abc import Callable, Iterable, Sequence

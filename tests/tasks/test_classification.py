@@ -152,7 +152,7 @@ def test_the_end_of_a_long_text_is_cut_and_counted(config, trained):
     ({"task.labels": ("a",)}, "task.labels .*two or more different"),
     (
       {"task.labels": ("negative", "good")},
-      "record 0: its label 'positive' is none of task.labels",
+      "record 0: its label 'positive' is not one of task.labels",
     ),
     ({"train.loss_chunk": 8}, "loss_chunk 8: is for logits of many tokens"),
     (

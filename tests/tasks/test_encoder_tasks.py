@@ -232,8 +232,12 @@ def test_only_pairs_that_are_alike_are_trained_on_and_all_are_measured(trained):
   alike = [example for example in found if example.target >= 1]
   assert 0 < len(alike) < len(found)
   assert task.summary(found, 8)["examples"] == len(alike)
-  results = json.loads(opened.evaluation.read_text())["after"]
-  assert 0 < results["pairs"] < results["rows"]
+  results = json.loads(opened.evaluation.read_text())
+  assert 0 < results["after"]["pairs"] < results["after"]["rows"]
+  told = f"training: {len(alike)} pairs have a score of 1 or more, and are learned"
+  assert told in task.lines(results["data"]) and told in opened.readme.read_text()
+  with pytest.raises(ValueError, match="data alike is None"):
+    task.lines(results["data"] | {"alike": None})
 
 
 def test_mean_pooling_has_a_gradient_where_a_row_has_no_token():
@@ -333,7 +337,7 @@ def test_what_cannot_be_learned_is_refused_before_weights_are_loaded(
 @pytest.mark.parametrize(
   ("record", "words"),
   [
-    ({"label": "neither"}, r"bad.jsonl: record 160: its label 'neither' is none of task.labels"),
+    ({"label": "neither"}, r"bad.jsonl: record 160: its label 'neither' is not one of task.labels"),
     ({"label": None}, "column 'label' of record 160 holds a NoneType"),
     ({"text": " "}, r"bad.jsonl: record 160: its text is empty; add some text"),
     ({"other": ""}, r"bad.jsonl: record 160: its pair is empty"),
