@@ -10,9 +10,9 @@
   index   (B,) int32        evaluation only: the example's number, -1 for a row that fills the batch
 
 A batch is a pure function of the examples, the arguments and the step. In training a square is cut
-out of each picture, of a fraction of the area of the largest one that has room, at a place of its own,
-and resized (bicubic, without aliasing); it is flipped from left to right or not. In evaluation it
-is the largest square in the middle.
+out of each picture, of a fraction of the area of the largest one that has room, at a place of its
+own, and resized (bicubic, without aliasing); it is flipped from left to right or not. In evaluation
+it is the largest square in the middle.
 """
 
 import functools

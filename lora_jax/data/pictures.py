@@ -8,7 +8,7 @@ JPEG, PNG, WebP, BMP, GIF and TIFF are read. A file may hold, and it becomes:
     palette                      the colors that it names
     transparent parts            laid on white
     16 bits of grey              v / 257, rounded to 8 bits
-    16 bits of color in PNG     the upper 8 of them, as Pillow reads them
+    16 bits of color in PNG      the upper 8 of them, as Pillow reads them
     CMYK, YCbCr                  Pillow's formula, without a color profile
     turned by EXIF               turned upright
     of two views (MPO)           the first of them

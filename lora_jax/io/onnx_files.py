@@ -63,8 +63,8 @@ def open_file(path: str | Path) -> Graph:
   Raises:
     FileNotFoundError, PermissionError: as `files.open_regular` does.
     ModuleNotFoundError: without the package `onnx`.
-    ValueError: for a file that is no ONNX file, is over 2 GiB or keeps tensors in other files, and for
-      initializers that are not of their bytes or share a name.
+    ValueError: for a file that is no ONNX file, is over 2 GiB or keeps tensors in other files, and
+      for initializers that are not of their bytes or share a name.
   """
   path = Path(path)
   try:

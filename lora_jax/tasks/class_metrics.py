@@ -12,11 +12,11 @@ def of_scores(scores_NK: np.ndarray, labels_N: np.ndarray) -> dict[str, float]:
   """Returns the figures of scores, all from 0 to 1.
 
   accuracy: the fraction of rows whose label has the highest score, of several the first.
-  balanced_accuracy: the mean over the classes that occur of the fraction of their rows that are right
-    (recall).
+  balanced_accuracy: the mean over the classes that occur of the fraction of their rows that are
+    right (recall).
   auc: how probably a row of a class has a higher score for it than a row of another class, a tie
-    for a half. With two classes that of the second; with more the mean over classes, each against the
-    rest (Fawcett 2006, "An introduction to ROC analysis"). NaN where a class does not occur.
+    for a half. With two classes that of the second; with more the mean over classes, each against
+    the rest (Fawcett 2006, "An introduction to ROC analysis"). NaN where a class does not occur.
 
   Args:
     scores_NK: of N rows for K classes, at least 2; what grows with the probability.
