@@ -16,7 +16,7 @@ new head of classes.
                        and a tenth for the test
     :method=head       the head alone; lora (the default); full; or another of configs/adapters.py
     :rank=4            another rank
-    :smoke             a few steps on little data: everything runs, nothing is learnt
+    :smoke             a few steps on little data: everything runs, nothing is learned
     :sweep             three learning rates in one program
 
 The files are looked for in the folder LORA_JAX_DATA, else in ../shared/data.
@@ -57,7 +57,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   if args["model"] not in _MODELS:
     raise ValueError(f"the model {args['model']!r} is unknown; there are {', '.join(_MODELS)}")
   is_vit, method = args["model"] == "vit", args["method"]
-  # What is not said here is as in the quickstart: most of the optimiser, the mesh.
+  # The rest is as in the quickstart: most of the optimizer, the mesh.
   known = "full" if method == "head" else method
   config = quickstart.get_config(f"method={known},rank={args['rank']}")
 
@@ -85,8 +85,8 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   data.train, data.validation, data.test = 0.9, 0.1, 0.0  # shares of the pictures
   data.size = 84 if is_vit else 96  # pixels of a side; a patch of the ViT has 14
   data.mean, data.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
-  data.crop_area = 0.6  # the least share of a picture that a crop has, in training
-  data.flip = 0.5  # the share of pictures that are flipped, in training
+  data.crop_area = 0.6  # the least fraction of a picture that a crop has, in training
+  data.flip = 0.5  # the fraction of pictures that are flipped, in training
   if args["pneumonia"]:
     data.source = data.test_source = str(_DATA / "pneumoniamnist" / "train_val.npz")
     data.arrays = ("train_images", "train_labels")

@@ -10,9 +10,9 @@
   index   (B,) int32        evaluation only: the example's number, -1 for a row that fills the batch
 
 A batch is a pure function of the examples, the arguments and the step. In training a square is cut
-out of each picture, of a share of the area of the largest one that has room, at a place of its own,
-and resized (bicubic, without aliasing); it is flipped from left to right or not. In evaluation it
-is the largest square in the middle.
+out of each picture, of a fraction of the area of the largest one that has room, at a place of its
+own, and resized (bicubic, without aliasing); it is flipped from left to right or not. In evaluation
+it is the largest square in the middle.
 """
 
 import functools
@@ -28,7 +28,7 @@ from lora_jax.data.batches import block, check_shards, permutation
 
 Batch = dict[str, np.ndarray]
 
-_OF_CROPS = 2  # beside the streams of `lora_jax.data.batches`
+_OF_CROPS = 2  # after the streams of `lora_jax.data.batches`
 
 
 class Example(NamedTuple):
@@ -59,7 +59,7 @@ def train_batches(
     examples: the pictures.
     batch_size: rows of a batch, over all shards.
     size: S, pixels of a side.
-    crop_area: the least share of the largest square's area that a crop has, above 0; 1: all.
+    crop_area: the least fraction of the largest square's area that a crop has, above 0; 1: all.
     flip: how probable it is that a picture is flipped, from 0 to 1.
     seed: an integer of 0 or more; with the step, decides the batch.
     shard_index, shard_count: as of `lora_jax.data.batches.train_batches`.
@@ -101,7 +101,7 @@ def eval_batches(
   shard_index: int = 0,
   shard_count: int = 1,
 ) -> grain.MapDataset:
-  """Returns the dataset of one pass, each example once and in order, the last batch filled up."""
+  """Returns the dataset of one pass, each example once and in order, the last batch padded."""
   _check(examples, batch_size, shard_index, shard_count)
 
   def batch(number: int) -> Batch:
@@ -120,7 +120,7 @@ def crop(picture: np.ndarray, size: int, area: float, across: float, down: float
   Args:
     picture: [height, width, 3] of uint8.
     size: pixels of a side of the result.
-    area: of the largest square that has room, the share that the square has.
+    area: of the largest square that has room, the fraction that the square has.
     across, down: where it lies, from 0, left or above, to 1.
   """
   height, width = picture.shape[:2]

@@ -1,4 +1,4 @@
-"""Sets of labelled pictures as records: arrays of an `.npz` file, or a folder of class folders.
+"""Sets of labeled pictures as records: arrays of an `.npz` file, or a folder of class folders.
 
     records = read("cifar.npz", ("images", "labels"), classes=("cat", "dog"), most=224)
     records = read("animals", (), classes=("cat", "dog"), most=224)       # animals/cat/1.jpg, ...

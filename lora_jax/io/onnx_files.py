@@ -1,4 +1,4 @@
-"""The initialisers of an ONNX file, by the names of the modules that they were exported from.
+"""The initializers of an ONNX file, by the names of the modules that they were exported from.
 
     graph = open_file("vit.onnx")
     graph.tensors["backbone.encoder.layer.0.mlp.fc1.weight"].load()       # (in, out)
@@ -29,7 +29,7 @@ _FLOATS = {1: ("F32", np.float32), 10: ("F16", np.float16), 11: ("F64", np.float
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class OnnxTensor:
-  """A float initialiser; its attributes are those of `lora_jax.io.safetensors.StoredTensor`."""
+  """A float initializer; its attributes are those of `lora_jax.io.safetensors.StoredTensor`."""
 
   name: str
   shape: tuple[int, ...]
@@ -44,10 +44,10 @@ class OnnxTensor:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Graph:
-  """What is read of a graph.
+  """The part of a graph that is read.
 
   Attributes:
-    tensors: the float initialisers by their names. One that has none is called after the node that
+    tensors: the float initializers by their names. One that has none is called after the node that
       uses it first: `<module>.weight` where a MatMul multiplies by it, as (in, out), else
       `<module>.<node>.<number of the input>`.
     constants: the numbers that nodes Constant hold, of one value each, by `<module>.<node>`.
@@ -63,8 +63,8 @@ def open_file(path: str | Path) -> Graph:
   Raises:
     FileNotFoundError, PermissionError: as `files.open_regular` does.
     ModuleNotFoundError: without the package `onnx`.
-    ValueError: for a file that is none, is over 2 GiB or keeps tensors in other files, and for
-      initialisers that are not of their bytes or share a name.
+    ValueError: for a file that is no ONNX file, is over 2 GiB or keeps tensors in other files, and
+      for initializers that are not of their bytes or share a name.
   """
   path = Path(path)
   try:

@@ -3,7 +3,7 @@
     tensors = open_file("mobilenet_v2.pth")     # {name: StoredTensor}, read by load()
 
 Such a file holds programs for a stack machine; `lora_jax.io.torch_programs` reads them, and calls
-nothing. Places and sizes are held against the file before a tensor is read.
+nothing. Places and sizes are compared with the file before a tensor is read.
 
 Since version 1.6 PyTorch writes zip files, of which each storage is a member, stored as it is. Its
 older files are five programs, one after another, and then the storages. Both are read.
@@ -79,12 +79,12 @@ def _old(path: Path) -> tuple[dict[str, Tensor], dict[str, tuple[int, int]]]:
   with files.open_regular(path) as file:
     size = os.fstat(file.fileno()).st_size
     programs = Program(file.read(_MAX_PROGRAM))
-  run(programs)  # the number that it was recognised by
+  run(programs)  # the number that it was recognized by
   if (version := run(programs)) != _OLD_VERSION:
     raise ValueError(f"is of version {shown(version)}; read is {_OLD_VERSION}")
   system = run(programs)
   if not isinstance(system, dict) or system.get("little_endian") is not True:
-    raise ValueError("its numbers are not little-endian; write it again on another machine")
+    raise ValueError("its values are not little-endian; write it again on another machine")
   tensors = _state_dict(run(programs))
   members = run(programs)
   if not isinstance(members, list) or not all(isinstance(x, str) for x in members):
@@ -177,7 +177,7 @@ def _program(path: Path, members: dict[str, zipfile.ZipInfo], size: int) -> byte
   if (order := members.get(f"{prefix}byteorder")) is not None:
     first, length = _place(path, order, size)
     if length > 16 or files.read_array(path, first, (length,), np.uint8).tobytes() != b"little":
-      raise ValueError("its numbers are not little-endian; write it again on another machine")
+      raise ValueError("its values are not little-endian; write it again on another machine")
   first, length = _place(path, members[f"{prefix}data.pkl"], size)
   if length > _MAX_PROGRAM:
     raise ValueError(f"its data.pkl of {length:,} bytes is over the limit of {_MAX_PROGRAM:,}")

@@ -5,7 +5,7 @@
 
 A file may ask Python's own machine to call any function. This one knows the few instructions and
 names (`ADMITTED`) by which a dict of tensors is said, makes records of its own of them, and refuses
-every other one. What it makes is not larger than the program.
+every other one. Its result is not larger than the program.
 """
 
 import math
@@ -233,7 +233,7 @@ def _named(module: str, name: str) -> _Global:
 
 
 def _called(function: _Global, arguments: tuple[Any, ...]) -> Any:
-  """What an admitted function gives, said by our own types."""
+  """The result of an admitted function, in our own types."""
   if function == _DICT and not arguments:
     return {}
   if function == _TENSOR and len(arguments) >= 4:

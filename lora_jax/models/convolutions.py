@@ -1,7 +1,7 @@
-"""What convolutional networks share: a convolution with its normalisation, and their head.
+"""Shared parts of convolutional networks: a convolution with its normalization, and the head.
 
 BatchNorm has the statistics that it was trained with, always: `norm/mean` and `norm/var` are leaves
-beside `norm/scale` and `norm/bias`, and nothing of a batch is measured (Ioffe and Szegedy 2015,
+alongside `norm/scale` and `norm/bias`, and nothing of a batch is measured (Ioffe and Szegedy 2015,
 section 3.1, inference).
 
 Shapes: B images; H, W pixels; C channels in; D channels out; K classes.

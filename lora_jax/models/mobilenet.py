@@ -21,7 +21,7 @@ from lora_jax.models import convolutions, limits
 from lora_jax.models.convolutions import ConvNorm
 from lora_jax.models.decoder import rematerialized
 
-# Of the 17 bottlenecks, the first of which is the stem's.
+# The 17 bottlenecks have these; the first is the stem's.
 _CHANNELS = (16, 24, 24, 32, 32, 32, 64, 64, 64, 64, 96, 96, 96, 160, 160, 160, 320)
 _STRIDES = (1, 2, 1, 2, 1, 1, 2, 1, 1, 1, 1, 1, 1, 2, 1, 1, 1)
 _FIRST, _LAST = 32, 1280
@@ -40,7 +40,7 @@ class MobileNetV2Config:
     the first convolution stands for that.
   full_output: whether the last convolution has 1,280 channels under a `width_multiplier` below 1.
   output_stride: pixels of the image for a place of the features: 32; with 16 or 8 later layers have
-    dilated windows in the place of strides.
+    dilated windows instead of strides.
   same_padding: TensorFlow's padding and not one pixel on each side.
   image_size: pixels of a side of the images that it was trained on; any other size is taken.
   channels: C.

@@ -38,7 +38,8 @@ class ResNetConfig:
   image_size: pixels of a side of the images that it was trained on; any other size is taken.
   channels: C.
   norm_eps: added to the variance in BatchNorm; files have no field for it.
-  activation: a name of `convolutions.ACTIVATIONS`.
+  activation: after the first convolution and after each sum, a name of
+    `convolutions.ACTIVATIONS`; within a layer it is ReLU, as transformers has it.
   classes: the names of the head's outputs; () for a model without a head.
   scan_layers: False, as the layers differ.
   remat_policy, constrain, dtype, param_dtype: as in `llama_config.LlamaConfig`.
@@ -106,7 +107,7 @@ class Layer(nn.Module):
     for n, (width, window, stride) in enumerate(windows):
       y_BHWD = ConvNorm(
         c, width, window, stride=stride, padding=window // 2, name=f"conv_{n}",
-        activation=c.activation if n + 1 < len(windows) else None,
+        activation="relu" if n + 1 < len(windows) else None,
       )(y_BHWD)  # fmt: skip
     if x_BHWC.shape[-1] != self.features or self.stride != 1:
       x_BHWC = ConvNorm(c, self.features, 1, stride=self.stride, name="shortcut")(x_BHWC)

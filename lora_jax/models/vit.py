@@ -210,7 +210,7 @@ class Positions(nn.Module):
 class ViT(nn.Module):
   """A vision transformer: images to logits, or to its last hidden states where it has no head.
 
-  images_BHWC: float, normalised as for the checkpoint; H and W are multiples of `patch_size`.
+  images_BHWC: float, normalized as for the checkpoint; H and W are multiples of `patch_size`.
   """
 
   config: ViTConfig

@@ -11,12 +11,12 @@ import numpy as np
 def of_scores(scores_NK: np.ndarray, labels_N: np.ndarray) -> dict[str, float]:
   """Returns the figures of scores, all from 0 to 1.
 
-  accuracy: the share of rows whose label has the highest score, of several the first.
-  balanced_accuracy: the mean over the classes that occur of the share of their rows that are right
-    (recall).
+  accuracy: the fraction of rows whose label has the highest score, of several the first.
+  balanced_accuracy: the mean over the classes that occur of the fraction of their rows that are
+    right (recall).
   auc: how probably a row of a class has a higher score for it than a row of another class, a tie
-    for a half. Of two classes that of the second; of more the mean over classes, each against the
-    rest (Fawcett 2006, "An introduction to ROC analysis"). NaN where a class does not occur.
+    for a half. With two classes that of the second; with more the mean over classes, each against
+    the rest (Fawcett 2006, "An introduction to ROC analysis"). NaN where a class does not occur.
 
   Args:
     scores_NK: of N rows for K classes, at least 2; what grows with the probability.
@@ -25,7 +25,7 @@ def of_scores(scores_NK: np.ndarray, labels_N: np.ndarray) -> dict[str, float]:
   right_N = scores_NK.argmax(axis=1) == labels_N
   recalls = [right_N[labels_N == label].mean() for label in np.unique(labels_N)]
   of_classes = range(1, 2) if scores_NK.shape[1] == 2 else range(scores_NK.shape[1])
-  # Of two classes the probability of one is what the other leaves, so it orders the rows alike.
+  # With two classes the probability of one is what the other leaves, so it orders the rows alike.
   areas = [area_under_roc(scores_NK[:, k], labels_N == k) for k in of_classes]
   return {
     "accuracy": float(right_N.mean()),

@@ -38,7 +38,7 @@ Record = dict[str, Any]
 # A larger picture is shrunk as it is read, to so many times the size that the model sees: then no
 # crop of a quarter of its area or more is enlarged.
 _KEPT = 2
-_COLOURS = 3
+_COLORS = 3
 _COLUMNS = 6  # of the grid of pictures that is drawn
 
 
@@ -48,7 +48,7 @@ class Images:
 
   labels: the names of the classes.
   size: pixels of a side.
-  mean, std: of each colour, by which images are normalised.
+  mean, std: of each color, by which images are normalized.
   crop_area, flip: as of `image_batches.train_batches`.
   model: the model, its weights left out; None until `of_model`.
   """
@@ -73,7 +73,7 @@ class Images:
         "its class; set it to 0"
       )
     for field in ("mean", "std"):
-      if len(data[field]) != _COLOURS:
+      if len(data[field]) != _COLORS:
         raise ValueError(
           f"data.{field} has {len(data[field])} values; give one for each of red, green and blue"
         )
@@ -103,9 +103,9 @@ class Images:
 
   def of_model(self, found: Pretrained) -> Self:
     config = found.config
-    if getattr(config, "channels", None) != _COLOURS:
+    if getattr(config, "channels", None) != _COLORS:
       raise ValueError(
-        f"{found.source}: a {config.family!r} takes no images of {_COLOURS} colours, and the task "
+        f"{found.source}: a {config.family!r} takes no images of {_COLORS} colors, and the task "
         "images gives it some"
       )
     if self.size % getattr(config, "patch_size", 1):
@@ -176,7 +176,7 @@ class Images:
 
   def batch_of(self, shape: tuple[int, int], rows: int) -> dict[str, jax.ShapeDtypeStruct]:
     return {
-      "images": jax.ShapeDtypeStruct((rows, *shape, _COLOURS), jnp.uint8),
+      "images": jax.ShapeDtypeStruct((rows, *shape, _COLORS), jnp.uint8),
       "labels": jax.ShapeDtypeStruct((rows,), jnp.int32),
       "weights": jax.ShapeDtypeStruct((rows,), jnp.float32),
     }
@@ -187,7 +187,7 @@ class Images:
   # ---- training and evaluation
 
   def forward(self, model: nn.Module) -> Callable:
-    """`(variables, images of uint8) -> logits`, with the normalisation."""
+    """`(variables, images of uint8) -> logits`, with the normalization."""
     mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
 
     def apply(variables: PyTree, images_BHWC: jax.Array, **options: Any) -> Any:

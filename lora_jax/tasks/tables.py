@@ -9,7 +9,7 @@ from lora_jax.data import detokenise, labels, records
 # The format of a file by its name.
 _BY_NAME = "auto"
 
-# What configs of earlier runs, which lack a field of the data section, meant without it.
+# Configs of earlier runs, which lack a field of the data section, meant these without it.
 _BEFORE_THE_FIELD = {"encoding": "utf-8-sig", "quoted": None}
 
 
@@ -34,7 +34,7 @@ def derive(rows: Sequence[records.Record], data: Mapping[str, Any]) -> list[reco
 
 
 class OfTables:
-  """What tasks share whose records are rows of tables, and whose examples are texts."""
+  """Shared by tasks whose records are rows of tables, and whose examples are texts."""
 
   UNIT: ClassVar[str] = "token"
 

@@ -1,4 +1,4 @@
-"""Sets of labelled pictures: arrays of .npz files and folders of classes, and hostile ones."""
+"""Sets of labeled pictures: arrays of .npz files and folders of classes, and hostile ones."""
 
 import io
 import os
@@ -27,7 +27,7 @@ def read(path, arrays=("images", "labels"), most=100):
   return image_sets.read(path, arrays, CLASSES, most)
 
 
-def test_arrays_of_colours_and_of_grey_become_records(tmp_path):
+def test_arrays_of_colors_and_of_grey_become_records(tmp_path):
   path = written(tmp_path / "a.npz", images=IMAGES, labels=LABELS, more=np.array(["text"]))
   found = read(path)
   assert [row["label"] for row in found] == ["cat", "dog", "owl"] * 2
@@ -84,7 +84,7 @@ def test_a_picture_that_comes_twice_stays_in_one_split_and_out_of_the_test(tmp_p
     ({"images": IMAGES, "labels": np.array(list("abcdef"))}, "'labels' holds <U1, and not numbers"),
   ],
 )
-def test_arrays_that_are_no_labelled_pictures_are_refused(tmp_path, arrays, words):
+def test_arrays_that_are_no_labeled_pictures_are_refused(tmp_path, arrays, words):
   with pytest.raises(ValueError, match=rf"a\.npz: {words}|a\.npz: .*{words}"):
     read(written(tmp_path / "a.npz", **arrays))
 

@@ -12,7 +12,7 @@ from PIL import Image
 from lora_jax.data import pictures
 
 RNG = np.random.default_rng(0)
-COLOURS = RNG.integers(0, 256, (12, 20, 3), np.uint8)
+COLORS = RNG.integers(0, 256, (12, 20, 3), np.uint8)
 GREY = RNG.integers(0, 256, (12, 20), np.uint8)
 
 
@@ -25,14 +25,14 @@ def read(path, most=1000):
   return pictures.read(path, most)
 
 
-def test_colours_grey_and_black_and_white_are_read_as_they_are(tmp_path):
-  colours, grey = Image.fromarray(COLOURS), Image.fromarray(GREY)
+def test_colors_grey_and_black_and_white_are_read_as_they_are(tmp_path):
+  colors, grey = Image.fromarray(COLORS), Image.fromarray(GREY)
   for name in ("a.png", "a.bmp", "a.tif"):
-    np.testing.assert_array_equal(read(saved(tmp_path / name, colours)), COLOURS)
+    np.testing.assert_array_equal(read(saved(tmp_path / name, colors)), COLORS)
     found = read(saved(tmp_path / name, grey))
-    np.testing.assert_array_equal(found, np.broadcast_to(GREY[..., None], COLOURS.shape))
-  near = saved(tmp_path / "a.webp", colours, lossless=True)
-  np.testing.assert_array_equal(read(near), COLOURS)
+    np.testing.assert_array_equal(found, np.broadcast_to(GREY[..., None], COLORS.shape))
+  near = saved(tmp_path / "a.webp", colors, lossless=True)
+  np.testing.assert_array_equal(read(near), COLORS)
   binary = read(saved(tmp_path / "b.png", grey.point(lambda x: 255 * (x > 127), mode="1")))
   np.testing.assert_array_equal(binary[..., 0], 255 * (GREY > 127))
   smooth = np.tile(np.arange(0, 240, 12, dtype=np.uint8), (12, 1))
@@ -40,7 +40,7 @@ def test_colours_grey_and_black_and_white_are_read_as_they_are(tmp_path):
   assert np.abs(jpeg[..., 1].astype(int) - smooth).max() < 12
 
 
-def test_a_palette_gives_its_colours_and_what_is_transparent_lies_on_white(tmp_path):
+def test_a_palette_gives_its_colors_and_what_is_transparent_lies_on_white(tmp_path):
   palette = Image.fromarray(GREY % 4).convert("P")
   palette.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 8, 7])
   table = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [9, 8, 7]], np.uint8)
@@ -50,8 +50,8 @@ def test_a_palette_gives_its_colours_and_what_is_transparent_lies_on_white(tmp_p
   found = read(saved(tmp_path / "b.png", palette, transparency=3))
   table[3] = 255
   np.testing.assert_array_equal(found, table[numbers])
-  for alpha, expected in ((0, 255), (255, COLOURS), (128, 127.5 + COLOURS / 2)):
-    image = Image.fromarray(COLOURS).convert("RGBA")
+  for alpha, expected in ((0, 255), (255, COLORS), (128, 127.5 + COLORS / 2)):
+    image = Image.fromarray(COLORS).convert("RGBA")
     image.putalpha(alpha)
     found = read(saved(tmp_path / "c.png", image)).astype(float)
     assert np.abs(found - expected).max() <= 1.5
@@ -71,10 +71,10 @@ def test_sixteen_bits_are_rounded_to_eight_and_thirty_two_are_refused(tmp_path):
 
 
 def test_cmyk_and_other_spaces_are_converted_or_refused(tmp_path):
-  colours = Image.fromarray(COLOURS)
-  cmyk = saved(tmp_path / "a.tif", colours.convert("CMYK"))
-  assert np.abs(read(cmyk).astype(int) - COLOURS).max() <= 2
-  path = saved(tmp_path / "b.tif", colours.convert("LAB"))
+  colors = Image.fromarray(COLORS)
+  cmyk = saved(tmp_path / "a.tif", colors.convert("CMYK"))
+  assert np.abs(read(cmyk).astype(int) - COLORS).max() <= 2
+  path = saved(tmp_path / "b.tif", colors.convert("LAB"))
   with pytest.raises(ValueError, match=r"b\.tif: has the mode LAB, which is not read"):
     read(path)
 
@@ -89,9 +89,9 @@ def test_a_picture_is_turned_upright_as_its_exif_says(tmp_path, orientation):
   exif = Image.Exif()
   exif[0x0112] = orientation
   for image in (
-    Image.fromarray(COLOURS),
+    Image.fromarray(COLORS),
     Image.fromarray(GREY),
-    Image.fromarray(COLOURS[..., :1].repeat(4, 2)),
+    Image.fromarray(COLORS[..., :1].repeat(4, 2)),
   ):
     path = saved(tmp_path / "a.png", image, exif=exif)
     plain = read(saved(tmp_path / "b.png", image))
@@ -99,7 +99,7 @@ def test_a_picture_is_turned_upright_as_its_exif_says(tmp_path, orientation):
 
 
 def test_what_is_animated_or_has_pages_is_refused_and_of_two_views_the_first_is_read(tmp_path):
-  frames = [Image.fromarray(COLOURS), Image.fromarray(COLOURS[::-1].copy())]
+  frames = [Image.fromarray(COLORS), Image.fromarray(COLORS[::-1].copy())]
   for name in ("a.gif", "a.webp", "a.png", "a.tif"):
     path = saved(tmp_path / name, frames[0], save_all=True, append_images=frames[1:])
     with pytest.raises(ValueError, match=rf"{name}: is animated or has several pages"):
@@ -143,7 +143,7 @@ def test_a_bomb_is_refused_before_a_pixel_is_decoded(tmp_path):
 
 def test_truncated_and_other_files_are_refused_by_name(tmp_path):
   for name in ("a.png", "a.jpg", "a.gif", "a.webp", "a.bmp", "a.tif"):
-    path = saved(tmp_path / name, Image.fromarray(COLOURS))
+    path = saved(tmp_path / name, Image.fromarray(COLORS))
     content = path.read_bytes()
     path.write_bytes(content[: len(content) * 2 // 3])
     with pytest.raises(ValueError, match=rf"{name}: is (a damaged|no) picture"):
@@ -160,7 +160,7 @@ def test_truncated_and_other_files_are_refused_by_name(tmp_path):
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"])
 def test_damaged_pictures_are_pictures_or_are_refused(tmp_path, format):
   buffer = io.BytesIO()
-  Image.fromarray(COLOURS).save(buffer, format)
+  Image.fromarray(COLORS).save(buffer, format)
   refused = 0
   for n in range(60):
     rng = random.Random(n)

@@ -1,4 +1,4 @@
-"""ONNX files: initialisers by their modules' names, and the real backbone against ONNX Runtime."""
+"""ONNX files: initializers by their modules' names, and the real backbone against ONNX Runtime."""
 
 import importlib.util
 
@@ -91,7 +91,7 @@ def negative(graph):
     (twice, "two tensors 'body.fc.weight'"), (negative, "has the shape"),
   ],
 )  # fmt: skip
-def test_initialisers_that_are_not_of_the_file_are_refused(tmp_path, change, words):
+def test_initializers_that_are_not_of_the_file_are_refused(tmp_path, change, words):
   path, _ = small(tmp_path, change)
   with pytest.raises(ValueError, match=rf"a\.onnx: not a whole ONNX file .*{words}"):
     onnx_files.open_file(path)

@@ -29,7 +29,7 @@ LABELS = ("dark", "green", "red")
 
 
 def pictures(count, seed):
-  """Noise, in which one colour is stronger."""
+  """Noise, in which one color is stronger."""
   rng = np.random.default_rng(seed)
   labels = np.arange(count) % 3
   values = rng.integers(0, 120, (count, 16, 16, 3))
@@ -241,7 +241,7 @@ def test_a_class_that_training_never_saw_is_refused(config, tmp_path):
 
 def test_texts_and_images_do_not_take_each_other_s_models(config):
   task = parts.make_task(config)
-  with pytest.raises(ValueError, match="takes no images of 3 colours"):
+  with pytest.raises(ValueError, match="takes no images of 3 colors"):
     task.of_model(pretrained.inspect(pretrained.DEFAULT))
   of_text = parts.make_task(classify.get_config())
   with pytest.raises(ValueError, match="takes no text, and the task is on text"):
