@@ -1,4 +1,4 @@
-r"""The cost of a LoRA step relative to its floor, for each family of models at one small size.
+r"""The cost of a LoRA step relative to its floor, for each family of decoders at one small size.
 
     python -m benchmarks.families
     python -m benchmarks.families --families=gemma2,gpt2 --output=benchmarks/results.md
@@ -61,15 +61,17 @@ FIELDS: dict[str, dict[str, Any]] = {
 """The fields of a family's config.json, in addition to `_SIZES`; of ALONE these are all."""
 ALONE = ("gpt2", "gemma4_text")
 
-_FAMILIES = flags.DEFINE_list("families", list(families.FAMILIES), "The families to measure.")
+DECODERS = [name for name, x in families.FAMILIES.items() if x.kind == families.DECODER]
+
+_FAMILIES = flags.DEFINE_list("families", DECODERS, "The families of decoders to measure.")
 _RANK = flags.DEFINE_integer("rank", 8, "Rank of the adapters.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 15, "Turns of each row.", lower_bound=2)
 _OUTPUT = define_output()
 
 flags.register_validator(
   "families",
-  lambda names: names and set(names) <= set(families.FAMILIES),
-  f"--families takes some of {', '.join(families.FAMILIES)}",
+  lambda names: names and set(names) <= set(DECODERS),
+  f"--families takes some of {', '.join(DECODERS)}",
 )
 
 

@@ -1,4 +1,4 @@
-r"""Classes of images by LoRA: CIFAR-10 and chest X-rays, with a ViT or a MobileNetV2.
+r"""Classes of images by LoRA: CIFAR-10, chest X-rays or your own, with a ViT or a MobileNetV2.
 
     python -m experiments.train --config=configs/images.py:cifar,model=vit --workdir=runs/cifar
     python -m experiments.train --config=configs/images.py:pneumonia,model=mobilenet \
@@ -12,6 +12,8 @@ new head of classes.
                        tenth of them for validation, and 1,000 for the test
     :pneumonia         X-rays, 28 pixels a side, 74 % of them of pneumonia: accuracy misleads, and
                        balanced accuracy and AUC do not
+    :data=photographs  your own: a folder that has a folder for each class, a tenth for validation
+                       and a tenth for the test
     :method=head       the head alone; lora (the default); full; or another of configs/adapters.py
     :rank=4            another rank
     :smoke             a few steps on little data: everything runs, nothing is learnt
@@ -19,6 +21,8 @@ new head of classes.
 
 The files are looked for in the folder LORA_JAX_DATA, else in ../shared/data.
 """
+
+import pathlib
 
 import ml_collections
 
@@ -45,11 +49,11 @@ _CONVOLUTIONS = ((".*/depthwise/conv/kernel", {"rank": 1, "alpha": 2.0}), "convo
 
 def get_config(text: str = "") -> ml_collections.ConfigDict:
   args = arguments.parse(
-    text, cifar=False, pneumonia=False, model="vit", method="lora", rank=0, smoke=False,
+    text, cifar=False, pneumonia=False, data="", model="vit", method="lora", rank=0, smoke=False,
     sweep=False,
   )  # fmt: skip
-  if args["cifar"] == args["pneumonia"]:
-    raise ValueError("give one of :cifar and :pneumonia")
+  if args["cifar"] + args["pneumonia"] + bool(args["data"]) != 1:
+    raise ValueError("give one of :cifar, :pneumonia and :data=folder")
   if args["model"] not in _MODELS:
     raise ValueError(f"the model {args['model']!r} is unknown; there are {', '.join(_MODELS)}")
   is_vit, method = args["model"] == "vit", args["method"]
@@ -68,6 +72,8 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   task = config.task
   task.name = "images"
   task.labels = _CIFAR if args["cifar"] else ("normal", "pneumonia")
+  if args["data"]:
+    task.labels = _classes(pathlib.Path(args["data"]))
 
   config.data = data = ml_collections.ConfigDict()
   # An .npz file or a folder with a folder for each class; or a tuple of them.
@@ -86,6 +92,10 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
     data.arrays = ("train_images", "train_labels")
     data.test_arrays = ("val_images", "val_labels")
     data.crop_area, data.flip = 0.8, 0.0  # the heart lies on the left
+  if args["data"]:
+    data.source, data.test_source = args["data"], ""
+    data.arrays = data.test_arrays = ()
+    data.train, data.validation, data.test = 0.8, 0.1, 0.1
 
   train = config.train
   train.steps = 200
@@ -112,3 +122,10 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
     data.size = 42 if is_vit else 48
     evaluation.examples, evaluation.batch_size, evaluation.samples = 8, 8, 4
   return config
+
+
+def _classes(folder: pathlib.Path) -> tuple[str, ...]:
+  """The names of the folders in a folder."""
+  if not folder.is_dir():
+    raise ValueError(f"data={folder}: is no folder; give one that has a folder for each class")
+  return tuple(sorted(x.name for x in folder.iterdir() if x.is_dir() and x.name[0] != "."))

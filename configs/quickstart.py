@@ -44,7 +44,10 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   model.quantize = "none"  # nf4, int4, int8 or fp8; gguf: the blocks of the file as they are
   model.quantize_targets = ("all-linear",)  # of a format; with adapters it makes QLoRA
   model.new_tokens = ()  # texts that become tokens; of the embedding their rows alone train
-  model.remat = "none"  # what the forward pass keeps: none, everything, dots, nothing
+  # plain, blockwise, cudnn or splash; auto: what suits the device, the dtype and the length
+  model.attention = "auto"
+  # What is kept for the backward pass: all (none), dots or nothing; auto: what there is room for
+  model.remat = "auto"
 
   config.mesh = mesh = ml_collections.ConfigDict()  # devices on each axis; -1: what is left
   mesh.data = -1  # share out the rows of a batch
@@ -86,7 +89,8 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   train.steps = 160
   train.batch_size = 16  # sentences a step; rows, where several share one
   train.accumulate = 1  # parts of a batch, one after another, whose gradients are summed
-  train.loss_chunk = 0  # positions of a row whose logits are held at a time; 0 for all
+  # Positions of a row whose logits are held at a time; 0 for all; auto: where that saves memory.
+  train.loss_chunk = config_dict.FieldReference("auto", field_type=object)
   train.log_every = 1  # steps
   train.checkpoint_every = 50  # steps
   train.keep = 2  # checkpoints

@@ -101,7 +101,7 @@ def main(argv):
 
 
 def make_streamer(shapes: Pretrained, choose: decode.Choose, positions: int | None) -> Streamer:
-  """What writes the answers of a model, of which only shapes are known.
+  """The streamer of a model's answers; of the model only shapes are needed.
 
   Raises:
     ValueError: for more positions than the model has, or than its cache can have.

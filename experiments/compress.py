@@ -84,6 +84,11 @@ def compress(config: ConfigDict, folder: pathlib.Path):
   source = config.model.source
   done = storage.steps_of(source) if storage.is_compressed(source) else ()
   compression_checks.check_config(config, done)
+  parts.check_writes(
+    parts.read_shapes(config.model),
+    "a compression is measured by the text that a model goes on with: compress another by the "
+    "functions of lora_jax.compress, and save it by lora_jax.compress.storage",
+  )
   if (folder / "model").exists():
     raise FileExistsError(f"{folder / 'model'}: is there already; use another workdir")
   pretrained = parts.load_model(config.model)

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from lora_jax import checks
 from lora_jax.data import chat, conversations
+from lora_jax.models import attention_kernels
 
 _TINY, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 _MOST = 2**31 - 1  # steps, rows and tokens are counted in int32
@@ -106,6 +107,11 @@ def optional(rule: Rule) -> Rule:
   return Rule(f"{rule.words}; or None", lambda value: value is None or rule.holds(value))
 
 
+def or_auto(rule: Rule) -> Rule:
+  """What the rule allows, or "auto"."""
+  return Rule(f"{rule.words}; or auto", lambda value: value == "auto" or rule.holds(value))
+
+
 SEED = whole(0, checks.MAX_SEED)
 COUNT = whole(1)
 ANY_COUNT = whole(0)
@@ -138,6 +144,7 @@ _MODEL = {
   "model.quantize": NAME,
   "model.quantize_targets": PATTERNS,
   "model.new_tokens": sequence(NAME),
+  "model.attention": either(attention_kernels.AUTO, *attention_kernels.NAMES),
   "model.remat": NAME,
 }
 
@@ -203,6 +210,7 @@ def _section(name: str, rules: Mapping[str, Rule]) -> dict[str, Rule]:
 ADDED_LATER = (
   "data.encoding", "data.quoted", "data.special_tokens", "task.name", "model.new_tokens",
   "task.pair",
+  "model.attention",
 )  # fmt: skip
 """What earlier runs have not in their config; `experiments.parts` says what they meant."""
 
@@ -244,7 +252,7 @@ RUN = {
   "train.steps": COUNT,
   "train.batch_size": COUNT,
   "train.accumulate": COUNT,
-  "train.loss_chunk": ANY_COUNT,
+  "train.loss_chunk": or_auto(ANY_COUNT),
   "train.log_every": COUNT,
   "train.checkpoint_every": COUNT,
   "train.keep": COUNT,
@@ -275,7 +283,7 @@ ADAPTED = {**_MODEL, "adapter.method": NAME}
 FINISHED = {
   **ADAPTED,
   "task.name": NAME,
-  "train.loss_chunk": ANY_COUNT,
+  "train.loss_chunk": or_auto(ANY_COUNT),
   "train.quantize_merge": NAME,
   "evaluation.batch_size": COUNT,
 }

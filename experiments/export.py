@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from absl import app, flags, logging
 
 import lora_jax
-from experiments import inputs, methods, parts, programs
+from experiments import inputs, methods, model_options, parts, programs
 from lora_jax import exchange, tree
 from lora_jax.compress import artifact, merging
 from lora_jax.io import casting, export, gguf_model, outputs, pretrained
@@ -130,7 +130,8 @@ def main(argv):
     smaller = merging.keep_smaller(weights)
     casting.check_finite(tree.flatten(smaller))
     # A forward pass keeps nothing for a backward pass.
-    model = parts.make_model(dataclasses.replace(found.config, remat_policy=None))
+    how = model_options.for_any_platform(found.config)
+    model = parts.make_model(dataclasses.replace(how, remat_policy=None))
     artifact.save(
       output,
       lora_jax.adapt(model.apply),
@@ -138,6 +139,7 @@ def main(argv):
       inputs=found.family.inputs(found.config, _ROWS.value, _LENGTH.value),
       platforms=_PLATFORMS.value,
       tokenizer=found.tokenizer,
+      options=found.family.options(found.config),
     )
   for stored in sorted(set(wider.values())):
     listed = ", ".join(name for name in wider if wider[name] == stored)

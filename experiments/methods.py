@@ -203,6 +203,17 @@ def load_base(config: ConfigDict, mesh: Mesh | None = None) -> pretrained.Pretra
   return dataclasses.replace(found, params=base)
 
 
+def shapes_of_base(
+  adapter: ConfigDict, params: PyTree, specs: Mapping[str, Method], axes: Mapping[str, Any]
+) -> PyTree:
+  """The shapes of the base that adapters start on: of `params`, or of what LoftQ makes of them."""
+  if adapter.method != "loftq":
+    return params
+  format = FORMATS[adapter.format]
+  formats = {path: format for path, spec in specs.items() if isinstance(spec, LoftQ)}
+  return quantize(params, formats, axes)
+
+
 def base_name(config: ConfigDict) -> str:
   """The model that the adapter of a run belongs to, or "" where LoftQ made one of its own."""
   return "" if config.adapter.method == "loftq" else config.model.source

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import lora_jax
-from experiments import config_checks
+from experiments import config_checks, model_options
 from lora_jax import checks, compress, families, new_tokens, sharding, tasks, tree, weights
 from lora_jax.compress import storage
 from lora_jax.compress.quantize import quantize_leaf
@@ -105,7 +105,10 @@ def make_task(config: ConfigDict) -> tasks.Task:
     ValueError: as `lora_jax.tasks.make` does.
   """
   section = config.task if "task" in config else _BEFORE_THE_TASK
-  return tasks.make(section, config.data, loss_chunk=config.train.loss_chunk)
+  chunk = config.train.loss_chunk
+  # What auto becomes is chosen once the model and the examples are known.
+  chunk = 0 if chunk == model_options.AUTO else chunk
+  return tasks.make(section, config.data, loss_chunk=chunk)
 
 
 def load_records(data: ConfigDict, task: tasks.Task) -> dict[str, list[records.Record]]:
@@ -185,12 +188,17 @@ def inspect_model(model: ConfigDict) -> pretrained.Pretrained:
 
   A compressed one is loaded for it: what its parameters are made of is in its tensors.
   """
-  if model.quantize != "none" and not storage.is_compressed(model.source):
+  if storage.is_compressed(model.source):
+    return shapes_of(model)
+  if model.quantize == "gguf":
     raise ValueError(
-      f"model.quantize {model.quantize}: a plan is of a base as it is stored in model.dtype; give "
-      "--config.model.quantize=none, and take the difference of the base's bytes"
+      "model.quantize gguf: a plan reads no tensors, and how each of the file is quantised stands "
+      "with it; plan int8 or nf4 instead, whose values take 8 and 4.2 bits"
     )
-  return shapes_of(model)
+  found = read_shapes(model)
+  if each := _quantization(model, None).get("each"):
+    found = dataclasses.replace(found, params=tree.map_with_path(each, found.params))
+  return found
 
 
 def shapes_of(model: ConfigDict) -> pretrained.Pretrained:
@@ -208,7 +216,7 @@ def read_shapes(model: ConfigDict) -> pretrained.Pretrained:
   """The base before any compression, shapes in the place of its arrays: none of them is read."""
   inspect = storage.inspect if storage.is_compressed(model.source) else pretrained.inspect
   found = inspect(model.source, **_model_options(model))
-  return new_tokens.add(found, new_tokens_of(model))
+  return new_tokens.add(model_options.with_attention(found, model), new_tokens_of(model))
 
 
 def new_tokens_of(model: ConfigDict) -> tuple[str, ...]:
@@ -228,6 +236,7 @@ def load_model(model: ConfigDict, mesh: Mesh | None = None) -> pretrained.Pretra
       **_quantization(model, mesh),
       watch=functools.partial(progress.watched, what="load", disable=jax.process_index() > 0),
     )
+  found = model_options.with_attention(found, model, mesh)
   if not new_tokens_of(model):
     return found
   found = new_tokens.add(found, new_tokens_of(model))
@@ -250,23 +259,21 @@ def inspect_source(source: str) -> pretrained.Pretrained:
   """What `load_source` loads, shapes in the place of its arrays: none of them is read."""
   if storage.is_compressed(source):
     return storage.inspect(source)
-  return pretrained.inspect(source, scan_layers=True)
+  return pretrained.inspect(source, scan_layers=None)
 
 
 def load_source(source: str) -> pretrained.Pretrained:
   """A model without a config, in float32: a compressed one, or a dense one from wherever it is."""
   if storage.is_compressed(source):
     return storage.load(source)
-  return pretrained.load(source, scan_layers=True)
+  return pretrained.load(source, scan_layers=None)
 
 
-def check_writes(found: pretrained.Pretrained) -> None:
-  """Raises ValueError for a model that writes no texts, of which shapes are enough."""
+def check_writes(found: pretrained.Pretrained, instead: str) -> None:
+  """Raises ValueError for a model that writes no texts, of which shapes are enough; `instead` is
+  the remedy."""
   if found.family.init_cache is None:
-    raise ValueError(
-      f"{found.source}: a {found.config.family!r} generates no text; experiments.predict answers "
-      "by a run of it"
-    )
+    raise ValueError(f"{found.source}: a {found.config.family!r} generates no text; {instead}")
 
 
 def _load_compressed(model: ConfigDict, mesh: Mesh | None = None) -> pretrained.Pretrained:
@@ -316,12 +323,13 @@ def _quantization(model: ConfigDict, mesh: Mesh | None) -> dict[str, Any]:
 
 
 def _model_options(model: ConfigDict) -> dict[str, Any]:
-  if model.remat not in REMAT_POLICIES:
-    raise ValueError(f"model.remat {model.remat!r} is unknown; use {', '.join(REMAT_POLICIES)}")
+  if model.remat not in (model_options.AUTO, *REMAT_POLICIES):
+    known = ", ".join([model_options.AUTO, *REMAT_POLICIES])
+    raise ValueError(f"model.remat {model.remat!r} is unknown; use {known}")
   return {
     "dtype": jnp.dtype(model.dtype),
     "scan_layers": model.scan_layers,
-    "remat_policy": REMAT_POLICIES[model.remat],
+    "remat_policy": REMAT_POLICIES.get(model.remat),  # auto: none, until it is chosen
   }
 
 
@@ -364,10 +372,12 @@ def process_rows(config: ConfigDict, mesh: Mesh) -> dict[str, int]:
 def gather(adapters: Mapping[str, lora_jax.Adapted], params: PyTree) -> tuple:
   """The adapters, and the base with those of its leaves that are saved with them, as numpy arrays
   that are whole on every process."""
-  leaves = tree.flatten(params)
+  leaves = tree.flatten(params, is_leaf=weights.is_weight)
   saved = {path: leaves[path] for path, x in adapters.items() if isinstance(x, _SAVED_WITH_BASE)}
   adapters, saved = sharding.gather((dict(adapters), saved))
-  return adapters, tree.replace(params, saved)
+  return adapters, tree.map_with_path(
+    lambda path, leaf: saved.get(path, leaf), params, is_leaf=weights.is_weight
+  )
 
 
 def make_model(config: families.Config) -> nn.Module:

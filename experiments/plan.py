@@ -3,42 +3,43 @@ r"""What a run will need, before a weight is loaded: parameters, arithmetic, mem
     python -m experiments.plan --config=configs/quickstart.py
     python -m experiments.plan --config=configs/quickstart.py --config.train.batch_size=256 \
         --config.mesh.fsdp=8 --device_memory=16GB
+    python -m experiments.plan --config=configs/quickstart.py --topology=v5e:2x4
 
 Of the model its configuration and its tokenizer are read, of the data the lengths of its examples;
 the rest is traced from shapes, for a mesh of any size, whatever devices are here. The figures are
-those of the largest batch. The memory is an estimate, see `lora_jax.cost`; where it matters,
-`--compile=here` has XLA compile the step, which is slow, and prints what it reports beside it, and
-`--compile=v5e:2x4` does so for a TPU slice of that shape (with `libtpu` installed; no TPU needed).
+those of the largest batch. The memory is an estimate, see `lora_jax.cost`.
+
+`--topology=v5e:2x4` has the compiler of TPUs compile the step for a slice of that name, over which
+config.mesh lies, and prints what it says: no TPU is needed, but the extra `tpu`. Where it does not
+fit, each change that might help is compiled too, and told with what it comes to. `--topology=all`
+makes a table of a few slices, and `--topology=here` compiles for the devices that are here. Each
+compilation takes from seconds to minutes.
+
 Of a sweep the largest member is planned, and taken as often as there are members.
 
 XLA's CPU compiler is unlike the others in two things, which the estimate leaves out: it computes
 bfloat16 in float32, and it undoes rematerialisation between layers that are not scanned.
 """
 
-import dataclasses
-import math
-import os
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from absl import app, flags
-from jax.experimental import topologies
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict, config_flags
 
 import lora_jax
-from experiments import config_checks, methods, parts, programs, sweep_config, teachers
-from lora_jax import families, sharding
-from lora_jax.tasks import Task
-from lora_jax.train import plan, step
+from experiments import defaults, model_options, planning, programs, topologies
+from lora_jax import sharding, tables
+from lora_jax.train import members, plan
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config.", lock_config=True)
 _DEVICES = flags.DEFINE_integer("devices", None, "Devices that -1 in config.mesh shares out.", 1)
 _MEMORY = flags.DEFINE_string("device_memory", None, "Of one device, as in 16GB; of those here.")
-_COMPILE = flags.DEFINE_string("compile", "", "Where to compile the step: here, or a TPU slice.")
+_TOPOLOGY = flags.DEFINE_string(
+  "topology", "", "Where to compile the step: a TPU slice as v5e:2x2, all (several), or here."
+)
 
 _UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -46,221 +47,161 @@ _UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2*
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-  config, count = largest_member(_CONFIG.value)
-  if count > 1 and _COMPILE.value:
+  config, count = planning.largest_member(_CONFIG.value)
+  topology = _TOPOLOGY.value
+  if count > 1 and topology:
     raise ValueError(
-      "--compile is for one run; give --config.sweep.grid='()' --config.sweep.members='()' as well"
+      "--topology is for one run; give --config.sweep.grid='()' --config.sweep.members='()' as well"
     )
-  memory = parse_memory(_MEMORY.value) if _MEMORY.value else own_memory()
-  mesh = abstract_mesh(config.mesh, _DEVICES.value)
-  case = read(config)
+  given = parse_memory(_MEMORY.value) if _MEMORY.value else None
+  names = {"": [], topologies.ALL: topologies.TABLE}.get(topology, [topology])
+  # Before anything is read, for libtpu may be missing.
+  slices = {name: devices_of(name) for name in names}
+  case = planning.read(config)
   print(describe_data(config, case))
   print(lora_jax.summary(case.params, case.specs, case.axes))
-  planned = plan.make_plan(whole_run(config, case, mesh), share_of_a_device(config, case, mesh))
+  if topology == topologies.ALL:
+    print(tabulated(config, case, slices, given))
+    return
+  devices = slices.get(topology)
+  case, mesh, memory = target(config, case, devices, given, _DEVICES.value)
+  settings, line = defaults.choose(config, lambda: case, mesh, memory, members=count)
+  config, case = settings.applied(config), settings.of_case(case)
+  planned = planning.make_plan(config, case, mesh)
+  planned = planned.of_members(count, in_turn=members.in_turn(case.axes))
   if count > 1:
-    planned = planned.of_members(count)
     print(f"This is the largest of {count} members; together, on one base, they need:")
-  print(f"\n{planned}\n{verdict(planned, memory, mesh)}")
-  if _COMPILE.value:
-    print(compile_step(config, case, mesh, planned, _COMPILE.value))
+  print("\n".join(filter(None, [f"\n{planned}", verdict(planned, memory, mesh, settings), line])))
+  if devices:
+    print(f"compiling for {topology} ...", flush=True)
+    found = compile_case(config, case, mesh, devices)
+    print(f"\n{found}\n{compared(found, planned, memory)}")
+    if not found.fits(memory):
+      for words in changes_that_help(config, case, mesh, devices, memory):
+        print(words, flush=True)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-  """A config's model and data, as far as a plan needs them.
+def devices_of(name: str) -> list:
+  """The devices to compile for, by the name of a slice, or those that are here."""
+  return jax.devices() if name == topologies.HERE else topologies.devices_of(name)
 
-  Attributes:
-    task: on the model.
-    model: the configuration of the base.
-    params: the base, shapes alone.
-    axes: the roles of its axes.
-    specs: what is adapted, and how.
-    adapters: `{path: adapter}`, shapes alone.
-    data: the summary of a pass over the task's examples.
-    lines: about the examples, for people.
+
+def target(
+  config: ConfigDict,
+  case: planning.Case,
+  devices: list | None,
+  memory: int | None,
+  count: int | None = None,
+) -> tuple[planning.Case, AbstractMesh, int]:
+  """The case for the platform of devices, the mesh of the config over them, and their memory.
+
+  devices: None for those that are here. memory: of one, where it was given. count: the devices
+    that -1 in the mesh shares out, where they were given.
+
+  Raises ValueError when the mesh does not fit the devices.
   """
-
-  task: Task
-  model: families.Config
-  params: plan.PyTree
-  axes: Mapping[str, lora_jax.Axes]
-  specs: Mapping[str, lora_jax.adapters.Method]
-  adapters: Mapping[str, lora_jax.Adapted]
-  data: Mapping
-  lines: Sequence[str]
-
-  @property
-  def weights(self) -> plan.PyTree:
-    return lora_jax.attach(self.params, self.adapters)
-
-  @property
-  def largest(self) -> Any:
-    """The shape of the largest batch."""
-    return max(self.data["shapes"])
-
-
-def largest_member(config: ConfigDict) -> tuple[ConfigDict, int]:
-  """The config of the member of a sweep that has the largest rank, and how many members there are;
-  of a single run its own."""
-  if not sweep_config.is_sweep(config):
-    return config, 1
-  parts.make_task(config).check_stackable()
-  configs = sweep_config.member_configs(config, sweep_config.list_members(config))
-  ranks = [each.adapter.rank if "rank" in each.adapter else 0 for each in configs]
-  return configs[ranks.index(max(ranks))], len(configs)
-
-
-def read(config: ConfigDict) -> Case:
-  """Reads what a config names, without a weight.
-
-  Raises what training with the config would, as far as it can be told.
-  """
-  if config.adapter.method == "loftq":
-    raise ValueError(
-      "a plan is of a base as it is stored in model.dtype, and LoftQ makes another; plan LoRA, and "
-      "take the difference of the base's bytes"
-    )
-  if teachers.is_taught(config):
-    raise ValueError(
-      "a plan is of one model; give --config.distill.teacher=none, and add the teacher's bytes and "
-      "the FLOPs of its forward pass"
-    )
-  config_checks.check_run(config)
-  task = parts.make_task(config)
-  rules = methods.all_rules(config.adapter, task)
-  records = parts.pick(parts.load_records(config.data, task), "train", "data.train")
-  base = parts.extend(parts.inspect_model(config.model), task, config)
-  task = task.of_model(base)
-  examples = task.examples(records)
-  axes = parts.trace_axes(parts.make_model(base.config), base.params)
-  specs = methods.specs_of(base, config.model, rules, axes)
-  adapters = jax.eval_shape(
-    lambda key, params: lora_jax.init(key, params, specs, axes), jax.random.key(0), base.params
-  )
-  return Case(
-    task=task, model=base.config, params=base.params, axes=axes, specs=specs, adapters=adapters,
-    data=task.summary(examples, config.train.batch_size),
-    lines=task.lines(task.describe(training=examples)),
-  )  # fmt: skip
-
-
-def abstract_mesh(sizes: Mapping[str, int], devices: int | None) -> AbstractMesh:
-  """The mesh of a config without its devices.
-
-  Args:
-    sizes: as `lora_jax.sharding.make_mesh` takes them.
-    devices: how many there are to be; None for as many as are here.
-
-  Raises:
-    ValueError: when the sizes do not fit them.
-  """
-  fixed = math.prod(size for size in sizes.values() if size != -1)
-  count = devices or (jax.device_count() if -1 in sizes.values() else fixed)
-  shape = tuple(count // fixed if sizes[name] == -1 else sizes[name] for name in sharding.AXES)
-  if min(shape) < 1 or math.prod(shape) != count:
-    asked = ", ".join(f"{name}={sizes[name]}" for name in sharding.AXES)
-    raise ValueError(f"config.mesh {asked} does not fit {count} devices; see --devices")
-  return AbstractMesh(shape, sharding.AXES, axis_types=(AxisType.Auto,) * len(shape))
-
-
-def whole_run(config: ConfigDict, case: Case, mesh: Mesh | AbstractMesh) -> plan.Run:
-  """The training step of all devices; its arrays say how they lie on the mesh."""
-  tx, _ = methods.make_optimizer(config)
-  model = case.model
-  if isinstance(mesh, Mesh):
-    model = dataclasses.replace(model, constrain=sharding.keep_rows(mesh))
-  layout = parts.lay_out(case.weights, model, mesh)
-  trainable, frozen = _split(_placed(case.weights, layout.shardings))
-  state = jax.eval_shape(lambda trainable: step.init_state(trainable, tx), trainable)
-  places = layout.follow(state)
-  apply = methods.make_apply(
-    config, case.task.forward(parts.make_model(model)), case.params, case.axes
-  )
-  train_step = methods.make_train_step(
-    config, case.task, apply, tx, case.adapters, places if isinstance(mesh, Mesh) else None
-  )
-  batch = case.task.batch_of(case.largest, config.train.batch_size)
-  rows = jax.tree.map(lambda _: NamedSharding(mesh, sharding.ROWS), batch)
-  return plan.Run(train_step, _placed(state, places), frozen, _placed(batch, rows))
-
-
-def share_of_a_device(config: ConfigDict, case: Case, mesh: Mesh | AbstractMesh) -> plan.Run:
-  """The step as one device computes it: a smaller model, on its share of the rows.
-
-  Over `tensor` a device has some of the heads, of the width of the MLP and of the vocabulary; what
-  is cut over `fsdp` it gathers where it is used.
-  """
-  tx, _ = methods.make_optimizer(config)
-  count, model = mesh.shape["tensor"], case.model
-  heads = [x for x in ("num_heads", "num_kv_heads") if hasattr(model, x)]
-  cuts_heads = all(getattr(model, x) % count == 0 for x in heads)
-  sizes = (*(heads if cuts_heads else ()), "mlp_width", "vocab_size")
-  fields = [x for x in sizes if hasattr(model, x) and getattr(model, x) % count == 0]
-  model = dataclasses.replace(model, **{x: getattr(model, x) // count for x in fields})
-  alone = AbstractMesh((1, 1, count), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
-  whole_heads = () if cuts_heads else ((r"(.*/)?attn/.*", jax.P()),)
-  # Whole on a device of the mesh, but of a smaller model it has those of its own outputs.
-  biases = (r"(.*/)?(attn/(query|key|value|qkv)|mlp/(gate|up))/bias", jax.P("tensor"))
-  # Nor are classes sizes of the model; a head of them is small.
-  classes = (("head/.*", jax.P()),) if getattr(model, "classes", ()) else ()
-  rules = (*whole_heads, *classes, biases, *families.family_of(model).sharding)
-  layout = sharding.lay_out(case.weights, alone, rules)
-  weights = jax.tree.map(
-    lambda x, place: jax.ShapeDtypeStruct(place.shard_shape(x.shape), x.dtype),
-    case.weights,
-    layout.shardings,
-  )
-  trainable, frozen = _split(weights)
-  state = jax.eval_shape(lambda trainable: step.init_state(trainable, tx), trainable)
-  apply = methods.make_apply(
-    config, case.task.forward(parts.make_model(model)), case.params, case.axes
-  )
-  train_step = methods.make_train_step(config, case.task, apply, tx, case.adapters)
-  shares = mesh.shape["data"] * mesh.shape["fsdp"]
-  parts.check_rows(config, shares)
-  return plan.Run(
-    train_step, state, frozen, case.task.batch_of(case.largest, config.train.batch_size // shares)
-  )
-
-
-def _split(weights: plan.PyTree) -> tuple[plan.PyTree, plan.PyTree]:
-  return lora_jax.partition(weights, lora_jax.trainable_mask(weights))
-
-
-def _placed(tree: plan.PyTree, shardings: plan.PyTree) -> plan.PyTree:
-  return jax.tree.map(
-    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, shardings
-  )
-
-
-def compile_step(
-  config: ConfigDict, case: Case, mesh: AbstractMesh, planned: plan.Plan, where: str
-) -> str:
-  """Compiles the step for the devices here or for a TPU slice; says what the compiler reports.
-
-  Raises:
-    ValueError: when the mesh has more devices.
-  """
-  devices = jax.devices()
-  if where != "here":
-    devices = topologies.get_topology_desc(where, platform="tpu").devices
+  shared_out = len(devices) if devices and -1 in config.mesh.values() else None
+  mesh = planning.abstract_mesh(config.mesh, count or shared_out)
+  if not devices:
+    return case, mesh, memory or planning.own_memory()
   if len(devices) < mesh.size:
     raise ValueError(
-      f"--compile={where}: the mesh has {mesh.size} devices, and there are {len(devices)}; a CPU "
-      f"stands for as many as JAX_NUM_CPU_DEVICES={mesh.size} says"
+      f"--topology: the mesh has {mesh.size} devices, and there are {len(devices)}; name a larger "
+      f"slice, and of a CPU as many as you need by JAX_NUM_CPU_DEVICES={mesh.size}"
     )
+  platform = devices[0].platform
+  case = case.with_model(model_options.for_platform(case.model, platform))
+  if memory is None:
+    memory = topologies.memory_of(devices[0]) if platform == "tpu" else planning.own_memory()
+  return case, mesh, memory
+
+
+def compile_case(
+  config: ConfigDict, case: planning.Case, mesh: AbstractMesh, devices: list
+) -> topologies.Compiled:
+  """What the compiler says of a case on the first devices."""
   grid = np.asarray(devices[: mesh.size]).reshape(tuple(mesh.shape.values()))
-  run = whole_run(config, case, Mesh(grid, sharding.AXES, axis_types=mesh.axis_types))
-  print("compiling ...", flush=True)
-  report = run.train_step.lower(run.state, run.frozen, run.batch).compile().memory_analysis()
-  given, made = report.argument_size_in_bytes, report.temp_size_in_bytes
+  concrete = Mesh(grid, sharding.AXES, axis_types=mesh.axis_types)
+  return topologies.compile_run(planning.whole_run(config, case, concrete))
+
+
+def compared(found: topologies.Compiled, planned: plan.Plan, memory: int) -> str:
+  """Whether what was compiled fits, and how near the plan is."""
+  if found.refused:
+    return "it does not fit"
+  fits = "it fits" if found.fits(memory) else "it does not fit"
   return (
-    f"compiled: {given / 1e6:,.1f} MB of arguments and {made / 1e6:,.1f} MB beside them on a "
-    f"device; the plan's {planned.total / 1e6:,.1f} MB are {planned.total / (given + made):.0%}"
+    f"{found.peak / memory:.0%} of the {memory / 1e9:,.1f} GB of each device: {fits}; the plan's "
+    f"{planned.total / 1e6:,.1f} MB are {planned.total / (found.arguments + found.temporaries):.0%}"
   )
 
 
-def describe_data(config: ConfigDict, case: Case) -> str:
+def changes_that_help(config, case, mesh: AbstractMesh, devices: list, memory: int):
+  """Yields a line for each single change that might make a step fit, after compiling it."""
+  yield "\nOne change at a time, each compiled:"
+  for words, fields in possible_changes(config, case, mesh, len(devices)):
+    changed = config.copy_and_resolve_references()
+    changed.update_from_flattened_dict(fields)
+    try:
+      # What is quantized, or cut otherwise, has another base: the config is read again.
+      other, its_mesh, _ = target(changed, planning.read(changed), devices, memory)
+      found = compile_case(changed, other, its_mesh, devices)
+    except ValueError as error:
+      yield f"{words}: {error}"
+      continue
+    if found.refused:
+      yield f"{words}: does not fit"
+    else:
+      fits = "fits" if found.fits(memory) else "does not fit"
+      yield f"{words}: {found.peak / 1e9:,.2f} GB, {fits}"
+
+
+def possible_changes(
+  config: ConfigDict, case: planning.Case, mesh: AbstractMesh, devices: int
+) -> list[tuple[str, dict]]:
+  """(words, fields) of each change that a config has room for, the cheapest first."""
+  found = []
+  chunk = defaults.chunk_of(config, case)
+  shares = mesh.shape["data"] * mesh.shape["fsdp"]
+  rows = config.train.batch_size // shares
+  if config.train.loss_chunk == 0 and chunk:
+    found.append({"train.loss_chunk": chunk})
+  later = {"none": ("dots", "nothing"), "everything": ("dots", "nothing"), "dots": ("nothing",)}
+  found += [{"model.remat": name} for name in later.get(config.model.remat, ())]
+  if config.train.accumulate < rows:
+    found.append({"train.accumulate": rows})
+  if config.model.quantize == "none" and config.adapter.method not in ("full", "loftq"):
+    found.append({"model.quantize": "nf4"})
+  divides = config.train.batch_size % (devices * config.train.accumulate) == 0
+  if devices > mesh.shape["fsdp"] and divides:
+    found.append({"mesh.data": 1, "mesh.fsdp": devices, "mesh.tensor": 1})
+  return [(" ".join(f"--config.{x}={y}" for x, y in fields.items()), fields) for fields in found]
+
+
+def tabulated(config: ConfigDict, case: planning.Case, slices: dict, given: int | None) -> str:
+  """A table of what a run comes to on several slices."""
+  rows = []
+  for name, devices in slices.items():
+    print(f"compiling for {name} ...", flush=True)
+    try:
+      own, mesh, memory = target(config, case, devices, given)
+      settings, _ = defaults.choose(config, lambda own=own: own, mesh, memory)
+      changed = settings.applied(config)
+      found = compile_case(changed, settings.of_case(own), mesh, devices)
+    except ValueError as error:
+      rows.append((name, "-", "-", "-", "-", str(error)))
+      continue
+    sizes = (
+      ("-", "-") if found.refused else (f"{found.arguments / 1e9:.2f}", f"{found.peak / 1e9:.2f}")
+    )
+    outcome = "fits" if found.fits(memory) else "does not fit"
+    chosen = f"{outcome}; remat {settings.remat}, loss_chunk {settings.loss_chunk}"
+    rows.append((name, f"{memory / 1e9:.1f}", *sizes, f"{found.seconds:.0f}", chosen))
+  header = ("topology", "GB a device", "arguments", "peak", "seconds", "outcome")
+  return tables.rendered(header, rows)
+
+
+def describe_data(config: ConfigDict, case: planning.Case) -> str:
   """Lines about the batches and the lengths of the examples."""
   data, rows = case.data, config.train.batch_size
   epochs = config.train.steps / data["batches"]
@@ -272,21 +213,25 @@ def describe_data(config: ConfigDict, case: Case) -> str:
   )
 
 
-def verdict(planned: plan.Plan, memory: int, mesh: Mesh | AbstractMesh) -> str:
+def verdict(
+  planned: plan.Plan, memory: int, mesh: Mesh | AbstractMesh, settings: defaults.Settings
+) -> str:
   """Whether the plan fits in a device's memory, and what would make it smaller if not."""
   sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
   text = f"{planned.total / memory:.0%} of the {memory / 1e9:,.1f} GB of each device ({sizes}): "
   if planned.total <= memory:
     return text + "it fits"
-  if planned.activations > planned.arguments:
+  if planned.activations <= planned.arguments:
     return text + (
-      "it does not fit; config.model.remat=dots or nothing keeps less for the backward pass, "
-      "config.train.accumulate cuts the batch, config.train.loss_chunk the logits"
+      "it does not fit; config.mesh.fsdp or tensor shares the base out over more devices, "
+      "config.model.quantize=nf4 makes it smaller"
     )
-  return text + (
-    "it does not fit; config.mesh.fsdp or tensor shares the base out over more devices, "
-    "config.model.dtype=bfloat16 halves it"
-  )
+  remedies = ["config.train.accumulate cuts the batch"]
+  if settings.remat != "nothing":
+    remedies.append("config.model.remat=nothing keeps less for the backward pass")
+  if not settings.loss_chunk:
+    remedies.append("config.train.loss_chunk cuts the logits")
+  return text + f"it does not fit; {', '.join(remedies)}"
 
 
 def parse_memory(text: str) -> int:
@@ -299,14 +244,6 @@ def parse_memory(text: str) -> int:
   if not match:
     raise ValueError(f"--device_memory={text}: a number and one of {', '.join(_UNITS)}, as 16GB")
   return round(float(match[1]) * _UNITS[match[2]])
-
-
-def own_memory() -> int:
-  """Bytes of a device here; CPU devices share the machine's."""
-  statistics = jax.local_devices()[0].memory_stats()
-  if statistics and "bytes_limit" in statistics:
-    return statistics["bytes_limit"]
-  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ r"""Answers for texts or images of one's own by a run: classes, scores or embedd
     python -m experiments.predict --workdir=runs/cifar --input=photographs
 
 --input is a text, or the path of a file: JSONL, JSON, CSV, TSV or Parquet with the columns of the
-run's templates, or .txt with a text on each line. For a run on images it is a picture, or a folder
+run's templates, or .txt with a text on each line. Of a run on images it is a picture, or a folder
 of pictures, which are taken in the order of their names. Each answer is printed as a JSON object on
 a line of its own, with `index`, the number of the record from 0, and by the task
 

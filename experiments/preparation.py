@@ -15,8 +15,20 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import lora_jax
-from experiments import config_checks, inputs, methods, parts, processes, samples, teachers
+from experiments import (
+  config_checks,
+  defaults,
+  inputs,
+  methods,
+  model_options,
+  parts,
+  planning,
+  processes,
+  samples,
+  teachers,
+)
 from lora_jax import sharding
+from lora_jax.compress import storage
 from lora_jax.io.pretrained import Pretrained
 from lora_jax.tasks import Task
 from lora_jax.train import evaluation, progress, workdir
@@ -44,6 +56,7 @@ class Case:
     chosen: the held-out examples that people are shown.
     described: what is kept of the examples' lengths.
     own_rows: which rows of every batch this process reads.
+    how: lines on how it is computed, for people.
   """
 
   config: ConfigDict
@@ -62,6 +75,7 @@ class Case:
   chosen: Sequence[Any]
   described: Mapping[str, Any]
   own_rows: Mapping[str, int]
+  how: Sequence[str]
 
   @property
   def quiet(self) -> bool:
@@ -137,17 +151,23 @@ def prepare(config: ConfigDict, configs: Sequence[ConfigDict], run: workdir.Work
     validation_records = parts.pick(records, "validation", "train.evaluate_every")
   elif config.train.evaluate_every:
     print("validation: left out, for there are too few different records to hold some out for it")
+  shapes = parts.read_shapes(config.model)
+  how = [model_options.attention_line(shapes.config, config.data)]
   with stage("make the examples"):
     # Before the weights are loaded, for a record may still be refused.
-    task = parts.task_of_model(task, config)
+    task = task.of_model(parts.extend(shapes, task, config))
     examples = task.examples(train_records)
     held_out = task.examples(held_out_records)[: config.evaluation.examples or None]
     validation = task.examples(validation_records) if validation_records else []
   described = task.describe(training=examples, held_out=held_out)
   print(f"data: {len(examples):,} to train on, {len(held_out):,} held out")
-  print("\n".join(task.lines(described)))
+  with stage("choose what the forward pass keeps"):
+    settings, line = _settings(config, task, shapes, examples, mesh)
+  config, task = settings.applied(config), settings.of_task(task)
+  how = [each for each in (*how, line) if each]
+  print("\n".join([*task.lines(described), *how]))
 
-  base = parts.extend(parts.load_model(config.model, mesh), task, config)
+  base = settings.of_model(parts.extend(parts.load_model(config.model, mesh), task, config))
   axes = parts.trace_axes(parts.make_model(base.config), base.params)
   specs = [methods.specs_of(base, config.model, each, axes) for each in rules]
 
@@ -172,4 +192,36 @@ def prepare(config: ConfigDict, configs: Sequence[ConfigDict], run: workdir.Work
     chosen=samples.choose(held_out, config.evaluation.samples),
     described=described,
     own_rows=own_rows,
+    how=how,
   )
+
+
+def _settings(
+  config: ConfigDict,
+  task: Task,
+  base: Pretrained,
+  examples: Sequence[Any],
+  mesh: Mesh,
+) -> tuple[defaults.Settings, str]:
+  """What a training computes with, and a line that says so; `base` is of dense shapes."""
+  member, count = planning.largest_member(config)
+
+  def make_case() -> planning.Case:
+    is_known = storage.is_compressed(config.model.source) or config.model.quantize == "gguf"
+    found = base if is_known else parts.inspect_model(config.model)
+    found = parts.extend(found, task, config)
+    axes = parts.trace_axes(parts.make_model(found.config), found.params)
+    specs = methods.specs_of(found, config.model, methods.all_rules(member.adapter, task), axes)
+    return planning.make_case(member, task, found, axes, specs, examples)
+
+  bound = None
+  if defaults.is_asked(config):
+    batch = task.batch_of(
+      max(task.summary(examples, config.train.batch_size)["shapes"]), config.train.batch_size
+    )
+    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    bound = defaults.bound_of(config, base.config, base.params, batch, shares)
+  return defaults.choose(
+    member, make_case, mesh, planning.own_memory(), members=count, bound=bound,
+    agree=processes.agree,
+  )  # fmt: skip

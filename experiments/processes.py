@@ -57,6 +57,11 @@ def join() -> None:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115, open as long as the process
 
 
+def is_asked() -> bool:
+  """Whether this process is to be one of several."""
+  return _DISTRIBUTED.value or _COORDINATOR.value is not None
+
+
 def is_first() -> bool:
   """Whether this is the process that prints, and writes what is written once."""
   return jax.process_index() == 0

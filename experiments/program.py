@@ -105,7 +105,7 @@ def start(case: Case, run: workdir.Workdir) -> Program:
     if processes.is_first():
       report.write_report(
         run, targets=case.tables[0], command=processes.command(), lines=case.task.lines,
-        unit=case.task.UNIT,
+        unit=case.task.UNIT, how=case.how,
       )  # fmt: skip
 
   def finish(measure: Measure, state: step.State, frozen: PyTree, results: Results) -> None:

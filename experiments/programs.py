@@ -14,6 +14,7 @@ What is written meanwhile is there whole or not at all, see `lora_jax.io.outputs
 """
 
 import contextlib
+import functools
 import gc
 import os
 import pathlib
@@ -29,6 +30,7 @@ from typing import NoReturn
 import jax
 from absl import app, flags
 
+from experiments import compilation_cache
 from lora_jax.train import loop
 
 PATIENCE = 5.0
@@ -42,14 +44,23 @@ _OWN = [
 _TRACEBACK = flags.DEFINE_bool(
   "traceback", False, "Print where an error came from, also when its message says all."
 )
+_CACHE = flags.DEFINE_bool(
+  "compilation_cache",
+  True,
+  "Keep compiled programs for the next start, in a folder of the user's.",
+)
 
 
-def run(main: Callable, *, resumes: bool = False) -> None:
+def run(
+  main: Callable, *, resumes: bool = False, several: Callable[[], bool] = lambda: False
+) -> None:
   """Runs a program's `main(argv)` as `absl.app.run` does, which ends the process.
 
   Args:
     main: of the program.
     resumes: whether the same command goes on where it was stopped.
+    several: tells, once flags are read, whether this is to be one of several processes, which do
+      without the cache of compiled programs.
   """
   line, code = "stopped before its end; the same command begins anew", STOPPED
   if resumes:
@@ -57,7 +68,7 @@ def run(main: Callable, *, resumes: bool = False) -> None:
   _hear(line, code)
   try:
     with loop.interruptible():
-      app.run(main)
+      app.run(functools.partial(_started, main, several))
   except loop.StoppedAtOnce:
     pass
   except loop.Interrupted as stopped:
@@ -71,6 +82,13 @@ def run(main: Callable, *, resumes: bool = False) -> None:
       signal.signal(number, signal.SIG_IGN)
   gc.collect()  # with the error go its frames, and the progress bars in them
   _leave(line, code)
+
+
+def _started(main: Callable, several: Callable[[], bool], argv: list[str]) -> None:
+  """A program's main, with JAX's cache of what it compiles."""
+  if _CACHE.value and not several():
+    compilation_cache.begin()
+  main(argv)
 
 
 def _hear(line: str, code: int) -> None:

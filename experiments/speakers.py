@@ -1,11 +1,11 @@
-"""What writes texts for people: a model alone, or a run's with its adapter; conversations with it.
+"""Models that write texts for people: one alone, or a run's with its adapter; conversations.
 
     speaker = of_run("runs/mine", fetch=False)      # its configuration and its tokenizer are read
     with speaker.prompts(None, None) as prompts:
       ids = prompts.ask(messages.check_asked(record))
     found, adapted = speaker.load()                 # its weights are loaded
 
-What is asked of it can so be refused before its weights are loaded.
+Prompts are so refused before weights are loaded.
 """
 
 import contextlib
@@ -26,6 +26,8 @@ from lora_jax.tasks.writing import ChatFormat
 from lora_jax.train import workdir
 
 PyTree = Any
+
+_INSTEAD = "experiments.predict answers by a run of it"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +87,7 @@ class Prompts:
 def of_source(source: str) -> Speaker:
   """A model alone, by its address; raises ValueError for one that writes no texts."""
   shapes = parts.inspect_source(source)
-  parts.check_writes(shapes)
+  parts.check_writes(shapes, _INSTEAD)
   return Speaker(
     name=source,
     shapes=shapes,
@@ -109,7 +111,7 @@ def of_run(path: str, *, fetch: bool) -> Speaker:
   inputs.require_of(run, config, ["model.source"], fetch=fetch)
   inputs.warn_of_changes(run, config, ["model.source"])
   shapes = parts.extend(parts.read_shapes(config.model), parts.make_task(config), config)
-  parts.check_writes(shapes)
+  parts.check_writes(shapes, _INSTEAD)
   return Speaker(
     name=f"{config.model.source} with the adapter of {run.path}",
     shapes=shapes,

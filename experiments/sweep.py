@@ -112,7 +112,7 @@ def start(
           samples.draw(case, results["samples"], folder)
           report.write_report(
             folder, targets=case.tables[n], command=command, lines=case.task.lines,
-            unit=case.task.UNIT,
+            unit=case.task.UNIT, how=case.how,
           )  # fmt: skip
     if processes.is_first():
       sweep_results.write_results(run, fields, common, rows, case.task)

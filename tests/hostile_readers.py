@@ -18,6 +18,7 @@ import random
 import shutil
 import tarfile
 import zipfile
+from types import MappingProxyType
 
 import bombs
 import pyarrow as pa
@@ -25,7 +26,7 @@ from bombs import with_sum, zipped
 from pyarrow import parquet
 
 from lora_jax.data import labels, records, splits, templates
-from lora_jax.io import archives, assets, package_index, pip_settings
+from lora_jax.io import archives, assets, model_archives, package_index, pip_settings
 
 SMALL = [0, 1, 2, 127, 128, 255]
 NUMBERS = [-1, 0, 1, 511, 513, 1 << 31, (1 << 31) - 1, 1 << 32, (1 << 33) - 1, 1 << 62, 10**30]
@@ -392,6 +393,36 @@ class Faulty:
     raise ValueError("refused")
 
 
+class ModelArchives:
+  """A model's folder in a zip archive, which has a sum of every member's content."""
+
+  FILES = MappingProxyType(
+    {"config.json": b'{"model_type": "bert"}', "model.safetensors": MEMBER, "vocab.txt": b"[UNK]\n"}
+  )
+
+  def __init__(self, folder: pathlib.Path):
+    self.path = folder / "model.zip"
+    self.files = dict(self.FILES) | {"x/other.bin": MEMBER}
+    os.environ["LORA_JAX_CACHE"] = str(folder / "cache")
+
+  def damage(self, chance: random.Random) -> str:
+    data, what = damaged(zipped(self.files, zipfile.ZIP_DEFLATED), chance)
+    self.path.write_bytes(data)
+    return what
+
+  def outcome(self) -> str:
+    found = model_archives.folder_of(self.path)
+    if found == self.path:
+      raise ValueError("it is no zip archive any more")
+    files = {path.name: path.read_bytes() for path in found.iterdir()}
+    shutil.rmtree(found)
+    assert {"config.json", "model.safetensors"} <= files.keys()
+    # A name in the archive's directory has no sum.
+    known = {name: content for name, content in files.items() if name in self.FILES}
+    assert all(content == self.FILES[name] for name, content in known.items())
+    return "same" if files == dict(self.FILES) else "other"
+
+
 READERS = {
   "faulty": Faulty,
   "bombs": Bombs,
@@ -399,4 +430,5 @@ READERS = {
   "records": Records,
   "caches": Caches,
   "pages": Pages,
+  "model archives": ModelArchives,
 }

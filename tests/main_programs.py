@@ -33,20 +33,22 @@ def call(name: str, *arguments) -> None:
     del sys.modules[program.__name__]
 
 
-def run(program: str, *arguments, fails: bool = False, **environment: str) -> str:
+def run(program: str, *arguments, fails: bool = False, **environment: str | None) -> str:
   """Runs `python -m experiments.<program>`; returns what it printed, errors last.
 
   fails: whether it must end with an error; otherwise it must not.
-  environment: its variables beside the tests' own; JAX_NUM_CPU_DEVICES for several devices.
+  environment: its variables beside the tests' own, None for one that is not to be set;
+    JAX_NUM_CPU_DEVICES for several devices.
   """
   cached = {} if "JAX_NUM_CPU_DEVICES" in environment else {"JAX_ENABLE_COMPILATION_CACHE": "1"}
+  variables = os.environ | {"JAX_PLATFORMS": "cpu"} | cached | environment
   done = subprocess.run(
     [sys.executable, "-m", f"experiments.{program}", *map(str, arguments)],
     cwd=pathlib.Path(__file__).parents[1],
     capture_output=True,
     text=True,
     timeout=600,
-    env=os.environ | {"JAX_PLATFORMS": "cpu"} | cached | environment,
+    env={name: value for name, value in variables.items() if value is not None},
   )
   assert (done.returncode != 0) == fails, done.stdout + done.stderr
   return done.stdout + done.stderr

@@ -1,7 +1,7 @@
 """The table of programs: each a function of parameters and inputs, with what is known of it."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.core
@@ -65,6 +65,7 @@ class Program(NamedTuple):
   roles: the roles of the axes of the adapted leaves, by path.
   x: the input.
   refused: words of the reason for which strict mode refuses; empty where it must succeed.
+  refused_for: the same for some weights only, by their names in `weight_table.WEIGHTS`.
   reverse: False where JAX has no reverse gradient of `f` (a while loop).
   parts: how many values of a matrix's size are made where the bare function makes one of the size
     of several joined.
@@ -76,6 +77,7 @@ class Program(NamedTuple):
   roles: dict[str, str] = IO
   x: Any = X
   refused: str = ""
+  refused_for: Mapping[str, str] = {}
   reverse: bool = True
   vmap: bool = True
   parts: int = 0
@@ -253,7 +255,9 @@ PROGRAMS = {
   "split": Program(lambda p, x: [x @ w for w in jnp.split(p["w"], [4, 9], axis=1)]),
   "reversed": Program(lambda p, x: x @ p["w"][::-1, ::-1]),
   "padded": Program(
-    lambda p, x: x @ jnp.pad(p["w"], ((1, 0), (0, 2)), constant_values=0.5), x=normal(3, 12)
+    lambda p, x: x @ jnp.pad(p["w"], ((1, 0), (0, 2)), constant_values=0.5),
+    x=normal(3, 12),
+    refused_for=dict.fromkeys(("dora", "factored", "adapted-factored"), "may not be zero"),
   ),
   "padded with zeros between": Program(
     lambda p, x: x @ lax.pad(p["w"], jnp.zeros((), p["w"].dtype), ((0, 0, 0), (1, -2, 1)))
@@ -292,6 +296,7 @@ PROGRAMS = {
     ),
     STACK,
     STACK_ROLES,
+    refused_for=dict.fromkeys(("factored", "adapted-factored"), "those out of bounds"),
   ),
   "embedding by a vmapped index": Program(
     lambda p, i: jnp.sin(jax.vmap(lambda i: p["embed"][i])(i[0])) @ p["embed"].T,
@@ -430,7 +435,15 @@ PROGRAMS = {
     STACK_ROLES,
     refused="returns the weight",
   ),
-  "scan that changes weights": Program(shrinking_params, LAYER, LAYER_ROLES),
+  "scan that changes weights": Program(
+    shrinking_params,
+    LAYER,
+    LAYER_ROLES,
+    # A multiple of each is of another kind, which a loop cannot pass on in its place.
+    refused_for=dict.fromkeys(
+      ("dora", "factored", "adapted-factored", "masked"), "a loop changes it from one step"
+    ),
+  ),
   "loop that turns into a weight": Program(becomes_params, refused="the weight itself"),
   "loop that exchanges weights": Program(
     exchanged_params,

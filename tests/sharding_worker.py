@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from collectives import collectives, moved
 from jax.sharding import SingleDeviceSharding
 
 import lora_jax
 from lora_jax import compress, families, sharding, tree
+from lora_jax.hlo import collectives, moved
 from lora_jax.io import shards
 from lora_jax.models import bert, gemma4, gpt2, llama
 from lora_jax.tasks.pooled_classification import PooledClassification
@@ -105,8 +105,8 @@ def texts(number: int):
     "tokens": tokens.astype(np.int32),
     "mask": np.arange(LENGTH) < rng.integers(3, LENGTH + 1, ROWS)[:, None],
     "types": (np.arange(LENGTH) > 4) * np.ones((ROWS, 1), np.int32),
-    "target": odd_B.astype(np.float32),
-    "weight": (np.arange(ROWS) % 5 > 0).astype(np.float32),
+    "targets": odd_B.astype(np.int32)[:, None],
+    "weights": (np.arange(ROWS) % 5 > 0).astype(np.float32)[:, None],
   }
 
 

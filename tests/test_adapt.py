@@ -31,6 +31,8 @@ def pairs(*everyday: str, some: tuple[str, ...] = (), formed: bool = True):
     if kind.is_formed and not formed:
       continue
     for row, (name, program) in enumerate(PROGRAMS.items()):
+      why = program.refused or program.refused_for.get(weight, "")
+      program = program._replace(refused=why)
       often = weight in everyday or (weight in some and (row + column) % 10 == 0)
       marks = [] if often else [pytest.mark.slow]
       found.append(pytest.param(program, kind, id=f"{name}-{weight}", marks=marks))

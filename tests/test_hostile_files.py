@@ -13,7 +13,7 @@ import bombs
 import pytest
 
 TESTS = pathlib.Path(__file__).parent
-READERS = ("archives", "records", "caches", "pages")
+READERS = ("archives", "records", "caches", "pages", "model archives")
 
 
 def run(reader: str, seed: int, count: int, folder: pathlib.Path, seconds: int = 10) -> dict:

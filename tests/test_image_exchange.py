@@ -11,8 +11,11 @@ from peers import peft
 from torch_models import in_peft, made_by_peft, shaken
 
 import lora_jax
+from lora_jax import compress
+from lora_jax.compress import storage
 from lora_jax.io import pretrained
 from lora_jax.models import convolutions
+from lora_jax.weights import is_weight
 
 LORA = lora_jax.LoRA(rank=3, alpha=2.0)
 HEAD = ("head/.*", lora_jax.Full())
@@ -29,11 +32,16 @@ CONVOLVED = ("mobilenet_v2", "resnet")
 @pytest.fixture(scope="module")
 def twins(tmp_path_factory):
   @functools.cache
-  def make(name):
+  def folder_of(name):
     folder = tmp_path_factory.mktemp("family")
     image_families.write(folder, name)
-    return image_families.twins(pretrained.load(folder), name)
+    return folder
 
+  @functools.cache
+  def make(name):
+    return image_families.twins(pretrained.load(folder_of(name)), name)
+
+  make.folder = folder_of
   return make
 
 
@@ -132,3 +140,25 @@ def test_adapted_models_are_what_their_merge_is_and_their_gradient(twins, name):
   for ours, oracle in zip(*(jax.tree.leaves(x[1]) for x in (factored, dense)), strict=True):
     scale = np.abs(oracle).max()
     np.testing.assert_allclose(ours, oracle, atol=2e-3 * scale, rtol=0)
+
+
+@pytest.mark.parametrize(
+  "name", ["DINOv2", pytest.param("MobileNetV2", marks=pytest.mark.slow), "ResNet"]
+)
+def test_a_model_with_quantized_and_factored_kernels_is_stored_and_the_same_when_read(
+  twins, tmp_path, name
+):
+  model = twins(name)
+  kernels = ["convolutions"] if name != "DINOv2" else ["all-linear"]
+  formats = lora_jax.match(model.params, [(x, compress.INT8) for x in kernels], model.axes)
+  small = compress.quantize(model.params, formats, model.axes)
+  assert sum(map(is_weight, jax.tree.leaves(small, is_leaf=is_weight))) == len(formats) > 5
+  apply = jax.jit(lora_jax.adapt(model.apply))
+  images = jnp.asarray(model.inputs)
+  dense, rounded = model.logits({}), np.asarray(apply(small, images))
+  assert 0 < abs(rounded - dense).max() < 0.1 * max(1, np.ptp(dense))
+  found = pretrained.load(twins.folder(name))
+  storage.save(tmp_path / "small", small, found.config, None, steps=["quantize"])
+  again = storage.load(tmp_path / "small")
+  assert again.config == found.config and again.tokenizer is None
+  np.testing.assert_allclose(np.asarray(apply(again.params, images)), rounded, atol=1e-6)

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from collectives import collectives
 from jax.sharding import AbstractMesh, AxisType
 
 import lora_jax
 from lora_jax import families, sharding, tree
+from lora_jax.hlo import collectives
 from lora_jax.models import llama
 from lora_jax.weights import Weight
 

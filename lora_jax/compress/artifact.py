@@ -12,9 +12,13 @@ Running it needs only JAX and safetensors, on any platform that it was lowered f
     program = jax.export.deserialize(bytearray(open("program.bin", "rb").read()))
     params = safetensors.numpy.load_file("params.safetensors")
     logits = program.call(params, tokens)               # int32 [rows, length], padded on the right
+
+An encoder's program also takes which tokens are no padding, bool, and, where its config has types
+of tokens, which text of a pair each belongs to, int32: `program.call(params, tokens, mask, types)`.
 """
 
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from lora_jax import tree
 from lora_jax.io import outputs, safetensors
@@ -41,6 +46,7 @@ def save(
   inputs: jax.ShapeDtypeStruct,
   platforms: Sequence[str] = ("cpu",),
   tokenizer: Tokenizer | None = None,
+  options: Mapping[str, DTypeLike] = types.MappingProxyType({}),
 ) -> None:
   """Writes a model's forward pass to a new or empty folder, completely or not at all.
 
@@ -52,6 +58,8 @@ def save(
     inputs: the shape and dtype of the program's inputs: tokens, int32 [rows, length], or images.
     platforms: the platforms to lower for: "cpu", "cuda", "tpu".
     tokenizer: the model's tokenizer, written to the folder as well.
+    options: {name: dtype} of the arguments that `apply` takes by name in addition to the inputs,
+      in their shape. The program takes them after the inputs, in this order.
 
   Raises:
     FileExistsError: if the folder is not empty.
@@ -62,12 +70,15 @@ def save(
   arrays = {name: _as_stored(np.asarray(leaf)) for name, leaf in leaves.items()}
   structure = jax.tree.structure(params)
 
-  def forward(arrays, inputs):
+  def forward(arrays, inputs, *others):
     leaves = [_as_used(arrays[name], dtype) for name, dtype in dtypes.items()]
-    return apply({"params": jax.tree.unflatten(structure, leaves)}, inputs)
+    named = dict(zip(options, others, strict=True))
+    made = apply({"params": jax.tree.unflatten(structure, leaves)}, inputs, **named)
+    return tuple(made) if isinstance(made, tuple) else made  # no class of this package's
 
   shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
-  program = jax.export.export(jax.jit(forward), platforms=tuple(platforms))(shapes, inputs)
+  given = [inputs, *(jax.ShapeDtypeStruct(inputs.shape, x) for x in options.values())]
+  program = jax.export.export(jax.jit(forward), platforms=tuple(platforms))(shapes, *given)
   with outputs.whole_folder(folder) as partial:
     outputs.write_bytes(partial / PROGRAM, program.serialize())
     safetensors.save_file(arrays, partial / PARAMS)

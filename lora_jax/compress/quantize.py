@@ -33,7 +33,8 @@ def quantize(
 
   Args:
     params: a pytree of arrays. It stays in memory alongside the result. To free each array before
-      the next is quantized, call `quantize_leaf` in a loop.
+      the next is quantized, call `quantize_leaf` in a loop. For `jax.ShapeDtypeStruct`s the result
+      holds shapes too, and nothing is computed.
     formats: `{path: Format}`, the result of `lora_jax.match`.
     axes: the result of `trace_axes`; by default the axes that `match` was given for `formats`.
       Kernels of two axes (in, out) do not need it; an embedding does.
@@ -53,7 +54,7 @@ def quantize(
   def leaf_of(path, leaf):
     if path not in formats:
       return leaf
-    return _quantized(leaf, formats[path], columns[path]).with_path(path)
+    return _rounded(leaf, formats[path], columns[path]).with_path(path)
 
   return tree.map_with_path(leaf_of, params, is_leaf=is_weight)
 
@@ -64,7 +65,7 @@ def quantize_leaf(
   """Quantizes one leaf as `quantize` does, for a loop that frees each array before the next."""
   columns = columns_of(path, leaf, axes_of((path,), axes, {path: leaf}))
   check_finite(path, leaf)
-  return _quantized(leaf, format, columns).with_path(path)
+  return _rounded(leaf, format, columns).with_path(path)
 
 
 def columns_of(path: str, leaf: Any, axes: Mapping[str, Axes] | None) -> tuple[int, ...]:
@@ -92,13 +93,19 @@ def check_finite(path: str, leaf: Any) -> None:
       f"{path}: is a {type(leaf).__name__} and not an array; quantize before it is compressed or "
       "adapted, or merge first"
     )
-  if not bool(_finite(leaf)):
+  if not isinstance(leaf, jax.ShapeDtypeStruct) and not bool(_finite(leaf)):
     raise ValueError(f"{path}: has values that are not finite, and cannot be quantized")
 
 
 @jax.jit
 def _finite(x):
   return jnp.isfinite(x).all()
+
+
+def _rounded(leaf: Any, format: Format, columns: tuple[int, ...]) -> Quantized:
+  if isinstance(leaf, jax.ShapeDtypeStruct):
+    return jax.eval_shape(lambda x: quantized(x, format, columns), leaf)
+  return _quantized(leaf, format, columns)
 
 
 _quantized = jax.jit(quantized, static_argnames=("format", "columns"))

@@ -67,14 +67,11 @@ def steps_of(folder: str | Path) -> tuple[str, ...]:
   return tuple(steps)
 
 
-# ---- writing
-
-
 def save(
   folder: str | Path,
   params: Mapping[str, Any],
   config: families.Config,
-  tokenizer: Tokenizer,
+  tokenizer: Tokenizer | None,
   *,
   steps: Sequence[str] = (),
 ) -> None:
@@ -84,7 +81,7 @@ def save(
     folder: the folder to write.
     params: nested dicts of arrays and of Weights of the kinds in KINDS, with unstacked layers.
     config: the model's configuration.
-    tokenizer: the model's tokenizer.
+    tokenizer: the model's tokenizer; None for a model that takes no text.
     steps: the steps that compressed it, in order, for `steps_of`.
 
   Raises:
@@ -105,13 +102,15 @@ def save(
       "version": VERSION, "steps": list(steps), "value_dim": value_dim, "leaves": nodes,
     }  # fmt: skip
     dense = config if value_dim is None else dataclasses.replace(config, value_dim=None)
-    described = dict(tokenizer.files.config) | families.family_of(dense).write_config(dense)
+    said = dict(tokenizer.files.config) if tokenizer else {}
+    described = said | families.family_of(dense).write_config(dense)
     written = {STRUCTURE: structure, "config.json": described}
-    if tokenizer.files.generation is not None:
+    if tokenizer and tokenizer.files.generation is not None:
       written["generation_config.json"] = dict(tokenizer.files.generation)
     for name, fields in written.items():
       outputs.write_text(partial / name, json.dumps(fields, indent=1) + "\n")
-    tokenizer.save(partial)
+    if tokenizer:
+      tokenizer.save(partial)
 
 
 def size(params: Mapping[str, Any]) -> int:
@@ -188,8 +187,8 @@ def inspect(
     config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype, **options)
     if not len(structure["leaves"]) >= config.num_layers:  # bounds the time to trace the model
       raise ValueError(f"there are {config.num_layers} layers and fewer leaves")
-    tokenizer = from_folder(folder)
-    if (most := tokenizer.vocab_size) > config.vocab_size:
+    tokenizer = from_folder(folder) if families.family_of(config).has_tokenizer else None
+    if tokenizer and (most := tokenizer.vocab_size) > config.vocab_size:
       raise ValueError(
         f"the tokenizer has ids up to {most - 1}, the embedding only {config.vocab_size} rows"
       )

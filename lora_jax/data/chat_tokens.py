@@ -14,11 +14,11 @@ ends with its end-of-turn token, the first of the special tokens at its end. Lin
 after that token do not count.
 
 **Templates that change earlier turns** when later ones follow, as where they drop earlier thoughts.
-A turn is learnt only in a rendering that writes it and all before it as the model will see them:
-as they are when the turn is the last. The whole conversation is one such rendering, for its last
-turn and for all others that are alike there. The latest turn that is not is the last of the next
-rendering, and so on. One conversation then becomes several sequences of tokens, and each turn is
-learnt in one of them. With Qwen 3's template these are as many as there are turns.
+A turn is learnt in a rendering that writes it, and all before it, as where the turn is the last:
+the model sees the same when it is to write that turn. The rendering of the whole conversation does
+so for the last turn, and for those that it writes alike. The latest turn that is left is the last
+one of the next rendering, and so on. One conversation then becomes several sequences of tokens, and
+each turn is learnt in one of them. With Qwen 3's template there are as many as turns.
 """
 
 import itertools

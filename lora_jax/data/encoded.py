@@ -5,8 +5,8 @@ Letters: B rows of a batch, S texts of a row that are encoded apart, T tokens of
   tokens  (B, T) int32    of one text, or of a pair that is encoded as one; padded on the right
   mask    (B, T) bool     True for a token, False for padding
   types   (B, T) int32    which text of a pair a token belongs to, for models that ask for it
-  target  (B,) float32    a class's number, or a score
-  weight  (B,) float32    1 for an example, 0 for a row that fills the batch
+  targets (B, 1)          a class's number in int32, or a score in float32
+  weights (B, 1) float32  1 for an example, 0 for a row that fills the batch
   index   (B,) int32      evaluation only, as in `lora_jax.data.batches`
 
 Where a row has several texts that are encoded apart, tokens, mask and types are (B, S, T).
@@ -42,12 +42,12 @@ class EncodedExample:
   """The texts of a record, as a model reads them, and what is wanted of it.
 
   texts: one, or several that are encoded apart.
-  target: a class's number, or a score.
+  target: a class's number, an int, or a score, a float.
   cut: how many tokens were left out to keep to the maximum length.
   """
 
   texts: tuple[Encoded, ...]
-  target: float
+  target: int | float
   cut: int
 
   @property
@@ -56,7 +56,7 @@ class EncodedExample:
     return max((text.ids for text in self.texts), key=len)
 
   @property
-  def targets(self) -> tuple[float]:
+  def targets(self) -> tuple[int | float]:
     return (self.target,)
 
 
@@ -102,7 +102,8 @@ def _assemble(
   shape = (len(indices), texts, length)
   tokens, mask = np.full(shape, pad_id, np.int32), np.zeros(shape, bool)
   types = np.zeros(shape, np.int32)
-  target, weight = np.zeros(len(indices), np.float32), np.zeros(len(indices), np.float32)
+  dtype = np.int32 if isinstance(examples[0].target, int) else np.float32
+  targets, weights = np.zeros((len(indices), 1), dtype), np.zeros((len(indices), 1), np.float32)
   for row, index in enumerate(indices):
     if index < 0:
       continue
@@ -110,8 +111,8 @@ def _assemble(
       tokens[row, n, : len(text.ids)] = text.ids
       types[row, n, : len(text.ids)] = text.types
       mask[row, n, : len(text.ids)] = True
-    target[row], weight[row] = examples[index].target, 1
+    targets[row], weights[row] = examples[index].target, 1
   arrays = {"tokens": tokens, "mask": mask} | ({"types": types} if with_types else {})
   if texts == 1:
     arrays = {name: x[:, 0] for name, x in arrays.items()}
-  return arrays | {"target": target, "weight": weight}
+  return arrays | {"targets": targets, "weights": weights}

@@ -15,12 +15,13 @@ Read are JPEG, PNG, WebP, BMP, GIF and TIFF. What a file may hold, and what beco
     animated, several pages      refused
     32 bits, Lab, HSV            refused
     over 67 million pixels       refused before a pixel is decoded
-    truncated, damaged           refused
+    truncated, damaged           refused, and so is what Pillow reads with a warning
 
 Files come from strangers. An error names the file.
 """
 
 import io
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,12 @@ def read(path: str | Path, most: int) -> np.ndarray:
 
 def decode(content: bytes, most: int) -> np.ndarray:
   """As `read`, of what a file holds."""
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")  # Pillow passes over damaged parts with a warning
+    return _decoded(content, most)
+
+
+def _decoded(content: bytes, most: int) -> np.ndarray:
   try:
     image = Image.open(io.BytesIO(content), formats=FORMATS)
   except Exception as error:  # Pillow's readers do not say which ones they raise

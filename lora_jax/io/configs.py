@@ -372,7 +372,9 @@ def to_hugging_face(config: LlamaConfig) -> dict[str, Any]:
 def _check_written(config: LlamaConfig, fields: Fields) -> None:
   """Raises where the fields do not say all that the configuration does."""
   said = from_hugging_face(fields)
-  how = ("scan_layers", "remat_policy", "constrain", "dtype", "param_dtype", "value_dim")
+  how = (
+    "scan_layers", "remat_policy", "constrain", "attention", "dtype", "param_dtype", "value_dim",
+  )  # fmt: skip
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
     if field.name not in how and value != getattr(said, field.name):

@@ -2,6 +2,7 @@
 
     of("data.jsonl")          # {"data.jsonl": "5120 bytes, sha256 5d7c06e0..."}
     of("models/SmolLM2")      # {"config.json": ..., "model.safetensors": ..., ...}
+    of("photographs")         # {"photographs/": "12 files, sha256 ..."}, class folders of pictures
     of("pypi://package==1.0/table.csv")      # {}: what lies there never changes
 
 A file of up to 64 MiB is hashed as a whole. Of a larger one the size counts, and the hash of 64
@@ -29,9 +30,9 @@ _TENSORS = ("compressed.safetensors", "adapter_model.safetensors")
 def of(source: str | Path) -> dict[str, str]:
   """Returns `{name of a file: fingerprint}` of what a source holds.
 
-  source: as `assets.resolve` takes it; a folder is taken for a model's or an adapter's, of which
-    only the files that are read count. A release on PyPI never changes, so a file of one is not
-    looked at.
+  source: as `assets.resolve` takes it. Of a model's or an adapter's folder only the files that are
+    read count; of another one all files in it and in its folders. A release on PyPI never changes,
+    so a file of one is not looked at.
 
   Raises what `assets.resolve` does, and ValueError for an index of tensors that is damaged and for
   a file that changes while it is read.
@@ -42,7 +43,17 @@ def of(source: str | Path) -> dict[str, str]:
   if not path.is_dir():
     return {path.name: _of_file(path)}
   names = [name for name in (*_TEXTS, *_TENSORS) if (path / name).is_file()]
-  return {name: _of_file(path / name) for name in [*names, *safetensors.files_of(path)]}
+  names += safetensors.files_of(path)
+  return {name: _of_file(path / name) for name in names} if names else _of_folder(path)
+
+
+def _of_folder(path: Path) -> dict[str, str]:
+  digest, count = hashlib.sha256(), 0
+  for file in sorted(x for pattern in ("*", "*/*") for x in path.glob(pattern) if x.is_file()):
+    line = f"{file.relative_to(path).as_posix()}\0{_of_file(file)}\n"
+    digest.update(line.encode("utf-8", "surrogateescape"))
+    count += 1
+  return {f"{path.name}/": f"{count} files, sha256 {digest.hexdigest()}"}
 
 
 def _of_file(path: Path) -> str:

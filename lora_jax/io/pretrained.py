@@ -100,7 +100,7 @@ def load(
   source: str | Path,
   *,
   dtype: DTypeLike = jnp.float32,
-  scan_layers: bool = False,
+  scan_layers: bool | None = False,
   remat_policy: Callable[..., bool] | None = None,
   constrain: Callable[[jax.Array], jax.Array] | None = None,
   shardings: Callable[[PyTree, Rules], PyTree] | None = None,
@@ -116,7 +116,8 @@ def load(
     (`Family.of_tensors`), or an address of any of them as `assets.resolve` takes it
     (`hf://owner/name`, `pypi://package==version/path`).
   dtype: of the parameters and of the arithmetic.
-  scan_layers, remat_policy, constrain: fields of the model's config, see `models.llama_config`.
+  scan_layers, remat_policy, constrain: fields of the model's config, see `models.llama_config`;
+    `scan_layers` None stacks the layers of a family in which they are alike.
   shardings: from the tree of `jax.ShapeDtypeStruct`s and the family's rules of sharding to the tree
     of `jax.sharding.Sharding`s that the parameters get, each process loading its own shards; None
     leaves all on the default device.
@@ -136,6 +137,7 @@ def load(
     raise ValueError("keep_blocks and shardings: blocks are loaded whole; lay them out afterwards")
   path = model_archives.folder_of(assets.resolve(source))
   file = open_folder(path, families) if path.is_dir() else open_file(path, families)
+  scan_layers = file.family.layers_alike if scan_layers is None else scan_layers
   _check_vocabulary(path, file.config, file.tokenizer)
   if keep_blocks is not None and not any(x.is_quantized for x in file.blocks.values()):
     raise ValueError(f"{path}: holds no quantised blocks to keep; leave keep_blocks out")
@@ -165,7 +167,7 @@ def inspect(
   source: str | Path,
   *,
   dtype: DTypeLike = jnp.float32,
-  scan_layers: bool = False,
+  scan_layers: bool | None = False,
   remat_policy: Callable[..., bool] | None = None,
   families: Mapping[str, Family] = FAMILIES,
 ) -> Pretrained:
@@ -186,6 +188,7 @@ def inspect(
     file = open_file(path, families)
     config, tokenizer = file.config, file.tokenizer
   _check_vocabulary(path, config, tokenizer)
+  scan_layers = family_of(config, families).layers_alike if scan_layers is None else scan_layers
   config = dataclasses.replace(
     config, scan_layers=scan_layers, remat_policy=remat_policy, dtype=dtype, param_dtype=dtype
   )

@@ -28,11 +28,14 @@ def from_vocabulary(folder: Path) -> tokenizers.Tokenizer:
   """The tokenizer of a folder's `vocab.txt`.
 
   Raises:
-    ValueError: for a token that stands twice, a vocabulary without a token that BERT needs, and a
-      setting that is not true, false or null.
+    ValueError: for text that is not UTF-8, a token that stands twice, a vocabulary without a token
+      that BERT needs, and a setting that is not true, false or null.
   """
   path = folder / VOCABULARY
-  lines = files.read_bytes(path, _MAX_BYTES).decode("utf-8", errors="replace").split("\n")
+  try:
+    lines = files.read_bytes(path, _MAX_BYTES).decode().split("\n")
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{path}: byte {error.start} is not UTF-8; write it in that") from None
   tokens = [line.rstrip("\r") for line in (lines[:-1] if not lines[-1] else lines)]
   ids = {token: number for number, token in enumerate(tokens)}
   if len(ids) < len(tokens):

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from lora_jax.models import attention_kernels as kernels
+from lora_jax.models.blockwise import blockwise
 from lora_jax.models.llama_config import LlamaConfig, rotary_features, value_features
 from lora_jax.models.rope import DynamicRope, rotary_frequencies
 
@@ -171,33 +173,83 @@ def attend(
   *,
   mask: jax.Array | None = None,
   is_causal: bool = False,
+  window: int | jax.Array | None = None,
+  segments_BT: jax.Array | None = None,
+  positions_BT: jax.Array | None = None,
   scale: float | None = None,
   softcap: float | None = None,
   sinks_N: jax.Array | None = None,
+  choice: kernels.Choice = kernels.BY_DEVICE,
 ) -> jax.Array:
   """softmax(cap(scale * q kᵀ)) v, as [B, T, N, G]; values may have fewer features than keys.
 
-  mask: True where a query sees a key, broadcast to [B, N, T, S]; None: everywhere.
+  mask: True where a query sees a key, broadcast to [B, N, T, S]; None: everywhere. What the next
+    four say of what is seen needs no array of that size.
   is_causal: whether a query sees no key of a later place.
+  window: a query sees the last so many keys only, its own place included; None: all. With
+    `is_causal` or `positions_BT`.
+  segments_BT: the text that a place belongs to; a query sees no other text's keys. None: any.
+  positions_BT: the slot of each query among the keys, where they are those of a cache: it sees the
+    slots up to its own. None: queries lie where keys do.
   scale: of the products; None: 1 / sqrt(H).
   softcap: scores x become `softcap * tanh(x / softcap)`; None: they stay.
   sinks_N: the score of a place that has no value, for each head (Xiao et al. 2023, "Efficient
     Streaming Language Models with Attention Sinks"; learned as in gpt-oss); None: there is none.
+  choice: the implementation; all give the same to rounding.
+
+  Raises ValueError where the choice names an implementation that cannot compute this.
   """
-  if softcap is not None or sinks_N is not None:
-    return _attend_plainly(
-      query_BTNH, key_BSKH, value_BSKG, mask, is_causal, scale, softcap, sinks_N
-    )
-  features, missing = value_BSKG.shape[-1], key_BSKH.shape[-1] - value_BSKG.shape[-1]
-  if missing:  # JAX's attention takes values of the keys' size
-    value_BSKG = jnp.pad(value_BSKG, ((0, 0), (0, 0), (0, 0), (0, missing)))
-  out_BTNH = jax.nn.dot_product_attention(
-    query_BTNH, key_BSKH, value_BSKG, mask=mask, is_causal=is_causal, scale=scale
+  call = kernels.Call(
+    length=query_BTNH.shape[1],
+    slots=key_BSKH.shape[1],
+    features=query_BTNH.shape[-1],
+    value_features=value_BSKG.shape[-1],
+    dtype=query_BTNH.dtype,
+    is_causal=is_causal,
+    segments=segments_BT is not None,
+    softcap=softcap is not None,
+    sinks=sinks_N is not None,
+    window=window if window is None or isinstance(window, int) else "traced",
+    mask=mask is not None,
+    cached=positions_BT is not None,
   )
-  return out_BTNH[..., :features] if missing else out_BTNH
+  arrays, scores = (query_BTNH, key_BSKH, value_BSKG), {"scale": scale, "softcap": softcap}
+  sight = {"window": window, "segments_BT": segments_BT}
+  match kernels.chosen(choice, call):
+    case "blockwise":
+      sight |= {"is_causal": is_causal, "positions_BT": positions_BT, "mask": mask}
+      return blockwise(*arrays, sinks_N=sinks_N, **sight, **scores)
+    case "splash":
+      return kernels.splash(*arrays, mesh=choice.mesh, **sight, **scores)
+    case name:
+      mask = _mask(mask, call.length, call.slots, window, segments_BT, positions_BT)
+      if softcap is not None or sinks_N is not None:
+        return _attend_plainly(*arrays, mask, is_causal, sinks_N=sinks_N, **scores)
+      features, missing = call.value_features, call.features - call.value_features
+      if missing:  # JAX's attention takes values of the keys' size
+        value_BSKG = jnp.pad(value_BSKG, ((0, 0), (0, 0), (0, 0), (0, missing)))
+      if name == "cudnn":
+        out_BTNH = kernels.cudnn(query_BTNH, key_BSKH, value_BSKG, window=window, scale=scale)
+      else:
+        out_BTNH = jax.nn.dot_product_attention(
+          query_BTNH, key_BSKH, value_BSKG, mask=mask, is_causal=is_causal, scale=scale
+        )
+      return out_BTNH[..., :features] if missing else out_BTNH
 
 
-def _attend_plainly(query_BTNH, key_BSKH, value_BSKG, mask, is_causal, scale, softcap, sinks_N):
+def _mask(mask, length: int, slots: int, window, segments_BT, positions_BT):
+  """What `attend` says of what is seen, causality left out, as one mask or None."""
+  if segments_BT is not None:
+    same_B1TT = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
+    mask = same_B1TT if mask is None else mask & same_B1TT
+  if positions_BT is not None or window is not None:
+    places_BT = jnp.arange(length)[None] if positions_BT is None else positions_BT
+    seen_B1TS = visible(places_BT, slots, window)
+    mask = seen_B1TS if mask is None else seen_B1TS & mask
+  return mask
+
+
+def _attend_plainly(query_BTNH, key_BSKH, value_BSKG, mask, is_causal, *, scale, softcap, sinks_N):
   """As `attend`: JAX's attention has no cap and no sinks."""
   batch, length, _, features = query_BTNH.shape
   slots, kv_heads = key_BSKH.shape[1:3]

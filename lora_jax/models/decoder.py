@@ -64,10 +64,3 @@ def check_segments(segments_BT, cache: Cache | None) -> None:
   """Raises ValueError for rows of several texts with a cache."""
   if segments_BT is not None and cache is not None:
     raise ValueError("segments_BT: a cache holds one text a row; decode without segments")
-
-
-def same_text(segments_BT):
-  """Whether two tokens of a row belong to one text, [B, 1, T, T]; None where every two do."""
-  if segments_BT is None:
-    return None
-  return (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]

@@ -111,7 +111,7 @@ class Gemma4Config:
   def __post_init__(self):
     for field in dataclasses.fields(self):
       kind, value = _OPTIONAL.get(field.name, field.type), getattr(self, field.name)
-      if field.name == "shared_layers" and value == 0:
+      if field.name == "shared_layers" and type(value) is int and value == 0:
         continue
       if field.name not in _OPTIONAL or value is not None:
         limits.check("Gemma4Config", field.name, kind, value)

@@ -29,10 +29,10 @@ from lora_jax.models.attention import (
   attend,
   empty_cache,
   segment_positions,
-  visible,
   write,
 )
-from lora_jax.models.decoder import Decoder, check_segments, rematerialized, same_text, scanned
+from lora_jax.models.attention_kernels import BY_DEVICE, Choice
+from lora_jax.models.decoder import Decoder, check_segments, rematerialized, scanned
 
 ACTIVATIONS = ("gelu_tanh", "gelu")
 
@@ -49,7 +49,7 @@ class GPT2Config:
   scale_scores: scores are divided by the square root of a head's features.
   scale_by_layer: and by the number of the layer, counted from 1 (Mistral's GPT-2 of Stanford CRFM).
   tie_embeddings: the head is the transposed embedding and has no parameters.
-  scan_layers, remat_policy, constrain, dtype, param_dtype, classes: as in
+  scan_layers, remat_policy, constrain, attention, dtype, param_dtype, classes: as in
     `llama_config.LlamaConfig`.
   family: what files call the model; nothing is computed by it.
 
@@ -72,6 +72,7 @@ class GPT2Config:
   scan_layers: bool = False
   remat_policy: Callable[..., bool] | None = None
   constrain: Callable[[jax.Array], jax.Array] | None = None
+  attention: Choice = BY_DEVICE
   dtype: DTypeLike = jnp.float32
   param_dtype: DTypeLike = jnp.float32
   family: str = "gpt2"
@@ -126,14 +127,14 @@ def _norm(config: GPT2Config, name: str | None) -> nn.LayerNorm:
 class Attention(nn.Module):
   """Causal attention whose queries, keys and values are the thirds of one product, F = 3 N H.
 
-  same_B1TT: whether a token may see another, if that is before it; None: every one.
+  segments_BT: the text of each token, which sees no other text's; None: one text a row.
   layer: the number of this layer, from 0.
   """
 
   config: GPT2Config
 
   @nn.compact
-  def __call__(self, x_BTD, positions_BT, same_B1TT, cache: KVCache | None, layer):
+  def __call__(self, x_BTD, positions_BT, segments_BT, cache: KVCache | None, layer):
     c = self.config
     fused_BTF = _dense(c, 3 * c.num_heads * c.head_dim, "qkv")(x_BTD)
     query_BTNH, key_BTNH, value_BTNH = (
@@ -144,18 +145,12 @@ class Attention(nn.Module):
       query_BTNH /= jnp.asarray(layer + 1, c.dtype)
     scale = None if c.scale_scores else 1.0
     if cache is None:
-      out_BTNH = attend(
-        query_BTNH, key_BTNH, value_BTNH, mask=same_B1TT, is_causal=True, scale=scale
-      )
+      options = {"is_causal": True, "segments_BT": segments_BT}
     else:
       cache = write(cache, positions_BT, key_BTNH, value_BTNH)
-      out_BTNH = attend(
-        query_BTNH,
-        cache.key_BSKH.astype(c.dtype),
-        cache.value_BSKG.astype(c.dtype),
-        mask=visible(positions_BT, cache.key_BSKH.shape[1], None),
-        scale=scale,
-      )
+      options = {"positions_BT": positions_BT}
+      key_BTNH, value_BTNH = cache.key_BSKH.astype(c.dtype), cache.value_BSKG.astype(c.dtype)
+    out_BTNH = attend(query_BTNH, key_BTNH, value_BTNH, scale=scale, choice=c.attention, **options)
     return _dense(c, c.width, "out")(out_BTNH.reshape(*x_BTD.shape[:2], -1)), cache
 
 
@@ -177,10 +172,10 @@ class Block(nn.Module):
   config: GPT2Config
 
   @nn.compact
-  def __call__(self, x_BTD, positions_BT, same_B1TT, cache: KVCache | None, layer):
+  def __call__(self, x_BTD, positions_BT, segments_BT, cache: KVCache | None, layer):
     c = self.config
     added_BTD, cache = Attention(c, name="attn")(
-      _norm(c, "attn_norm")(x_BTD), positions_BT, same_B1TT, cache, layer
+      _norm(c, "attn_norm")(x_BTD), positions_BT, segments_BT, cache, layer
     )
     x_BTD = x_BTD + added_BTD
     x_BTD = x_BTD + Mlp(c, name="mlp")(_norm(c, "mlp_norm")(x_BTD))
@@ -223,20 +218,19 @@ class GPT2(Decoder):
       )
     if positions_BT is None:
       positions_BT = segment_positions(tokens_BT, segments_BT)
-    same_B1TT = same_text(segments_BT)
     x_BTD = self.embed(tokens_BT) + self.positions(positions_BT)
     x_BTD = c.constrain(x_BTD) if c.constrain else x_BTD
 
     if c.scan_layers:
       layers = None if cache is None else cache["blocks"]
       numbers_L = jnp.arange(c.num_layers)
-      x_BTD, layers = self.blocks(x_BTD, positions_BT, same_B1TT, layers, numbers_L)
+      x_BTD, layers = self.blocks(x_BTD, positions_BT, segments_BT, layers, numbers_L)
       new_cache = {"blocks": layers}
     else:
       new_cache = {}
       for i, block in enumerate(self.block):
         layer = None if cache is None else cache[block.name]
-        x_BTD, new_cache[block.name] = block(x_BTD, positions_BT, same_B1TT, layer, i)
+        x_BTD, new_cache[block.name] = block(x_BTD, positions_BT, segments_BT, layer, i)
 
     if at_BC is not None:
       x_BTD = jnp.take_along_axis(x_BTD, at_BC[..., None], axis=1)

@@ -40,10 +40,9 @@ from lora_jax.models.attention import (
   rotate,
   rotation,
   segment_positions,
-  visible,
   write,
 )
-from lora_jax.models.decoder import Decoder, check_segments, rematerialized, same_text, scanned
+from lora_jax.models.decoder import Decoder, check_segments, rematerialized, scanned
 from lora_jax.models.experts import ExpertConfig, Experts
 from lora_jax.models.llama_config import (
   LlamaConfig,
@@ -123,7 +122,7 @@ def _kinds(config: LlamaConfig) -> list[tuple[bool, bool]]:
 class Attention(nn.Module):
   """Causal grouped-query attention with rotary positions.
 
-  same_B1TT: whether a token may see another, if that is before it; None: every one.
+  segments_BT: the text of each token, which sees no other text's; None: one text a row.
   kind: the number of this layer's kind among those of `layer_kinds`, where scanned layers differ:
     `turn` has a leading axis of the kinds then. None: all layers are alike in the configuration.
   """
@@ -132,7 +131,7 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x_BTD, positions_BT, turn: Rotation, same_B1TT, cache: KVCache | None, kind=None
+    self, x_BTD, positions_BT, turn: Rotation, segments_BT, cache: KVCache | None, kind=None
   ):
     c, window = self.config, self.config.window
     if kind is not None:
@@ -147,26 +146,18 @@ class Attention(nn.Module):
       query_BTNH *= turn.query_BT[..., None, None].astype(c.dtype)
 
     scale = c.attention_multiplier if c.query_divisor is None else c.query_divisor**-0.5
-    options = {"scale": scale, "softcap": c.attn_softcap}
+    options = {"scale": scale, "softcap": c.attn_softcap, "window": window}
     if c.attn_sinks:
       sinks = nn.initializers.zeros
       options["sinks_N"] = self.param("sinks", sinks, (c.num_heads,), c.param_dtype)
     if cache is None:
-      mask_B1TT = same_B1TT
-      if window is not None:
-        length = x_BTD.shape[1]
-        near_11TT = visible(jnp.arange(length)[None], length, window)
-        mask_B1TT = near_11TT if same_B1TT is None else near_11TT & same_B1TT
-      out_BTNG = attend(query_BTNH, key_BTKH, value_BTKG, mask=mask_B1TT, is_causal=True, **options)
+      options |= {"is_causal": True, "segments_BT": segments_BT}
+      key_BSKH, value_BSKG = key_BTKH, value_BTKG
     else:
       cache = write(cache, positions_BT, key_BTKH, value_BTKG)
-      out_BTNG = attend(
-        query_BTNH,
-        cache.key_BSKH.astype(c.dtype),
-        cache.value_BSKG.astype(c.dtype),
-        mask=visible(positions_BT, cache.key_BSKH.shape[1], window),
-        **options,
-      )
+      options["positions_BT"] = positions_BT
+      key_BSKH, value_BSKG = cache.key_BSKH.astype(c.dtype), cache.value_BSKG.astype(c.dtype)
+    out_BTNG = attend(query_BTNH, key_BSKH, value_BSKG, choice=c.attention, **options)
     out_BTD = _dense(c, c.width, "out", c.out_bias)(out_BTNG.reshape(*x_BTD.shape[:2], -1))
     return out_BTD, cache
 
@@ -226,7 +217,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x_BTD, positions_BT, turn: Rotation, same_B1TT, cache: KVCache | None, kind=None
+    self, x_BTD, positions_BT, turn: Rotation, segments_BT, cache: KVCache | None, kind=None
   ):
     c = self.config
 
@@ -238,7 +229,7 @@ class Block(nn.Module):
       return x_BTD + _times(c.residual_multiplier, added_BTD)
 
     added_BTD, cache = Attention(c, name="attn")(
-      taken("attn", x_BTD), positions_BT, turn, same_B1TT, cache, kind
+      taken("attn", x_BTD), positions_BT, turn, segments_BT, cache, kind
     )
     x_BTD = with_("attn", x_BTD, added_BTD)
     x_BTD = with_("mlp", x_BTD, _mlp(c)(taken("mlp", x_BTD)))
@@ -272,7 +263,6 @@ class Llama(Decoder):
     length = room(c, positions_BT, segments_BT, tokens_BT.shape[1], cache)
     if positions_BT is None:
       positions_BT = segment_positions(tokens_BT, segments_BT)
-    same_B1TT = same_text(segments_BT)
     turns = {
       (local, rotated): rotation(layer_config(c, local), positions_BT, length, rotated)
       for local, rotated in _kinds(c)
@@ -287,13 +277,13 @@ class Llama(Decoder):
         turn = jax.tree.map(lambda *each: jnp.stack(each), *turns.values())
         numbers_L = jnp.asarray([_kinds(c).index(kind) for kind in kinds_L], jnp.int32)
       layers = None if cache is None else cache["blocks"]
-      x_BTD, layers = self.blocks(x_BTD, positions_BT, turn, same_B1TT, layers, numbers_L)
+      x_BTD, layers = self.blocks(x_BTD, positions_BT, turn, segments_BT, layers, numbers_L)
       new_cache = {"blocks": layers}
     else:
       new_cache = {}
       for block, kind in zip(self.block, kinds_L, strict=True):
         layer = None if cache is None else cache[block.name]
-        x_BTD, new_cache[block.name] = block(x_BTD, positions_BT, turns[kind], same_B1TT, layer)
+        x_BTD, new_cache[block.name] = block(x_BTD, positions_BT, turns[kind], segments_BT, layer)
 
     if at_BC is not None:
       x_BTD = jnp.take_along_axis(x_BTD, at_BC[..., None], axis=1)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from lora_jax.models import limits
+from lora_jax.models.attention_kernels import BY_DEVICE, Choice
 from lora_jax.models.experts import ExpertConfig
 from lora_jax.models.rope import RopeScaling, check_fits
 
@@ -46,6 +47,7 @@ class LlamaConfig:
   constrain: what the residual stream x_BTD passes through before, between and after the blocks:
     a sharding constraint, without which the compiler may split D over the devices that hold
     different rows of B. None: nothing.
+  attention: how it is computed; see `lora_jax.models.attention_kernels`.
   dtype: of the arithmetic and of the logits (norms, rotations and softmax are float32 inside).
   param_dtype: of the parameters that `init` makes.
 
@@ -106,6 +108,7 @@ class LlamaConfig:
   scan_layers: bool = False
   remat_policy: Callable[..., bool] | None = None
   constrain: Callable[[jax.Array], jax.Array] | None = None
+  attention: Choice = BY_DEVICE
   dtype: DTypeLike = jnp.float32
   param_dtype: DTypeLike = jnp.float32
   family: str = "llama"

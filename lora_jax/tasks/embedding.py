@@ -80,7 +80,13 @@ class Embedding(EncodedTexts):
   # ---- batches, of the pairs that are alike in training
 
   def _alike(self, found: Sequence[EncodedExample]) -> list[EncodedExample]:
-    return [example for example in found if example.target >= self.positive]
+    alike = [example for example in found if example.target >= self.positive]
+    if not alike:
+      raise ValueError(
+        f"task.positive {self.positive:g}: no pair to train on has a score of at least that; use a "
+        "lower one"
+      )
+    return alike
 
   def train_batches(
     self, found: Sequence[EncodedExample], batch_size: int, *, seed: int, **rows: int
@@ -91,11 +97,7 @@ class Embedding(EncodedTexts):
     return super().summary(self._alike(found), batch_size)
 
   def describe(self, **found: Sequence[EncodedExample]) -> dict[str, Any]:
-    if "training" in found and not self._alike(found["training"]):
-      raise ValueError(
-        f"task.positive {self.positive:g}: no pair to train on has a score of at least that; use a "
-        "lower one"
-      )
+    self._alike(found["training"])  # refuses it where there are none
     return super().describe(**found)
 
   # ---- training and evaluation
@@ -114,24 +116,24 @@ class Embedding(EncodedTexts):
 
   def _pairs(self, apply: Callable) -> Callable[[PyTree, Batch], jax.Array]:
     embed = self.vectors(apply)
-    return lambda weights, batch: embed(weights, batch).reshape(len(batch["weight"]), 2, -1)
+    return lambda weights, batch: embed(weights, batch).reshape(len(batch["weights"]), 2, -1)
 
   def objective(self, apply: Callable) -> Objective:
     embed = self._pairs(apply)
 
     def objective(weights: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array]:
-      losses_B = self._losses(embed(weights, batch), batch)
-      rows = jnp.sum(batch["weight"])
-      return jnp.sum(losses_B * batch["weight"]) / jnp.where(rows > 0, rows, 1), rows
+      losses_B1 = self._losses(embed(weights, batch), batch)
+      rows = jnp.sum(batch["weights"])
+      return jnp.sum(losses_B1 * batch["weights"]) / jnp.where(rows > 0, rows, 1), rows
 
     return objective
 
   def _losses(self, pairs_B2D: jax.Array, batch: Batch) -> jax.Array:
-    """The cross-entropy of each row's second text among those of all rows."""
+    """The cross-entropy of each row's second text among those of all rows, [B, 1]."""
     logits_BB = pairs_B2D[:, 0] @ pairs_B2D[:, 1].T / self.temperature
     # A row that fills the batch is no text to choose.
-    logits_BB = jnp.where(batch["weight"] > 0, logits_BB, jnp.finfo(jnp.float32).min)
-    return jax.nn.logsumexp(logits_BB, axis=-1) - jnp.diagonal(logits_BB)
+    logits_BB = jnp.where(batch["weights"][:, 0] > 0, logits_BB, jnp.finfo(jnp.float32).min)
+    return (jax.nn.logsumexp(logits_BB, axis=-1) - jnp.diagonal(logits_BB))[:, None]
 
   def make_eval_step(self, apply: Callable) -> Callable:
     embed = self._pairs(apply)
@@ -139,18 +141,18 @@ class Embedding(EncodedTexts):
     @jax.jit
     def step(weights: PyTree, batch: Batch) -> dict[str, jax.Array]:
       pairs_B2D = embed(weights, batch)
-      alike_B = batch["weight"] * (batch["target"] >= self.positive)
-      kept = {name: batch[name] for name in ("target", "weight")}
+      alike_B1 = batch["weights"] * (batch["targets"] >= self.positive)
+      kept = {name: batch[name] for name in ("targets", "weights")}
       return kept | {
-        "cosine": jnp.sum(pairs_B2D[:, 0] * pairs_B2D[:, 1], axis=-1),
+        "cosine": jnp.sum(pairs_B2D[:, 0] * pairs_B2D[:, 1], axis=-1, keepdims=True),
         "loss": self._losses(pairs_B2D, batch),
-        "alike": alike_B,
+        "alike": alike_B1,
       }
 
     return step
 
   def metrics(self, outputs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    cosines, wanted, losses, alike = scores.rows_of(outputs, "cosine", "target", "loss", "alike")
+    cosines, wanted, losses, alike = scores.rows_of(outputs, "cosine", "targets", "loss", "alike")
     count = alike.sum()
     loss = float(losses.astype(np.float64) @ alike / count) if count else math.nan
     known = scores.correlations(cosines, wanted) if self.label else {}

@@ -38,6 +38,8 @@ class EncodedTexts(tables.OfTables):
 
   NAME: ClassVar[str]
   TRAINS: ClassVar[tuple[str, ...]] = ()
+  TARGET: ClassVar[Any] = jnp.float32
+  """The dtype of what is wanted."""
   APART: ClassVar[bool] = False
   """Whether the texts of a pair are encoded apart."""
 
@@ -58,10 +60,15 @@ class EncodedTexts(tables.OfTables):
   def check(self, rows: Sequence[records.Record]) -> None:
     for name, template in self._templates().items():
       templates.check(template, rows, name)
+    texts = {name: x for name, x in self._templates().items() if name != "label"}
     for number, row in enumerate(rows):
       self.target(row, f"record {number}")
+      if blank := [name for name, x in texts.items() if not templates.fill(x, row).strip()]:
+        raise ValueError(
+          f"record {number}: its {blank[0]} is empty; add some text, or leave the record out"
+        )
 
-  def target(self, row: records.Record, where: str) -> float:
+  def target(self, row: records.Record, where: str) -> int | float:
     """What is wanted of a record; raises ValueError for what its label cannot be."""
     raise NotImplementedError
 
@@ -96,7 +103,7 @@ class EncodedTexts(tables.OfTables):
       for number, row in enumerate(rows)
     ]
 
-  def _example(self, row: records.Record, where: str, target: float) -> EncodedExample:
+  def _example(self, row: records.Record, where: str, target: int | float) -> EncodedExample:
     texts = [templates.fill(x, row) for x in (self.text, self.pair) if x]
     found, encode = [], self.model.tokenizer.encode_whole
     try:
@@ -167,10 +174,11 @@ class EncodedTexts(tables.OfTables):
     length, _ = shape
     shape = (rows, 2, length) if self.APART else (rows, length)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
-    row = jax.ShapeDtypeStruct((rows,), jnp.float32)
+    targets = jax.ShapeDtypeStruct((rows, 1), self.TARGET)
+    weights = jax.ShapeDtypeStruct((rows, 1), jnp.float32)
     types = {"types": tokens} if self._has_types else {}
     mask = jax.ShapeDtypeStruct(shape, jnp.bool_)
-    return {"tokens": tokens, "mask": mask, **types, "target": row, "weight": row}
+    return {"tokens": tokens, "mask": mask, **types, "targets": targets, "weights": weights}
 
   def words_of(self, shape: tuple[int, int]) -> str:
     return f"{shape[0]} tokens{', two texts each' if self.APART else ''}"
@@ -209,7 +217,7 @@ class EncodedTexts(tables.OfTables):
       {"prompt": "\n".join(self._texts(each)), "wanted": self.words(each.target)} for each in found
     ]
 
-  def words(self, target: float) -> str:
+  def words(self, target: int | float) -> str:
     """What is wanted of an example, for people."""
     raise NotImplementedError
 

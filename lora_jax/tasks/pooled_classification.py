@@ -7,7 +7,7 @@ RoBERTa's and DistilBERT's is new. Both train in full. In PEFT they are the `mod
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -31,11 +31,12 @@ class PooledClassification(EncodedTexts):
   """
 
   NAME: ClassVar[str] = "classification"
+  TARGET: ClassVar[Any] = jnp.int32
   TRAINS: ClassVar[tuple[str, ...]] = ("(head|pooler)/.*",)
 
   labels: tuple[str, ...]
 
-  def target(self, row: records.Record, where: str) -> float:
+  def target(self, row: records.Record, where: str) -> int:
     if (found := templates.fill(self.label, row)) not in self.labels:
       raise ValueError(
         f"{where}: its label {shown(found)} is none of task.labels {shown(self.labels)}"
@@ -44,6 +45,15 @@ class PooledClassification(EncodedTexts):
 
   def extend(self, found: Pretrained, key: jax.Array) -> Pretrained:
     return heads.add(found, key, self.labels)
+
+  def of_model(self, found: Pretrained) -> Self:
+    bound = super().of_model(found)
+    if found.config.classes != self.labels:
+      raise ValueError(
+        f"task.labels {shown(self.labels)}: {found.source} has "
+        f"{f'the classes {shown(found.config.classes)}' if found.config.classes else 'no head'}"
+      )
+    return bound
 
   def objective(self, apply: Callable) -> Objective:
     run = self.run(apply)
@@ -60,9 +70,9 @@ class PooledClassification(EncodedTexts):
     def step(weights: PyTree, batch: Batch) -> dict[str, jax.Array]:
       logits_BC = run(weights, batch)
       loss, rows = _loss(logits_BC, batch)
-      wanted_BC = jax.nn.one_hot(batch["target"].astype(jnp.int32), classes)
+      wanted_BC = jax.nn.one_hot(batch["targets"][:, 0], classes)
       said_BC = jax.nn.one_hot(jnp.argmax(logits_BC, axis=-1), classes)
-      confusion = jnp.einsum("b,bi,bj->ij", batch["weight"], wanted_BC, said_BC)
+      confusion = jnp.einsum("b,bi,bj->ij", batch["weights"][:, 0], wanted_BC, said_BC)
       return {"loss": loss * rows, "rows": rows, "confusion": confusion}
 
     return step
@@ -78,8 +88,8 @@ class PooledClassification(EncodedTexts):
       f"{metrics['matthews']:.3f}, loss {metrics['loss']:.3f} on {metrics['rows']} examples"
     )
 
-  def words(self, target: float) -> str:
-    return self.labels[int(target)]
+  def words(self, target: int) -> str:
+    return self.labels[target]
 
   def _answers(self, apply: Callable) -> Callable[[PyTree, Batch], jax.Array]:
     run = self.run(apply)
@@ -97,5 +107,4 @@ class PooledClassification(EncodedTexts):
 
 def _loss(logits_BC: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
   """The mean cross-entropy of the rows that count, in nats, and how many they are."""
-  targets_B1 = batch["target"].astype(jnp.int32)[:, None]
-  return completion_loss(logits_BC[:, None], targets_B1, batch["weight"][:, None])
+  return completion_loss(logits_BC[:, None], batch["targets"], batch["weights"])

@@ -56,8 +56,8 @@ class Regression(EncodedTexts):
     run = self.run(apply)
 
     def objective(weights: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array]:
-      rows = jnp.sum(batch["weight"])
-      total = jnp.sum(_squares(run(weights, batch), batch) * batch["weight"])
+      rows = jnp.sum(batch["weights"])
+      total = jnp.sum(_squares(run(weights, batch), batch) * batch["weights"])
       return total / jnp.where(rows > 0, rows, 1), rows
 
     return objective
@@ -68,13 +68,13 @@ class Regression(EncodedTexts):
     @jax.jit
     def step(weights: PyTree, batch: Batch) -> dict[str, jax.Array]:
       said_B1 = run(weights, batch)
-      kept = {name: batch[name] for name in ("target", "weight")}
-      return kept | {"said": said_B1[:, 0], "square": _squares(said_B1, batch)}
+      kept = {name: batch[name] for name in ("targets", "weights")}
+      return kept | {"said": said_B1, "square": _squares(said_B1, batch)}
 
     return step
 
   def metrics(self, outputs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    said, wanted, squares = scores.rows_of(outputs, "said", "target", "square")
+    said, wanted, squares = scores.rows_of(outputs, "said", "targets", "square")
     return {
       "loss": float(np.mean(squares, dtype=np.float64)),
       **scores.correlations(said, wanted),
@@ -125,4 +125,4 @@ def check_loss_chunk(loss_chunk: int) -> None:
 
 
 def _squares(said_B1: jax.Array, batch: Batch) -> jax.Array:
-  return jnp.square(said_B1[:, 0].astype(jnp.float32) - batch["target"])
+  return jnp.square(said_B1.astype(jnp.float32) - batch["targets"])

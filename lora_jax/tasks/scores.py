@@ -50,6 +50,6 @@ def correlations(said: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
 
 
 def rows_of(outputs: Sequence[Mapping[str, Any]], *names: str) -> list[np.ndarray]:
-  """What the step of each batch gave of every row that counts, by its `weight`."""
-  counted = np.concatenate([np.asarray(x["weight"]) for x in outputs]) > 0
+  """What the step of each batch gave, [B, 1], of every row that counts, by its `weights`."""
+  counted = np.concatenate([np.asarray(x["weights"]) for x in outputs]) > 0
   return [np.concatenate([np.asarray(x[name]) for x in outputs])[counted] for name in names]

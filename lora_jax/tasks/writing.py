@@ -33,7 +33,7 @@ class Writing(Texts):
     if found.family.init_cache is None:
       raise ValueError(
         f"this task writes texts, and {found.source} is a {found.config.family!r}, which writes "
-        "none; use task.name classification, regression or embedding"
+        "none; use a task that reads: classification, regression, embedding or images"
       )
     return super().of_model(found)
 

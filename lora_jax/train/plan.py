@@ -68,14 +68,20 @@ class Plan:
     """Bytes per device."""
     return self.arguments + self.activations
 
-  def of_members(self, count: int) -> "Plan":
+  def of_members(self, count: int, *, in_turn: bool = False) -> "Plan":
     """The plan for `count` adapters in one program, as `lora_jax.train.members` trains them.
 
     There is one copy of the base; everything else counts once per adapter, at the largest size.
+    Where members take each step in turn, activations count once, and what trains, with its
+    optimizer state, counts a second time: as it was before the step.
     """
     shared = ("frozen", "base")
     of_each = [field.name for field in dataclasses.fields(self) if field.name not in shared]
-    return dataclasses.replace(self, **{name: count * getattr(self, name) for name in of_each})
+    found = dataclasses.replace(self, **{name: count * getattr(self, name) for name in of_each})
+    if not in_turn:
+      return found
+    activations = self.activations + found.adapters + found.optimizer
+    return dataclasses.replace(found, activations=activations)
 
   def __str__(self) -> str:
     rows = [

@@ -28,7 +28,13 @@ _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
 
 
 def write_report(
-  workdir: Workdir, *, targets: str, command: str, lines: Lines, unit: str = "token"
+  workdir: Workdir,
+  *,
+  targets: str,
+  command: str,
+  lines: Lines,
+  unit: str = "token",
+  how: Sequence[str] = (),
 ) -> None:
   """Writes the page of a run in its current state and, once a step is logged, plots its losses.
 
@@ -41,6 +47,7 @@ def write_report(
     command: the command that continues the run, or repeats it.
     lines: maps the `data` of eval.json to lines of text; raises ValueError if it is damaged.
     unit: the unit of the counts and losses, in the singular.
+    how: lines on how the run is computed.
 
   Raises:
     ValueError: if a file of the folder is damaged.
@@ -67,6 +74,7 @@ def write_report(
     _curve(logged, workdir, unit),
     _samples(results.get("samples", ()), workdir),
     f"## What trains\n\n{_fenced(targets)}",
+    "## How it is computed\n\n" + "\n".join(f"- {line}" for line in how) if how else "",
     f"## Config\n\n{_fenced(json.dumps(config, indent=2), 'json')}",
     _circumstances(),
   ]

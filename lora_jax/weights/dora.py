@@ -104,8 +104,8 @@ class DoRA(Adapted):
   def norm_of_sum(self) -> jax.Array:
     """`|w + scale * a @ b|`, [*stack, *outputs], in at least float32.
 
-    The square is a sum of terms of either sign. A result below their rounding error is noise, and
-    is replaced by that error.
+    The square is a sum of terms of either sign. A result smaller than their rounding error is
+    noise, and is replaced by that error.
     """
     dtype = promotion.at_least_float32(self.dtype)
     a, b, norm = (x.astype(dtype) for x in (self.a, self.b, self.norm))

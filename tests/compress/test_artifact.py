@@ -10,7 +10,9 @@ import pytest
 from functions import normal
 
 import lora_jax
+from lora_jax import families
 from lora_jax.compress import artifact
+from lora_jax.models import bert
 from lora_jax.weights import Factored, Pruned
 from lora_jax.weights.quantized import Format, quantized
 
@@ -49,6 +51,35 @@ def test_it_computes_the_logits_without_this_package(tmp_path, levels, dtype):
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
   names = set(lora_jax.tree.flatten(params))
   assert "up/a" in names and len(names) == len(jax.tree.leaves(params))
+
+
+RUN_ENCODER = """
+import sys, numpy as np, jax, jax.export, safetensors.numpy
+program = jax.export.deserialize(bytearray(open(sys.argv[1] + "/program.bin", "rb").read()))
+params = safetensors.numpy.load_file(sys.argv[1] + "/params.safetensors")
+tokens = np.array([[1, 3, 5, 0], [2, 0, 0, 0]], np.int32)
+logits = program.call(params, tokens, tokens > 0, tokens % 2)
+np.save(sys.argv[1] + "/logits.npy", np.asarray(logits))
+assert not any(name.startswith("lora_jax") for name in sys.modules)
+"""
+
+
+def test_an_encoders_program_takes_where_padding_is_and_which_text_a_token_is_of(tmp_path):
+  config = bert.BertConfig(
+    vocab_size=16, width=8, mlp_width=8, num_layers=1, num_heads=2, head_dim=4, max_length=8,
+    classes=("a", "b"),
+  )  # fmt: skip
+  model, tokens = bert.Bert(config), np.array([[1, 3, 5, 0], [2, 0, 0, 0]], np.int32)
+  params = model.init(jax.random.key(0), tokens)["params"]
+  options = families.family_of(config).options(config)
+  assert list(options) == ["mask_BT", "types_BT"]
+  artifact.save(tmp_path / "model", model.apply, params, rows=2, length=4, options=options)
+  command = [sys.executable, "-I", "-c", RUN_ENCODER, str(tmp_path / "model")]
+  subprocess.run(command, check=True, cwd=tmp_path)
+  found = np.load(tmp_path / "model/logits.npy")
+  expected = model.apply({"params": params}, tokens, mask_BT=tokens > 0, types_BT=tokens % 2)
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+  assert abs(found - model.apply({"params": params}, tokens)).max() > 1e-3
 
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path):

@@ -1,5 +1,7 @@
 """`python -m experiments.plan`, on a model of which there is a configuration and no tensor."""
 
+import dataclasses
+import importlib.util
 import json
 import re
 import runpy
@@ -9,7 +11,9 @@ import numpy as np
 import pytest
 from main_programs import imported, run
 
-from lora_jax import tree
+import lora_jax
+from experiments import defaults, parts, planning, topologies
+from lora_jax import compress, tree
 from lora_jax.io import configs
 from lora_jax.models import llama
 from lora_jax.train import plan
@@ -56,13 +60,13 @@ def config(config_file):
 
 
 def planned(config, mesh):
-  case = command.read(config)
-  share = command.share_of_a_device(config, case, mesh)
-  return plan.make_plan(command.whole_run(config, case, mesh), share)
+  case = planning.read(config)
+  share = planning.share_of_a_device(config, case, mesh)
+  return plan.make_plan(planning.whole_run(config, case, mesh), share)
 
 
 def mesh_of(data, fsdp, tensor):
-  return command.abstract_mesh({"data": data, "fsdp": fsdp, "tensor": tensor}, None)
+  return planning.abstract_mesh({"data": data, "fsdp": fsdp, "tensor": tensor}, None)
 
 
 def test_it_prints_what_trains_what_it_costs_and_whether_it_fits(config_file):
@@ -77,13 +81,14 @@ def test_it_prints_what_trains_what_it_costs_and_whether_it_fits(config_file):
 
 def test_what_does_not_fit_comes_with_a_remedy(config_file):
   printed = run("plan", f"--config={config_file}", "--device_memory=10MB")
-  assert "it does not fit; config.model.remat=dots or nothing" in printed
+  assert "it does not fit; config.train.accumulate cuts the batch" in printed
+  assert "rematerialization: nothing" in printed and "config.model.remat" not in printed
 
 
 def test_the_arguments_are_those_that_training_has(config):
   mesh = mesh_of(1, 1, 1)
-  case = command.read(config)
-  built = command.whole_run(config, case, mesh)
+  case = planning.read(config)
+  built = planning.whole_run(config, case, mesh)
   params = sum(leaf.size for leaf in jax.tree.leaves(case.params))
   assert sum(leaf.size for leaf in jax.tree.leaves(built.frozen)) == params
   assert built.batch["tokens"].shape == (32, 64) and built.batch["at"].shape == (32, 1)
@@ -98,9 +103,9 @@ def test_packing_accumulation_and_the_chunked_loss_are_planned(config):
   assert parts.flops == pytest.approx(plain.flops, rel=1e-3)
   assert parts.activations < 0.5 * plain.activations
   config.train.accumulate, config.data.packed_length = 1, 64
-  case = command.read(config)
+  case = planning.read(config)
   ((shape, _),) = case.data["shapes"].items()
-  built = command.whole_run(config, case, mesh)
+  built = planning.whole_run(config, case, mesh)
   assert built.batch["segments"].shape == (32, 64)
   assert built.batch["at"].shape == (32, shape[1]) and shape[1] > 1
   whole = planned(config, mesh)
@@ -118,8 +123,8 @@ def test_a_mesh_shares_out_the_base_the_rows_and_the_heads(config):
 
 
 def test_heads_that_do_not_divide_stay_whole(config):
-  case = command.read(config)
-  built = command.share_of_a_device(config, case, mesh_of(1, 1, 8))  # of four key/value heads
+  case = planning.read(config)
+  built = planning.share_of_a_device(config, case, mesh_of(1, 1, 8))  # of four key/value heads
   shapes = {path: leaf.shape for path, leaf in tree.flatten(built.frozen).items()}
   assert shapes["blocks/attn/key/kernel/w"] == (4, 128, 64)
   assert shapes["blocks/mlp/up/kernel/w"] == (4, 128, 48)
@@ -137,7 +142,7 @@ def test_heads_that_do_not_divide_stay_whole(config):
 )
 def test_a_mesh_needs_no_devices(sizes, devices, expected):
   names = ("data", "fsdp", "tensor")
-  mesh = command.abstract_mesh(dict(zip(names, sizes, strict=True)), devices)
+  mesh = planning.abstract_mesh(dict(zip(names, sizes, strict=True)), devices)
   assert tuple(mesh.shape.values()) == expected
 
 
@@ -145,13 +150,13 @@ def test_a_mesh_needs_no_devices(sizes, devices, expected):
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes, devices):
   names = ("data", "fsdp", "tensor")
   with pytest.raises(ValueError, match="does not fit 8 devices; see --devices"):
-    command.abstract_mesh(dict(zip(names, sizes, strict=True)), devices)
+    planning.abstract_mesh(dict(zip(names, sizes, strict=True)), devices)
 
 
 def test_rows_that_do_not_divide_over_the_mesh_are_refused(config):
   config.train.accumulate = 8
   with pytest.raises(ValueError, match=r"train\.batch_size 32 is no multiple of 8 devices on data"):
-    command.share_of_a_device(config, command.read(config), mesh_of(8, 1, 1))
+    planning.share_of_a_device(config, planning.read(config), mesh_of(8, 1, 1))
 
 
 @pytest.mark.parametrize(
@@ -168,23 +173,23 @@ def test_another_way_to_write_memory_is_refused(text):
 
 
 def test_the_devices_own_memory_is_known():
-  assert command.own_memory() > 1e8
+  assert planning.own_memory() > 1e8
 
 
 def test_more_devices_than_there_are_cannot_be_compiled_for(config):
-  case = command.read(config)
-  mesh = mesh_of(1, 1, 64)
+  case = planning.read(config)
+  config.mesh.data, config.mesh.tensor = 1, 64
   with pytest.raises(ValueError, match=r"the mesh has 64 devices, and there are .*NUM_CPU_DEVICES"):
-    command.compile_step(config, case, mesh, None, "here")
+    command.target(config, case, jax.devices(), None)
 
 
 def share_of_the_compiled(printed):
-  (percent,) = re.findall(r"compiled: .* are (\d+)%", printed)
+  (percent,) = re.findall(r"MB are (\d+)%", printed)
   return int(percent) / 100
 
 
 def test_the_compiler_reports_what_was_planned(config_file):
-  printed = run("plan", f"--config={config_file}", "--compile=here")
+  printed = run("plan", f"--config={config_file}", "--topology=here")
   assert share_of_the_compiled(printed) == pytest.approx(1, abs=0.1)
 
 
@@ -198,7 +203,7 @@ def test_the_compiler_reports_what_was_planned_for_a_device_of_a_mesh(
     f"--config.mesh.{name}={n}" for name, n in zip(("data", "fsdp", "tensor"), sizes, strict=True)
   ]
   printed = run(
-    "plan", f"--config={config_file}:{arguments}", *mesh, "--compile=here",
+    "plan", f"--config={config_file}:{arguments}", *mesh, "--topology=here",
     JAX_NUM_CPU_DEVICES=f"{np.prod(sizes)}",
   )  # fmt: skip
   assert share_of_the_compiled(printed) == pytest.approx(1, abs=0.1)
@@ -208,5 +213,77 @@ def test_the_compiler_reports_what_was_planned_for_a_device_of_a_mesh(
 @pytest.mark.parametrize("arguments", ["stsb", "sst2,method=full"])
 def test_the_compiler_reports_what_was_planned_for_minilm(public_data, arguments):
   del public_data  # which the config finds
-  printed = run("plan", f"--config=configs/glue.py:{arguments}", "--compile=here")
+  printed = run("plan", f"--config=configs/glue.py:{arguments}", "--topology=here")
   assert share_of_the_compiled(printed) == pytest.approx(1, abs=0.1)
+
+
+def test_a_change_that_would_help_is_compiled_and_named(config, monkeypatch):
+  settings = defaults.Settings("none", 0)
+  config = settings.applied(config)
+  config.data.packed_length = 64
+  case, mesh, _ = command.target(config, planning.read(config), jax.devices()[:1], None)
+  compiled = command.compile_case(config, case, mesh, jax.devices())
+  memory = compiled.peak - 1
+  assert not compiled.fits(memory) and compiled.fits(memory + 1)
+  asked = [
+    ("--config.model.remat=nothing", {"model.remat": "nothing"}),
+    ("--config.train.batch_size=33", {"train.batch_size": 33, "train.accumulate": 2}),
+  ]
+  monkeypatch.setattr(command, "possible_changes", lambda *_: asked)
+  _, helps, refused = command.changes_that_help(config, case, mesh, jax.devices(), memory)
+  assert re.fullmatch(r"--config\.model\.remat=nothing: 0\.\d\d GB, fits", helps)
+  assert "a batch of 33 rows has no 2 equal parts" in refused
+
+
+def test_the_changes_are_those_that_a_config_has_room_for(config):
+  config = defaults.Settings("none", 0).applied(config)
+  config.data.packed_length = 64
+  mesh, case = mesh_of(1, 1, 1), planning.read(config)
+  found = [fields for _, fields in command.possible_changes(config, case, mesh, devices=8)]
+  assert found == [
+    {"model.remat": "dots"},
+    {"model.remat": "nothing"},
+    {"train.accumulate": 32},
+    {"model.quantize": "nf4"},
+    {"mesh.data": 1, "mesh.fsdp": 8, "mesh.tensor": 1},
+  ]
+  config = defaults.Settings("nothing", 0).applied(config)
+  config.model.quantize, config.train.accumulate = "int8", 32
+  assert command.possible_changes(config, case, mesh, devices=1) == []
+
+
+def test_without_the_compiler_of_tpus_the_remedy_is_told(monkeypatch):
+  monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(ValueError, match=r'pip install "lora_jax\[tpu\]" brings it, and no TPU'):
+    topologies.devices_of("v5e:2x2")
+
+
+def test_the_program_ends_with_that_remedy_before_anything_is_read(config_file):
+  if importlib.util.find_spec("libtpu") is not None:
+    pytest.skip("libtpu is installed")
+  printed = run("plan", "--config=configs/quickstart.py", "--topology=v5e:2x2", fails=True)
+  assert "pip install" in printed and "data:" not in printed
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_a_quantized_base_is_planned_as_it_is_loaded(config, tmp_path, format):
+  config.model.quantize = format
+  case = planning.read(config)
+  model = llama.Llama(dataclasses.replace(case.model, param_dtype="float32"))
+  params = model.init(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
+  formats = lora_jax.match(
+    params, [("all-linear", compress.FORMATS[format])], parts.trace_axes(model, params)
+  )
+  loaded = compress.quantize(params, formats)
+  shapes = jax.tree.map(lambda x: (x.shape, x.dtype), (loaded, case.params))
+  assert shapes[0] == shapes[1]
+  base = planned(config, mesh_of(1, 1, 1)).base
+  assert base == sum(x.nbytes for x in jax.tree.leaves(loaded))
+
+
+def test_loftq_is_planned_on_the_base_that_it_makes(config_file):
+  config = runpy.run_path(str(config_file))["get_config"]("method=loftq")
+  assert (
+    planned(config, mesh_of(1, 1, 1)).base
+    < planned(runpy.run_path(str(config_file))["get_config"](), mesh_of(1, 1, 1)).base
+  )

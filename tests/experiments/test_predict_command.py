@@ -7,11 +7,13 @@ import pytest
 import tiny_encoder
 from main_programs import imported, run
 
+from configs import compress as compress_config
 from configs import quickstart
 from experiments import methods, parts
 from lora_jax.train import workdir
 
 train = imported("experiments.train")
+compress = imported("experiments.compress")
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +104,10 @@ def test_a_run_that_writes_texts_is_sent_to_generate():
 def test_an_encoder_is_not_asked_to_generate(folder, tmp_path):
   printed = run("generate", f"--source={folder / 'model'}", "--prompt=a fine film", fails=True)
   assert "a 'bert' generates no text; experiments.predict answers by a run of it" in printed
+
+
+def test_an_encoder_is_not_compressed_by_what_it_writes(folder, tmp_path):
+  config = compress_config.get_config()
+  config.model.source = str(folder / "model")
+  with pytest.raises(ValueError, match="a 'bert' generates no text; a compression is measured by"):
+    compress.compress(config, tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -159,6 +160,14 @@ def test_in_colours_the_text_is_that_of_the_marks(preview, monkeypatch):
   special = preview("chat", "--color=always", "--examples=1")
   assert re.findall(r"\x1b\[[\d;]*;1m([^\x1b]*)\x1b", special)[:2] == ["<|im_start|>", "<|im_end|>"]
   assert "⏎\x1b[0m\n" in special
+
+
+def test_colours_are_for_a_terminal_whose_user_did_not_decline_them(preview, monkeypatch):
+  monkeypatch.delenv("NO_COLOR", raising=False)
+  monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+  assert "\x1b[" in preview("completion", "--examples=1")
+  monkeypatch.setenv("NO_COLOR", "1")
+  assert "\x1b[" not in preview("completion", "--examples=1")
 
 
 def test_another_split_and_a_wrong_one(preview):

@@ -41,10 +41,9 @@ def start(tmp_path_factory):
   )
   (folder / "encoder").mkdir()
   tiny_encoder.write(folder / "encoder")
+  train = {"steps": STEPS, "log_every": 1, "checkpoint_every": 3, "evaluate_every": 12}
   encoder = tiny_encoder.write_config(
-    folder / "encoder",
-    "classification",
-    {"train.steps": STEPS, "train.checkpoint_every": 3, "train.evaluate_every": 12},
+    folder / "encoder", "classification", {f"train.{name}": x for name, x in train.items()}
   )
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",

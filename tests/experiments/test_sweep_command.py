@@ -17,7 +17,7 @@ import pytest
 import tiny_experiment
 from main_programs import imported
 
-from experiments import parts, sweep_config
+from experiments import parts, planning, sweep_config
 from lora_jax import sharding
 from lora_jax.io import safetensors
 from lora_jax.train import loop, workdir
@@ -25,7 +25,6 @@ from lora_jax.train.checkpoint import Checkpoints
 from lora_jax.train.metrics import read_metrics
 
 train = imported("experiments.train")
-plan = imported("experiments.plan")
 
 MEMBERS = (
   {"adapter.rank": 2, "adapter.alpha": 4.0, "optimizer.peak": 5e-3, "seed": 3},
@@ -234,13 +233,13 @@ def test_the_programs_for_one_run_say_what_to_do_with_a_sweep(finished, config):
 
 
 def test_a_plan_is_of_the_largest_member_as_often_as_there_are_members(config, config_file):
-  largest, count = plan.largest_member(config)
+  largest, count = planning.largest_member(config)
   assert (largest.adapter.rank, count) == (8, len(MEMBERS)) and not sweep_config.is_sweep(largest)
   alone = runpy.run_path(str(config_file))["get_config"]()
-  assert plan.largest_member(alone) == (alone, 1)
+  assert planning.largest_member(alone) == (alone, 1)
   config.data.buckets = (16, 24)
   with pytest.raises(ValueError, match="which must have one length in one program"):
-    plan.largest_member(config)
+    planning.largest_member(config)
 
 
 def test_every_member_is_trained_with_every_point_of_the_grid(config):

@@ -12,7 +12,7 @@ from main_programs import imported
 from scipy import special
 
 import lora_jax
-from experiments import parts, sweep_config, teachers
+from experiments import parts, planning, sweep_config, teachers
 from lora_jax import sharding
 from lora_jax.io import export
 from lora_jax.models import llama
@@ -20,7 +20,6 @@ from lora_jax.train import metrics
 from lora_jax.train import workdir as workdir_lib
 
 train = imported("experiments.train")
-plan = imported("experiments.plan")
 
 
 @pytest.fixture
@@ -125,7 +124,7 @@ def test_what_cannot_be_taught_is_refused_before_the_model_is_loaded(
 def test_plans_and_sweeps_have_no_teacher(make_config):
   config = make_config(teacher="base")
   with pytest.raises(ValueError, match="a plan is of one model"):
-    plan.read(config)
+    planning.read(config)
   with pytest.raises(ValueError, match="learn from their texts alone"):
     sweep_config.member_configs(config, [{"seed": 1}])
 

@@ -13,7 +13,7 @@ from main_programs import imported
 from peers import torch, transformers
 
 from configs import quickstart
-from experiments import parts
+from experiments import parts, planning
 from lora_jax.data import examples
 from lora_jax.io import pretrained, tokenizer
 from lora_jax.models import llama
@@ -103,7 +103,7 @@ def config(tmp_path):
 
 
 def test_a_plan_says_how_many_prompts_are_cut_and_how_many_positions_there_are(config):
-  printed = plan.describe_data(config, plan.read(config))
+  printed = plan.describe_data(config, planning.read(config))
   assert (
     "training: 10 of 40 prompts cut to max_length 33; the longest input has 32 tokens, the model "
     "32 positions\n"
@@ -113,14 +113,14 @@ def test_a_plan_says_how_many_prompts_are_cut_and_how_many_positions_there_are(c
 def test_longer_texts_than_the_model_has_positions_are_refused(config):
   config.data.max_length = 34
   with pytest.raises(ValueError, match=r"max_length 34: up to 33 tokens .* 32 positions .* 33"):
-    plan.read(config)
+    planning.read(config)
 
 
 def test_a_space_at_the_end_of_the_prompt_is_told_of(config):
   config.data.prompt, config.data.completion = "Review: {text}\nSentiment: ", "{label}"
   config.data.completion = "positive"
   assert "; 40 prompts share a token with their completion" in plan.describe_data(
-    config, plan.read(config)
+    config, planning.read(config)
   )
 
 

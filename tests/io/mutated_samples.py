@@ -22,7 +22,7 @@ from lora_jax import exchange, families, is_weight
 from lora_jax.compress import storage
 from lora_jax.io import export, gguf, gguf_model, names, pretrained, safetensors
 from lora_jax.io import tokenizer as tokenizers_lib
-from lora_jax.models import llama
+from lora_jax.models import bert, llama
 from lora_jax.models.experts import ExpertConfig
 from lora_jax.weights import Factored, Pruned
 from lora_jax.weights.quantized import Format, quantized
@@ -88,7 +88,7 @@ def _tokenizer_json() -> str:
   return words.to_str()
 
 
-def _params(config: llama.LlamaConfig) -> dict[str, Any]:
+def _params(config: families.Config = CONFIG) -> dict[str, Any]:
   rng = np.random.default_rng(0)
   leaves = {
     path: jnp.asarray(rng.standard_normal(shape) * 0.3, jnp.float32)
@@ -134,6 +134,7 @@ def write(folder: Path, kinds: Collection[str] | None = None) -> dict[str, Sampl
   gguf_model.save(folder / "f32.gguf", params, CONFIG, tokenizer)
   gguf_model.save(folder / "q8.gguf", params, CONFIG, tokenizer, dtype="q8_0")
   storage.save(folder / "small", _compressed(params), CONFIG, tokenizer)
+  _encoder(folder / "encoder")
   of_config = ("heads", "rope", "config/norm_eps", "config/max_length")
   sizes = tuple(f"config/{x}" for x in ("vocab_size", "width", "mlp_width", "num_layers"))
   return {
@@ -158,8 +159,28 @@ def write(folder: Path, kinds: Collection[str] | None = None) -> dict[str, Sampl
       folder / "small", ("compressed.json", "compressed.safetensors", "config.json"),
       _of_compressed, (*of_config, "params", "settings", "tokenizer"),
     ),
+    "encoder": Sample(
+      folder / "encoder", ("config.json", "vocab.txt", "tokenizer_config.json"), _of_model,
+      ("heads", "config/norm_eps", "config/activation", "tokenizer"),
+    ),
     **_adapters(folder, params, kinds),
   }  # fmt: skip
+
+
+def _encoder(folder: Path) -> None:
+  """A BERT's folder with a vocab.txt and no tokenizer.json."""
+  tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdehint12.", "the", "in", "##er"]
+  folder.mkdir()
+  (folder / "vocab.txt").write_text("\n".join(tokens) + "\n")
+  settings = {"tokenizer_class": "BertTokenizer", "pad_token": "[PAD]", "do_lower_case": True}
+  (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+  config = bert.BertConfig(
+    vocab_size=len(tokens), width=16, mlp_width=24, num_layers=2, num_heads=4, head_dim=4,
+    max_length=64,
+  )  # fmt: skip
+  export.save(folder.with_name("made"), _params(config), config, tokenizers_lib.from_folder(folder))
+  for name in ("config.json", safetensors.SINGLE):
+    (folder / name).write_bytes((folder.with_name("made") / name).read_bytes())
 
 
 def _adapters(folder: Path, params: Any, kinds: Collection[str] | None) -> dict[str, Sample]:

@@ -40,6 +40,8 @@ def mutate(name: str, content: bytes, rng: random.Random) -> Damage:
     return _bytes(content, rng)
   if name.endswith(".json"):
     return _json(content, rng)
+  if name.endswith(".txt"):
+    return _bytes(content, rng)
   if name.endswith(".safetensors"):
     return _safetensors(content, rng)
   return _gguf(content, rng)

@@ -34,7 +34,7 @@ NAN = np.full(32, np.nan, np.float32)
 GROUPS = {
   "gguf": ["gguf", "gguf q8", "gguf lora"],
   "folders": ["safetensors", "shards", "index", "config", "inspect", "mxfp4"],
-  "words and compressed": ["tokenizer", "compressed"],
+  "words and compressed": ["tokenizer", "compressed", "encoder"],
   "adapters": [f"peft {name}" for name in mutated_samples.METHODS],
 }
 

@@ -65,3 +65,19 @@ def test_what_is_on_pypi_never_changes_and_what_is_missing_is_said():
   assert fingerprints.of("pypi://package==1.0/table.csv") == {}
   with pytest.raises(FileNotFoundError, match="no such file or folder"):
     fingerprints.of("nothing.csv")
+
+
+def test_of_class_folders_of_pictures_names_and_contents_count(tmp_path):
+  folder = tmp_path / "animals"
+  (folder / "cat").mkdir(parents=True)
+  (folder / "cat" / "1.png").write_bytes(b"one")
+  found = [fingerprints.of(folder)]
+  assert found[0]["animals/"].startswith("1 files, sha256 ")
+  (folder / "cat" / "1.png").write_bytes(b"two")
+  found.append(fingerprints.of(folder))
+  (folder / "cat" / "1.png").rename(folder / "cat" / "2.png")
+  found.append(fingerprints.of(folder))
+  (folder / "dog").mkdir()
+  (folder / "dog" / "1.png").write_bytes(b"two")
+  found.append(fingerprints.of(folder))
+  assert len({str(each) for each in found}) == 4 and fingerprints.of(folder) == found[-1]

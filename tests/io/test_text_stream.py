@@ -48,7 +48,7 @@ def test_a_stream_of_any_tokens_gives_out_each_whole_character(tokenizers, ids, 
   stream = TextStream(words, skip_special_tokens=skip)
   found = "".join(map(stream.add, ids)) + stream.end()
   wanted = words.decode(ids, skip_special_tokens=skip)
-  # What is no character may be counted in another way: tokens that make none are shown at last.
+  # Bytes that make no character may be counted in another way.
   assert found.replace("\ufffd", "") == wanted.replace("\ufffd", "")
   assert not stream.held
 

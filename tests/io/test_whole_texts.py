@@ -22,11 +22,33 @@ def ours(tmp_path_factory):
   return tiny_encoder.write_tokenizer(tmp_path_factory.mktemp("words"))
 
 
-@settings(deadline=None, max_examples=100)
-@given(WORDS, st.none() | WORDS, st.integers(5, 30))
-def test_a_text_and_a_pair_are_cut_as_the_library_cuts_them(ours, text, second, most):
-  texts = [" ".join(x) for x in (text, second) if x is not None]
-  backend = tiny_encoder.wordpiece()
+def bytes_of_roberta():
+  """Byte-level pieces, and RoBERTa's tokens around a text and between two."""
+  alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  ids = {piece: n for n, piece in enumerate(["<s>", "<pad>", "</s>", "<unk>", *alphabet, "fi"])}
+  words = tokenizers.Tokenizer(tokenizers.models.BPE(ids, [("f", "i")], unk_token="<unk>"))
+  words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  words.decoder = tokenizers.decoders.ByteLevel()
+  words.post_processor = tokenizers.processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+  words.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>"])
+  return words
+
+
+@pytest.mark.parametrize("make", [tiny_encoder.wordpiece, bytes_of_roberta])
+def test_a_text_and_a_pair_are_cut_as_the_library_cuts_them(tmp_path, make):
+  make().save(str(tmp_path / "tokenizer.json"))
+  ours, backend = tokenizer.from_folder(tmp_path), make()
+
+  @settings(deadline=None, max_examples=100)
+  @given(WORDS, st.none() | WORDS, st.integers(6, 30))
+  def check(text, second, most):
+    check_whole(ours, backend, [" ".join(x) for x in (text, second) if x is not None], most)
+
+  check()
+
+
+def check_whole(ours, backend, texts, most):
+  backend.no_truncation()
   whole = backend.encode(*texts)
   backend.enable_truncation(most, strategy="longest_first")
   expected = backend.encode(*texts)

@@ -125,6 +125,7 @@ def test_layers_are_not_stacked_and_nothing_is_loaded_for_it(tmp_path):
     ({"head_dim": 3}, "head_dim 3 must be even"),
     ({"window": True}, "window must be a positive integer, not True"),
     ({"shared_layers": -1}, "shared_layers must be a positive integer, not -1"),
+    ({"shared_layers": False}, "shared_layers must be a positive integer, not False"),
     ({"shared_layers": 6}, "the last 6 of 6 layers share keys and values"),
     ({"shared_layers": 4}, "no layer before them has some of each kind"),
     ({"local_layers": (True,) * 6}, "and False for the last"),

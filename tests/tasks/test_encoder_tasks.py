@@ -178,7 +178,10 @@ def _train(config):
 def test_a_member_of_a_sweep_over_seeds_becomes_what_a_run_of_it_becomes(folder, tmp_path):
   """Its head starts from its own seed, as that of a run does."""
   config = tiny_encoder.config_of(folder, "classification", "sweep")
-  config.update_from_flattened_dict({"train.steps": 3, "evaluation.samples": 0})
+  # A large epsilon: Adam divides by gradients, of which those near zero are rounding alone.
+  config.update_from_flattened_dict(
+    {"train.steps": 3, "evaluation.samples": 0, "optimizer.eps": 1e-4}
+  )
   alone = config.copy_and_resolve_references()
   config.sweep.grid, alone.sweep.grid, alone.seed = (("seed", (0, 1)),), (), 1
   weights = {}
@@ -190,7 +193,7 @@ def test_a_member_of_a_sweep_over_seeds_becomes_what_a_run_of_it_becomes(folder,
     weights[name] = {x: y.load() for x, y in safetensors.open_file(file).items()}
   assert weights["sweep"].keys() == weights["alone"].keys()
   for name, tensor in weights["alone"].items():
-    np.testing.assert_allclose(weights["sweep"][name], tensor, atol=1e-5, err_msg=name)
+    np.testing.assert_allclose(weights["sweep"][name], tensor, atol=2e-5, err_msg=name)
   [classifier] = [x for name, x in weights["alone"].items() if name.endswith("classifier.weight")]
   assert classifier.shape == (2, 32)
 
@@ -210,13 +213,13 @@ def test_the_loss_of_embeddings_is_the_cross_entropy_of_a_pair_among_its_batch(t
   task = parts.make_task(config).of_model(base)
   found = task.examples(_train(config))
   batch = next(iter(task.train_batches(found, 8, seed=3)))
-  batch["weight"][6:] = 0  # as a batch that is not full has them
+  batch["weights"][6:] = 0  # as a batch that is not full has them
   apply = parts.make_model(base.config).apply
   loss, count = task.objective(apply)(base.params, batch)
   vectors = np.asarray(task.vectors(apply)(base.params, batch)).reshape(8, 2, -1)
   np.testing.assert_allclose(np.linalg.norm(vectors, axis=-1), 1, atol=1e-5)
   assert count == 6
-  assert float(loss) == pytest.approx(contrastive(vectors, 0.05, batch["weight"]), abs=1e-4)
+  assert float(loss) == pytest.approx(contrastive(vectors, 0.05, batch["weights"][:, 0]), abs=1e-4)
   changed = batch | {"tokens": batch["tokens"].copy()}
   changed["tokens"][6:] = 7
   assert task.objective(apply)(base.params, changed)[0] == pytest.approx(float(loss), abs=1e-5)
@@ -238,6 +241,61 @@ def test_mean_pooling_has_a_gradient_where_a_row_has_no_token():
   found, gradient = jax.value_and_grad(lambda x: jnp.sum(embedding.mean_pooled(x, mask)))(hidden)
   assert float(found) == pytest.approx(2.0) and np.isfinite(gradient).all()
   assert not np.any(gradient[0, 1:]) and not np.any(gradient[1])
+
+
+@pytest.mark.parametrize(
+  ("task", "arguments", "fields"),
+  [
+    ("classification", "", {"model.quantize": "nf4"}),
+    pytest.param("embedding", "method=eva", {}, marks=pytest.mark.slow),
+    pytest.param("classification", "method=eva", {}, marks=pytest.mark.slow),
+    pytest.param("embedding", "method=loftq", {}, marks=pytest.mark.slow),
+    pytest.param("regression", "method=head", {}, marks=pytest.mark.slow),
+    pytest.param(
+      "classification", "method=adalora,rank=4", {"adapter.target_rank": 2}, marks=pytest.mark.slow
+    ),
+    pytest.param("embedding", "method=full", {"train.accumulate": 2}, marks=pytest.mark.slow),
+    pytest.param("classification", "", {"train.quantize_merge": "nf4"}, marks=pytest.mark.slow),
+  ],
+)
+def test_other_methods_and_bases_train_and_are_read_back(folder, tmp_path, task, arguments, fields):
+  config = tiny_encoder.config_of(folder, task, arguments)
+  config.update_from_flattened_dict({"train.steps": 6, "evaluation.samples": 0} | fields)
+  with workdir.open_workdir(tmp_path / "run", config.to_dict()) as opened:
+    train.train(config, opened)
+  results = json.loads(opened.evaluation.read_text())
+  assert results["after"]["loss"] != results["before"]["loss"]
+  base = methods.load_base(config)
+  axes = parts.trace_axes(parts.make_model(base.config), base.params)
+  adapters = exchange.load(opened.adapter, base.params, axes, table=base.table)
+  weights = methods.finish(config, base.params, adapters, axes)
+  bound = parts.make_task(config).of_model(base)
+  rows = parts.load_records(config.data, bound)["test"]
+  eval_step = bound.make_eval_step(lora_jax.adapt(parts.make_model(base.config).apply))
+  data = bound.eval_batches(bound.examples(rows), 8)
+  found = evaluation.evaluate(eval_step, weights, data, bound.metrics)
+  assert found["loss"] == pytest.approx(results["after"]["loss"], rel=1e-3)
+
+
+def test_a_classifier_teaches_another_by_its_logits_and_hidden_states(folder, trained, tmp_path):
+  _, _, base, adapters = trained("classification")
+  teacher = tmp_path / "teacher"
+  export.save(teacher, lora_jax.merge(base.params, adapters), base.config, base.tokenizer)
+  config = tiny_encoder.config_of(folder, "classification")
+  config.update_from_flattened_dict({
+    "distill.teacher": str(teacher), "distill.hard": 0.0, "distill.hidden": 0.1,
+    "evaluation.samples": 0,
+  })  # fmt: skip
+  with workdir.open_workdir(tmp_path / "run", config.to_dict()) as opened:
+    train.train(config, opened)
+  results = json.loads(opened.evaluation.read_text())
+  assert results["after"]["accuracy"] > 0.9  # by what the teacher says alone
+  config.distill.teacher = config.model.source
+  with (
+    pytest.raises(ValueError, match=r"task.labels .*: .* has no head"),
+    workdir.open_workdir(tmp_path / "other", config.to_dict()) as opened,
+  ):
+    train.train(config, opened)
 
 
 # ---- what is refused
@@ -275,9 +333,11 @@ def test_what_cannot_be_learned_is_refused_before_weights_are_loaded(
 @pytest.mark.parametrize(
   ("record", "words"),
   [
-    ({"label": "neither"}, "record 160: its label 'neither' is none of task.labels"),
+    ({"label": "neither"}, r"bad.jsonl: record 160: its label 'neither' is none of task.labels"),
     ({"label": None}, "column 'label' of record 160 holds a NoneType"),
-    ({"text": " "}, r"record \d+: the text ' ' has no tokens; add some text"),
+    ({"text": " "}, r"bad.jsonl: record 160: its text is empty; add some text"),
+    ({"other": ""}, r"bad.jsonl: record 160: its pair is empty"),
+    ({"text": "\u0000"}, r"record \d+: the text '.x00' has no tokens; add some text"),
   ],
 )
 def test_a_bad_record_is_named_before_weights_are_loaded(

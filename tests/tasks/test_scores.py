@@ -68,6 +68,9 @@ def test_a_constant_answer_has_no_correlation_and_an_empty_split_no_figures():
 
 
 def test_rows_of_weight_zero_are_left_out():
-  outputs = [{"weight": np.array([1, 0]), "said": np.array([2, 3])}, {"weight": [1], "said": [4]}]
+  outputs = [
+    {"weights": np.array([[1], [0]]), "said": np.array([[2], [3]])},
+    {"weights": [[1]], "said": [[4]]},
+  ]
   [said] = scores.rows_of(outputs, "said")
   assert said.tolist() == [2, 4]

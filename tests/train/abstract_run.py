@@ -48,13 +48,14 @@ POLICIES = {
 
 def make_run(
   config=SMALL, *, rows=4, length=64, targets=1, rank=8, remat="none", parts=1, chunk=0,
-  packed=False, full=False, together=0, **changes,
+  packed=False, full=False, together=0, in_turn=False, **changes,
 ):  # fmt: skip
   """The run of a config, with adapters on every linear layer.
 
   targets: of a row. chunk: positions whose logits are held at a time, 0 for all. packed: whether
   rows have segments. full: train the base itself and no adapters. together: how many members, each
-  with such rows, train in one program; 0 for the plain step. changes: of the config.
+  with such rows, train in one program; 0 for the plain step. in_turn: whether they take each step
+  in turn. changes: of the config.
   """
   config = dataclasses.replace(config, remat_policy=POLICIES[remat], **changes)
   model = llama.Llama(config)
@@ -84,7 +85,7 @@ def make_run(
     init = functools.partial(members.init, make_tx=make_tx)
     batch = {name: jax.ShapeDtypeStruct((together, *x.shape), x.dtype) for name, x in batch.items()}
     return Run(
-      members.make_train_step(objective, make_tx, parts=parts),
+      members.make_train_step(objective, make_tx, parts=parts, in_turn=in_turn),
       *jax.eval_shape(init, params, stacked, settings),
       batch,
     )

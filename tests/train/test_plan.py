@@ -149,9 +149,10 @@ def test_the_share_of_a_device_says_its_activations():
   assert plan.flops == make_plan(run).flops
 
 
-def test_the_plan_of_members_is_what_the_compiler_reports_of_their_one_program():
-  plan = make_plan(make_run(rows=2)).of_members(4)
-  program = make_run(rows=2, together=4)
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_the_plan_of_members_is_what_the_compiler_reports_of_their_one_program(in_turn):
+  plan = make_plan(make_run(rows=2)).of_members(4, in_turn=in_turn)
+  program = make_run(rows=2, together=4, in_turn=in_turn)
   report = compiled(program).memory_analysis()
   assert plan.arguments == pytest.approx(report.argument_size_in_bytes, rel=0.01)
   reported = report.argument_size_in_bytes + report.temp_size_in_bytes

@@ -44,6 +44,14 @@ def test_a_run_that_has_just_begun_has_its_config_its_targets_and_the_command(ru
   assert not run.plot.exists()
 
 
+def test_the_page_says_how_it_is_computed(run):
+  how = ["attention: plain", "rematerialization: dots"]
+  write_report(run, targets="", command="", lines=LINES, how=how)
+  expected = "## How it is computed\n\n- attention: plain\n- rematerialization: dots\n"
+  assert expected in run.readme.read_text()
+  assert "computed" not in page(run)
+
+
 def test_a_run_that_was_stopped_says_how_far_it_came_and_shows_its_losses(run):
   log(run, [3.0, 1.0, 2.0])
   write_json(run.evaluation, {"split": "dev", "before": BEFORE, "samples": []})

@@ -1,0 +1,217 @@
+"""A run's step from shapes alone, for any mesh: what `lora_jax.train.plan` and a compiler take.
+
+case = read(config)                              # no weight is loaded
+planned = make_plan(config, case, abstract_mesh(config.mesh, 8))
+run = whole_run(config, case, mesh)              # run.train_step.lower(run.state, …)
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+import lora_jax
+from experiments import config_checks, methods, model_options, parts, sweep_config, teachers
+from lora_jax import families, sharding
+from lora_jax.io import pretrained
+from lora_jax.tasks import Task
+from lora_jax.train import plan, step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+  """A config's model and data, as far as a plan needs them.
+
+  Attributes:
+    task: on the model.
+    model: the configuration of the base.
+    params: the base, shapes alone.
+    axes: the roles of its axes.
+    specs: what is adapted, and how.
+    adapters: `{path: adapter}`, shapes alone.
+    data: the summary of a pass over the task's examples.
+    lines: about the examples, for people.
+  """
+
+  task: Task
+  model: families.Config
+  params: plan.PyTree
+  axes: Mapping[str, lora_jax.Axes]
+  specs: Mapping[str, lora_jax.adapters.Method]
+  adapters: Mapping[str, lora_jax.Adapted]
+  data: Mapping
+  lines: Sequence[str]
+
+  def with_model(self, model: families.Config) -> "Case":
+    """The case of a model that computes otherwise."""
+    return dataclasses.replace(self, model=model)
+
+  @property
+  def weights(self) -> plan.PyTree:
+    return lora_jax.attach(self.params, self.adapters)
+
+  @property
+  def largest(self) -> Any:
+    """The shape of the largest batch."""
+    return max(self.data["shapes"])
+
+
+def largest_member(config: ConfigDict) -> tuple[ConfigDict, int]:
+  """The config of the member of a sweep that has the largest rank, and how many members there are;
+  of a single run its own."""
+  if not sweep_config.is_sweep(config):
+    return config, 1
+  parts.make_task(config).check_stackable()
+  configs = sweep_config.member_configs(config, sweep_config.list_members(config))
+  ranks = [each.adapter.rank if "rank" in each.adapter else 0 for each in configs]
+  return configs[ranks.index(max(ranks))], len(configs)
+
+
+def read(config: ConfigDict) -> Case:
+  """Reads what a config names, without a weight.
+
+  Raises what training with the config would, as far as it can be told.
+  """
+  if teachers.is_taught(config):
+    raise ValueError(
+      "a plan is of one model; give --config.distill.teacher=none, and add the teacher's bytes and "
+      "the FLOPs of its forward pass"
+    )
+  config_checks.check_run(config)
+  task = parts.make_task(config)
+  rules = methods.all_rules(config.adapter, task)
+  records = parts.pick(parts.load_records(config.data, task), "train", "data.train")
+  base = parts.extend(parts.inspect_model(config.model), task, config)
+  task = task.of_model(base)
+  examples = task.examples(records)
+  axes = parts.trace_axes(parts.make_model(base.config), base.params)
+  specs = methods.specs_of(base, config.model, rules, axes)
+  return make_case(config, task, base, axes, specs, examples)
+
+
+def make_case(
+  config: ConfigDict,
+  task: Task,
+  base: pretrained.Pretrained,
+  axes: Mapping[str, lora_jax.Axes],
+  specs: Mapping[str, lora_jax.adapters.Method],
+  examples: Sequence[Any],
+) -> Case:
+  """The case of a run whose model and examples are known; of the model the shapes are enough."""
+  params = methods.shapes_of_base(config.adapter, base.params, specs, axes)
+  adapters = jax.eval_shape(
+    lambda key, params: lora_jax.init(key, params, specs, axes), jax.random.key(0), params
+  )
+  return Case(
+    task=task, model=base.config, params=params, axes=axes, specs=specs, adapters=adapters,
+    data=task.summary(examples, config.train.batch_size),
+    lines=task.lines(task.describe(training=examples)),
+  )  # fmt: skip
+
+
+def make_plan(config: ConfigDict, case: Case, mesh: Mesh | AbstractMesh) -> plan.Plan:
+  """What one device needs, by tracing."""
+  return plan.make_plan(whole_run(config, case, mesh), share_of_a_device(config, case, mesh))
+
+
+def abstract_mesh(sizes: Mapping[str, int], devices: int | None) -> AbstractMesh:
+  """The mesh of a config without its devices.
+
+  Args:
+    sizes: as `lora_jax.sharding.make_mesh` takes them.
+    devices: how many there are to be; None for as many as are here.
+
+  Raises:
+    ValueError: when the sizes do not fit them.
+  """
+  fixed = math.prod(size for size in sizes.values() if size != -1)
+  count = devices or (jax.device_count() if -1 in sizes.values() else fixed)
+  shape = tuple(count // fixed if sizes[name] == -1 else sizes[name] for name in sharding.AXES)
+  if min(shape) < 1 or math.prod(shape) != count:
+    asked = ", ".join(f"{name}={sizes[name]}" for name in sharding.AXES)
+    raise ValueError(f"config.mesh {asked} does not fit {count} devices; see --devices")
+  return AbstractMesh(shape, sharding.AXES, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def whole_run(config: ConfigDict, case: Case, mesh: Mesh | AbstractMesh) -> plan.Run:
+  """The training step of all devices; its arrays say how they lie on the mesh."""
+  tx, _ = methods.make_optimizer(config)
+  model = case.model
+  if isinstance(mesh, Mesh):
+    model = dataclasses.replace(model, constrain=sharding.keep_rows(mesh))
+    model = model_options.on_mesh(model, mesh)
+  layout = parts.lay_out(case.weights, model, mesh)
+  trainable, frozen = _split(_placed(case.weights, layout.shardings))
+  state = jax.eval_shape(lambda trainable: step.init_state(trainable, tx), trainable)
+  places = layout.follow(state)
+  apply = methods.make_apply(
+    config, case.task.forward(parts.make_model(model)), case.params, case.axes
+  )
+  train_step = methods.make_train_step(
+    config, case.task, apply, tx, case.adapters, places if isinstance(mesh, Mesh) else None
+  )
+  batch = case.task.batch_of(case.largest, config.train.batch_size)
+  rows = jax.tree.map(lambda _: NamedSharding(mesh, sharding.ROWS), batch)
+  return plan.Run(train_step, _placed(state, places), frozen, _placed(batch, rows))
+
+
+def share_of_a_device(config: ConfigDict, case: Case, mesh: Mesh | AbstractMesh) -> plan.Run:
+  """The step as one device computes it: a smaller model, on its share of the rows.
+
+  Over `tensor` a device has some of the heads, of the width of the MLP and of the vocabulary; what
+  is cut over `fsdp` it gathers where it is used.
+  """
+  tx, _ = methods.make_optimizer(config)
+  count, model = mesh.shape["tensor"], case.model
+  heads = [x for x in ("num_heads", "num_kv_heads", "full_kv_heads") if hasattr(model, x)]
+  cuts_heads = all(getattr(model, x) % count == 0 for x in heads)
+  sizes = (*(heads if cuts_heads else ()), "mlp_width", "vocab_size", "per_layer_vocab")
+  fields = [x for x in sizes if (size := getattr(model, x, None)) and size % count == 0]
+  model = dataclasses.replace(model, **{x: getattr(model, x) // count for x in fields})
+  alone = AbstractMesh((1, 1, count), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+  whole_heads = () if cuts_heads else ((r"(.*/)?attn/.*", jax.P()),)
+  # Whole on a device of the mesh, but of a smaller model it has those of its own outputs.
+  biases = (r"(.*/)?(attn/(query|key|value|qkv)|mlp/(gate|up))/bias", jax.P("tensor"))
+  # Nor are classes sizes of the model; a head of them is small.
+  classes = (("head/.*", jax.P()),) if getattr(model, "classes", ()) else ()
+  rules = (*whole_heads, *classes, biases, *families.family_of(model).sharding)
+  layout = sharding.lay_out(case.weights, alone, rules)
+  weights = jax.tree.map(
+    lambda x, place: jax.ShapeDtypeStruct(place.shard_shape(x.shape), x.dtype),
+    case.weights,
+    layout.shardings,
+  )
+  trainable, frozen = _split(weights)
+  state = jax.eval_shape(lambda trainable: step.init_state(trainable, tx), trainable)
+  apply = methods.make_apply(
+    config, case.task.forward(parts.make_model(model)), case.params, case.axes
+  )
+  train_step = methods.make_train_step(config, case.task, apply, tx, case.adapters)
+  shares = mesh.shape["data"] * mesh.shape["fsdp"]
+  parts.check_rows(config, shares)
+  return plan.Run(
+    train_step, state, frozen, case.task.batch_of(case.largest, config.train.batch_size // shares)
+  )
+
+
+def _split(weights: plan.PyTree) -> tuple[plan.PyTree, plan.PyTree]:
+  return lora_jax.partition(weights, lora_jax.trainable_mask(weights))
+
+
+def _placed(tree: plan.PyTree, shardings: plan.PyTree) -> plan.PyTree:
+  return jax.tree.map(
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, shardings
+  )
+
+
+def own_memory() -> int:
+  """Bytes of a device here; CPU devices share the machine's."""
+  statistics = jax.local_devices()[0].memory_stats()
+  if statistics and "bytes_limit" in statistics:
+    return statistics["bytes_limit"]
+  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()

@@ -1,0 +1,229 @@
+"""Which implementation computes attention, and those that are others' kernels.
+
+    BY_DEVICE                                      # by device, dtype and length
+    Choice("blockwise")                            # this one, where there is no cache
+    chosen(BY_DEVICE, call)                        # -> "plain"
+    refusal("cudnn", Choice(platform="gpu"), call) # -> why it cannot, or None
+
+name        runs on   memory of scores  it is
+plain       anywhere  grows with T²     JAX's `dot_product_attention`
+blockwise   anywhere  grows with T      `lora_jax.models.blockwise`
+cudnn       GPU       grows with T      cuDNN's, through `jax.nn.dot_product_attention`
+splash      TPU       grows with T      `jax.experimental.pallas.ops.tpu.splash_attention`
+
+Shapes have the letters of `lora_jax.models.llama`.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+AUTO = "auto"
+NAMES = ("plain", "blockwise", "cudnn", "splash")
+
+_LONG = 512 * 512  # scores of a head; fewer take little memory, and the plain one is as fast
+_KERNELS = {"gpu": "cudnn", "tpu": "splash"}
+_LANES = 128  # of a TPU's vector: splash attention takes multiples
+_SPLASH_BLOCK = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """How attention is computed; a field of a model's config.
+
+  name: "auto" or one of `NAMES`. Decoding with a cache is not what the kernels are for: there it is
+    "plain", or "blockwise" where it is long.
+  platform: "cpu", "gpu" or "tpu", that the program is for; None: JAX's default backend.
+  mesh: over which rows and heads lie, as `lora_jax.sharding` names its axes; None: one device.
+
+  Raises ValueError for an unknown name.
+  """
+
+  name: str = AUTO
+  platform: str | None = None
+  mesh: Mesh | None = None
+
+  def __post_init__(self):
+    if self.name not in (AUTO, *NAMES):
+      raise ValueError(f"attention {self.name!r} is unknown; use {', '.join((AUTO, *NAMES))}")
+
+  @property
+  def device(self) -> str:
+    """The platform, as "cpu", "gpu" or "tpu"."""
+    platform = self.platform or jax.default_backend()
+    return "gpu" if platform in ("cuda", "rocm") else platform
+
+
+BY_DEVICE = Choice()
+"""The implementation that suits the device, the dtype and the length."""
+
+
+class Call(NamedTuple):
+  """What is known of a call of `attend` by its shapes.
+
+  length, slots, features, value_features: T, S, H and G.
+  dtype: of queries, keys and values.
+  is_causal, segments, softcap, sinks: whether it is, and whether there are any.
+  window: an integer; None: there is none; "traced" where the layer decides when it runs.
+  mask: whether there is a mask of another kind.
+  cached: whether queries lie at positions of their own.
+  """
+
+  length: int
+  slots: int
+  features: int
+  value_features: int
+  dtype: Any
+  is_causal: bool = True
+  segments: bool = False
+  softcap: bool = False
+  sinks: bool = False
+  window: int | str | None = None
+  mask: bool = False
+  cached: bool = False
+
+
+def call_of(config: Any, length: int, *, segments: bool) -> Call:
+  """The call that a decoder's layers make in training; of layers that differ, the hardest.
+
+  config: of the decoder. length: T. segments: whether rows hold several texts.
+  """
+  window, local = getattr(config, "window", None), getattr(config, "local_layers", ())
+  if window is not None and config.scan_layers and len(set(local)) > 1:
+    window = "traced"
+  return Call(
+    length=length,
+    slots=length,
+    features=config.head_dim,
+    value_features=getattr(config, "value_dim", None) or config.head_dim,
+    dtype=jnp.dtype(config.dtype),
+    segments=segments,
+    softcap=getattr(config, "attn_softcap", None) is not None,
+    sinks=getattr(config, "attn_sinks", False),
+    window=window,
+  )
+
+
+def refusal(name: str, choice: Choice, call: Call) -> str | None:
+  """Why an implementation cannot compute a call, or None where it can."""
+  if name in ("plain", "blockwise"):
+    return None
+  runs_on = next(platform for platform, kernel in _KERNELS.items() if kernel == name)
+  if choice.device != runs_on:
+    return f"it runs on a {runs_on.upper()}, and the program is for a {choice.device.upper()}"
+  for unfit, what in (
+    (call.mask, "it takes no mask of any other kind than causal ones"),
+    (call.sinks, "it has no attention sinks"),
+    (call.cached, "it takes no cache"),
+    (not call.is_causal, "it is used for causal attention alone"),
+    (call.length != call.slots, "it takes as many keys as queries"),
+    (call.window == "traced", "scanned layers differ in their window; model.scan_layers=False"),
+  ):
+    if unfit:
+      return what
+  if name == "splash":
+    return None
+  if call.dtype not in (jnp.bfloat16, jnp.float16):
+    return f"it takes bfloat16 and float16, not {call.dtype}"
+  if call.segments:
+    return "it does not tell texts of one row apart"
+  if call.softcap:
+    return "it has no soft cap"
+  if call.features > 128 or call.features % 8:
+    return f"it takes heads of up to 128 features, in steps of 8, not {call.features}"
+  return None
+
+
+def chosen(choice: Choice, call: Call) -> str:
+  """The implementation of a call.
+
+  Raises:
+    ValueError: when the choice names one that cannot compute it.
+  """
+  long = call.length * call.slots >= _LONG
+  if call.cached:
+    return "blockwise" if long else "plain"
+  if choice.name != AUTO:
+    if reason := refusal(choice.name, choice, call):
+      raise ValueError(f"attention {choice.name!r}: {reason}; use 'auto', or 'blockwise'")
+    return choice.name
+  kernel = _KERNELS.get(choice.device)
+  if not long:
+    return "plain"
+  return kernel if kernel and not refusal(kernel, choice, call) else "blockwise"
+
+
+def cudnn(query_BTNH, key_BSKH, value_BSKG, *, window, scale) -> jax.Array:
+  """cuDNN's flash attention, causal."""
+  return jax.nn.dot_product_attention(
+    query_BTNH,
+    key_BSKH,
+    value_BSKG,
+    is_causal=True,
+    scale=scale,
+    local_window_size=None if window is None else (window - 1, 0),
+    implementation="cudnn",
+  )
+
+
+def splash(
+  query_BTNH, key_BSKH, value_BSKG, *, window, segments_BT, scale, softcap, mesh: Mesh | None
+) -> jax.Array:
+  """JAX's kernel for TPUs, causal; each device of a mesh computes its rows and heads."""
+  length, features = query_BTNH.shape[1], value_BSKG.shape[-1]
+  scale = query_BTNH.shape[-1] ** -0.5 if scale is None else scale
+  query_BTNH = (query_BTNH * scale).astype(query_BTNH.dtype)
+  inputs = [_to_lanes(x) for x in (query_BTNH, key_BSKH, value_BSKG)]
+  if segments_BT is not None:
+    # Queries that were added see the keys that were added.
+    inputs.append(jnp.pad(segments_BT, ((0, 0), (0, -length % _LANES)), constant_values=-1))
+  run = functools.partial(_splash_of_rows, window=window, softcap=softcap)
+  if mesh is not None and mesh.size > 1:
+    heads = "tensor" if key_BSKH.shape[2] % mesh.shape["tensor"] == 0 else None
+    rows = ("data", "fsdp")
+    specs = [jax.P(rows, None, heads, None)] * 3 + [jax.P(rows, None)] * (len(inputs) - 3)
+    run = jax.shard_map(run, mesh=mesh, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)
+  return run(*inputs)[:, :length, :, :features]
+
+
+def _splash_of_rows(query_BTNH, key_BSKH, value_BSKG, segments_BT=None, *, window, softcap):
+  # Not with the module: Pallas takes a second to import, and few programs need it.
+  from jax.experimental.pallas.ops.tpu import splash_attention as kernels
+
+  length, heads = query_BTNH.shape[1:3]
+  block = max(size for size in range(_LANES, _SPLASH_BLOCK + 1, _LANES) if length % size == 0)
+  shape = (length, length)
+  one = kernels.CausalMask(shape)
+  if window is not None and window < length:
+    one = kernels.LocalMask(shape, window_size=(window - 1, 0), offset=0)
+  kernel = kernels.make_splash_mha_single_device(
+    kernels.MultiHeadMask([one] * heads),
+    block_sizes=kernels.BlockSizes(
+      **dict.fromkeys(
+        (
+          "block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv",
+          "block_kv_dkv_compute", "block_q_dq", "block_kv_dq",
+        ),
+        block,
+      )
+    ),
+    attn_logits_soft_cap=softcap,
+  )  # fmt: skip
+  arrays = [x.transpose(0, 2, 1, 3) for x in (query_BTNH, key_BSKH, value_BSKG)]
+  if segments_BT is None:
+    out = jax.vmap(kernel)(*arrays)
+  else:
+    out = jax.vmap(
+      lambda q, k, v, ids: kernel(q, k, v, segment_ids=kernels.SegmentIds(q=ids, kv=ids))
+    )(*arrays, segments_BT)
+  return out.transpose(0, 2, 1, 3)
+
+
+def _to_lanes(x_BTNH):
+  """Positions and features, padded to what the kernel takes."""
+  more_T, more_H = -x_BTNH.shape[1] % _LANES, -x_BTNH.shape[3] % _LANES
+  return jnp.pad(x_BTNH, ((0, 0), (0, more_T), (0, 0), (0, more_H)))
