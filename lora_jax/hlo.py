@@ -1,4 +1,4 @@
-"""What a compiled program holds and what it sends between devices, read from its text.
+"""The arrays of a compiled program and its communication between devices, read from its text.
 
     text = jitted.lower(*args).compile().as_text()
     for op in collectives(text):
@@ -6,7 +6,7 @@
     for value in largest(text, 5):
       print(value.bytes, value.array, value.where)
 
-Of a loop whose length the text tells, a collective counts as often as it runs.
+If the text shows the length of a loop, its collectives count once per step.
 """
 
 import collections
@@ -32,19 +32,19 @@ _VALUE = re.compile(
 )
 _FUSED = re.compile(r" fusion\(.*calls=%?([^\s,]+)")
 _NAME = re.compile(r'op_name="([^"]*)"')
-# Views of what is there, and what the program is given.
+# Views of existing arrays, and the program's arguments.
 _NO_MEMORY = ("parameter", "bitcast", "get-tuple-element", "constant", "while", "tuple")
-# The memory space of a TPU's core, which is no part of the device's memory.
+# The memory space of a TPU core, which is not part of the device's memory.
 _IN_CORE = "S(1)"
 
 
 class Collective(NamedTuple):
-  """One operation.
+  """One collective operation.
 
   Attributes:
     kind: such as "all-gather".
-    shapes: of the arrays that it makes on each device.
-    bytes: of these arrays, over all the times that it runs.
+    shapes: the shapes of its results on each device.
+    bytes: the bytes of these results, over all times that it runs.
     where: its op_name.
   """
 
@@ -58,10 +58,10 @@ class Value(NamedTuple):
   """An array that a program makes in a device's memory.
 
   Attributes:
-    bytes: of the array, padding left out.
+    bytes: the bytes of the array, without padding.
     array: its dtype and shape, as "bf16[8,512,49152]".
     where: its op_name.
-    count: of equal ones.
+    count: the number of equal arrays.
   """
 
   bytes: int
@@ -71,7 +71,7 @@ class Value(NamedTuple):
 
 
 def collectives(program: str) -> list[Collective]:
-  """The collective operations of the text of a compiled program, in its order."""
+  """Returns the collective operations of the text of a compiled program, in its order."""
   found, times = [], _times(program)
   for computation, line in _lines(program):
     if op := _OP.search(line):
@@ -89,14 +89,14 @@ def collectives(program: str) -> list[Collective]:
 
 
 def _results_of_a_start(kind: str, arrays: list) -> list:
-  """The results among what the first half of an asynchronous operation gives: it repeats its
-  operands before them, and counters of the device follow."""
+  """The results among the values of the first half of an asynchronous operation, which repeats its
+  operands before them and appends counters of the device."""
   arrays = [each for each in arrays if not (each[0] in ("u32", "s32") and each[1] == ())]
   return arrays if kind == "all-reduce" else arrays[len(arrays) // 2 :]
 
 
 def moved(ops: list[Collective]) -> dict[str, int]:
-  """The bytes of each kind of operation."""
+  """Returns the bytes of each kind of operation."""
   total = collections.Counter()
   for op in ops:
     total[op.kind] += op.bytes
@@ -104,7 +104,7 @@ def moved(ops: list[Collective]) -> dict[str, int]:
 
 
 def largest(program: str, count: int) -> list[Value]:
-  """The largest arrays that a program makes, equal ones together; arguments are left out."""
+  """Returns the largest arrays that a program makes, without arguments; equal ones are grouped."""
   fused = set(_FUSED.findall(program))
   found = collections.Counter()
   for computation, line in _lines(program):
@@ -119,7 +119,7 @@ def largest(program: str, count: int) -> list[Value]:
 
 
 def shapes(program: str) -> set[tuple[int, ...]]:
-  """The shapes of all arrays that a program makes or is given, in fusions too."""
+  """Returns the shapes of all arrays of a program, including arguments and fusions."""
   return {
     tuple(int(n) for n in array["shape"].split(",") if n) for array in _ARRAY.finditer(program)
   }
@@ -147,7 +147,7 @@ def _lines(program: str) -> Iterator[tuple[str, str]]:
 
 
 def _times(program: str):
-  """The function from a computation to how often it runs."""
+  """Returns a function from a computation to the number of times that it runs."""
   inside, constants, limits = {}, {}, {}
   for computation, line in _lines(program):
     if loop := _LOOP.search(line):
@@ -160,7 +160,7 @@ def _times(program: str):
 
   def times(computation: str) -> int:
     outer, condition, count = inside.get(computation, ("", "", 1))
-    if count is None:  # the text of a TPU's program has it in the condition alone
+    if count is None:  # the text of a TPU program has the length only in the condition
       count = constants.get(limits.get(condition), 1)
     return count * times(outer) if outer else count
 
