@@ -71,7 +71,7 @@ def main(argv):
   planned = planned.of_members(count, in_turn=members.in_turn(case.axes))
   if count > 1:
     print(f"This is the largest of {count} members; together, on one base, they need:")
-  print("\n".join(filter(None, [f"\n{planned}", verdict(planned, memory, mesh, settings), line])))
+  print("\n".join(filter(None, [f"\n{planned}", verdict(planned, memory, mesh, config), line])))
   if devices:
     print(f"compiling for {topology} ...", flush=True)
     found = compile_case(config, case, mesh, devices)
@@ -213,24 +213,22 @@ def describe_data(config: ConfigDict, case: planning.Case) -> str:
   )
 
 
-def verdict(
-  planned: plan.Plan, memory: int, mesh: Mesh | AbstractMesh, settings: defaults.Settings
-) -> str:
+def verdict(planned: plan.Plan, memory: int, mesh: Mesh | AbstractMesh, config: ConfigDict) -> str:
   """Whether the plan fits in a device's memory, and what would make it smaller if not."""
   sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
   text = f"{planned.total / memory:.0%} of the {memory / 1e9:,.1f} GB of each device ({sizes}): "
   if planned.total <= memory:
     return text + "it fits"
-  if planned.activations <= planned.arguments:
-    return text + (
-      "it does not fit; config.mesh.fsdp or tensor shares the base out over more devices, "
-      "config.model.quantize=nf4 makes it smaller"
-    )
-  remedies = ["config.train.accumulate cuts the batch"]
-  if settings.remat != "nothing":
-    remedies.append("config.model.remat=nothing keeps less for the backward pass")
-  if not settings.loss_chunk:
-    remedies.append("config.train.loss_chunk cuts the logits")
+  if planned.activations > planned.arguments:
+    remedies = ["config.train.accumulate cuts the batch"]
+    if config.model.remat != "nothing":
+      remedies.append("config.model.remat=nothing keeps less for the backward pass")
+    if not config.train.loss_chunk:
+      remedies.append("config.train.loss_chunk cuts the logits")
+  else:
+    remedies = ["config.mesh.fsdp or tensor shares the base out over more devices"]
+    if config.model.quantize == "none":
+      remedies.append("config.model.quantize=nf4 makes it smaller")
   return text + f"it does not fit; {', '.join(remedies)}"
 
 

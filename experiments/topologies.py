@@ -86,8 +86,7 @@ def devices_of(name: str) -> list[Any]:
   """The devices of a TPU slice by its name, such as "v5e:2x4"; "v5e:1x1" is one chip.
 
   Raises:
-    ModuleNotFoundError: where libtpu is not installed.
-    ValueError: for a name that libtpu does not know.
+    ValueError: where libtpu is not installed, and for a name that it does not know.
   """
   if importlib.util.find_spec("libtpu") is None:
     raise ValueError(

@@ -135,6 +135,16 @@ def test_one_layer_is_dequantized_at_a_time():
   assert floats(compiled()) & stacks  # of a dense base they are arguments
 
 
+def test_slices_are_known_by_name_and_so_is_the_memory_of_their_chips():
+  for name, count, gigabytes in (("v5e:1x1", 1, 16), ("v6e:2x2", 4, 32), ("v5p:2x2x1", 4, 95)):
+    devices = topologies.devices_of(name)
+    assert len(devices) == count
+    assert topologies.memory_of(devices[0]) == gigabytes * 2**30
+  for name in ("v9:2x2", "v5e:3x3", "nonsense"):
+    with pytest.raises(ValueError, match=rf"--topology={name}: libtpu knows no such slice"):
+      topologies.devices_of(name)
+
+
 @pytest.mark.parametrize("name", ["splash", "blockwise"])
 def test_attentions_memory_grows_linearly_on_a_tpu(name):
   place = SingleDeviceSharding(topologies.devices_of("v5e:1x1")[0])
