@@ -2,8 +2,8 @@
 
     config.adapter.update(adapters.METHODS["dora"].settings)      # then --config.adapter.rank=4
 
-A method's own settings are those of its spec in `lora_jax.adapters`, whose file says what they
-mean, and, for AdaLoRA, EVA and LoftQ, those of how it trains or starts.
+The settings of a method are the fields of its spec in `lora_jax.adapters`, which documents them.
+AdaLoRA, EVA and LoftQ also have settings for how they train or start.
 """
 
 from typing import Any, NamedTuple
@@ -16,9 +16,9 @@ class Method(NamedTuple):
 
   Attributes:
     settings: `config.adapter.method`, and the settings of that method.
-    targets: presets or regular expressions for whole paths.
-    peak: a learning rate that suits it, on the quickstart's task.
-    rates: (pattern, factor) pairs: what trains at a multiple of the learning rate.
+    targets: presets, or regular expressions that match whole paths.
+    peak: a learning rate that works well on the quickstart's task.
+    rates: (pattern, factor) pairs: matching leaves train at `factor` times the learning rate.
   """
 
   settings: dict[str, Any]
@@ -33,7 +33,7 @@ _LORA = {
   "alpha": 16.0,  # scale = alpha / rank
   "rslora": False,  # scale = alpha / sqrt(rank)
   "train_a": True,
-  "dropout": 0.0,  # share of the inputs of A that a step drops
+  "dropout": 0.0,  # fraction of the inputs of A that is dropped at each step
 }
 _FULL = {"method": "full"}
 
@@ -57,7 +57,7 @@ METHODS = {
       "rank": 8,
       "alpha": 8.0,  # the paper's scale of 1
       "rslora": False,
-      "iterations": config_dict.placeholder(int),  # of a randomised decomposition; None: exact
+      "iterations": config_dict.placeholder(int),  # of a randomized SVD; None: an exact SVD
     },
     peak=5e-4,
   ),
@@ -66,9 +66,9 @@ METHODS = {
     _LORA
     | {
       "method": "eva",
-      "rho": 2.0,  # times the rank that a kernel may get at most
-      "batches": 8,  # of the training data, that it starts from
-      "iterations": 8,  # of a randomised decomposition; None: exact
+      "rho": 2.0,  # largest rank of a kernel, as a multiple of `rank`
+      "batches": 8,  # of training data, for the initialization
+      "iterations": 8,  # of a randomized SVD; None: an exact SVD
     },
     peak=2.5e-4,
   ),
@@ -76,17 +76,17 @@ METHODS = {
     _LORA
     | {
       "method": "loftq",
-      "format": "nf4",  # of the base that it makes: nf4, int4, int8 or fp8
-      "iterations": 5,  # times that each kernel is quantised
+      "format": "nf4",  # of the quantized base: nf4, int4, int8 or fp8
+      "iterations": 5,  # how often each kernel is quantized
     }
   ),
   "vera": Method(
     {
       "method": "vera",
       "rank": 256,
-      "seed": 0,  # of the matrices that all layers share
+      "seed": 0,  # of the matrices shared by all layers
       "d_initial": 0.1,
-      "fan_in": config_dict.placeholder(int),  # that A is drawn for; None: the rank
+      "fan_in": config_dict.placeholder(int),  # scales the initialization of A; None: the rank
     },
     peak=1e-2,
   ),
@@ -97,8 +97,8 @@ METHODS = {
       "rank": 8,
       "alpha": 16.0,  # scale = alpha / rank
       "decompose_both": False,
-      "factor": config_dict.placeholder(int),  # inputs and outputs of C; None: near the root
-      "channels": False,  # split the channels of a convolution alone
+      "factor": config_dict.placeholder(int),  # size of C; None: the factor nearest the square root
+      "channels": False,  # factor only the channels of a convolution
     }
   ),
   "adalora": Method(
@@ -106,14 +106,14 @@ METHODS = {
       "method": "adalora",
       "rank": 12,  # at the start
       "alpha": 24.0,  # scale = alpha / rank
-      "deviation": 0.02,  # of the numbers that the singular vectors start with
+      "deviation": 0.02,  # standard deviation of the initial singular vectors
       "target_rank": 8,  # on average, at the end
-      "first_steps": 0.1,  # before the budget shrinks, as a share of all steps
-      "last_steps": 0.3,  # with the last budget, as a share of all steps
-      "every": 5,  # steps between two choices
-      "beta1": 0.85,  # decay of the mean of the sensitivity
-      "beta2": 0.85,  # decay of the mean of the uncertainty
-      "orthogonality": 0.1,  # weight of the penalty
+      "first_steps": 0.1,  # fraction of all steps before the budget shrinks
+      "last_steps": 0.3,  # fraction of all steps at the final budget
+      "every": 5,  # steps between two rank allocations
+      "beta1": 0.85,  # decay of the moving average of the sensitivity
+      "beta2": 0.85,  # decay of the moving average of the uncertainty
+      "orthogonality": 0.1,  # weight of the orthogonality penalty
     },
     peak=4e-3,
   ),
@@ -124,7 +124,7 @@ METHODS = {
 
 
 def find(name: str, rank: int) -> Method:
-  """The method of that name, with another rank if that is not 0.
+  """Returns the method of that name; a `rank` other than 0 replaces its rank.
 
   Raises:
     ValueError: when there is no such method, or it has no rank.

@@ -1,4 +1,4 @@
-"""What configs are given: the text after the colon of `--config=file.py:smoke,rank=8`, and data."""
+"""Inputs of the configs: the arguments after `--config=file.py:`, and the data folder."""
 
 import ast
 import os
@@ -7,20 +7,19 @@ from typing import Any
 
 
 def data_folder() -> pathlib.Path:
-  """The folder of public data sets: LORA_JAX_DATA, else ../shared/data."""
+  """The folder of public data sets: the variable LORA_JAX_DATA, or ../shared/data if unset."""
   return pathlib.Path(os.environ.get("LORA_JAX_DATA", "../shared/data"))
 
 
 def parse(text: str, **defaults: Any) -> dict[str, Any]:
-  """Returns the defaults with the given arguments put over them.
+  """Returns the defaults, updated with the given arguments.
 
   Args:
     text: `name=value` pairs and bare names (which are set to True), separated by commas.
-    **defaults: every argument that the config knows.
+    **defaults: every argument that the config accepts, with its default.
 
   Raises:
-    ValueError: for an argument that the config does not know, or a value of another type than the
-      default's.
+    ValueError: for an unknown argument, or a value whose type differs from the default's.
   """
   values = dict(defaults)
   for part in filter(None, (part.strip() for part in text.split(","))):

@@ -1,16 +1,16 @@
-r"""The sentiment of sentences by a head of classes, with LoRA: SST-2 (Socher et al. 2013).
+r"""Sentiment classification with a classification head and LoRA: SST-2 (Socher et al. 2013).
 
     python -m experiments.train --config=configs/classify.py --workdir=runs/classify
 
 SmolLM2-135M-Instruct gets a head of two classes at a text's last token. In transformers this is
 LlamaForSequenceClassification. The head trains in full alongside the adapters. Both are saved as
-PEFT's SEQ_CLS. A hundredth of the 67,349 training phrases is held out for validation. The test is
-the published development set, 872 sentences.
+PEFT's SEQ_CLS. 1% of the 67,349 training phrases is held out for validation. The test set is the
+published development set, 872 sentences.
 
-The files are `glue/SST-2/train.tsv` and `dev.tsv`, looked for in the folder LORA_JAX_DATA, else in
-../shared/data.
+The files are `glue/SST-2/train.tsv` and `dev.tsv` in the folder LORA_JAX_DATA, or in
+../shared/data if that is not set.
 
-    :smoke            a few steps on little data: everything runs, nothing is learnt
+    :smoke            a few steps on little data: everything runs, nothing is learned
     :method=dora      another method of configs/adapters.py
 """
 
@@ -23,19 +23,19 @@ _DATA = arguments.data_folder() / "glue" / "SST-2"
 
 def get_config(text: str = "") -> ml_collections.ConfigDict:
   args = arguments.parse(text, smoke=False, method="lora", rank=0)
-  # What is not said here is as in the quickstart: the model, the adapter, most of the optimiser.
+  # The rest is as in the quickstart: the model, the adapter, most of the optimizer.
   config = quickstart.get_config(f"method={args['method']},rank={args['rank']}")
 
   task = config.task
   task.name = "classification"
   task.text = "{sentence}"
-  task.pair = ""  # of a second text, which only an encoder reads
+  task.pair = ""  # template of a second text, for encoders only
   task.label = "{label}"
   task.labels = ("0", "1")  # negative and positive, as the file has them
 
   data = config.data
   for field in ("prompt", "completion", "special_tokens", "choices", "append_eos", "packed_length"):
-    del data[field]  # of prompts
+    del data[field]  # these are for prompts
   data.source = str(_DATA / "train.tsv")
   data.format = "tsv"
   data.columns = ()  # the header line names them
@@ -44,7 +44,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   data.split_by = "sentence"
   data.train, data.validation, data.test = 0.99, 0.01, 0.0
   data.test_source = str(_DATA / "dev.tsv")
-  data.max_length = 97  # tokens and a class; a longer text loses its end
+  data.max_length = 97  # tokens and a class; longer texts are truncated at the end
   data.buckets = (16, 24, 32, 48, 96)
 
   train = config.train

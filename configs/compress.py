@@ -1,12 +1,12 @@
-r"""A smaller SmolLM2-135M-Instruct: the steps, their settings, the text that they calibrate by.
+r"""Compresses SmolLM2-135M-Instruct: the steps, their settings and the calibration text.
 
     python -m experiments.compress --config=configs/compress.py --workdir=runs/small
 
-Newspaper sentences (Hutto and Gilbert 2014) in windows of 256 tokens: 64 for calibration, 40 to
-measure by, the rest for healing (configs/heal.py).
+The text is newspaper sentences (Hutto and Gilbert 2014) in windows of 256 tokens: 64 for
+calibration, 40 for evaluation, the rest for healing (configs/heal.py).
 
     :steps=factorize+prune+quantize   of channels, heads, value_heads, factorize, prune, quantize
-    :budget=0.8                       of the parameters, FLOPs or milliseconds of the kernels
+    :budget=0.8                       fraction of the kernels' parameters, FLOPs or milliseconds
     :smoke                            few windows, no task: everything runs
 """
 
@@ -26,20 +26,20 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   reviews = quickstart.get_config()
   config = ml_collections.ConfigDict()
   config.steps = tuple(args["steps"].split("+"))  # in this order
-  config.adapter = ""  # a run's folder, whose adapter is merged first; "" for none
-  config.keep_adapter = False  # compress the base under the adapter, which is written beside it
+  config.adapter = ""  # folder of a run whose adapter is merged first; "" for none
+  config.keep_adapter = False  # compress only the base, and write the adapter alongside it
 
   config.model = reviews.model
-  config.model.scan_layers = False  # layers have ranks of their own
+  config.model.scan_layers = False  # each layer has its own ranks
 
   config.text = source = ml_collections.ConfigDict()
   source.source = config_dict.FieldReference(_EDITORIALS, field_type=object)  # or several
   source.format, source.columns = "tsv", ("id", "rating", "text")
-  source.encoding = "utf-8-sig"  # that of the file, as in utf-16 or latin-1
+  source.encoding = "utf-8-sig"  # of the file; others are utf-16 or latin-1
   source.quoted = config_dict.placeholder(bool)  # as in configs/quickstart.py
-  source.special_tokens = False  # read special tokens that are written out as tokens
-  source.column = "text"  # whose records are joined by spaces
-  source.length = 256  # tokens of a window
+  source.special_tokens = False  # parse special tokens in the text
+  source.column = "text"  # its values are joined by spaces
+  source.length = 256  # tokens per window
   source.calibration, source.held_out = 64, 40  # windows, from the beginning
   source.batch_size = 4  # windows at a time
 
@@ -48,32 +48,32 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   config.value_heads = ml_collections.ConfigDict({"value_dim": 48, "damping": 1e-3})
 
   config.factorize = factorize = ml_collections.ConfigDict()
-  factorize.targets = ("all-linear",)  # presets or patterns for whole paths
-  factorize.method = "whitened"  # or svd, randomized, qr, which do without calibration
-  factorize.gradients = True  # weigh errors by what the loss makes of them, not by their size
-  factorize.damping = 1e-3  # of the mean of the moments' diagonals
-  factorize.budget = args["budget"]  # share of what the targets cost, or 0
+  factorize.targets = ("all-linear",)  # presets, or patterns that match whole paths
+  factorize.method = "whitened"  # or svd, randomized, qr, which need no calibration
+  factorize.gradients = True  # weight errors by their effect on the loss
+  factorize.damping = 1e-3  # as a fraction of the mean of the moments' diagonals
+  factorize.budget = args["budget"]  # fraction of the targets' cost, or 0
   factorize.unit = "parameters"  # of the budget; or flops, milliseconds (measured here)
-  factorize.rows = 1024  # that the kernels meet at a time, for flops and milliseconds
-  factorize.energy = 0.0  # or: the share of each kernel's energy that is kept
-  factorize.multiple = 1  # of which every rank is one: 4 to prune the factors 2:4 afterwards
-  factorize.updates = 1  # times that second factors are fitted to the inputs that they then have
+  factorize.rows = 1024  # batch of inputs for flops and milliseconds
+  factorize.energy = 0.0  # alternative: fraction of each kernel's energy that is kept
+  factorize.multiple = 1  # every rank is a multiple of it; 4 to prune the factors 2:4 afterwards
+  factorize.updates = 1  # how often second factors are refitted to the inputs that they now have
 
   config.prune = prune = ml_collections.ConfigDict()
   prune.targets = ("all-linear",)
-  prune.score = "wanda"  # or magnitude; factors are pruned by magnitude always
-  prune.share = 0.5  # of the numbers of each output
-  prune.n, prune.of = 2, 0  # of each `of` inputs, n stay; 0 for the share
+  prune.score = "wanda"  # or magnitude; factors are always pruned by magnitude
+  prune.share = 0.5  # fraction of each output's weights that is pruned
+  prune.n, prune.of = 2, 0  # keep n of every `of` inputs; 0 uses `share`
 
   config.quantize = quantize = ml_collections.ConfigDict()
   quantize.targets = ("all-linear",)
   quantize.method = "nearest"  # or gptq, which calibrates dense kernels
-  quantize.damping = 0.01  # gptq's, of the mean of the moments' diagonals
+  quantize.damping = 0.01  # of gptq, as a fraction of the mean of the moments' diagonals
   quantize.levels = "int8"  # nf4, int4, int8 or fp8
-  quantize.block = 0  # numbers along the inputs that share a scale; 0 for a whole column
-  quantize.double = False  # quantise the scales of blocks too
+  quantize.block = 0  # inputs that share a scale; 0 for a whole column
+  quantize.double = False  # quantize the scales of blocks too
 
-  config.task = task = ml_collections.ConfigDict()  # whose accuracy is reported
+  config.task = task = ml_collections.ConfigDict()  # its accuracy is reported
   task.name = reviews.task.name
   task.data = reviews.data
   task.split = "test"
@@ -83,7 +83,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   config.report = report = ml_collections.ConfigDict()
   report.prompt = 128  # tokens
   report.batches = (1, 8)  # rows
-  report.repeats = 5  # calls, of which the median counts
+  report.repeats = 5  # calls; the median is reported
 
   if args["smoke"]:
     source.calibration, source.held_out = 8, 4

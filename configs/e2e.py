@@ -6,16 +6,15 @@ r"""Restaurants described from tables of facts (E2E NLG), with LoRA or in full f
 
 SmolLM2-135M-Instruct learns to write "Aromi is a cheap pub." after
 "name[Aromi], eatType[pub], priceRange[cheap]\nText:" (Novikova, Dušek and Rieser 2017, "The E2E
-Dataset"; with LoRA: Hu et al. 2021, section 5.4). A fiftieth of the training tables is held out for
-validation. The published development set, 547 other tables with 4,672 references, is the test: it
-is read by experiments.evaluate alone, which prints BLEU.
+Dataset"; with LoRA: Hu et al. 2021, section 5.4). 2% of the training tables is held out for
+validation. The test set is the published development set: 547 other tables with 4,672 references.
+Only experiments.evaluate reads it, and prints BLEU.
 
-The files come from https://github.com/tuetschek/e2e-dataset and are looked for in the folder `e2e`
-of LORA_JAX_DATA, else of ../shared/data. The training file is published with its tokens apart
-("£ 30", "family - friendly") and the development set as people wrote it, so the former is put
-together again.
+The files come from https://github.com/tuetschek/e2e-dataset. They are read from the folder `e2e` of
+LORA_JAX_DATA, or of ../shared/data if that is not set. The training file is published tokenized
+("£ 30", "family - friendly") and the development set is not, so the training file is detokenized.
 
-    :smoke      a few steps on little data: everything runs, nothing is learnt
+    :smoke      a few steps on little data: everything runs, nothing is learned
     :full       full fine-tuning; the same steps, batches and order of the data
     :rank=4     another rank
 """
@@ -30,7 +29,7 @@ _DATA = arguments.data_folder() / "e2e"
 def get_config(text: str = "") -> ml_collections.ConfigDict:
   args = arguments.parse(text, smoke=False, full=False, rank=0)
   method = "full" if args["full"] else "lora"
-  # What is not said here is as in the quickstart: the model, the adapter, most of the optimiser.
+  # The rest is as in the quickstart: the model, the adapter, most of the optimizer.
   config = quickstart.get_config(f"method={method},rank={args['rank']}")
 
   data = config.data

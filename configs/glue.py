@@ -1,4 +1,4 @@
-r"""Five tasks of GLUE (Wang et al. 2019) by a small encoder: LoRA, full training, the head alone.
+r"""Five GLUE tasks (Wang et al. 2019) with a small encoder: LoRA, full training, the head alone.
 
     python -m experiments.train --config=configs/glue.py:sst2 --workdir=runs/sst2
     python -m experiments.train --config=configs/glue.py:sst2,method=full --workdir=runs/sst2_full
@@ -6,8 +6,8 @@ r"""Five tasks of GLUE (Wang et al. 2019) by a small encoder: LoRA, full trainin
     python -m experiments.predict --workdir=runs/sst2 --input="a joy from start to finish"
 
 all-MiniLM-L6-v2 (22.7 million parameters, 83 MB; Wang et al. 2020, "MiniLM", trained further by
-sentence-transformers) gets a pooler and a head at a text's first token, which train in full with
-every method. All methods of a task see the same batches for as many steps.
+sentence-transformers) gets a pooler and a head at a text's first token. Both train in full with
+every method. All methods of a task see the same batches for the same number of steps.
 
     sst2    sentiment of sentences: accuracy (Socher et al. 2013)
     cola    whether a sentence is grammatical: Matthews' correlation (Warstadt et al. 2019)
@@ -16,12 +16,12 @@ every method. All methods of a task see the same batches for as many steps.
     stsb    how alike two sentences are, 0 to 5: Pearson and Spearman (Cer et al. 2017)
 
     :method=head    the head alone; full: all parameters; or another method of configs/adapters.py
-    :sweep          three seeds in one program, on batches of one length
+    :sweep          three seeds in one program, with all batches of the same length
     :smoke          a few steps on little data: everything runs, nothing is learned
 
-Held out is the published development set, of which no text is trained on; of MRPC, whose
-development set is not published apart, a tenth of the pairs by their first sentence. The files are
-looked for in the folder `glue` of LORA_JAX_DATA, else of ../shared/data.
+The published development set is held out, and none of its texts is trained on. MRPC has no separate
+development set: a tenth of its pairs is held out, split by their first sentence. The files are read
+from the folder `glue` of LORA_JAX_DATA, or of ../shared/data if that is not set.
 """
 
 from typing import NamedTuple
@@ -38,12 +38,12 @@ MINILM = (
 
 
 class Task(NamedTuple):
-  """A task of GLUE: its files and how they read, its templates, and what training it takes.
+  """A task of GLUE: its files and their format, its templates, and its training length.
 
-  labels: the names of the classes as the files have them; () for a score.
-  split_by: the column by which no text is in two splits.
-  length: tokens of a text or pair at most, and of a batch in a sweep.
-  steps: of training.
+  labels: the names of the classes as in the files; () for a score.
+  split_by: records with the same value in this column are in the same split.
+  length: the most tokens of a text or pair, and the length of all batches in a sweep.
+  steps: training steps.
   """
 
   train: str
@@ -91,7 +91,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   args = arguments.parse(rest, smoke=False, sweep=False, method="lora", rank=0)
   chosen = TASKS[name]
   method = "full" if args["method"] == "head" else args["method"]
-  # All that is not set here is as in the quickstart: the adapter, most of the optimizer.
+  # The rest is as in the quickstart: the adapter, most of the optimizer.
   config = quickstart.get_config(f"method={method},rank={args['rank']}")
   config.model.source = MINILM
   if args["method"] == "head":
@@ -105,18 +105,18 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
 
   data = config.data
   for field in ("prompt", "completion", "special_tokens", "choices", "append_eos", "packed_length"):
-    del data[field]  # of prompts
+    del data[field]  # these are for prompts
   data.source = str(_DATA / chosen.train)
   data.test_source = str(_DATA / chosen.test) if chosen.test else ""
   data.format = chosen.format
-  data.columns = chosen.columns  # () where a header line names them
-  data.quoted = None  # as the format has it: in TSV quotation marks are characters
+  data.columns = chosen.columns  # () if a header line names them
+  data.quoted = None  # by format: in TSV quotation marks are characters
   data.sign_of = ""
   data.split_by = chosen.split_by
   data.train, data.validation, data.test = 0.97, 0.03, 0.0
   if not chosen.test:
     data.train, data.validation, data.test = 0.88, 0.02, 0.1
-  data.max_length = chosen.length  # tokens, special ones included; a longer text loses its end
+  data.max_length = chosen.length  # tokens, special ones included; truncated at the end
   data.buckets = tuple(x for x in (16, 24, 32, 48, 64, 96) if x < chosen.length) + (chosen.length,)
 
   train = config.train
@@ -146,4 +146,4 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
 
 
 _PEAKS = {"lora": 2e-3, "full": 2e-4, "head": 2e-3}
-"""Learning rates of MiniLM, which is smaller than the quickstart's model."""
+"""Learning rates for MiniLM, which is smaller than the quickstart's model."""

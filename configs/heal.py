@@ -1,11 +1,11 @@
-r"""Heals a compressed model with LoRA, on text that it was neither calibrated nor measured by.
+r"""Heals a compressed model with LoRA, on text used neither for calibration nor for evaluation.
 
 python -m experiments.train --config=configs/heal.py:compressed=runs/small --workdir=runs/healed
 
 :compressed=runs/small   the workdir of experiments.compress
 :rank=16                 of the adapter
-:distill                 learn from the model before its compression as well
-:scan                    stack the layers, where they are compressed alike
+:distill                 also learn from the model before its compression
+:scan                    stack the layers; all must be compressed the same way
 :smoke                   a few steps
 """
 
@@ -31,7 +31,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   data.sign_of = ""
   data.prompt, data.completion, data.choices = "{first}", "{rest}", ()
   data.split_by = "rest"
-  data.max_length, data.buckets = 272, (272,)  # a window, and a few more where it is cut otherwise
+  data.max_length, data.buckets = 272, (272,)  # a window and some room
 
   config.train.steps, config.train.batch_size = 200, 8
   config.optimizer.peak = 1e-3

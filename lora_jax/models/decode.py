@@ -157,7 +157,7 @@ def power(alpha: float) -> Penalty:
   """The length penalty `length ** alpha`; `transformers` divides by it, as did Jean et al. 2015.
 
   Args:
-    alpha: 0 compares sums of log-probabilities, 1 their means; more favours longer texts.
+    alpha: 0 compares sums of log-probabilities, 1 their means; more favors longer texts.
   """
   return lambda length: jnp.asarray(length, jnp.float32) ** alpha
 
@@ -166,7 +166,7 @@ def gnmt(alpha: float) -> Penalty:
   """The length penalty `((5 + length) / 6) ** alpha`.
 
   Args:
-    alpha: 0 compares sums of log-probabilities; more favours longer texts. 0.6 to 0.7 in the paper.
+    alpha: 0 compares sums of log-probabilities; more favors longer texts. 0.6 to 0.7 in the paper.
 
   Source: Wu et al. 2016, "Google's Neural Machine Translation System", equation 14.
   """

@@ -60,7 +60,7 @@ class Gemma4Config:
   shared_layers: so many layers, the last ones, have no keys and values: they see those of the last
     layer of their kind that has some.
   wide_shared_mlp: the MLPs of these are twice as wide, 2 E.
-  keys_are_values: in the layers without the window the values are the keys, normalised and not
+  keys_are_values: in the layers without the window the values are the keys, normalized and not
     rotated, and have no kernel.
   per_layer_width: P; None: there are no embeddings for each layer.
   per_layer_vocab: the rows of their table, V or more; None with P.
@@ -223,7 +223,7 @@ def _rotation(config: Gemma4Config, positions_BT: jax.Array, local: bool) -> Rot
 
 
 class Attention(nn.Module):
-  """Causal grouped-query attention with normalised queries, keys and values, whose scores are as
+  """Causal grouped-query attention with normalized queries, keys and values, whose scores are as
   they are.
 
   layer: its number, from 0.
@@ -342,7 +342,7 @@ class Gemma4(Decoder):
   def hidden(
     self, tokens_BT, *, positions_BT=None, segments_BT=None, at_BC=None, cache: Cache | None = None
   ):
-    """What the head is applied to, normalised: the same as the model itself, less the logits."""
+    """What the head is applied to, normalized: the same as the model itself, less the logits."""
     c = self.config
     check_segments(segments_BT, cache)
     if positions_BT is None:

@@ -208,7 +208,7 @@ class GPT2(Decoder):
   def hidden(
     self, tokens_BT, *, positions_BT=None, segments_BT=None, at_BC=None, cache: Cache | None = None
   ):
-    """What the head is applied to, normalised: the same as the model itself, less the logits."""
+    """What the head is applied to, normalized: the same as the model itself, less the logits."""
     c = self.config
     check_segments(segments_BT, cache)
     if segments_BT is None and tokens_BT.shape[1] > c.max_length:

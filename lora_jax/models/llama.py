@@ -257,7 +257,7 @@ class Llama(Decoder):
   def hidden(
     self, tokens_BT, *, positions_BT=None, segments_BT=None, at_BC=None, cache: Cache | None = None
   ):
-    """What the head is applied to, normalised: the same as the model itself, less the logits."""
+    """What the head is applied to, normalized: the same as the model itself, less the logits."""
     check_segments(segments_BT, cache)
     c, kinds_L = self.config, layer_kinds(self.config)
     length = room(c, positions_BT, segments_BT, tokens_BT.shape[1], cache)
