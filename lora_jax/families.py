@@ -1,11 +1,11 @@
-"""FAMILIES: everything that the rest of the library needs to know of a family of models.
+"""FAMILIES: everything that the rest of the library needs to know about a family of models.
 
     family = families.family_of(config)              # by config.family, the `model_type` of files
     model = family.make_model(config)
     shapes = families.param_shapes(config)           # {"embed/embedding": (49152, 576), ...}
     layout = sharding.lay_out(params, mesh, family.sharding)
 
-A family of your own is a row in a dict of your own:
+To add a family, extend the dict:
 
     mine = {**families.FAMILIES, "mine": families.Family(...)}
     found = pretrained.load("folder", families=mine)
@@ -49,43 +49,43 @@ DECODER, ENCODER, IMAGES = "decoder", "encoder", "images"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-  """A family of models, as plain functions and literal tables.
+  """A family of models, described by plain functions and literal tables.
 
-  parse_config: the fields of a config.json to the model's config. Raises ValueError for a field or
-    a value that it does not know.
+  parse_config: the fields of a config.json to the model's config. Raises ValueError for an unknown
+    field or value.
   write_config: the inverse.
   make_model: config to the Linen module.
-  init_cache: (config, rows, slots, dtype) to an empty cache; None for a family that generates
-    nothing.
-  names: {file format: {tensor name: path}}, of "safetensors" and, where the family has such files,
-    "gguf", "torch" and "onnx"; of "modules" where PEFT knows the modules by other names than those
-    in files. See `lora_jax.io.names`.
+  init_cache: (config, rows, slots, dtype) to an empty cache; None for a family that does not
+    generate.
+  names: {file format: {tensor name: path}}, for "safetensors" and, if the family has such files,
+    "gguf", "torch" and "onnx"; also for "modules" if PEFT's module names differ from those in
+    files. See `lora_jax.io.names`.
   prefix: what the names of "safetensors" begin with, the head's excepted, and files that hold no
     head may leave out; "" where they leave out nothing.
-  example_inputs: config to the shapes of the arguments of the smallest call that uses every
-    parameter, for tracing.
-  inputs: (config, rows, length) to the shape of the one argument of a plain call: tokens, by
-    default 128 of a text, or images of `length` pixels a side, by default those of the config.
+  example_inputs: config to the argument shapes of the smallest call that uses every parameter, for
+    tracing.
+  inputs: (config, rows, length) to the shape of the argument of a plain call: tokens, by default
+    128 per text, or images of `length` pixels a side, by default the config's image size.
   sharding: (pattern, PartitionSpec) pairs, as `lora_jax.sharding.lay_out` takes them.
-  layers_alike: whether the parameters of all layers have the same shapes, so that they may be
+  layers_alike: whether the parameters of all layers have the same shapes, so that they can be
     stacked and scanned.
-  kind: DECODER, whose tokens see those before them, so that a text can be written or read at its
-    last token, or ENCODER, whose tokens see the whole text, so that it is read at its first token
-    or at all of them; or IMAGES, which takes no text and whose files have no tokenizer.
-  class_head: {tensor name: path} of a head of classes where `names` does not have it.
-  peft_task, class_task: what PEFT calls the use of a model without classes and with some,
-    `task_type` of its adapters; None for what has no name.
+  kind: DECODER, causal attention: it generates text, and its last token represents a text.
+    ENCODER, bidirectional attention: the first token or all of them represent a text. IMAGES, which
+    takes no text and has no tokenizer.
+  class_head: {tensor name: path} of a classification head if `names` does not have it.
+  peft_task, class_task: PEFT's `task_type` for adapters of a model without and with a
+    classification head; None if PEFT has no name for it.
   with_classes: (config, names) to the config of the model with a new head of these classes.
-  bare: whether a model without classes is the body alone in transformers, so that the names of its
-    tensors lack `prefix`.
-  options: config to the {name: dtype} of what a model takes of each token besides its id, as where
-    padding is, which a decoder does not see.
-  as_stored: (config, names of the tensors) to the config of these tensors, of a family whose
-    config.json does not say which parts there are; None for others.
-  of_tensors: {file format: reader}, of files that hold no configuration: from what the format's
-    module in `lora_jax.io` makes of a file to (config, tensors), or None where it is of another
-    family.
-  statistics: a pattern of the leaves that are measured and not learned, which never train.
+  bare: whether transformers stores a model without classes as the body alone, so that its tensor
+    names lack `prefix`.
+  options: config to the {name: dtype} of further per-token arguments, such as the padding mask; a
+    decoder has none.
+  as_stored: (config, names of the tensors) to the config of these tensors, for a family whose
+    config.json does not list the parts that are present; None for others.
+  of_tensors: {file format: reader}, for files without a configuration. A reader takes the parsed
+    file from the format's module in `lora_jax.io` and returns (config, tensors), or None if the
+    file belongs to another family.
+  statistics: a pattern of leaves that are measured rather than learned; they never train.
   """
 
   parse_config: Callable[[Mapping[str, Any]], Config]
@@ -124,13 +124,13 @@ class Family:
 DECODER_SHARDING = (
   (r"(.*/)?attn/(query|key|value|qkv)/kernel", jax.P("fsdp", "tensor")),
   (r"(.*/)?attn/out/kernel", jax.P("tensor", "fsdp")),
-  # Every device has a part of each expert, and not some of the experts: how many tokens an expert
-  # gets is known only when they are routed.
+  # Each expert is sharded over all devices, rather than placed on one: the number of tokens of an
+  # expert is known only after routing.
   (r"(.*/)?mlp/(gate|up|gate_up|experts/gate_up)/kernel", jax.P("fsdp", "tensor")),
   (r"(.*/)?mlp/(experts/)?down/kernel", jax.P("tensor", "fsdp")),
   ("head/kernel", jax.P("fsdp", "tensor")),
-  # Not over fsdp: a table that is cut so is gathered whole, over tensor too, where rows are
-  # looked up for a batch that is itself shared out over fsdp.
+  # Not over fsdp: looking up rows for a batch that is also sharded over fsdp would gather the
+  # whole table, over tensor too.
   ("embed/embedding", jax.P("tensor", None)),
   (".*", jax.P()),
 )
@@ -149,13 +149,13 @@ ENCODER_SHARDING = (
 
 
 def _tokens(config: Config) -> tuple[jax.ShapeDtypeStruct, ...]:
-  """One row of two tokens: a shorter one has no product over positions."""
+  """One row of two tokens, since a single token has no product over positions."""
   del config
   return (jax.ShapeDtypeStruct((1, 2), jnp.int32),)
 
 
 def _decoder(name: str) -> Family:
-  """A relative of Llama, told apart by switches of its config."""
+  """A relative of Llama, which differs by switches of its config."""
   tables = {"safetensors": names.HUGGING_FACE[name]}
   if name in names.GGUF:
     tables["gguf"] = names.GGUF[name]
@@ -175,8 +175,8 @@ def _masks(config: Config) -> dict[str, DTypeLike]:
 
 
 def _with_stored_pooler(config: Config, stored: Collection[str]) -> Config:
-  """BERT's files have a pooler or not, whatever their config.json says of their architecture; one
-  with a head of classes always has it."""
+  """BERT's files may have a pooler for any architecture in their config.json; a model with a
+  classification head always has one."""
   if config.classes:
     return config
   suffix = "pooler.dense.weight"
@@ -184,7 +184,7 @@ def _with_stored_pooler(config: Config, stored: Collection[str]) -> Config:
 
 
 def _encoder(name: str) -> Family:
-  """BERT or a relative of it, told apart by switches of its config."""
+  """BERT or a relative of it, which differs by switches of its config."""
   return Family(
     parse_config=bert_configs.from_hugging_face,
     write_config=bert_configs.to_hugging_face,
@@ -208,20 +208,20 @@ IMAGE_SHARDING = (
   (r"(.*/)?attn/out/kernel", jax.P("tensor", "fsdp")),
   (r"(.*/)?mlp/up/kernel", jax.P("fsdp", "tensor")),
   (r"(.*/)?mlp/down/kernel", jax.P("tensor", "fsdp")),
-  # A convolution's kernel is small beside what it is applied to.
+  # A convolution's kernel is small compared with its input.
   (".*", jax.P()),
 )
 """Of models of images."""
 
 
 def _images(config: Config, rows: int, side: int | None) -> jax.ShapeDtypeStruct:
-  """Images, by default of the size that the model was made for."""
+  """Images, by default of the model's own size."""
   side = side or config.image_size
   return jax.ShapeDtypeStruct((rows, side, side, config.channels), jnp.float32)
 
 
 def _of_images(name: str, files: Mapping[str, names.Table] | None = None, **how: Any) -> Family:
-  """A family whose inputs are images; `files` has the names of further formats."""
+  """A family whose inputs are images; `files` has the names for further file formats."""
   return Family(
     init_cache=None,
     names={"safetensors": image_names.FILES[name], "modules": image_names.MODULES[name]}
@@ -267,7 +267,7 @@ FAMILIES: Mapping[str, Family] = {
     example_inputs=_tokens,
     sharding=(
       ("embed_per_layer/embedding", jax.P("tensor", None)),
-      # Small beside the others; what they give is added to what every device has whole.
+      # These are small, and their outputs are added to activations that every device has in full.
       (r"per_layer_model/kernel|block_\d+/per_layer_gate/kernel", jax.P("fsdp", None)),
       (r"block_\d+/per_layer_out/kernel", jax.P(None, "fsdp")),
       *DECODER_SHARDING,

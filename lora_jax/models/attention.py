@@ -1,5 +1,4 @@
-"""What attention is made of: rotary positions, the cache, and `attend`, of all decoders alike.
-
+"""The parts of attention that all decoders share: rotary positions, the cache, and `attend`.
 Shapes are written as suffixes, with the letters of `lora_jax.models.llama`.
 """
 
@@ -32,10 +31,10 @@ def init_cache(
 ) -> Cache:
   """Returns an empty cache.
 
-  config: of the model that will fill it.
+  config: of the model that fills it.
   batch_size: B.
-  max_length: S, the largest position that will be used, plus one. A key past it is dropped.
-  dtype: of keys and values; the model's `config.dtype` loses nothing.
+  max_length: S, the largest position that will be used, plus one. Keys past it are dropped.
+  dtype: of keys and values; the model's `config.dtype` stores them exactly.
   """
   shape = (batch_size, max_length, config.num_kv_heads)
   return empty_cache(
@@ -55,7 +54,7 @@ def empty_cache(
   *,
   stacked: bool,
 ) -> Cache:
-  """Returns the cache of so many layers, from the shapes of a layer's keys and values."""
+  """Returns an empty cache for so many layers, from the shapes of one layer's keys and values."""
 
   def empty(*leading: int) -> KVCache:
     return KVCache(*(jnp.zeros((*leading, *shape), dtype) for shape in (key_BSKH, value_BSKG)))
@@ -66,7 +65,7 @@ def empty_cache(
 
 
 def write(cache: KVCache, positions_BT, key_BTKH, value_BTKG) -> KVCache:
-  """The cache with the keys and values of some positions."""
+  """Returns the cache with the keys and values written at their positions."""
   rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
   return KVCache(
     cache.key_BSKH.at[rows_B1, positions_BT].set(key_BTKH.astype(cache.key_BSKH.dtype)),
@@ -75,9 +74,9 @@ def write(cache: KVCache, positions_BT, key_BTKH, value_BTKG) -> KVCache:
 
 
 class Rotation(NamedTuple):
-  """The rotary angles of each position, computed once a call for all layers.
+  """The rotary angles of each position, computed once per call for all layers.
 
-  query_BT: by what queries are multiplied besides; None: nothing.
+  query_BT: a further factor for queries; None: no factor.
   """
 
   cos_BTR: jax.Array
@@ -90,7 +89,7 @@ def rotation(
 ) -> Rotation:
   """Returns cos and sin of `position * frequency` in float32 (Su et al. 2021, section 3.2.2).
 
-  length: the longest text that there is room for, from `room`.
+  length: the longest text that fits, from `room`.
   rotated: False leaves queries and keys as they are.
   """
   features, scaling = rotary_features(config), config.rope_scaling
@@ -109,13 +108,13 @@ def rotation(
 
 
 def room(config: LlamaConfig, positions_BT, segments_BT, length: int, cache: Cache | None) -> int:
-  """Returns the longest text that a call has room for: a cache's slots, or T.
+  """Returns the longest text that a call can hold: the slots of the cache, or T.
 
-  positions_BT, segments_BT: as `llama.Llama` was given them.
+  positions_BT, segments_BT: the arguments of `llama.Llama`.
   length: T.
 
-  Raises ValueError where the rotary frequencies change with the length of a text, and a call's
-  texts may be of lengths for which they differ.
+  Raises ValueError if the rotary frequencies depend on the length of a text, and the texts of a
+  call may need different ones.
   """
   slots = length if cache is None else next(iter(cache.values())).key_BSKH.shape[-3]
   scaling = config.rope_scaling
@@ -136,7 +135,7 @@ def room(config: LlamaConfig, positions_BT, segments_BT, length: int, cache: Cac
 
 
 def rotate(x_BTNH: jax.Array, turn: Rotation) -> jax.Array:
-  """Turns the pairs (x[r], x[r + R]) by the angles of their positions; what is after 2 R stays."""
+  """Rotates the pairs (x[r], x[r + R]) by the angles of their positions; the rest is unchanged."""
   cos_BT1R, sin_BT1R = turn.cos_BTR[:, :, None], turn.sin_BTR[:, :, None]
   rotations = cos_BT1R.shape[-1]
   ends = [end for end in (rotations, 2 * rotations) if end < x_BTNH.shape[-1]]
@@ -155,9 +154,9 @@ def segment_positions(tokens_BT: jax.Array, segments_BT: jax.Array | None) -> ja
 
 
 def visible(positions_BT: jax.Array, slots: int, window) -> jax.Array:
-  """Which slots a token sees, [B, 1, T, S]: those up to its position, the `window` last of them.
+  """The slots that a token sees, [B, 1, T, S]: the last `window` ones up to its position.
 
-  window: an integer, of Python or traced; None: all.
+  window: a Python or traced integer; None: all.
   """
   slots_S, last_BT1 = jnp.arange(slots), positions_BT[..., None]
   seen_BTS = slots_S <= last_BT1
@@ -183,21 +182,21 @@ def attend(
 ) -> jax.Array:
   """softmax(cap(scale * q kᵀ)) v, as [B, T, N, G]; values may have fewer features than keys.
 
-  mask: True where a query sees a key, broadcast to [B, N, T, S]; None: everywhere. What the next
-    four say of what is seen needs no array of that size.
-  is_causal: whether a query sees no key of a later place.
-  window: a query sees the last so many keys only, its own place included; None: all. With
-    `is_causal` or `positions_BT`.
-  segments_BT: the text that a place belongs to; a query sees no other text's keys. None: any.
-  positions_BT: the slot of each query among the keys, where they are those of a cache: it sees the
-    slots up to its own. None: queries lie where keys do.
+  mask: True where a query sees a key, broadcast to [B, N, T, S]; None: everywhere. The next four
+    arguments restrict attention without an array of that size.
+  is_causal: whether a query sees only keys up to its own position.
+  window: a query sees only this many last keys, its own included; None: all. Requires `is_causal`
+    or `positions_BT`.
+  segments_BT: the text of each position; a query sees only keys of its own text. None: one text.
+  positions_BT: the slot of each query in the cache; it sees the slots up to its own. None: queries
+    and keys have the same positions.
   scale: of the products; None: 1 / sqrt(H).
-  softcap: scores x become `softcap * tanh(x / softcap)`; None: they stay.
-  sinks_N: the score of a place that has no value, for each head (Xiao et al. 2023, "Efficient
-    Streaming Language Models with Attention Sinks"; learned as in gpt-oss); None: there is none.
-  choice: the implementation; all give the same to rounding.
+  softcap: scores x become `softcap * tanh(x / softcap)`; None: no cap.
+  sinks_N: for each head the score of an extra key without a value (Xiao et al. 2023, "Efficient
+    Streaming Language Models with Attention Sinks"; learned as in gpt-oss); None: no such key.
+  choice: the implementation; all agree up to rounding.
 
-  Raises ValueError where the choice names an implementation that cannot compute this.
+  Raises ValueError if the chosen implementation cannot compute this.
   """
   call = kernels.Call(
     length=query_BTNH.shape[1],
@@ -226,7 +225,7 @@ def attend(
       if softcap is not None or sinks_N is not None:
         return _attend_plainly(*arrays, mask, is_causal, sinks_N=sinks_N, **scores)
       features, missing = call.value_features, call.features - call.value_features
-      if missing:  # JAX's attention takes values of the keys' size
+      if missing:  # JAX's attention requires values of the keys' size
         value_BSKG = jnp.pad(value_BSKG, ((0, 0), (0, 0), (0, 0), (0, missing)))
       if name == "cudnn":
         out_BTNH = kernels.cudnn(query_BTNH, key_BSKH, value_BSKG, window=window, scale=scale)
@@ -238,7 +237,7 @@ def attend(
 
 
 def _mask(mask, length: int, slots: int, window, segments_BT, positions_BT):
-  """What `attend` says of what is seen, causality left out, as one mask or None."""
+  """Combines the arguments of `attend`, except `is_causal`, into one mask or None."""
   if segments_BT is not None:
     same_B1TT = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
     mask = same_B1TT if mask is None else mask & same_B1TT
@@ -250,10 +249,10 @@ def _mask(mask, length: int, slots: int, window, segments_BT, positions_BT):
 
 
 def _attend_plainly(query_BTNH, key_BSKH, value_BSKG, mask, is_causal, *, scale, softcap, sinks_N):
-  """As `attend`: JAX's attention has no cap and no sinks."""
+  """Computes `attend` with a cap and sinks, which JAX's attention lacks."""
   batch, length, _, features = query_BTNH.shape
   slots, kv_heads = key_BSKH.shape[1:3]
-  # Query heads that share keys are a group: N becomes [K, N / K].
+  # Query heads that share keys form a group: N becomes [K, N / K].
   query = query_BTNH.reshape(batch, length, kv_heads, -1, features)
   scores = jnp.einsum("btkgh,bskh->bkgts", query, key_BSKH, preferred_element_type=jnp.float32)
   scores *= features**-0.5 if scale is None else scale
@@ -262,7 +261,7 @@ def _attend_plainly(query_BTNH, key_BSKH, value_BSKG, mask, is_causal, *, scale,
   seen = jnp.ones((1, 1, 1, 1), bool) if mask is None else mask
   if is_causal:
     seen &= jnp.tril(jnp.ones((length, slots), bool))
-  # A mask is alike for all heads, whose one axis is two here.
+  # A mask is the same for all heads, whose axis is split in two here.
   scores = jnp.where(seen[:, :, None], scores, jnp.finfo(jnp.float32).min)
   if sinks_N is not None:
     sinks = sinks_N.astype(jnp.float32).reshape(kv_heads, -1, 1, 1)

@@ -1,9 +1,9 @@
-"""Which implementation computes attention, and those that are others' kernels.
+"""Selects the implementation of attention, and wraps the external kernels.
 
     BY_DEVICE                                      # by device, dtype and length
-    Choice("blockwise")                            # this one, where there is no cache
+    Choice("blockwise")                            # this one, if there is no cache
     chosen(BY_DEVICE, call)                        # -> "plain"
-    refusal("cudnn", Choice(platform="gpu"), call) # -> why it cannot, or None
+    refusal("cudnn", Choice(platform="gpu"), call) # -> the reason it cannot, or None
 
 name        runs on   memory of scores  it is
 plain       anywhere  grows with T²     JAX's `dot_product_attention`
@@ -25,9 +25,9 @@ from jax.sharding import Mesh
 AUTO = "auto"
 NAMES = ("plain", "blockwise", "cudnn", "splash")
 
-_LONG = 512 * 512  # scores of a head; fewer take little memory, and the plain one is as fast
+_LONG = 512 * 512  # scores per head; below this, "plain" is as fast and takes little memory
 _KERNELS = {"gpu": "cudnn", "tpu": "splash"}
-_LANES = 128  # of a TPU's vector: splash attention takes multiples
+_LANES = 128  # of a TPU's vector; splash attention requires multiples of it
 _SPLASH_BLOCK = 512
 
 
@@ -35,10 +35,11 @@ _SPLASH_BLOCK = 512
 class Choice:
   """How attention is computed; a field of a model's config.
 
-  name: "auto" or one of `NAMES`. Decoding with a cache is not what the kernels are for: there it is
-    "plain", or "blockwise" where it is long.
-  platform: "cpu", "gpu" or "tpu", that the program is for; None: JAX's default backend.
-  mesh: over which rows and heads lie, as `lora_jax.sharding` names its axes; None: one device.
+  name: "auto" or one of `NAMES`. Decoding with a cache does not use the kernels: it uses "plain",
+    or "blockwise" for a long cache.
+  platform: "cpu", "gpu" or "tpu", which the program is for; None: JAX's default backend.
+  mesh: the mesh that rows and heads are sharded over, with the axis names of `lora_jax.sharding`;
+    None: one device.
 
   Raises ValueError for an unknown name.
   """
@@ -63,14 +64,14 @@ BY_DEVICE = Choice()
 
 
 class Call(NamedTuple):
-  """What is known of a call of `attend` by its shapes.
+  """The static properties of a call of `attend`.
 
   length, slots, features, value_features: T, S, H and G.
   dtype: of queries, keys and values.
-  is_causal, segments, softcap, sinks: whether it is, and whether there are any.
-  window: an integer; None: there is none; "traced" where the layer decides when it runs.
-  mask: whether there is a mask of another kind.
-  cached: whether queries lie at positions of their own.
+  is_causal, segments, softcap, sinks: whether the call uses these.
+  window: an integer; None: no window; "traced": the layer decides at run time.
+  mask: whether there is any other mask.
+  cached: whether queries have positions of their own in a cache.
   """
 
   length: int
@@ -88,7 +89,7 @@ class Call(NamedTuple):
 
 
 def call_of(config: Any, length: int, *, segments: bool) -> Call:
-  """The call that a decoder's layers make in training; of layers that differ, the hardest.
+  """The call that a decoder's layers make in training; if layers differ, the most demanding one.
 
   config: of the decoder. length: T. segments: whether rows hold several texts.
   """
@@ -109,7 +110,7 @@ def call_of(config: Any, length: int, *, segments: bool) -> Call:
 
 
 def refusal(name: str, choice: Choice, call: Call) -> str | None:
-  """Why an implementation cannot compute a call, or None where it can."""
+  """The reason why an implementation cannot compute a call, or None if it can."""
   if name in ("plain", "blockwise"):
     return None
   runs_on = next(platform for platform, kernel in _KERNELS.items() if kernel == name)
@@ -142,7 +143,7 @@ def chosen(choice: Choice, call: Call) -> str:
   """The implementation of a call.
 
   Raises:
-    ValueError: when the choice names one that cannot compute it.
+    ValueError: if the chosen one cannot compute it.
   """
   long = call.length * call.slots >= _LONG
   if call.cached:
@@ -191,7 +192,7 @@ def splash(
 
 
 def _splash_of_rows(query_BTNH, key_BSKH, value_BSKG, segments_BT=None, *, window, softcap):
-  # Not with the module: Pallas takes a second to import, and few programs need it.
+  # Imported here, since Pallas takes a second to import and few programs need it.
   from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
   length, heads = query_BTNH.shape[1:3]
@@ -224,6 +225,6 @@ def _splash_of_rows(query_BTNH, key_BSKH, value_BSKG, segments_BT=None, *, windo
 
 
 def _to_lanes(x_BTNH):
-  """Positions and features, padded to what the kernel takes."""
+  """Pads positions and features to the multiples that the kernel requires."""
   more_T, more_H = -x_BTNH.shape[1] % _LANES, -x_BTNH.shape[3] % _LANES
   return jnp.pad(x_BTNH, ((0, 0), (0, more_T), (0, 0), (0, more_H)))

@@ -1,4 +1,4 @@
-"""BERT, RoBERTa and DistilBERT: encoders whose tokens see the whole text.
+"""BERT, RoBERTa and DistilBERT: encoders with bidirectional attention.
 
     config = bert.BertConfig(vocab_size=30522, width=384, mlp_width=1536, num_layers=6,
                              num_heads=12, head_dim=32, max_length=512)
@@ -47,20 +47,20 @@ class BertConfig:
   vocab_size, width, mlp_width, num_layers, num_heads, head_dim: V, D, E, the number of layers, N
     and H. In files N H = D.
   max_length: P, the most tokens of a text.
-  token_types: how many kinds of text a token may belong to: 2 in BERT (the first text of a pair and
-    the second), 1 in RoBERTa, 0 in DistilBERT, which has no embedding for them.
-  position_offset: the row of the position embedding that the first token has. RoBERTa's tables
-    begin with the rows of padding.
+  token_types: the number of token types: 2 in BERT (the first and the second text of a pair), 1 in
+    RoBERTa, 0 in DistilBERT, which has no embedding for them.
+  position_offset: the row of the first token in the position embedding. RoBERTa's tables begin
+    with the rows of padding.
   norm_eps: added to the variance in LayerNorm.
   activation: of the MLP, one of `ACTIVATIONS`.
-  pooler: whether there is a dense layer on a text's first token. A model with a head of classes
+  pooler: whether there is a dense layer on a text's first token. A model with a classification head
     always has it.
-  pooler_activation: what follows that layer, one of `POOLER_ACTIVATIONS`.
+  pooler_activation: the activation of that layer, one of `POOLER_ACTIVATIONS`.
   classes: the names of the head's outputs; () for a model without a head.
   scan_layers, remat_policy, constrain, dtype, param_dtype: as in `llama_config.LlamaConfig`.
-  family: what files call the model; nothing is computed by it.
+  family: `model_type` in a config.json; it does not affect the computation.
 
-  Raises ValueError for a number of another type, one that no model has, and an unknown activation.
+  Raises ValueError for a value of another type or out of range, and an unknown activation.
   """
 
   vocab_size: int
@@ -127,13 +127,13 @@ def _norm(config: BertConfig, name: str | None = None) -> nn.LayerNorm:
     epsilon=config.norm_eps,
     dtype=config.dtype,
     param_dtype=config.param_dtype,
-    use_fast_variance=False,  # as in GPT-2, a few features are far larger than others
+    use_fast_variance=False,  # as in GPT-2, a few features are much larger than others
     name=name,
   )
 
 
 class Attention(nn.Module):
-  """Attention of every token of a text to every one."""
+  """Bidirectional attention within a text."""
 
   config: BertConfig
 
@@ -163,7 +163,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-  """One layer: attention, then the MLP, each added to its input and normalized after that."""
+  """One layer: attention, then the MLP, each added to its input and then normalized (post-norm)."""
 
   config: BertConfig
 
@@ -176,14 +176,14 @@ class Block(nn.Module):
 
 
 class Bert(nn.Module):
-  """An encoder: texts in, a vector for each token or the logits of classes out.
+  """An encoder: texts in, a vector for each token or class logits out.
 
   tokens_BT: token ids, padded on the right.
   mask_BT: True for each token of a text, False for padding, which no token sees; None: no padding.
-  types_BT: which text of a pair a token belongs to, from 0; None: the first one.
+  types_BT: the text of a pair that a token belongs to, from 0; None: the first one.
 
-  Returns logits_BC of a model with classes, else an `Encoding`. Vectors at padding have no
-  meaning.
+  Returns logits_BC for a model with classes, otherwise an `Encoding`. Vectors at padding are
+  meaningless.
 
   Raises ValueError for a row of more than P tokens, and for types in a model without them.
   """
@@ -243,5 +243,5 @@ class Bert(nn.Module):
     return POOLER_ACTIVATIONS[self.config.pooler_activation](self.pooler(hidden_BTD[:, 0]))
 
   def logits(self, hidden_BTD):
-    """The head of classes on what the pooler makes, as `...ForSequenceClassification` has it."""
+    """The classification head on the pooler's output, as in `...ForSequenceClassification`."""
     return self.head(self.pooled(hidden_BTD))

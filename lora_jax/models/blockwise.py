@@ -1,14 +1,14 @@
-"""Attention a block of scores at a time: exact, in plain JAX, in memory that grows with T alone.
+"""Exact attention, one block of scores at a time, in plain JAX and in memory linear in T.
 
-A softmax is computed from partial results: of each block of keys the largest score, the sum of the
-exponentials and the weighted values, which the next block's largest score scales down (Milakov and
-Gimelshein 2018, "Online normalizer calculation for softmax", section 3; Rabe and Staats 2021,
-"Self-attention Does Not Need O(n²) Memory", section 2). The backward pass computes the scores of a
-block again, from the logarithm of each query's sum (Dao et al. 2022, "FlashAttention", appendix B).
+The softmax is accumulated over blocks of keys: the running maximum of the scores, the sum of
+exponentials and the weighted sum of values. A new maximum rescales the sums (Milakov and Gimelshein
+2018, "Online normalizer calculation for softmax", section 3; Rabe and Staats 2021, "Self-attention
+Does Not Need O(n²) Memory", section 2). The backward pass recomputes the scores of a block from the
+logarithm of each query's sum (Dao et al. 2022, "FlashAttention", appendix B). Blocks that are fully
+masked by causality or the window are skipped. Forward-mode derivatives are not defined.
 
-Blocks that causality or the window leave empty are not computed. Forward-mode derivatives are not
-defined. Shapes have the letters of
-`lora_jax.models.llama`, and M is N / K, the query heads that share keys; c is a block.
+Shapes have the letters of `lora_jax.models.llama`. M is N / K, the query heads that share keys;
+c is a block.
 """
 
 import dataclasses
@@ -23,18 +23,18 @@ BLOCK = 256
 """Queries, and keys, of a block, at most."""
 
 _UNSEEN = float(np.finfo(np.float32).min) / 2
-"""The score of a key that a query does not see: its share is 0 unless a query sees none."""
+"""The score of a masked key; its weight is 0 unless all keys of a query are masked."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Form:
-  """What is known of a call before any value is."""
+  """The static properties of a call."""
 
   scale: float
   softcap: float | None
   is_causal: bool
   window: int | None
-  slots: int  # keys, padding left out
+  slots: int  # keys, without padding
   block_q: int
   block_k: int
 
@@ -53,7 +53,7 @@ def blockwise(
   softcap: float | None,
   sinks_N=None,
 ) -> jax.Array:
-  """As `lora_jax.models.attention.attend`, to rounding."""
+  """Computes `lora_jax.models.attention.attend` up to rounding."""
   batch, length, heads, features = query_BTNH.shape
   slots, kv_heads = key_BSKH.shape[1:3]
   known = window if isinstance(window, int) else None
@@ -78,7 +78,7 @@ def blockwise(
     sight["key_segments"] = _padded(segments_BT, 1, more_k)
   if mask is not None:
     mask = jnp.broadcast_to(mask, (*mask.shape[:3], slots))
-    # One row for all queries stays one.
+    # A single row for all queries stays as it is.
     sight["mask"] = _padded(_padded(mask, 2, more_q if mask.shape[2] > 1 else 0), 3, more_k)
   out = _attention(
     form,
@@ -92,7 +92,7 @@ def blockwise(
 
 
 def _block(length: int) -> int:
-  """The length cut into as few equal blocks as there must be, in steps of 8."""
+  """The block size that splits the length into the fewest equal blocks, a multiple of 8."""
   count = -(-length // BLOCK)
   return -(-length // (8 * count)) * 8
 
@@ -122,8 +122,8 @@ def _put(x, part, number, axis: int = 1):
 
 
 def _seen(form: _Form, sight: dict[str, Any], i, j):
-  """Whether queries of block i see keys of block j, to broadcast to [B, K, M, c, c]; and whether
-  the keys are no padding, [c]."""
+  """Whether queries of block i see keys of block j, broadcastable to [B, K, M, c, c]; and whether
+  the keys are not padding, [c]."""
   columns = j * form.block_k + jnp.arange(form.block_k)
   if "positions" in sight:
     rows = _cut(sight["positions"], i, form.block_q)[:, :, None]
@@ -142,13 +142,13 @@ def _seen(form: _Form, sight: dict[str, Any], i, j):
   if "mask" in sight:
     mask = _cut(sight["mask"], j, form.block_k, 3)
     mask = _cut(mask, i, form.block_q, 2) if mask.shape[2] > 1 else mask
-    # Of one for all heads, or one for each query head.
+    # The mask has one head axis for all heads, or one entry per query head.
     return seen, mask, columns < form.slots
   return seen, None, columns < form.slots
 
 
 def _scores(form: _Form, query, key, sight, i, j):
-  """Scores in float32, [B, K, M, c, c], and which of them count; before the cap as well."""
+  """Masked scores in float32, [B, K, M, c, c]; the same before masking; and which are unmasked."""
   raw = form.scale * jnp.einsum("btkmh,bskh->bkmts", query, key, preferred_element_type=jnp.float32)
   capped = raw if form.softcap is None else form.softcap * jnp.tanh(raw / form.softcap)
   seen, mask, real = _seen(form, sight, i, j)
@@ -169,7 +169,7 @@ def _attention(form: _Form, query, key, value, sinks, sight):
 
 
 def _forward(form: _Form, query, key, value, sinks, sight):
-  """The result [B, T, K, M, G], and of each query the logarithm of its sum, [B, K, M, T]."""
+  """The result [B, T, K, M, G], and the logarithm of each query's sum, [B, K, M, T]."""
   batch, length, kv_heads, shared, _ = query.shape
   features = value.shape[-1]
   shape = (batch, kv_heads, shared, length)
@@ -210,7 +210,7 @@ def _forward_with_residuals(form: _Form, query, key, value, sinks, sight):
 
 def _backward(form: _Form, residuals, grad):
   query, key, value, sinks, sight, out, logsum = residuals
-  # The gradient of a score is its weight times (what the weight's gradient is, less their mean).
+  # The gradient of a score is its weight times (the weight's gradient minus their weighted mean).
   mean = jnp.einsum("btkmg,btkmg->bkmt", grad, out, preferred_element_type=jnp.float32)
 
   def one_block(grads, pair):

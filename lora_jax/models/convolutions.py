@@ -1,8 +1,8 @@
 """Shared parts of convolutional networks: a convolution with its normalization, and the head.
 
-BatchNorm has the statistics that it was trained with, always: `norm/mean` and `norm/var` are leaves
-alongside `norm/scale` and `norm/bias`, and nothing of a batch is measured (Ioffe and Szegedy 2015,
-section 3.1, inference).
+BatchNorm always uses the statistics from training: `norm/mean` and `norm/var` are leaves alongside
+`norm/scale` and `norm/bias`, and batch statistics are not used (Ioffe and Szegedy 2015, section
+3.1, inference).
 
 Shapes: B images; H, W pixels; C channels in; D channels out; K classes.
 """
@@ -43,7 +43,7 @@ class FrozenBatchNorm(nn.Module):
     bias_D = self.param("bias", zeros, shape, c.param_dtype)
     mean_D = self.param("mean", zeros, shape, c.param_dtype)
     var_D = self.param("var", ones, shape, c.param_dtype)
-    # The factors of a channel first: they are few, and the pixels many.
+    # The scale and shift of each channel are combined first, since pixels are many.
     factor_D = scale_D * jax.lax.rsqrt(var_D.astype(jnp.float32) + c.norm_eps)
     return x_BHWD * factor_D.astype(c.dtype) + (bias_D - mean_D * factor_D).astype(c.dtype)
 
@@ -53,12 +53,12 @@ class ConvNorm(nn.Module):
 
   config: of the model.
   features: D.
-  window: pixels of a side.
-  stride, dilation: as of the convolution.
-  depthwise: whether a channel sees itself alone, so that D = C.
-  padding: pixels on each side, or "SAME", TensorFlow's rule by which the output has
-    ceil(H / stride) rows and what does not come out even is added below and to the right.
-  activation: a name of `ACTIVATIONS`; None: none.
+  window: pixels per side.
+  stride, dilation: of the convolution.
+  depthwise: whether each channel is convolved separately, so that D = C.
+  padding: pixels on each side, or "SAME", TensorFlow's rule: the output has ceil(H / stride) rows,
+    and an odd row of padding is added below and to the right.
+  activation: a name in `ACTIVATIONS`, or None.
   """
 
   config: Any
@@ -93,7 +93,7 @@ class ConvNorm(nn.Module):
 def check(config: Any) -> None:
   """Checks the fields that the configs of convolutional networks share.
 
-  Raises ValueError for an activation that is not known, and for layers that are to be stacked.
+  Raises ValueError for an unknown activation, and for stacked layers.
   """
   where = type(config).__name__
   limits.check_choice(where, "activation", config.activation, tuple(ACTIVATIONS))
@@ -105,9 +105,9 @@ def check(config: Any) -> None:
 
 
 class Classifier(nn.Module):
-  """A convolutional network: images to logits, or to pooled features where it has no head.
+  """A convolutional network: images to logits, or to pooled features without a head.
 
-  A network has `features`, from images to [B, H, W, D].
+  A subclass defines `features`, from images to [B, H, W, D].
   """
 
   config: Any
@@ -117,9 +117,9 @@ class Classifier(nn.Module):
     return self.logits(pooled_BD) if self.config.classes else pooled_BD
 
   def hidden(self, images_BHWC):
-    """The mean of the features over their places, [B, D].
+    """The mean of the features over all positions, [B, D].
 
-    Raises ValueError for images of other channels.
+    Raises ValueError for images with another number of channels.
     """
     c = self.config
     if images_BHWC.shape[-1] != c.channels:

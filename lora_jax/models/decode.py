@@ -8,12 +8,12 @@
         model.apply, params, prompts_BT, lengths_B, steps=32, beams=4, penalty=power(1.0),
         eos_id=2, cache=llama.init_cache(config, batch_size, max_length=96), exact=True)
 
-Each works with a KV cache or, slowly, without. `lora_jax.models.streaming` yields the tokens of
+Each works with a KV cache, or slowly without one. `lora_jax.models.streaming` yields the tokens of
 `decode` one by one.
 
-B prompts, T their longest length, S new tokens, V vocabulary, U = T + S; in beam search K beams of
-a prompt, C candidates for their next token (2 K, or K more for each further token that ends a
-text), and R = B K rows that the model sees.
+B prompts, T their longest length, S new tokens, V vocabulary, U = T + S. In beam search K beams per
+prompt, C candidates for their next token (2 K, and K more for each further token that ends a text),
+and R = B K rows that the model sees.
 """
 
 import math
@@ -28,24 +28,24 @@ PyTree = Any
 Choose = Callable[[jax.Array, jax.Array], jax.Array]  # (key, logits_BV) -> tokens_B
 EosId = int | Sequence[int] | None
 """The token that ends a text, or several of which each does, or None."""
-Penalty = Callable[[jax.Array], jax.Array]  # length -> what a log-probability is divided by
+Penalty = Callable[[jax.Array], jax.Array]  # length -> divisor of a log-probability
 
 
 def greedy(key: jax.Array, logits_BV: jax.Array) -> jax.Array:
-  """The token with the highest logit; the key is not used."""
+  """Returns the token with the highest logit; the key is not used."""
   del key
   return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
 
 
 def nucleus(temperature: float, top_p: float) -> Choose:
-  """Samples from the smallest set of tokens whose probability reaches `top_p`.
+  """Returns a sampler from the smallest set of tokens whose probability reaches `top_p`.
 
   Args:
     temperature: divides the logits; above 0.
     top_p: in (0, 1]; 1 samples from all tokens.
 
   Raises:
-    ValueError: when one of them is out of its range.
+    ValueError: if one of them is out of range.
 
   Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1.
   """
@@ -60,7 +60,7 @@ def nucleus(temperature: float, top_p: float) -> Choose:
     logits_BV = logits_BV.astype(jnp.float32) / temperature
     sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
     probability_BV = jax.nn.softmax(sorted_BV, axis=-1)
-    # A token is kept when those before it have not reached top_p yet, so the first one always is.
+    # A token is kept if those before it do not reach top_p, so the first one is always kept.
     kept_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV < top_p
     least_B1 = jnp.min(jnp.where(kept_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
     logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
@@ -70,10 +70,10 @@ def nucleus(temperature: float, top_p: float) -> Choose:
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-  """Prompts of different length as (tokens_BT padded on the right, lengths_B).
+  """Returns prompts of different lengths as (tokens_BT padded on the right, lengths_B).
 
   Raises:
-    ValueError: when there is no prompt, or one without a token.
+    ValueError: if there is no prompt, or an empty one.
   """
   if not prompts or not all(prompts):
     raise ValueError("every prompt needs at least one token to go on from")
@@ -98,20 +98,19 @@ def decode(
 ) -> jax.Array:
   """Returns the tokens that follow the prompts, (B, steps) int32; jit it with `steps` closed over.
 
-  A row that has ended is filled up with `eos_id`, the first of several; when all have, the rest is
-  not computed.
+  A row that has ended is padded with `eos_id`, the first one if there are several. Decoding stops
+  when all rows have ended.
 
   Args:
     apply: `model.apply` of a `llama.Llama`, adapted or not.
     params: its parameters.
     prompts_BT: token ids, padded on the right with anything.
     lengths_B: the length of each prompt, at least 1.
-    steps: how many tokens to make, S.
-    choose: `greedy`, or what `nucleus` returns, or `(key, logits_BV) -> tokens_B` of your own.
+    steps: the number of new tokens, S.
+    choose: `greedy`, the result of `nucleus`, or your own `(key, logits_BV) -> tokens_B`.
     key: a random key; step i uses `fold_in(key, i)`.
-    eos_id: the token that ends a text, several of which each does, or None to make `steps` tokens
-      in any case.
-    cache: an empty cache with T + S slots or more; None computes the whole text anew at each step,
+    eos_id: the token or tokens that end a text, or None to always decode `steps` tokens.
+    cache: an empty cache with at least T + S slots; None recomputes the whole text at each step,
       which gives the same tokens and is slow.
   """
   ends = end_ids(eos_id)
@@ -149,7 +148,7 @@ def decode(
 
 
 def end_ids(eos_id: EosId) -> tuple[int, ...]:
-  """The tokens of which each ends a text."""
+  """The tokens that end a text, as a tuple."""
   return () if eos_id is None else tuple(np.atleast_1d(np.asarray(eos_id, int)).tolist())
 
 
@@ -157,7 +156,7 @@ def power(alpha: float) -> Penalty:
   """The length penalty `length ** alpha`; `transformers` divides by it, as did Jean et al. 2015.
 
   Args:
-    alpha: 0 compares sums of log-probabilities, 1 their means; more favors longer texts.
+    alpha: 0 compares sums of log-probabilities, 1 their means; larger values favor longer texts.
   """
   return lambda length: jnp.asarray(length, jnp.float32) ** alpha
 
@@ -166,7 +165,8 @@ def gnmt(alpha: float) -> Penalty:
   """The length penalty `((5 + length) / 6) ** alpha`.
 
   Args:
-    alpha: 0 compares sums of log-probabilities; more favors longer texts. 0.6 to 0.7 in the paper.
+    alpha: 0 compares sums of log-probabilities; larger values favor longer texts. The paper uses
+      0.6 to 0.7.
 
   Source: Wu et al. 2016, "Google's Neural Machine Translation System", equation 14.
   """
@@ -174,12 +174,12 @@ def gnmt(alpha: float) -> Penalty:
 
 
 class Beams(NamedTuple):
-  """What beam search found for each prompt, the best first.
+  """The texts found by beam search for each prompt, the best first.
 
   Attributes:
-    tokens_BKS: int32; a text that has ended is filled up with EOS.
-    scores_BK: float32, `log p(text | prompt) / penalty(length)`, the EOS counted in both; -inf
-      where there were fewer than K texts to be found.
+    tokens_BKS: int32; a text that has ended is padded with EOS.
+    scores_BK: float32, `log p(text | prompt) / penalty(length)`, with the EOS included in both;
+      -inf if there are fewer than K texts.
   """
 
   tokens_BKS: jax.Array
@@ -199,27 +199,28 @@ def beam_search(
   cache: PyTree | None,
   exact: bool,
 ) -> Beams:
-  """Looks for the likeliest texts after the prompts; jit it with all but arrays closed over.
+  """Searches for the most likely texts after the prompts; jit it with all but arrays closed over.
 
-  Each step extends the K running texts of a prompt by every token and keeps the K likeliest that do
-  not end. One that ends, by EOS or by its length S, is set aside when it is among the K likeliest;
-  of these the K with the highest scores are returned. With K = V^S that is every text there is.
+  Each step extends the K running texts of a prompt by every token and keeps the K most likely ones
+  that do not end. A text that ends, by EOS or by its length S, is finished if it is among the K
+  most likely. The K finished texts with the highest scores are returned. With K = V^S the search
+  is exhaustive.
 
   Args:
     apply, params, prompts_BT, lengths_B: as in `decode`.
     steps: the most tokens of a text, S.
     beams: K.
-    penalty: `power` or `gnmt`, or a function of your own that only rises or only falls.
-    eos_id: the token that ends a text, several of which each does, or None when all go on to S
-      tokens.
-    cache: an empty cache of B rows with T + S slots or more, whose leaves are (..., B, S, K, H) as
-      those of `llama.init_cache` are; None computes the whole text anew at each step.
-    exact: when a prompt is done. True: when no running text can still enter the K best, whatever it
-      becomes (`early_stopping="never"` in `transformers`). False: when none would at its present
-      length (`early_stopping=False` there, its default): sooner, and seldom another text.
+    penalty: `power`, `gnmt`, or your own monotonic function.
+    eos_id: the token or tokens that end a text, or None if every text has S tokens.
+    cache: an empty cache of B rows with at least T + S slots. Its leaves are (..., B, S, K, H), as
+      those of `llama.init_cache`. None recomputes the whole text at each step.
+    exact: the stopping rule of a prompt. True: stop when no continuation of a running text can
+      enter the K best (`early_stopping="never"` in `transformers`). False: stop when no running
+      text would enter them at its present length (`early_stopping=False` there, its default). This
+      stops earlier and rarely changes the result.
 
   Raises:
-    ValueError: when there is less than one beam.
+    ValueError: for less than one beam.
   """
   if beams < 1:
     raise ValueError(f"beams is {beams}; there must be at least 1")
@@ -230,7 +231,7 @@ def beam_search(
   length_R = lengths_B[parent_of_row]
 
   def text_RU(new_BKS):
-    """Prompts and what follows them, for a model without a cache."""
+    """Prompts with the tokens after them, for a model without a cache."""
     text = jnp.pad(prompts_BT, ((0, 0), (0, steps)))[parent_of_row]
     at_RS = length_R[:, None] + jnp.arange(steps)
     return text.at[jnp.arange(len(text))[:, None], at_RS].set(new_BKS.reshape(-1, steps))
@@ -245,7 +246,7 @@ def beam_search(
     log_p_RV = jax.nn.log_softmax(logits_RV.astype(jnp.float32))
     sum_BKV = sum_BK[..., None] + log_p_RV.reshape(batch, beams, -1)
     vocab_size = sum_BKV.shape[-1]
-    # At least K of the candidates do not end here: a beam has one for each end that does.
+    # At least K of the candidates do not end: each beam has at most one for each end token.
     sum_BC, at_BC = jax.lax.top_k(sum_BKV.reshape(batch, -1), candidates)
     parent_BC, token_BC = at_BC // vocab_size, at_BC % vocab_size
     new_BCS = _take_beams(new_BKS, parent_BC).at[..., step].set(token_BC)
@@ -259,7 +260,8 @@ def beam_search(
 
     sum_BK, kept_BK = jax.lax.top_k(jnp.where(ends_BC, -jnp.inf, sum_BC), beams)
     new_BKS = _take_beams(new_BCS, kept_BK)
-    # A sum of log-probabilities only falls, so a text's best score is at one end of its lengths.
+    # A sum of log-probabilities only falls, so the best score of a text is at its present length
+    # or at the longest one.
     best_B = sum_BK[:, 0] / penalty(step + 1)
     if exact:
       best_B = jnp.maximum(best_B, sum_BK[:, 0] / penalty(steps))
@@ -279,7 +281,7 @@ def beam_search(
 
   logits_BV, cache = _read_prompts(apply, params, prompts_BT, lengths_B, cache)
   new_BKS = jnp.full((batch, beams, steps), ends[0] if ends else 0, jnp.int32)
-  # All beams begin alike, so all but one are ruled out before the first step.
+  # All beams start equal, so all but one are masked before the first step.
   sum_BK = jnp.full((batch, beams), -jnp.inf).at[:, 0].set(0.0)
   found = Beams(new_BKS, jnp.full((batch, beams), -jnp.inf))
   state = (
@@ -303,9 +305,9 @@ def read(
   Args:
     apply, params: as in `decode`.
     tokens_BT: token ids, padded on the right with anything.
-    lengths_B: how many of them each row has, at least 1.
-    start_B: the position of the first in its row.
-    cache: of all tokens before them. What it holds at later positions changes nothing.
+    lengths_B: the number of tokens of each row, at least 1.
+    start_B: the position of the first token of each row.
+    cache: of all tokens before them. Its entries at later positions are ignored.
   """
   logits_B1V, cache = apply(
     {"params": params},
@@ -318,7 +320,7 @@ def read(
 
 
 def _read_prompts(apply, params, prompts_BT, lengths_B, cache):
-  """The logits after each prompt, and the cache filled with the prompts."""
+  """Returns the logits after each prompt, and the cache of the prompts."""
   if cache is None:
     return _logits_of_text(apply, params, prompts_BT, lengths_B - 1), None
   return read(apply, params, prompts_BT, lengths_B, jnp.zeros_like(lengths_B), cache)
@@ -329,12 +331,12 @@ def _logits_of_text(apply, params, text_BU, at_B):
 
 
 def _logits_after(apply, params, token_B, position_B, cache):
-  """The logits after one more token of each row, and the cache with it."""
+  """Returns the logits after one more token of each row, and the cache with that token."""
   return read(apply, params, token_B[:, None], jnp.ones_like(position_B), position_B, cache)
 
 
 def _best(*found: Beams) -> Beams:
-  """The best of several, as many as the first holds."""
+  """Returns the best of several, as many as the first holds."""
   tokens = jnp.concatenate([beams.tokens_BKS for beams in found], axis=1)
   scores = jnp.concatenate([beams.scores_BK for beams in found], axis=1)
   scores_BK, kept_BK = jax.lax.top_k(scores, found[0].scores_BK.shape[1])

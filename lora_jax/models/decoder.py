@@ -1,4 +1,4 @@
-"""What all decoders share: how they are called, and their layers, scanned or apart."""
+"""The base of all decoders: the call signature, and layers that are scanned or separate."""
 
 from typing import Any
 
@@ -10,14 +10,14 @@ from lora_jax.models.attention import Cache
 class Decoder(nn.Module):
   """A decoder: tokens in, next-token logits out; `logits(hidden(tokens))`, two methods.
 
-  tokens_BT: token ids; right padding needs no mask, for no token looks to its right.
+  tokens_BT: token ids; right padding needs no mask, since attention is causal.
   positions_BT: position of each token, by default 0 ... T-1, or from 0 in each segment. With a
     cache they are also the slots where keys and values are written, and a token at position p sees
-    the slots 0 ... p: rows of different length decode together, each at its own position.
-  segments_BT: the number of the text that a token belongs to, where a row holds several, one after
-    another; no token sees another text's. None: one text a row. Not with a cache.
+    the slots 0 ... p: rows of different lengths decode together, each at its own position.
+  segments_BT: the number of the text that a token belongs to, in rows of several texts, one after
+    another; no token sees another text's. None: one text per row. Not with a cache.
   at_BC: indices into T; the head is computed at these tokens only. None: at all.
-  cache: from `init_cache` or from the call before.
+  cache: from `init_cache` or from the previous call.
 
   Returns logits_BTV (logits_BCV with `at_BC`); with a cache, the pair (logits, new cache).
   """
@@ -37,19 +37,19 @@ class Decoder(nn.Module):
 
 
 def rematerialized(block: type[nn.Module], config: Any) -> type[nn.Module]:
-  """A layer's module, which keeps what `config.remat_policy` says for the backward pass."""
+  """Returns a layer's module that applies `config.remat_policy` in the backward pass."""
   if config.remat_policy is None:
     return block
-  # A scan keeps the recomputation apart from the first computation by itself.
+  # In a scan, XLA cannot merge the recomputation with the first computation, so CSE is harmless.
   return nn.remat(block, policy=config.remat_policy, prevent_cse=not config.scan_layers)
 
 
 def scanned(block: type[nn.Module], config: Any, shared: int, own: int = 2) -> type[nn.Module]:
-  """All layers as one module whose parameters have a leading axis L.
+  """Returns all layers as one module whose parameters have a leading axis L.
 
-  shared: how many arguments after the residual stream are the same for every layer.
-  own: how many follow these and have a leading axis L; a decoder's are the layer's cache and what
-    tells the layers apart.
+  shared: the number of arguments after the residual stream that are the same for every layer.
+  own: the number of arguments after those, with a leading axis L; in a decoder, the layer's cache
+    and the kind of the layer.
   """
   return nn.scan(
     block,

@@ -2,14 +2,14 @@
 
     Experts(ExpertConfig(num_experts=128, per_token=8, width=768, normalized=True))(x_BTD)
 
-Nothing is dropped: there is no capacity, and a token's result depends on no other token. Tokens are
-sorted by expert, so that one `jax.lax.ragged_dot` multiplies each by the kernel of its own. The
-loss that keeps a router balanced while a model is pretrained (Fedus et al. 2021, section 2.2) is
-not computed: fine-tuning with the router frozen does not need it.
+No token is dropped: experts have no capacity limit, and the result of a token depends on no other
+token. Tokens are sorted by expert, so that one `jax.lax.ragged_dot` multiplies each by its expert's
+kernel. The load-balancing loss of pretraining (Fedus et al. 2021, section 2.2) is not computed:
+fine-tuning with a frozen router does not need it.
 
 Shazeer et al. 2017, "Outrageously Large Neural Networks" (section 2); Gale et al. 2022, MegaBlocks,
-for experts without a capacity. Shapes are written as suffixes, with these letters beside those of
-`lora_jax.models.llama`:
+for experts without a capacity limit. Shapes are written as suffixes, with these letters in addition
+to those of `lora_jax.models.llama`:
 
     X experts    K experts of a token    E width of an expert    M tokens, B T    R rows, M K
 """
@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 
 from lora_jax.models import limits
 
-# gpt-oss: how steep the gate is, and where gate and value are cut off.
+# gpt-oss: the slope of the gate, and the limit at which gate and value are clipped.
 _STEEPNESS, _LIMIT = 1.702, 7.0
 
 
@@ -33,12 +33,12 @@ class ExpertConfig:
 
   num_experts, per_token, width: X, K and E.
   normalized: the K largest probabilities of a token are divided by their sum.
-  clamped: the gate of gpt-oss, (up + 1) * gate * sigmoid(1.702 gate), both cut off at 7, whose
-    columns lie in turn in one kernel; otherwise silu(gate) * up, one half of the kernel each.
+  clamped: the gate of gpt-oss, (up + 1) * gate * sigmoid(1.702 gate), both clipped at 7, whose
+    columns are interleaved in one kernel; otherwise silu(gate) * up, one half of the kernel each.
   biases: router and experts have biases (gpt-oss).
 
-  Raises ValueError for a value of another type, one that no model has, and more experts of a token
-  than there are.
+  Raises ValueError for a value of another type or out of range, and more experts per token than
+  experts.
   """
 
   num_experts: int
@@ -58,7 +58,7 @@ class ExpertConfig:
 
 
 class Stack(nn.Module):
-  """Rows of M tokens by the kernel of each row's expert, [X, in, out], as one ragged product."""
+  """Multiplies each row by the kernel of its expert, [X, in, out], as one ragged product."""
 
   features: int
   config: ExpertConfig
@@ -78,7 +78,7 @@ class Stack(nn.Module):
 
 
 class Experts(nn.Module):
-  """The weighted sum of what the K experts of a token give: x_BTD in, [B, T, D] out.
+  """The weighted sum of the outputs of each token's K experts: x_BTD in, [B, T, D] out.
 
   The router's probabilities are float32, as in `transformers`.
   """
@@ -110,7 +110,7 @@ class Experts(nn.Module):
 
 
 class _Mlp(nn.Module):
-  """The MLPs of all experts, on rows that are sorted by expert."""
+  """The MLPs of all experts, on rows sorted by expert."""
 
   config: ExpertConfig
   features: int
@@ -126,7 +126,7 @@ class _Mlp(nn.Module):
 
 
 def _gated(both_R2E: jax.Array, clamped: bool) -> jax.Array:
-  """The gate's part times the other."""
+  """The activated gate times the other half."""
   if not clamped:
     gate_RE, up_RE = jnp.split(both_R2E, 2, axis=-1)
     return jax.nn.silu(gate_RE) * up_RE

@@ -1,4 +1,4 @@
-"""Gemma 4, its text model: two sizes of heads, shared keys and values, an embedding for each layer.
+"""The text model of Gemma 4: two head sizes, shared keys and values, per-layer embeddings.
 
     config = gemma4.Gemma4Config(
       vocab_size=256, width=64, mlp_width=192, num_layers=4, num_heads=4, num_kv_heads=2,
@@ -11,12 +11,12 @@
     cache = gemma4.init_cache(config, batch_size, max_length, jnp.float32)
     logits_BTV, cache = model.apply({"params": params}, tokens_BT, cache=cache)
 
-Gemma Team 2025, "Gemma 3 Technical Report", arXiv 2503.19786, section 2, for what Gemma 3 has too;
-what is new is as in the configuration below and in transformers' `Gemma4TextConfig`. Layers differ
-in the shapes of their parameters, so that they are never stacked and scanned.
+The parts shared with Gemma 3 follow Gemma Team 2025, "Gemma 3 Technical Report", arXiv 2503.19786,
+section 2. The new parts follow transformers' `Gemma4TextConfig`; see the configuration below.
+Layers differ in the shapes of their parameters, so they are never stacked and scanned.
 
-Shapes have the letters of `lora_jax.models.llama`; H and K are those of a layer's kind. P is the
-width of the embedding of each layer. Norms multiply by their scale, not by 1 + scale.
+Shapes have the letters of `lora_jax.models.llama`; H and K depend on the kind of the layer. P is
+the width of the per-layer embeddings. Norms multiply by their scale, not by 1 + scale.
 """
 
 import dataclasses
@@ -53,28 +53,27 @@ class Gemma4Config:
 
   vocab_size, width, mlp_width, num_layers, num_heads: V, D, E, L and N.
   num_kv_heads, head_dim: K and H of the layers with the window.
-  full_kv_heads, full_head_dim: K and H of the others.
+  full_kv_heads, full_head_dim: K and H of the layers without it.
   max_length: the longest context that the model was trained for, in tokens; not enforced.
-  window: a token of a layer with the window sees the `window` last tokens only, itself included.
-  local_layers: for each layer whether it has the window; the last one has none.
-  shared_layers: so many layers, the last ones, have no keys and values: they see those of the last
-    layer of their kind that has some.
-  wide_shared_mlp: the MLPs of these are twice as wide, 2 E.
-  keys_are_values: in the layers without the window the values are the keys, normalized and not
-    rotated, and have no kernel.
-  per_layer_width: P; None: there are no embeddings for each layer.
-  per_layer_vocab: the rows of their table, V or more; None with P.
+  window: a token of a layer with the window sees only the `window` last tokens, itself included.
+  local_layers: for each layer whether it has the window; the last one does not.
+  shared_layers: the number of layers at the end without keys and values of their own. They use
+    those of the last earlier layer of their kind.
+  wide_shared_mlp: the MLPs of these layers are twice as wide, 2 E.
+  keys_are_values: in the layers without the window the values are the unrotated, normalized keys,
+    and have no kernel.
+  per_layer_width: P; None: there are no per-layer embeddings.
+  per_layer_vocab: the rows of their table, at least V; None if P is None.
   local_rope_theta, rope_theta: the bases of the rotary frequencies, theta ** (-2 r / H), of the
-    layers with the window and of the others.
-  rotary_dim: the features of a head that are rotated in the layers without the window, by the
-    first frequencies of all its features: the pairs (x[r], x[r + H / 2]) for r below half of it.
+    layers with the window and of those without it.
+  rotary_dim: the number of features of a head that are rotated in the layers without the window:
+    the pairs (x[r], x[r + H / 2]) for r below half of it, with the first frequencies of H features.
   norm_eps, logit_softcap, tie_embeddings, attention, remat_policy, constrain, dtype, param_dtype,
     classes: as in `llama_config.LlamaConfig`.
-  scan_layers: False; there are no two layers of a kind in a row.
-  family: what files call the model; nothing is computed by it.
+  scan_layers: False, as the layers differ.
+  family: `model_type` in a config.json; it does not affect the computation.
 
-  Raises ValueError for a number of another type, one that no model has, and numbers that do not fit
-  each other.
+  Raises ValueError for a value of another type or out of range, and for inconsistent values.
   """
 
   vocab_size: int
@@ -163,7 +162,7 @@ class Gemma4Config:
 
 
 def sources(config: Gemma4Config) -> tuple[int, ...]:
-  """For each layer the number of the one whose keys and values it sees, mostly its own."""
+  """For each layer the number of the layer whose keys and values it uses, usually its own."""
   own, found = config.num_layers - config.shared_layers, []
   for i, local in enumerate(config.local_layers):
     alike = [n for n in range(min(i + 1, own)) if config.local_layers[n] == local]
@@ -211,7 +210,7 @@ def _gelu(x: jax.Array) -> jax.Array:
 
 
 def _rotation(config: Gemma4Config, positions_BT: jax.Array, local: bool) -> Rotation:
-  """cos and sin of each position; the frequencies of what is not rotated are zero."""
+  """cos and sin of each position; unrotated features have frequency zero."""
   if local:
     frequencies_R = rotary_frequencies(config.local_rope_theta, config.head_dim)
   else:
@@ -223,14 +222,13 @@ def _rotation(config: Gemma4Config, positions_BT: jax.Array, local: bool) -> Rot
 
 
 class Attention(nn.Module):
-  """Causal grouped-query attention with normalized queries, keys and values, whose scores are as
-  they are.
+  """Causal grouped-query attention with normalized queries, keys and values, and unscaled scores.
 
   layer: its number, from 0.
-  cache: its own, or of the layer whose keys and values it sees; None: there is no cache.
-  seen: the keys and values of that layer, where there is no cache; None: it has its own.
+  cache: its own, or that of the layer whose keys and values it uses; None: there is no cache.
+  seen: the keys and values of that layer, without a cache; None: it has its own.
 
-  Returns what it adds, and its keys and values or the cache with them.
+  Returns its output, and its keys and values or the updated cache.
   """
 
   config: Gemma4Config
@@ -292,10 +290,10 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-  """One layer: attention, the MLP and what its own embedding adds, each between norms.
+  """One layer: attention, the MLP and the per-layer embedding, each between norms.
 
   layer, cache, seen: as in `Attention`.
-  per_layer_BTP: the layer's embedding of each token; None: there is none.
+  per_layer_BTP: the layer's own embedding of each token, or None.
   """
 
   config: Gemma4Config
@@ -320,7 +318,7 @@ class Block(nn.Module):
 
 
 class Gemma4(Decoder):
-  """A decoder, called as `lora_jax.models.decoder.Decoder` says."""
+  """A decoder with the interface of `lora_jax.models.decoder.Decoder`."""
 
   config: Gemma4Config
 
@@ -342,7 +340,7 @@ class Gemma4(Decoder):
   def hidden(
     self, tokens_BT, *, positions_BT=None, segments_BT=None, at_BC=None, cache: Cache | None = None
   ):
-    """What the head is applied to, normalized: the same as the model itself, less the logits."""
+    """The normalized hidden states, which the head is applied to; arguments as in a call."""
     c = self.config
     check_segments(segments_BT, cache)
     if positions_BT is None:
@@ -378,7 +376,7 @@ class Gemma4(Decoder):
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
   def _per_layer(self, tokens_BT, x_BTD):
-    """What each layer is given of each token: a row of a table, and a product of its embedding."""
+    """The input of each layer for each token: a row of a table plus a projected embedding."""
     c = self.config
     if c.per_layer_width is None:
       return None

@@ -1,4 +1,4 @@
-"""GPT-2: learned positions, LayerNorm before each part of a layer, attention of one fused kernel.
+"""GPT-2: learned positions, pre-LayerNorm, and attention with one fused kernel.
 
     config = gpt2.GPT2Config(vocab_size=50257, width=768, mlp_width=3072, num_layers=12,
                              num_heads=12, head_dim=64, max_length=1024)
@@ -10,8 +10,8 @@
     logits_BTV, cache = model.apply({"params": params}, tokens_BT, cache=cache)
 
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (section 2.3).
-Shapes have the letters of `lora_jax.models.llama`; every head
-has keys and values of its own, so G = H and K = N. P is the positions that the model has learned.
+Shapes have the letters of `lora_jax.models.llama`. Every head has its own keys and values, so G = H
+and K = N. P is the number of learned positions.
 """
 
 import dataclasses
@@ -43,18 +43,18 @@ class GPT2Config:
 
   vocab_size, width, mlp_width, num_layers, num_heads, head_dim: V, D, E, L, N and H. In files
     N H = D.
-  max_length: P, the positions that have an embedding. No text can be longer.
+  max_length: P, the positions that have an embedding. Texts cannot be longer.
   norm_eps: added to the variance in LayerNorm.
   activation: of the MLP, "gelu_tanh" or "gelu" (Hendrycks and Gimpel 2016; Cerebras-GPT).
   scale_scores: scores are divided by the square root of a head's features.
-  scale_by_layer: and by the number of the layer, counted from 1 (Mistral's GPT-2 of Stanford CRFM).
+  scale_by_layer: scores are also divided by the number of the layer, counted from 1 (Mistral's
+    GPT-2 of Stanford CRFM).
   tie_embeddings: the head is the transposed embedding and has no parameters.
   scan_layers, remat_policy, constrain, attention, dtype, param_dtype, classes: as in
     `llama_config.LlamaConfig`.
-  family: what files call the model; nothing is computed by it.
+  family: `model_type` in a config.json; it does not affect the computation.
 
-  Raises ValueError for a number of another type, one that no model has, and numbers that do not fit
-  each other.
+  Raises ValueError for a value of another type or out of range, and for inconsistent values.
   """
 
   vocab_size: int
@@ -88,7 +88,7 @@ class GPT2Config:
       )
     if self.activation not in ACTIVATIONS:
       raise ValueError(
-        f"GPT2Config: activation {self.activation!r:.40} is none of {', '.join(ACTIVATIONS)}"
+        f"GPT2Config: activation {self.activation!r:.40} is not one of {', '.join(ACTIVATIONS)}"
       )
 
 
@@ -119,7 +119,7 @@ def _norm(config: GPT2Config, name: str | None) -> nn.LayerNorm:
     epsilon=config.norm_eps,
     dtype=config.dtype,
     param_dtype=config.param_dtype,
-    use_fast_variance=False,  # some features of GPT-2 are hundreds of times larger than others
+    use_fast_variance=False,  # some features are hundreds of times larger than others
     name=name,
   )
 
@@ -127,7 +127,7 @@ def _norm(config: GPT2Config, name: str | None) -> nn.LayerNorm:
 class Attention(nn.Module):
   """Causal attention whose queries, keys and values are the thirds of one product, F = 3 N H.
 
-  segments_BT: the text of each token, which sees no other text's; None: one text a row.
+  segments_BT: the text of each token, which sees only its own text; None: one text per row.
   layer: the number of this layer, from 0.
   """
 
@@ -167,7 +167,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-  """One layer: attention, then the MLP, each of a norm and added to the residual stream."""
+  """One layer: attention, then the MLP, each after a norm and added to the residual stream."""
 
   config: GPT2Config
 
@@ -183,11 +183,11 @@ class Block(nn.Module):
 
 
 class GPT2(Decoder):
-  """A decoder, called as `lora_jax.models.decoder.Decoder` says.
+  """A decoder with the interface of `lora_jax.models.decoder.Decoder`.
 
-  A row of more than P tokens is refused unless it holds several texts (`segments_BT`). What lies at
-  a position of P or more, which shapes cannot tell of segments and with a cache, is NaN, and
-  without a cache so is the rest of its row.
+  A row of more than P tokens is refused unless it holds several texts (`segments_BT`). Shapes do
+  not reveal positions of P or more in segments or with a cache. The outputs there are NaN, and
+  without a cache so is the rest of the row.
   """
 
   config: GPT2Config
@@ -208,7 +208,7 @@ class GPT2(Decoder):
   def hidden(
     self, tokens_BT, *, positions_BT=None, segments_BT=None, at_BC=None, cache: Cache | None = None
   ):
-    """What the head is applied to, normalized: the same as the model itself, less the logits."""
+    """The normalized hidden states, which the head is applied to; arguments as in a call."""
     c = self.config
     check_segments(segments_BT, cache)
     if segments_BT is None and tokens_BT.shape[1] > c.max_length:

@@ -1,4 +1,4 @@
-"""Trees whose layers are stacked in one `blocks`, or lie one by one in `block_0`, `block_1`, …"""
+"""Converts between trees with stacked layers, `blocks`, and separate ones, `block_0`, …"""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def layer_paths(path: str, num_layers: int) -> list[str]:
-  """Returns the paths in the unstacked tree of which a leaf is made: L for one that is stacked."""
+  """Returns the paths of a leaf in the unstacked tree: L paths for a stacked leaf."""
   if not path.startswith("blocks/"):
     return [path]
   return [path.replace("blocks", f"block_{i}", 1) for i in range(num_layers)]

@@ -1,14 +1,14 @@
-"""Limits of a model's sizes and numbers, checked before anything of that size is made.
+"""Limits of a model's sizes and values, checked before anything of that size is allocated.
 
-A configuration comes from a file, and one number of it is enough to take all memory.
+A configuration comes from a file, and a single value in it can exhaust the memory.
 """
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
-# More than any model has, and little enough for shapes to be traced in seconds and counted in the
-# integers of XLA.
+# Larger than in any model, and small enough to trace shapes in seconds and to count elements in
+# XLA's integers.
 LARGEST = {
   "vocab_size": 1 << 24, "width": 1 << 20, "mlp_width": 1 << 22, "num_layers": 1 << 10,
   "num_heads": 1 << 14, "num_kv_heads": 1 << 14, "head_dim": 1 << 14, "max_length": (1 << 31) - 1,
@@ -19,8 +19,8 @@ LARGEST = {
   "stem_width": 1 << 14, "divisor": 1 << 10, "least_channels": 1 << 14, "output_stride": 32,
 }  # fmt: skip
 MOST_LEARNED_POSITIONS = 1 << 24
-"""Of a model that has an embedding for each position: a table of this length is made."""
-# Outside of these, float32 has no number for a rotary frequency, or RMSNorm is another function.
+"""The limit for a model with learned positions, which allocates a table of this length."""
+# Outside these ranges, a rotary frequency is not a float32, or RMSNorm is another function.
 RANGES = {
   "rope_theta": (1.0, 1e15), "local_rope_theta": (1.0, 1e15), "norm_eps": (1e-30, 0.1),
   "query_divisor": (1e-3, 1e9), "attn_softcap": (1e-3, 1e9), "logit_softcap": (1e-3, 1e9),
@@ -31,7 +31,7 @@ RANGES = {
 
 
 def is_number(value: Any) -> bool:
-  """Whether a value is a finite int or float; a bool is none."""
+  """Whether a value is a finite int or float, and not a bool."""
   return type(value) is int or (type(value) is float and math.isfinite(value))
 
 
@@ -39,13 +39,13 @@ def check(where: str, name: str, kind: Any, value: Any) -> None:
   """Checks a setting of a model.
 
   Args:
-    where: begins the message.
-    name: of the setting, in LARGEST if it is an int and in RANGES if it is a float.
+    where: the start of the message.
+    name: of the setting, a key of LARGEST for an int and of RANGES for a float.
     kind: int, float or bool; others are not checked.
-    value: to check.
+    value: the value to check.
 
   Raises:
-    ValueError: when it is of another type or beyond what it may be.
+    ValueError: if it has another type or is out of range.
   """
   where = f"{where}: {name}"
   if kind is int:
@@ -62,6 +62,6 @@ def check(where: str, name: str, kind: Any, value: Any) -> None:
 
 
 def check_choice(where: str, name: str, value: Any, choices: Sequence[str]) -> None:
-  """Checks a setting that is one of a few texts; arguments and errors as of `check`."""
+  """Checks a setting that is one of a few strings; arguments and errors as in `check`."""
   if not isinstance(value, str) or value not in choices:
-    raise ValueError(f"{where}: {name} {value!r:.40} is none of {', '.join(choices)}")
+    raise ValueError(f"{where}: {name} {value!r:.40} is not one of {', '.join(choices)}")

@@ -19,7 +19,7 @@ switches of the configuration (`lora_jax.models.llama_config`). Shapes are writt
     B batch        T tokens of a call    S slots of the cache    C chosen positions
     D width        E width of the MLP    V vocabulary            H features of a head
     N query heads  K key/value heads     R rotations, H / 2      L layers
-    G features of a head's values, H unless the model was compressed
+    G features of a head's values, equal to H unless the model was compressed
 """
 
 import functools
@@ -109,22 +109,22 @@ def _times(factor: float | None, x: jax.Array) -> jax.Array:
 
 
 def _parts(joined: jax.Array, widths: list[int]) -> list[jax.Array]:
-  """What a fused kernel gives, as its parts, which lie one after another."""
+  """Splits the output of a fused kernel into its consecutive parts."""
   ends = np.cumsum(widths)
   return [joined[..., end - width : end] for end, width in zip(ends, widths, strict=True)]
 
 
 def _kinds(config: LlamaConfig) -> list[tuple[bool, bool]]:
-  """The kinds of layers that there are, each once."""
+  """The distinct kinds of layers."""
   return sorted({*layer_kinds(config)})
 
 
 class Attention(nn.Module):
   """Causal grouped-query attention with rotary positions.
 
-  segments_BT: the text of each token, which sees no other text's; None: one text a row.
-  kind: the number of this layer's kind among those of `layer_kinds`, where scanned layers differ:
-    `turn` has a leading axis of the kinds then. None: all layers are alike in the configuration.
+  segments_BT: the text of each token, which sees only its own text; None: one text per row.
+  kind: the index of this layer's kind in `layer_kinds`, if scanned layers differ; `turn` then has a
+    leading axis of kinds. None: all layers have the same configuration.
   """
 
   config: LlamaConfig
@@ -162,7 +162,7 @@ class Attention(nn.Module):
     return out_BTD, cache
 
   def _projected(self, x_BTD):
-    """Queries, keys and values by heads, before they are rotated."""
+    """Queries, keys and values per head, before rotation."""
     c = self.config
     shapes = {
       "query": (c.num_heads, c.head_dim),
@@ -211,7 +211,7 @@ def _mlp(config: LlamaConfig) -> nn.Module:
 
 
 class Block(nn.Module):
-  """One layer: attention, then the MLP, each of a norm and added to the residual stream."""
+  """One layer: attention, then the MLP, each after a norm and added to the residual stream."""
 
   config: LlamaConfig
 
@@ -237,7 +237,7 @@ class Block(nn.Module):
 
 
 class Llama(Decoder):
-  """A decoder of the family, called as `lora_jax.models.decoder.Decoder` says."""
+  """A decoder of the family with the interface of `lora_jax.models.decoder.Decoder`."""
 
   config: LlamaConfig
 
@@ -257,7 +257,7 @@ class Llama(Decoder):
   def hidden(
     self, tokens_BT, *, positions_BT=None, segments_BT=None, at_BC=None, cache: Cache | None = None
   ):
-    """What the head is applied to, normalized: the same as the model itself, less the logits."""
+    """The normalized hidden states, which the head is applied to; arguments as in a call."""
     check_segments(segments_BT, cache)
     c, kinds_L = self.config, layer_kinds(self.config)
     length = room(c, positions_BT, segments_BT, tokens_BT.shape[1], cache)
@@ -303,5 +303,5 @@ class Llama(Decoder):
 
   @property
   def _differ(self) -> bool:
-    """Whether layers are of different kinds: some have the window, or no rotations."""
+    """Whether layers differ in their window or rotation."""
     return len(_kinds(self.config)) > 1

@@ -1,11 +1,11 @@
-"""The shape of a decoder of the Llama family, and the switches by which its relatives differ.
+"""The shape of a decoder of the Llama family, and the switches that define its relatives.
 
     LlamaConfig(vocab_size=256, width=64, mlp_width=192, num_layers=2, num_heads=4, num_kv_heads=2,
                 head_dim=16, max_length=128)                        # a Llama
     LlamaConfig(..., family="qwen2", qkv_bias=True)
     LlamaConfig(..., family="mistral", window=4096)
 
-Letters of shapes are those of `lora_jax.models.llama`.
+Shapes have the letters of `lora_jax.models.llama`.
 """
 
 import dataclasses
@@ -31,65 +31,65 @@ _OPTIONAL = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-  """The shape of a decoder and how it is computed; with every switch off it is a Llama.
+  """The shape of a decoder and how it is computed; with all switches off it is a Llama.
 
   vocab_size, width, mlp_width, num_layers: V, D, E and L.
   num_heads, num_kv_heads, head_dim: N, K and H; each key/value head serves N / K query heads.
-  value_dim: features of a head's values, G, where they are fewer than H; None: as many.
+  value_dim: features of a head's values, G, if there are fewer than H; None: H.
   max_length: the longest context that the model was trained for, in tokens; not enforced.
   rope_theta: the base of the rotary frequencies, theta ** (-2 r / H).
-  rope_scaling: how they are stretched for longer contexts, or None.
+  rope_scaling: how the frequencies are scaled for longer contexts, or None.
   norm_eps: added to the mean square in RMSNorm.
   tie_embeddings: the head is the transposed embedding and has no parameters.
-  scan_layers: one `blocks` under nn.scan, its leaves stacked to (L, ...), and not L named blocks.
+  scan_layers: one `blocks` under nn.scan with leaves stacked to (L, ...), instead of L named
+    blocks.
   remat_policy: None keeps every activation for the backward pass; a function from
-    jax.checkpoint_policies says which to keep, the others are computed again.
-  constrain: what the residual stream x_BTD passes through before, between and after the blocks:
-    a sharding constraint, without which the compiler may split D over the devices that hold
-    different rows of B. None: nothing.
+    jax.checkpoint_policies selects those to keep, and the others are recomputed.
+  constrain: a sharding constraint for the residual stream x_BTD, applied before, between and after
+    the blocks. Without it the compiler may split D over devices that hold different rows of B.
+    None: no constraint.
   attention: how it is computed; see `lora_jax.models.attention_kernels`.
   dtype: of the arithmetic and of the logits (norms, rotations and softmax are float32 inside).
   param_dtype: of the parameters that `init` makes.
 
-  What relatives of Llama have, and Llama has not:
+  Switches of relatives of Llama:
 
-  family: what files call the model, `model_type` in a config.json; nothing is computed by it.
+  family: `model_type` in a config.json; it does not affect the computation.
   qkv_bias: queries, keys and values have biases (Qwen 2).
   qk_norm: each head's query and key pass through an RMSNorm before they are rotated (Qwen 3).
-  window: a token sees the `window` last tokens only, itself included; None: all (Mistral).
-  local_layers: for each layer whether it has the window; (): every layer has (Gemma 2).
-  local_rope_theta: rope_theta of the layers that have the window, unscaled; None: as the others
-    (Gemma 3).
+  window: a token sees only the `window` last tokens, itself included; None: all (Mistral).
+  local_layers: for each layer whether it has the window; (): every layer has it (Gemma 2).
+  local_rope_theta: rope_theta of the layers with the window, without scaling; None: as in the
+    others (Gemma 3).
   activation: of the gate, "silu" or "gelu_tanh" (GeGLU, Gemma).
   unit_offset: norms multiply by 1 + scale (Gemma).
-  post_norms: what attention and MLP give passes through a norm as well (Gemma 2).
+  post_norms: the outputs of attention and MLP are normalized too (Gemma 2).
   scale_embeddings: embedded tokens are multiplied by the square root of D (Gemma).
   query_divisor: scores are divided by its square root; None: by that of H (Gemma 2).
-  attn_softcap, logit_softcap: scores and logits x become `cap * tanh(x / cap)`; None: they stay
+  attn_softcap, logit_softcap: scores and logits x become `cap * tanh(x / cap)`; None: no cap
     (Gemma 2).
   fused: query, key and value are one kernel `qkv`, and gate and up one `gate_up` (Phi 3).
-  rotary_dim: the features of a head that are rotated, its first ones; None: all (Phi 4 mini).
-  pre_norms: what attention and MLP are given passes through a norm (all but OLMo 2).
+  rotary_dim: the number of first features of a head that are rotated; None: all (Phi 4 mini).
+  pre_norms: the inputs of attention and MLP are normalized (all but OLMo 2).
   whole_qk_norm: the norms of queries and keys are over all heads at once (OLMo 2).
-  rotated_layers: for each layer whether queries and keys are rotated; (): in every one (SmolLM 3).
-  embedding_multiplier, attention_multiplier, residual_multiplier: of the embedded tokens, of the
-    scores in place of a division, and of what each attention and MLP adds; None: as in a Llama
-    (Granite).
-  logit_divisor: logits are divided by it; None: they stay (Granite).
+  rotated_layers: for each layer whether queries and keys are rotated; (): in all (SmolLM 3).
+  embedding_multiplier, attention_multiplier, residual_multiplier: factors of the embedded tokens,
+    of the scores (instead of the division), and of the outputs of attention and MLP; None: as in a
+    Llama (Granite).
+  logit_divisor: logits are divided by it; None: no division (Granite).
   query_growth, query_length: queries at position p are multiplied by
-    1 + query_growth * ln(1 + floor(p / query_length)); None, both: they stay (Ministral 3).
+    1 + query_growth * ln(1 + floor(p / query_length)); both None: no factor (Ministral 3).
   out_bias: the projection after attention has a bias (gpt-oss).
-  attn_sinks: each head has a score that takes a share of its attention and has no value (gpt-oss).
-  experts: each layer's MLP is one of experts, and mlp_width is not used; None: it is one MLP
+  attn_sinks: each head has a learned score in its softmax without a value (gpt-oss).
+  experts: each layer's MLP is a mixture of experts, and mlp_width is not used; None: a dense MLP
     (Qwen3-MoE).
 
-  Beside the language model:
+  For a classifier:
 
-  classes: names of the head's outputs, where it is a classifier and not the vocabulary's (a
-    ...ForSequenceClassification of transformers); (): it is the language model's.
+  classes: the names of the outputs of a classification head, which replaces the language model's
+    (...ForSequenceClassification in transformers); (): a language model.
 
-  Raises ValueError for a number of another type, one that no model has, and numbers that do not fit
-  each other.
+  Raises ValueError for a value of another type or out of range, and for inconsistent values.
   """
 
   vocab_size: int
@@ -160,7 +160,7 @@ class LlamaConfig:
       raise ValueError(f"LlamaConfig: head_dim {self.head_dim} is odd; rotary positions turn pairs")
     if self.activation not in ACTIVATIONS:
       raise ValueError(
-        f"LlamaConfig: activation {self.activation!r:.40} is none of {', '.join(ACTIVATIONS)}"
+        f"LlamaConfig: activation {self.activation!r:.40} is not one of {', '.join(ACTIVATIONS)}"
       )
     if self.experts is not None and not (
       isinstance(self.experts, ExpertConfig) and self.activation == "silu"
@@ -226,9 +226,9 @@ def layer_kinds(config: LlamaConfig) -> tuple[tuple[bool, bool], ...]:
 
 
 def layer_config(config: LlamaConfig, local: bool) -> LlamaConfig:
-  """The configuration of the layers that have the window, or of those that have none.
+  """The configuration of the layers with the window, or of those without it.
 
-  All layers are alike in it: `local_layers`, `local_rope_theta` and `rotated_layers` are gone.
+  All of its layers are alike: `local_layers`, `local_rope_theta` and `rotated_layers` are unset.
   """
   changes = {"local_layers": (), "local_rope_theta": None, "rotated_layers": ()}
   if not local:

@@ -21,7 +21,7 @@ from lora_jax.models import convolutions, limits
 from lora_jax.models.convolutions import ConvNorm
 from lora_jax.models.decoder import rematerialized
 
-# The 17 bottlenecks have these; the first is the stem's.
+# Channels of the 17 bottlenecks; the first one belongs to the stem.
 _CHANNELS = (16, 24, 24, 32, 32, 32, 64, 64, 64, 64, 96, 96, 96, 160, 160, 160, 320)
 _STRIDES = (1, 2, 1, 2, 1, 1, 2, 1, 1, 1, 1, 1, 1, 2, 1, 1, 1)
 _FIRST, _LAST = 32, 1280
@@ -32,27 +32,26 @@ _OUTPUT_STRIDES = (8, 16, 32)
 class MobileNetV2Config:
   """The shape of a MobileNetV2 and how it is computed.
 
-  width_multiplier: of all numbers of channels.
-  divisor: every number of channels is a multiple of it.
-  least_channels: that a layer has.
-  expansion: channels within a bottleneck, as a multiple of those that it takes.
-  stem_expands: whether the first bottleneck expands its input as the others do; in published models
-    the first convolution stands for that.
-  full_output: whether the last convolution has 1,280 channels under a `width_multiplier` below 1.
-  output_stride: pixels of the image for a place of the features: 32; with 16 or 8 later layers have
-    dilated windows instead of strides.
-  same_padding: TensorFlow's padding and not one pixel on each side.
-  image_size: pixels of a side of the images that it was trained on; any other size is taken.
+  width_multiplier: factor of all channel counts.
+  divisor: every channel count is a multiple of it.
+  least_channels: the smallest channel count of a layer.
+  expansion: channels within a bottleneck, as a multiple of its input channels.
+  stem_expands: whether the first bottleneck expands its input like the others; in published models
+    the first convolution does that.
+  full_output: whether the last convolution has 1,280 channels with a `width_multiplier` below 1.
+  output_stride: image pixels per feature position: 32; with 16 or 8 later layers have dilated
+    windows instead of strides.
+  same_padding: TensorFlow's padding instead of one pixel on each side.
+  image_size: pixels per side of the images that it was trained on; other sizes are accepted.
   channels: C.
   norm_eps: added to the variance in BatchNorm.
   activation: a name of `convolutions.ACTIVATIONS`.
   classes: the names of the head's outputs; () for a model without a head.
   scan_layers: False, as the layers differ.
   remat_policy, constrain, dtype, param_dtype: as in `llama_config.LlamaConfig`.
-  family: what files call the model; nothing is computed by it.
+  family: `model_type` in a config.json; it does not affect the computation.
 
-  Raises ValueError for a number of another type, one that no model has, and values that do not fit
-  each other.
+  Raises ValueError for a value of another type or out of range, and for inconsistent values.
   """
 
   width_multiplier: float = 1.0
@@ -81,17 +80,17 @@ class MobileNetV2Config:
     convolutions.check(self)
     if self.output_stride not in _OUTPUT_STRIDES:
       raise ValueError(
-        f"MobileNetV2Config: output_stride {self.output_stride} is none of {_OUTPUT_STRIDES}"
+        f"MobileNetV2Config: output_stride {self.output_stride} is not one of {_OUTPUT_STRIDES}"
       )
 
   @property
   def num_layers(self) -> int:
-    """The bottlenecks."""
+    """The number of bottlenecks."""
     return len(_CHANNELS)
 
 
 def _divisible(config: MobileNetV2Config, channels: float) -> int:
-  """A number of channels, rounded to a multiple that is no less than nine tenths of it."""
+  """Rounds a channel count to a multiple of the divisor, but not below nine tenths of it."""
   divisor = config.divisor
   found = max(config.least_channels, int(channels + divisor / 2) // divisor * divisor)
   return found + divisor if found < 0.9 * channels else found
@@ -108,11 +107,10 @@ def widths(config: MobileNetV2Config) -> tuple[int, tuple[int, ...], int]:
 
 
 class Bottleneck(nn.Module):
-  """1 × 1 to more channels, a depthwise 3 × 3, and 1 × 1 to few; added to its input if it may be.
+  """A 1 × 1 expansion, a depthwise 3 × 3 convolution, a 1 × 1 projection, and a residual.
 
-  expanded: channels of the depthwise convolution; None: those of the input, without the first
-    convolution.
-  is_residual: whether the input is added where it has the shape of the output.
+  expanded: channels of the depthwise convolution; None: the input's, without the expansion.
+  is_residual: whether the input is added if it has the shape of the output.
   """
 
   config: MobileNetV2Config
@@ -141,7 +139,7 @@ class Bottleneck(nn.Module):
 
 
 class MobileNetV2(convolutions.Classifier):
-  """Called as `convolutions.Classifier` says."""
+  """A MobileNetV2 with the interface of `convolutions.Classifier`."""
 
   config: MobileNetV2Config
 
@@ -159,7 +157,7 @@ class MobileNetV2(convolutions.Classifier):
       else:
         expanded = _divisible(c, round(channels[n - 1] * c.expansion))
       if stride == c.output_stride:
-        # A stride that is left out widens the windows of the layers after it.
+        # Each omitted stride dilates the windows of the layers after it.
         blocks.append(block(c, width, expanded, 1, dilation, n > 0))
         dilation *= own
       else:

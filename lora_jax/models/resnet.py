@@ -1,4 +1,4 @@
-"""ResNet: convolutions whose outputs are added to their inputs, in stages of falling resolution.
+"""ResNet: residual convolutional layers in stages of decreasing resolution.
 
     config = resnet.ResNetConfig(widths=(64, 128, 256, 512), depths=(2, 2, 2, 2), bottleneck=False)
     model = resnet.ResNet(config)
@@ -21,7 +21,7 @@ from lora_jax.models import convolutions, limits
 from lora_jax.models.convolutions import ConvNorm
 from lora_jax.models.decoder import rematerialized
 
-_REDUCTION = 4  # of the channels within a bottleneck
+_REDUCTION = 4  # divides the channels within a bottleneck
 _MOST_STAGES = 16
 
 
@@ -30,23 +30,22 @@ class ResNetConfig:
   """The shape of a ResNet and how it is computed.
 
   stem_width: channels of the first convolution.
-  widths, depths: of each stage, the channels that it gives and the number of its layers.
-  bottleneck: whether a layer is 1 × 1, 3 × 3 and 1 × 1 convolutions, and not two of 3 × 3.
-  first_stage_strides: whether the first stage halves the resolution too.
-  stride_first: whether a bottleneck that halves the resolution does so in its first convolution,
-    and not in the second.
-  image_size: pixels of a side of the images that it was trained on; any other size is taken.
+  widths, depths: for each stage, its output channels and its number of layers.
+  bottleneck: whether a layer has 1 × 1, 3 × 3 and 1 × 1 convolutions rather than two of 3 × 3.
+  first_stage_strides: whether the first stage also halves the resolution.
+  stride_first: whether a bottleneck that halves the resolution does so in its first convolution
+    rather than its second.
+  image_size: pixels per side of the images that it was trained on; other sizes are accepted.
   channels: C.
   norm_eps: added to the variance in BatchNorm; files have no field for it.
-  activation: after the first convolution and after each sum, a name of
-    `convolutions.ACTIVATIONS`; within a layer it is ReLU, as transformers has it.
+  activation: after the first convolution and after each sum, a name in
+    `convolutions.ACTIVATIONS`; within a layer it is ReLU, as in transformers.
   classes: the names of the head's outputs; () for a model without a head.
   scan_layers: False, as the layers differ.
   remat_policy, constrain, dtype, param_dtype: as in `llama_config.LlamaConfig`.
-  family: what files call the model; nothing is computed by it.
+  family: `model_type` in a config.json; it does not affect the computation.
 
-  Raises ValueError for a number of another type, one that no model has, and values that do not fit
-  each other.
+  Raises ValueError for a value of another type or out of range, and for inconsistent values.
   """
 
   stem_width: int = 64
@@ -83,12 +82,12 @@ class ResNetConfig:
 
   @property
   def num_layers(self) -> int:
-    """The layers of all stages."""
+    """The number of layers in all stages."""
     return sum(self.depths)
 
 
 class Layer(nn.Module):
-  """Two or three convolutions, added to the input, or to a 1 × 1 convolution of it."""
+  """Two or three convolutions, added to the input or to a 1 × 1 convolution of it."""
 
   config: ResNetConfig
   features: int
@@ -116,7 +115,7 @@ class Layer(nn.Module):
 
 
 class ResNet(convolutions.Classifier):
-  """Called as `convolutions.Classifier` says."""
+  """A ResNet with the interface of `convolutions.Classifier`."""
 
   config: ResNetConfig
 
@@ -131,7 +130,7 @@ class ResNet(convolutions.Classifier):
     self.head = self.make_head()
 
   def features(self, images_BHWC):
-    """[B, H / 32, W / 32, D] of four stages."""
+    """[B, H / 32, W / 32, D] with four stages."""
     x_BHWD = self.stem(images_BHWC)
     x_BHWD = nn.max_pool(x_BHWD, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
     for n in range(len(self.config.widths)):

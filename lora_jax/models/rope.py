@@ -1,10 +1,10 @@
-"""How rotary frequencies are scaled for a longer context than a model was first trained on.
+"""Scalings of rotary frequencies for contexts longer than those of pretraining.
 
     LlamaConfig(..., rope_scaling=LinearRope(factor=4.0))
 
-Two of the scalings depend on how long a text is, and a model is a function of arrays: it takes the
-longest text that a call has room for, which is the number of slots of its cache, or else of tokens
-in a row, padding included. Up to `original_length` nothing depends on it.
+Two of the scalings depend on the length of a text, which must be static. A model uses the longest
+text that a call can hold: the number of slots of its cache, or without a cache the number of tokens
+in a row, padding included. Up to `original_length` the frequencies do not depend on it.
 
 R: the rotations of a head, half of its rotated features.
 """
@@ -21,12 +21,12 @@ _MOST = 1_000_000
 
 
 def rotary_frequencies(theta: float, features: int) -> np.ndarray:
-  """Returns frequencies_R, theta ** (-2 r / features), in radians a token (Su et al. 2021)."""
+  """Returns frequencies_R, theta ** (-2 r / features), in radians per token (Su et al. 2021)."""
   return theta ** -(np.arange(0, features, 2) / features)
 
 
 class _Fixed:
-  """A scaling that is the same for every length, and leaves cos and sin as they are."""
+  """A scaling that does not depend on the length and does not multiply cos and sin."""
 
   attention_factor: ClassVar[float] = 1.0
   changes_after: ClassVar[int | None] = None
@@ -40,7 +40,7 @@ class _Fixed:
 class LinearRope(_Fixed):
   """Position interpolation: every frequency divided by `factor` (Chen et al. 2023, section 3).
 
-  Raises ValueError for a factor that is not from 1 to 1,000,000.
+  Raises ValueError for a factor outside 1 to 1,000,000.
   """
 
   factor: float
@@ -56,13 +56,13 @@ class LinearRope(_Fixed):
 class Llama3Rope(_Fixed):
   """Llama 3.1's scaling: low frequencies divided by `factor`, high ones kept, a ramp in between.
 
-  factor: by how much the context was lengthened.
-  low_freq_factor: a wavelength over `original_length / low_freq_factor` tokens is scaled in full.
-  high_freq_factor: a wavelength under `original_length / high_freq_factor` tokens is kept.
-  original_length: the context length before, in tokens.
+  factor: the ratio of the new context length to the original one.
+  low_freq_factor: wavelengths over `original_length / low_freq_factor` tokens are scaled in full.
+  high_freq_factor: wavelengths under `original_length / high_freq_factor` tokens are kept.
+  original_length: the original context length, in tokens.
 
-  Raises ValueError for a factor that is not from 1 to 1,000,000, for high_freq_factor that is not
-  above low_freq_factor and that above 0, and for a length that is no positive whole number.
+  Raises ValueError for a factor outside 1 to 1,000,000, unless 0 < low_freq_factor <
+  high_freq_factor, and for a length that is not a positive integer.
   """
 
   factor: float
@@ -84,18 +84,18 @@ class Llama3Rope(_Fixed):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DynamicRope:
-  """Dynamic NTK scaling: theta grows with the length of a text that is longer than the context.
+  """Dynamic NTK scaling: theta grows with the length of texts beyond the original context.
 
       theta' = theta * (factor * length / original_length - factor + 1) ** (H / (H - 2))
 
-  Keys in a cache keep the rotations of the length that they were written at, so a cache of more
-  than `original_length` slots is refused.
+  Cached keys keep the rotation of the length at which they were written, so a cache of more than
+  `original_length` slots is refused.
 
-  factor: by how much the context may be lengthened, from 1.
+  factor: the largest ratio of a context length to the original one, at least 1.
   original_length: the context length that the model was trained for, in tokens.
 
-  Raises ValueError for a factor that is not from 1 to 1,000,000, and for a length that is no
-  positive whole number. Source: bloc97 and emozilla 2023; Peng et al. 2023, YaRN, section 3.3.
+  Raises ValueError for a factor outside 1 to 1,000,000, and for a length that is not a positive
+  integer. Source: bloc97 and emozilla 2023; Peng et al. 2023, YaRN, section 3.3.
   """
 
   attention_factor: ClassVar[float] = 1.0
@@ -119,16 +119,16 @@ class DynamicRope:
 class YarnRope:
   """YaRN: low frequencies divided by `factor`, high ones kept, a ramp over the features between.
 
-  factor: by how much the context was lengthened.
-  original_length: the context length before, in tokens.
-  attention_factor: multiplies cos and sin, and so its square the scores; `yarn_attention_factor`.
-  beta_fast: features that turn more often than this in the original context are kept.
-  beta_slow: features that turn less often are scaled in full.
-  truncate: whether the ends of the ramp are whole features.
+  factor: the ratio of the new context length to the original one.
+  original_length: the original context length, in tokens.
+  attention_factor: multiplies cos and sin; its square multiplies the scores. See
+    `yarn_attention_factor`.
+  beta_fast: features with more rotations than this in the original context are kept.
+  beta_slow: features with fewer rotations than this are scaled in full.
+  truncate: whether the ends of the ramp are rounded to whole features.
 
-  Raises ValueError for a factor that is not from 1 to 1,000,000, for beta_fast that is not above
-  beta_slow and that above 0, and for values of another type. Source: Peng et al. 2023, sections 3.2
-  and 3.4.
+  Raises ValueError for a factor outside 1 to 1,000,000, unless 0 < beta_slow < beta_fast, and for
+  values of another type. Source: Peng et al. 2023, sections 3.2 and 3.4.
   """
 
   changes_after: ClassVar[int | None] = None
@@ -151,7 +151,7 @@ class YarnRope:
     del length
 
     def turning(times: float) -> float:
-      """The feature, between two of them, that turns so often in the original context."""
+      """The (fractional) feature with this many rotations in the original context."""
       turns = math.log(self.original_length / (times * 2 * math.pi))
       return features * turns / (2 * math.log(theta))
 
@@ -168,15 +168,14 @@ class YarnRope:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LongRope:
-  """LongRoPE: each frequency divided by a factor of its own, one of two by the length of a text.
+  """LongRoPE: each frequency has its own divisor, from one of two lists by the length of a text.
 
-  The long factors are for what may become longer than `original_length`: a cache of more slots, or
-  rows of more tokens. Keys in a cache have the rotations that they were written with, so the
-  factors do not change while a text grows.
+  The long factors apply if a text may exceed `original_length`: with a cache of more slots, or rows
+  of more tokens. Cached keys keep their rotation, so the factors do not change while a text grows.
 
-  short_factors, long_factors: R numbers each.
-  original_length: the context length before, in tokens.
-  attention_factor: multiplies cos and sin at every length; `longrope_attention_factor`.
+  short_factors, long_factors: R values each.
+  original_length: the original context length, in tokens.
+  attention_factor: multiplies cos and sin at every length; see `longrope_attention_factor`.
 
   Raises ValueError for factors that are not positive and finite, and for a length below 2. Source:
   Ding et al. 2024, LongRoPE, arXiv 2402.13753, section 3.
@@ -212,7 +211,7 @@ RopeScaling = LinearRope | Llama3Rope | DynamicRope | YarnRope | LongRope
 def yarn_attention_factor(factor: float, mscale: float = 1.0, mscale_all_dim: float = 0.0) -> float:
   """Returns the `attention_factor` that YaRN recommends, 0.1 ln(factor) + 1 (section 3.4).
 
-  mscale, mscale_all_dim: DeepSeek's weights of the logarithm, above and below a fraction.
+  mscale, mscale_all_dim: DeepSeek's weights of the logarithm, in numerator and denominator.
   """
   _check_factor("YarnRope", factor)
   if not (mscale and mscale_all_dim):
@@ -225,7 +224,7 @@ def yarn_attention_factor(factor: float, mscale: float = 1.0, mscale_all_dim: fl
 def longrope_attention_factor(factor: float, original_length: int) -> float:
   """Returns the `attention_factor` that LongRoPE recommends, √(1 + ln(factor) / ln(length)).
 
-  factor: the longest context over the original one; up to 1 nothing is multiplied.
+  factor: the ratio of the longest context to the original one; up to 1 the result is 1.
   """
   _check_length("LongRope", original_length, least=2)
   _check_number("LongRope", "factor", factor)
@@ -233,7 +232,7 @@ def longrope_attention_factor(factor: float, original_length: int) -> float:
 
 
 def check_fits(scaling: Any, theta: float, features: int) -> None:
-  """Raises ValueError for a scaling that heads of so many rotated features cannot have."""
+  """Raises ValueError if a scaling does not fit heads with this many rotated features."""
   if not isinstance(scaling, RopeScaling):
     raise ValueError(f"rope_scaling must be a scaling of lora_jax.models.rope, not {scaling!r:.40}")
   if isinstance(scaling, DynamicRope) and features < 4:

@@ -12,7 +12,7 @@ Dosovitskiy et al. 2020, "An Image is Worth 16x16 Words" (section 3.1); Touvron 
 "Training data-efficient image transformers" (section 4); Oquab et al. 2023, "DINOv2".
 
 Shapes: B images; H, W their pixels and C channels; T tokens, the special ones first; D width;
-N heads of F features; E width of the MLP; K classes; P a side of the square of learned positions.
+N heads of F features; E width of the MLP; K classes; P side of the square of learned positions.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from lora_jax.models.decoder import rematerialized
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu")
 POOLINGS = ("token", "token+mean", "two heads")
-_CUBIC = -0.75  # the coefficient of PyTorch's bicubic interpolation, by which checkpoints are used
+_CUBIC = -0.75  # the coefficient of bicubic interpolation in PyTorch, which checkpoints expect
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,24 +39,23 @@ class ViTConfig:
 
   width, mlp_width, num_layers, num_heads, head_dim: D, E, the number of layers, N and F. In files
     N F = D.
-  image_size: pixels of a side of the images that the positions were learned for. Images of other
-    sizes are taken too: the positions are interpolated.
-  patch_size: pixels of a side of a patch; it divides `image_size`.
+  image_size: pixels per side of the images that the positions were learned for. For images of other
+    sizes the positions are interpolated.
+  patch_size: pixels per side of a patch; it divides `image_size`.
   channels: C.
   norm_eps: added to the variance in LayerNorm.
   activation: of the MLP, one of `ACTIVATIONS`.
   qkv_bias: whether query, key and value have biases.
   distillation: whether a second special token follows the first (DeiT).
-  layer_scale: whether what a layer adds is multiplied by learned scales (DINOv2).
-  pooling: what the head reads: "token", the first special token; "token+mean", that and the mean of
-    the patches, one after the other; "two heads", whose logits are averaged: the first token has
-    one, the distillation token the other.
+  layer_scale: whether the outputs of attention and MLP are multiplied by learned scales (DINOv2).
+  pooling: the input of the head. "token": the first special token. "token+mean": that token
+    concatenated with the mean of the patches. "two heads": a head on the first token and one on the
+    distillation token, whose logits are averaged.
   classes: the names of the head's outputs; () for a model without a head.
   scan_layers, remat_policy, constrain, dtype, param_dtype: as in `llama_config.LlamaConfig`.
-  family: what files call the model; nothing is computed by it.
+  family: `model_type` in a config.json; it does not affect the computation.
 
-  Raises ValueError for a number of another type, one that no model has, and values that do not fit
-  each other.
+  Raises ValueError for a value of another type or out of range, and for inconsistent values.
   """
 
   width: int
@@ -97,8 +96,8 @@ class ViTConfig:
 def bicubic(before: int, after: int) -> np.ndarray:
   """Returns the matrix [after, before] that interpolates a row of values, in float32.
 
-  Keys 1981, with the coefficient -0.75 and the ends repeated, and without antialiasing: what
-  PyTorch's `interpolate(mode="bicubic")` computes.
+  Keys 1981, with the coefficient -0.75, repeated edges and no antialiasing, like PyTorch's
+  `interpolate(mode="bicubic")`.
   """
   at = (np.arange(after) + 0.5) * before / after - 0.5
   first = np.floor(at).astype(int)
@@ -121,13 +120,13 @@ def _dense(config: ViTConfig, features: int, name: str | None, use_bias: bool = 
 def _norm(config: ViTConfig, name: str | None) -> nn.LayerNorm:
   return nn.LayerNorm(
     epsilon=config.norm_eps, dtype=config.dtype, param_dtype=config.param_dtype,
-    use_fast_variance=False,  # some features of DINOv2 are far larger than others
+    use_fast_variance=False,  # some features of DINOv2 are much larger than others
     name=name,
   )  # fmt: skip
 
 
 class Attention(nn.Module):
-  """Attention of every token to every token."""
+  """Bidirectional attention."""
 
   config: ViTConfig
 
@@ -171,7 +170,7 @@ class Scale(nn.Module):
 
 
 class Block(nn.Module):
-  """One layer: attention, then the MLP, each of a norm and added to the residual stream."""
+  """One layer: attention, then the MLP, each after a norm and added to the residual stream."""
 
   config: ViTConfig
 
@@ -199,7 +198,7 @@ class Positions(nn.Module):
     embedding_1TD = self.param("embedding", nn.initializers.normal(0.02), shape, c.param_dtype)
     if (rows, columns) == (side, side):
       return embedding_1TD.astype(c.dtype)
-    # In float32, as bicubic weights in a narrow dtype shift every patch.
+    # In float32, since bicubic weights in a narrow dtype shift every patch.
     square_PPD = embedding_1TD[0, special:].reshape(side, side, c.width).astype(jnp.float32)
     down, across = bicubic(side, rows), bicubic(side, columns)
     patches_HWD = jnp.einsum("hp,wq,pqd->hwd", down, across, square_PPD)
@@ -208,7 +207,7 @@ class Positions(nn.Module):
 
 
 class ViT(nn.Module):
-  """A vision transformer: images to logits, or to its last hidden states where it has no head.
+  """A vision transformer: images to logits, or to its last hidden states without a head.
 
   images_BHWC: float, normalized as for the checkpoint; H and W are multiples of `patch_size`.
   """
@@ -246,7 +245,8 @@ class ViT(nn.Module):
   def hidden(self, images_BHWC):
     """The tokens after the last norm, [B, T, D], the special ones first.
 
-    Raises ValueError for images that patches do not fill, and for other channels.
+    Raises ValueError for images whose sides are not multiples of the patch size, and for another
+    number of channels.
     """
     c = self.config
     batch, *sides, channels = images_BHWC.shape

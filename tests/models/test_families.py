@@ -202,7 +202,7 @@ def test_layers_with_and_without_a_window_have_their_own_configuration():
     ({"attn_softcap": 0.0}, "attn_softcap must be a number from 0.001"),
     ({"logit_softcap": "30"}, "logit_softcap must be a number"),
     ({"query_divisor": -1}, "query_divisor must be a number"),
-    ({"activation": "relu"}, "activation 'relu' is none of silu, gelu_tanh"),
+    ({"activation": "relu"}, "activation 'relu' is not one of silu, gelu_tanh"),
     ({"qk_norm": 1}, "qk_norm must be True or False, not 1"),
   ],
 )

@@ -155,7 +155,7 @@ def test_a_cache_with_texts_that_share_a_row_is_refused(params):
     ({"max_length": 1 << 25}, r"max_length 33554432 is over the limit of 16,777,216 learned pos"),
     ({"max_length": "12"}, "max_length must be a positive integer, not '12'"),
     ({"norm_eps": 0.0}, "norm_eps must be a number from"),
-    ({"activation": "silu"}, "activation 'silu' is none of gelu_tanh, gelu"),
+    ({"activation": "silu"}, "activation 'silu' is not one of gelu_tanh, gelu"),
     ({"scale_scores": 1}, "scale_scores must be True or False, not 1"),
   ],
 )

@@ -141,7 +141,7 @@ def test_what_is_not_computed_is_refused_by_name(loaded, tmp_path):
     ("ViT", {"patch_size": 10**9}, "over the limit"),
     ("ViT", {"rotary": True}, "'rotary'=True is not known"),
     ("DINOv2", {"use_swiglu_ffn": True}, "use_swiglu_ffn=True is not supported, only False"),
-    ("MobileNetV2", {"output_stride": 4}, "output_stride 4 is none of"),
+    ("MobileNetV2", {"output_stride": 4}, "output_stride 4 is not one of"),
     ("MobileNetV2", {"depth_multiplier": "wide"}, "width_multiplier must be a number"),
     ("ResNet", {"layer_type": "dense"}, "layer_type='dense' is not supported"),
     ("ResNet", {"depths": [2]}, "2 widths and 1 depths"),
