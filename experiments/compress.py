@@ -137,7 +137,7 @@ def with_adapter(config: ConfigDict, model: Model) -> Model:
   run, trained = parts.open_run(config.adapter, config_checks.ADAPTED)
   if trained.adapter.method == "loftq":
     raise ValueError(
-      f"{run.path}: LoftQ's adapter belongs to the quantised base that it made; export the run "
+      f"{run.path}: LoftQ's adapter belongs to the quantized base that it made; export the run "
       "with --to=merged, and compress that"
     )
   if trained.model.source != config.model.source:

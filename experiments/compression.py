@@ -177,7 +177,7 @@ def pattern_of(section: ConfigDict) -> prune.Pattern:
 
 
 def prune_step(section: ConfigDict, model: Model, data: Calibration) -> Model:
-  """Numbers of kernels to zero; of factorised ones, numbers of their factors, by magnitude."""
+  """Numbers of kernels to zero; of factorized ones, numbers of their factors, by magnitude."""
   leaves = tree.flatten(model.params, is_leaf=is_weight)
   paths = targets(section, model)
   dense = [path for path in paths if not isinstance(leaves[path], Factored)]
@@ -203,7 +203,7 @@ def format_of(section: ConfigDict) -> Format:
 
 
 def quantize_step(section: ConfigDict, model: Model, data: Calibration) -> Model:
-  """Kernels in fewer bits, the factors of factorised ones too; pruned ones keep their zeros."""
+  """Kernels in fewer bits, the factors of factorized ones too; pruned ones keep their zeros."""
   paths, params, axes = targets(section, model), model.params, model.axes
   format, leaves = format_of(section), tree.flatten(params, is_leaf=is_weight)
   calibrated = [] if section.method == "nearest" else calibratable(paths, leaves, axes)

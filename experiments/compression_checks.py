@@ -37,7 +37,7 @@ _AFTER: dict[str, tuple[tuple[str, ...], str]] = {
     ("prune", "quantize"),
     "the factors of a kernel have none of its zeros, and are not on its levels; put it before",
   ),
-  "prune": (("quantize",), "what is quantised has no numbers to set to zero; put it before"),
+  "prune": (("quantize",), "what is quantized has no numbers to set to zero; put it before"),
 }
 
 
@@ -263,7 +263,7 @@ def _check_prune(config, model, paths, selected, tokens) -> None:
   both = sorted(set(paths) & set(selected.get("factorize", ())))
   if section.of and both and config.factorize.multiple % section.of:
     raise ValueError(
-      f"prune.of: {both[0]} and {len(both) - 1} others are factorised before, to ranks that are no "
+      f"prune.of: {both[0]} and {len(both) - 1} others are factorized before, to ranks that are no "
       f"multiples of {section.of}; set factorize.multiple to {section.of}, or prune a share"
     )
 
@@ -277,7 +277,7 @@ def _check_quantize(config, model, paths, selected, tokens) -> None:
     dense = compression.calibratable(unmasked, leaves, axes)
     if not dense:
       raise ValueError(
-        "quantize.method gptq is for dense kernels, and every target is looked up, factorised or "
+        "quantize.method gptq is for dense kernels, and every target is looked up, factorized or "
         "pruned; use nearest"
       )
     _check_inputs("quantize", model, dense, tokens)

@@ -10,7 +10,7 @@ r"""Exports a run, or a model without one, for other programs: this package is n
 --to=merged writes a model's folder for `transformers`, the adapter merged in: model.safetensors,
 config.json, generation_config.json and the tokenizer's files. --to=merged_gguf writes the same
 model as one file for llama.cpp. Both have --dtype, by default that of the base's own files, float32
-where these are quantised. Both are dense: what was quantised or factored is decoded; channels and
+where these are quantized. Both are dense: what was quantized or factored is decoded; channels and
 heads that were taken out stay out. The merge is computed in float32 and rounded once.
 
 --to=artifact writes the forward pass as a program with its numbers, which runs with nothing but JAX
@@ -103,7 +103,7 @@ def main(argv):
     inputs.warn_of_changes(run, config, ["model.source"])
     if config.adapter.method == "loftq" and to in ("peft", "gguf"):
       raise ValueError(
-        f"{run.path}: LoftQ's adapter belongs to the quantised base that it made, which is no "
+        f"{run.path}: LoftQ's adapter belongs to the quantized base that it made, which is no "
         "model that another program has; use --to=merged"
       )
     found = methods.load_base(config)

@@ -10,7 +10,7 @@ r"""Generates text with a pretrained or a compressed model, or with that of a ru
 
 Several --prompt flags are decoded together. Each text is printed as a JSON object on a line of its
 own, with the keys prompt and completion. A text ends where the model ends it, or at --max_tokens.
-A run that chooses among `data.choices` has learnt to answer and not to end, so it makes as many
+A run that chooses among `data.choices` has learned to answer and not to end, so it makes as many
 tokens as the longest of them has.
 
 --chat is a conversation that the model is to answer, its messages as JSON, or an object with

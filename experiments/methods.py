@@ -1,4 +1,4 @@
-"""From a config to its adapters and how they train: specs, starting values, optimiser, objective.
+"""From a config to its adapters and how they train: specs, starting values, optimizer, objective.
 
 config.adapter.method = "dora"                         # one of SPECS
 config.adapter.rank, config.adapter.alpha = 8, 16.0    # its settings, the fields of its spec
@@ -34,7 +34,7 @@ class EVA(lora_jax.LoRA):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoftQ(lora_jax.LoRA):
-  """LoRA that starts from what quantisation lost; see `lora_jax.compress.loftq`."""
+  """LoRA that starts from what quantization lost; see `lora_jax.compress.loftq`."""
 
 
 SPECS: dict[str, type[Method]] = {
@@ -224,7 +224,7 @@ def _start_loftq(adapter: ConfigDict, params: PyTree, specs: Mapping[str, LoftQ]
   compressed = [path for path in specs if is_weight(leaves[path])]
   if compressed:
     raise ValueError(
-      f"{compressed[0]}: is quantised or compressed already, and LoftQ starts from dense kernels; "
+      f"{compressed[0]}: is quantized or compressed already, and LoftQ starts from dense kernels; "
       "use --config.model.quantize=none, or the method lora"
     )
   formats = dict.fromkeys(specs, FORMATS[adapter.format])
@@ -232,7 +232,7 @@ def _start_loftq(adapter: ConfigDict, params: PyTree, specs: Mapping[str, LoftQ]
 
 
 def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
-  """The optimiser of a whole config, and its learning rate."""
+  """The optimizer of a whole config, and its learning rate."""
   section = config.optimizer
   learning_rate = optimizer.schedule(
     peak=section.peak,
@@ -244,7 +244,7 @@ def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, op
 
 
 def optimizer_at(config: ConfigDict, learning_rate: optax.Schedule) -> optax.GradientTransformation:
-  """The optimiser of a whole config at a learning rate of one's own, which may be traced."""
+  """The optimizer of a whole config at a learning rate of one's own, which may be traced."""
   steps, section = config.train.steps, config.optimizer
   tx = optimizer.adamw(
     learning_rate,
@@ -272,7 +272,7 @@ def optimizer_at(config: ConfigDict, learning_rate: optax.Schedule) -> optax.Gra
 
 
 def merge_format(config: ConfigDict) -> Format | None:
-  """What a run's merge will be quantised to, if it is trained for that.
+  """What a run's merge will be quantized to, if it is trained for that.
 
   Raises:
     ValueError: for an unknown format, and for a run that has no dense merge.
@@ -285,14 +285,14 @@ def merge_format(config: ConfigDict) -> Format | None:
     raise ValueError(f"train.quantize_merge {name!r} is unknown; use {known}")
   if config.model.quantize != "none" or config.adapter.method == "loftq":
     raise ValueError(
-      f"train.quantize_merge {name}: the base is quantised already, and a merge with it is dense; "
+      f"train.quantize_merge {name}: the base is quantized already, and a merge with it is dense; "
       "use --config.model.quantize=none and a method other than loftq"
     )
   return FORMATS[name]
 
 
 def merge_formats(config: ConfigDict, params: PyTree, axes) -> dict[str, Format]:
-  """`{path: format}` of the leaves that are quantised once the run is merged.
+  """`{path: format}` of the leaves that are quantized once the run is merged.
 
   Raises:
     ValueError: when the base has factors or codes, which a merge would make dense.
@@ -304,7 +304,7 @@ def merge_formats(config: ConfigDict, params: PyTree, axes) -> dict[str, Format]
     if is_weight(leaf.w if isinstance(leaf, Pruned) else leaf):
       raise ValueError(
         f"train.quantize_merge {config.train.quantize_merge}: {path} is compressed already, and "
-        "its merge is dense again; set it to none, and quantise the run that comes out by "
+        "its merge is dense again; set it to none, and quantize the run that comes out by "
         "experiments.compress, which takes it as config.adapter"
       )
   rules = [(pattern, format) for pattern in config.model.quantize_targets]
@@ -312,7 +312,7 @@ def merge_formats(config: ConfigDict, params: PyTree, axes) -> dict[str, Format]
 
 
 def make_apply(config: ConfigDict, forward: Callable, params: PyTree, axes) -> Callable:
-  """The adapted function that a run trains: on the merge as it will be, if it is quantised."""
+  """The adapted function that a run trains: on the merge as it will be, if it is quantized."""
   apply = lora_jax.adapt(forward)
   formats = merge_formats(config, params, axes)
   if not formats:
@@ -328,7 +328,7 @@ def make_apply(config: ConfigDict, forward: Callable, params: PyTree, axes) -> C
 def finish(
   config: ConfigDict, params: PyTree, adapters: Mapping[str, lora_jax.Adapted], axes
 ) -> PyTree:
-  """What a run made: its base with its adapters, or their merge where that is to be quantised."""
+  """What a run made: its base with its adapters, or their merge where that is to be quantized."""
   formats = merge_formats(config, params, axes)
   if not formats:
     return lora_jax.attach(params, adapters)
@@ -338,7 +338,7 @@ def finish(
 def make_objective(
   config: ConfigDict, task: Task, apply: Callable, teacher: teachers.Teacher | None = None
 ) -> step.Objective:
-  """What a config's training minimises; `apply` is the adapted model."""
+  """What a config's training minimizes; `apply` is the adapted model."""
   if teacher:
     objective = teachers.make_objective(config.distill, task, apply, teacher)
   else:

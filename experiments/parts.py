@@ -192,7 +192,7 @@ def inspect_model(model: ConfigDict) -> pretrained.Pretrained:
     return shapes_of(model)
   if model.quantize == "gguf":
     raise ValueError(
-      "model.quantize gguf: a plan reads no tensors, and how each of the file is quantised stands "
+      "model.quantize gguf: a plan reads no tensors, and how each of the file is quantized stands "
       "with it; plan int8 or nf4 instead, whose values take 8 and 4.2 bits"
     )
   found = read_shapes(model)
@@ -279,7 +279,7 @@ def check_writes(found: pretrained.Pretrained, instead: str) -> None:
 def _load_compressed(model: ConfigDict, mesh: Mesh | None = None) -> pretrained.Pretrained:
   if model.quantize != "none":
     raise ValueError(
-      f"model.quantize {model.quantize}: {model.source} is compressed already; quantise it by "
+      f"model.quantize {model.quantize}: {model.source} is compressed already; quantize it by "
       "experiments.compress, as a step"
     )
   found = storage.load(
@@ -294,7 +294,7 @@ def _laid_out(found: pretrained.Pretrained, mesh: Mesh) -> pretrained.Pretrained
 
 
 def _quantization(model: ConfigDict, mesh: Mesh | None) -> dict[str, Any]:
-  """How the base is quantised as it is loaded, a parameter at a time, and where it then lies.
+  """How the base is quantized as it is loaded, a parameter at a time, and where it then lies.
 
   Raises:
     ValueError: for an unknown format, and as `lora_jax.match` does of the targets.

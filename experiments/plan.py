@@ -18,7 +18,7 @@ compilation takes from seconds to minutes.
 Of a sweep the largest member is planned, and taken as often as there are members.
 
 XLA's CPU compiler is unlike the others in two things, which the estimate leaves out: it computes
-bfloat16 in float32, and it undoes rematerialisation between layers that are not scanned.
+bfloat16 in float32, and it undoes rematerialization between layers that are not scanned.
 """
 
 import re

@@ -1,10 +1,10 @@
-r"""Shows the tokens of a config's examples: which are learnt, which are not, and the special ones.
+r"""Shows the tokens of a config's examples: which are learned, which are not, and the special ones.
 
     python -m experiments.preview --config=configs/sft.py:data=mine.jsonl --examples=3
 
-The examples are spread evenly over the split. In a terminal, what is learnt is on a green ground;
-two shades tell neighbouring tokens apart, and special tokens are bold. Elsewhere each line has a
-mark, + for tokens that are learnt and . for others. Text stands in quotes, a token each. A special
+The examples are spread evenly over the split. In a terminal, what is learned is on a green ground;
+two shades tell neighboring tokens apart, and special tokens are bold. Elsewhere each line has a
+mark, + for tokens that are learned and . for others. Text stands in quotes, a token each. A special
 token stands without, so that text that only reads like one is told from it:
 
     . <|im_start|> "user" "\n"
@@ -31,10 +31,10 @@ _EXAMPLES = flags.DEFINE_integer("examples", 3, "How many examples to show.", 1)
 _SPLIT = flags.DEFINE_string("split", "train", "The split: train, validation or test.")
 _COLOR = flags.DEFINE_enum(
   "color", "auto", ["auto", "always", "never"],
-  "Colours or marks; auto: colours in a terminal, unless NO_COLOR is set.",
+  "Colors or marks; auto: colors in a terminal, unless NO_COLOR is set.",
 )  # fmt: skip
 
-# ECMA-48's "select graphic rendition"; 256 colours, as xterm has them.
+# ECMA-48's "select graphic rendition"; 256 colors, as xterm has them.
 _GROUNDS, _GREYS = ("48;5;22;97", "48;5;28;97"), ("38;5;252", "38;5;245")
 _BOLD, _RESET = "1", "\033[0m"
 _WIDTH = 90  # characters of a line of marks, unless one token has more
@@ -56,7 +56,7 @@ def main(argv):
   if _COLOR.value == "auto":
     is_colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
   draw: Callable[[Sequence[TokenText]], Iterator[str]] = colored if is_colored else marked
-  print("learnt: on a green ground" if is_colored else "learnt: lines with +")
+  print("learned: on a green ground" if is_colored else "learned: lines with +")
   for number, example in zip(
     samples.choose(range(len(examples)), _EXAMPLES.value),
     samples.choose(examples, _EXAMPLES.value),
@@ -101,14 +101,14 @@ def quoted(text: str) -> str:
 
 
 def colored(tokens: Sequence[TokenText]) -> Iterator[str]:
-  """The text of tokens as it is, in colours; see the module."""
+  """The text of tokens as it is, in colors; see the module."""
   pieces = []
   for n, token in enumerate(tokens):
     codes = [(_GROUNDS if token.learnt else _GREYS)[n % 2]]
     codes += [_BOLD] if token.special else []
     for m, line in enumerate(token.text.split("\n")):
       shown = "".join(x if x.isprintable() else quoted(x)[1:-1] for x in line)
-      # A colour that lasts over the end of a line would fill the terminal's width.
+      # A color that lasts over the end of a line would fill the terminal's width.
       pieces.append(f"\033[{';'.join(codes)}m⏎{_RESET}\n" if m else "")
       pieces.append(f"\033[{';'.join(codes)}m{shown}{_RESET}" if shown else "")
   yield "".join(pieces)

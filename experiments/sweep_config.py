@@ -52,7 +52,7 @@ def list_members(config: ConfigDict) -> list[Fields]:
     if name not in FIELDS:
       raise ValueError(
         f"sweep: members cannot differ in {name!r}; one program has one base, one kind of batch "
-        f"and one optimiser, and its members differ in {', '.join(FIELDS)}. Make it a run of its "
+        f"and one optimizer, and its members differ in {', '.join(FIELDS)}. Make it a run of its "
         "own"
       )
   repeated = [each for n, each in enumerate(found) if each in found[:n]]

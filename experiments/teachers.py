@@ -1,4 +1,4 @@
-"""The teacher of a run whose config asks for one, and what is learnt from it.
+"""The teacher of a run whose config asks for one, and what is learned from it.
 
 config.distill.teacher = "none"       # the batches' own tokens alone
 config.distill.teacher = "base"       # the model without its adapter; it lies there anyway
@@ -25,7 +25,7 @@ _WITHOUT_BASE = ("pissa", "olora")  # their adapters hold a residual in the base
 
 
 class Teacher(NamedTuple):
-  """Who is learnt from.
+  """Who is learned from.
 
   Attributes:
     apply: the adapted `model.apply`.
@@ -73,7 +73,7 @@ def load(config: ConfigDict, student: Pretrained, task: Task, mesh: Mesh) -> Tea
 
   Raises:
     ValueError: when the two have not the same tokens, or hidden states of different width that are
-      to be learnt from.
+      to be learned from.
   """
   if not is_taught(config):
     return None

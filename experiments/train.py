@@ -1,4 +1,4 @@
-r"""Trains an adapter: config, data, model, adapters, optimiser, restore, evaluate, loop, evaluate.
+r"""Trains an adapter: config, data, model, adapters, optimizer, restore, evaluate, loop, evaluate.
 
     python -m experiments.train --config=configs/quickstart.py --workdir=runs/quickstart
     python -m experiments.train --config=configs/quickstart.py:method=dora --workdir=runs/dora \

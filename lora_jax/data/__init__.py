@@ -1,1 +1,1 @@
-"""Text data: read, split, tokenised and batched."""
+"""Data: reading, splitting, tokenizing and batching."""

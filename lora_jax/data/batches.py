@@ -1,20 +1,20 @@
-"""Batches of examples in a few shapes, shuffled by a seed, as `grain` datasets.
+"""Batches of examples in a few shapes, shuffled with a seed, as `grain` datasets.
 
   batches = iter(train_batches(examples, batch_size=16, buckets=(32, 64, 128), seed=0, pad_id=0))
   batch = next(batches)
-  state = batches.get_state()          # a small dict for JSON; set_state goes on from there
+  state = batches.get_state()          # a small JSON dict; set_state resumes from it
 
 Letters: B rows of a batch, T input tokens, C targets of a row.
 
   tokens  (B, T) int32    inputs, padded on the right (a causal model needs no mask for that)
   at      (B, C) int32    positions in 0..T-1 whose next token belongs to the completion
-  targets (B, C) int32    those next tokens; the last of them stands in `tokens` no more
+  targets (B, C) int32    those next tokens; the last one is not in `tokens`
   weights (B, C) float32  1 for a target, 0 for padding
-  index   (B,)   int32    evaluation only: the example's number, -1 for a row that fills the batch
+  index   (B,)   int32    evaluation only: the example's index, -1 for a padding row
 
 T is the first bucket that holds the batch's longest row, and each bucket has one C, so a step
-compiles once a bucket. A batch is a pure function of the examples, the arguments and the step:
-`train_batches(...)[step]`. All that an iterator has to remember is its position.
+compiles once per bucket. A batch is a pure function of the examples, the arguments and the step:
+`train_batches(...)[step]`. The state of an iterator is its position.
 """
 
 import functools
@@ -34,7 +34,7 @@ padding to the arrays of a batch."""
 
 
 class Rows(NamedTuple):
-  """Which examples make a batch, and the bucket's length to which they are padded."""
+  """The examples of a batch, and the bucket length that they are padded to."""
 
   length: int
   indices: np.ndarray
@@ -52,20 +52,20 @@ def train_batches(
 ) -> grain.MapDataset:
   """Returns the endless dataset of training batches; element `step` is the batch of that step.
 
-  Every epoch takes each example once, in another order, in ceil(examples / batch_size) batches;
-  what is short of a full batch is filled with rows of weight 0.
+  Every epoch takes each example once, in a new order, in ceil(examples / batch_size) batches. An
+  incomplete batch is padded with rows of weight 0.
 
   Args:
-    examples: as `lora_jax.data.examples.encode` returns them.
+    examples: from `lora_jax.data.examples.encode`.
     batch_size: rows of a batch, over all shards.
-    buckets: the input lengths that may occur, in tokens, rising.
-    seed: an integer of 0 or more; with the step, decides the batch.
-    pad_id: the token that fills up `tokens`; any of the vocabulary will do.
-    shard_index: which block of the rows to return, e.g. `jax.process_index()`.
-    shard_count: into how many equal blocks the rows are cut, e.g. `jax.process_count()`. All
-      shards have the same shapes at the same step, and their rows in order are the whole batch.
-    assemble: makes the arrays of examples of another kind, which have `inputs`, `targets` and `cut`
-      as these do; None makes those of the module.
+    buckets: the possible input lengths, in tokens, increasing.
+    seed: an integer of 0 or more; determines the batch together with the step.
+    pad_id: the token that pads `tokens`; any token of the vocabulary suffices.
+    shard_index: the block of rows to return, e.g. `jax.process_index()`.
+    shard_count: the number of equal blocks of rows, e.g. `jax.process_count()`. All shards have
+      the same shapes at the same step, and their rows in order are the whole batch.
+    assemble: makes the arrays from other kinds of examples, which also have `inputs`, `targets` and
+      `cut`; None makes the arrays described above.
 
   Raises:
     ValueError: no examples, one longer than the last bucket, buckets that do not rise, a batch
@@ -77,7 +77,7 @@ def train_batches(
   widths = target_widths(examples, buckets)
   batches_per_epoch = -(-len(examples) // batch_size)
 
-  # The iterator reads ahead, so two epochs can be in use at once.
+  # The iterator prefetches, so two epochs can be in use at once.
   @functools.lru_cache(maxsize=2)
   def plan(epoch: int) -> list[Rows]:
     order = permutation(len(examples), seed, epoch, 0)
@@ -90,8 +90,8 @@ def train_batches(
     own = block(rows.indices, batch_size, shard_index, shard_count)
     return (assemble or _assemble)(examples, own, rows.length, widths[rows.length], pad_id)
 
-  # Not `repeat`, which would hand the map a step within the epoch, and not grain's own sharding,
-  # which deals whole batches out: the shards of one step would differ in shape.
+  # `repeat` would pass the map a step within the epoch. Grain's own sharding would assign whole
+  # batches to shards, which would then differ in shape at the same step.
   return grain.MapDataset.range(sys.maxsize).map(batch)
 
 
@@ -106,8 +106,8 @@ def eval_batches(
 ) -> grain.MapDataset:
   """Returns the dataset of one pass, each example once, from the shortest bucket to the longest.
 
-  What is short of a full batch comes last. Within a bucket the examples keep their order;
-  `batch["index"]` says which they are, so that results per example can be put back in place.
+  An incomplete batch comes last. Within a bucket the examples keep their order; `batch["index"]`
+  has their indices, so that results per example can be put back in order.
 
   Args and Raises: those of `train_batches`.
   """
@@ -125,9 +125,9 @@ def eval_batches(
 
 
 def stacked(datasets: Sequence[grain.MapDataset]) -> grain.MapDataset:
-  """Returns the dataset whose element `step` is that of each dataset, stacked on a new first axis.
+  """Returns the dataset whose element `step` stacks those of all datasets on a new first axis.
 
-  The batches of a step must have one shape: those of one bucket, or packed ones.
+  The batches of a step must have the same shape, as with one bucket or with packing.
   """
 
   def batch(step: int) -> Batch:
@@ -138,15 +138,15 @@ def stacked(datasets: Sequence[grain.MapDataset]) -> grain.MapDataset:
 
 
 def summary(examples: Sequence[Example], batch_size: int, buckets: Sequence[int]) -> dict[str, Any]:
-  """Returns what a pass over the examples comes to.
+  """Returns the size of a pass over the examples.
 
   Args:
     examples, batch_size, buckets: as for `train_batches`.
 
   Returns:
-    {"examples": number of them, "cut": how many of them have a shortened prompt,
-    "batches": batches of a pass, "shapes": {(T, C): how many of those},
-    "padding": share of all token slots that hold padding, from 0 to 1}.
+    {"examples": number of them, "cut": number of those with a shortened prompt,
+    "batches": batches of a pass, "shapes": {(T, C): number of batches},
+    "padding": fraction of all token slots that are padding, from 0 to 1}.
 
   Raises:
     ValueError: as `train_batches`.
@@ -169,10 +169,11 @@ def summary(examples: Sequence[Example], batch_size: int, buckets: Sequence[int]
 
 
 def permutation(count: int, *seeds: int) -> np.ndarray:
-  """Returns the numbers below `count` in an order that the seeds (integers >= 0) decide.
+  """Returns the integers below `count` in an order determined by the seeds (integers >= 0).
 
-  numpy keeps the bits of its generators between releases, but not what `Generator.permutation`
-  makes of them; a run must go on with the same batches after an update, so the bits are sorted.
+  numpy guarantees the bits of its generators between releases, but not the results of
+  `Generator.permutation`. A run must resume with the same batches after an update, so the order
+  comes from sorting the bits.
   """
   bits = np.random.PCG64(np.random.SeedSequence(seeds)).random_raw(count)
   return np.argsort(bits, kind="stable")
@@ -181,16 +182,16 @@ def permutation(count: int, *seeds: int) -> np.ndarray:
 def group(
   lengths: np.ndarray, order: np.ndarray, batch_size: int, buckets: Sequence[int]
 ) -> list[Rows]:
-  """Returns batches of examples of like length, all full but one at most, the last.
+  """Returns batches of examples of similar length; only the last may be incomplete.
 
-  What is left over in a bucket goes before the examples of the next one. How many batches each
-  bucket has, that last one aside, is therefore the same for every `order`.
+  The remainder of a bucket goes before the examples of the next one. The number of batches of each
+  bucket, except the last batch, is therefore the same for every `order`.
 
   Args:
     lengths: the input length of each example, in tokens.
-    order: the numbers of the examples, as they are to be taken within a bucket.
+    order: the indices of the examples, in their order within a bucket.
     batch_size: rows of a full batch.
-    buckets: the input lengths that may occur, rising; the last is no less than any length.
+    buckets: the possible input lengths, increasing; the last is at least the longest length.
   """
   bucket_of = np.searchsorted(buckets, lengths)
   batches = []
@@ -206,7 +207,7 @@ def group(
 
 
 def target_widths(examples: Sequence[Example], buckets: Sequence[int]) -> dict[int, int]:
-  """Returns {bucket: the C of its batches}, the most targets of an example that may be in one.
+  """Returns {bucket: C of its batches}, the most targets of an example that may be in a bucket.
 
   An example can be in a longer bucket than its own (see `group`), so C never falls from one
   bucket to the next.
@@ -218,7 +219,7 @@ def target_widths(examples: Sequence[Example], buckets: Sequence[int]) -> dict[i
 
 
 def check_shards(batch_size: int, shard_index: int, shard_count: int) -> None:
-  """Raises ValueError for a batch that cannot be cut so, or a shard that there is not."""
+  """Raises ValueError for a batch that cannot be split evenly, or a shard out of range."""
   if batch_size < 1 or shard_count < 1 or batch_size % shard_count:
     raise ValueError(
       f"batch_size {batch_size} must be positive and a multiple of shard_count {shard_count}"

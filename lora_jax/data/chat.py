@@ -1,12 +1,12 @@
-"""Conversations as examples: the assistant's turns are learnt, and nothing else.
+"""Conversations as examples: only the assistant's turns are learned.
 
   {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
 
   found = encode(records, tokenizer, None, date="2026-01-01", learn="all", max_length=512,
                  too_long="drop")
 
-`lora_jax.data.chat_tokens` says which tokens the loss covers, and when one conversation becomes
-several examples.
+`lora_jax.data.chat_tokens` describes which tokens the loss covers, and when one conversation
+becomes several examples.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from lora_jax.io.tokenizer import Tokenizer
 
 LEARN = ("all", "last")
 TOO_LONG = ("cut_left", "cut_right", "drop", "error")
-_BEGINNING = 60  # characters of a conversation that an error shows
+_BEGINNING = 60  # characters of a conversation in an error
 
 
 def encode(
@@ -34,29 +34,28 @@ def encode(
   max_length: int,
   too_long: str,
 ) -> list[Example]:
-  """Returns the examples of records, in their order, without those that are left out.
+  """Returns the examples of records, in order, without those that are dropped.
 
-  A record is one example, or several where the template changes earlier turns. The tokens after the
-  last that is learnt are no part of an example. The last turn that is learnt counts as its
-  completion, and all before as its prompt.
+  A record becomes one example, or several if the template changes earlier turns. An example ends
+  with its last learned token. Its completion is the last learned turn, and its prompt is everything
+  before.
 
   Args:
-    records: with `messages`, and perhaps `tools`; see `lora_jax.data.messages.check`.
+    records: with `messages` and optionally `tools`; see `lora_jax.data.messages.check`.
     tokenizer: of the model.
     template: see `chat_templates.find`.
-    date: what templates that ask for the day are told, as 2026-01-31.
-    learn: "all" turns of the assistant or the "last" alone.
+    date: the date for templates that print it, as 2026-01-31.
+    learn: "all" turns of the assistant, or only the "last".
     max_length: the most tokens of an example.
-    too_long: what becomes of a longer one. "cut_left" takes away its beginning, BOS aside,
-      "cut_right" its end; "drop" leaves it out, `Example.left_out` of the next one counts it;
-      "error" refuses it.
+    too_long: how to treat longer ones. "cut_left" removes the beginning except BOS, "cut_right" the
+      end; "drop" drops the example, counted in `Example.left_out` of the next one; "error" raises.
 
   Raises:
-    ValueError: for a conversation that is none, or that the template does not take; where nothing
-      is learnt of one, or a cut would leave nothing to learn; and where all are left out.
+    ValueError: for an invalid conversation, or one that the template rejects; for one without
+      learned tokens, or none after truncation; and if all examples are dropped.
   """
   kept: list[Example] = []
-  longer: list[tuple[int, int]] = []  # each by its record, with its tokens
+  longer: list[tuple[int, int]] = []  # (record, number of tokens)
   left_out = 0
   with chat_templates.renderers(tokenizer, template, date) as renderer:
     for number, record in enumerate(records):
@@ -111,7 +110,7 @@ def _example(tokens: Tokens) -> Example:
 def _cut(
   example: Example, turns: Sequence[Sequence[int]], max_length: int, left: bool, keeps_bos: bool
 ) -> Example:
-  """An example of `max_length` tokens, which has more."""
+  """Truncates an example to `max_length` tokens."""
   cut = len(example.tokens) - max_length
   if left:
     kept = (example.tokens[:1] if keeps_bos else ()) + example.tokens[cut + keeps_bos :]
@@ -136,7 +135,7 @@ def _cut(
 
 
 def _where(number: int, record: Record) -> str:
-  """A record by its number, and by its beginning: it may stand elsewhere in its file."""
+  """Names a record by its number and its beginning, since its place in the file may differ."""
   given = record.get("messages")
   for message in given if isinstance(given, list) else ():
     if isinstance(message, dict) and message.get("content"):

@@ -1,20 +1,20 @@
-"""Renders chat templates by jinja2, in a process of its own.
+"""Renders chat templates with jinja2, in a separate process.
 
-`lora_jax.data.chat_templates` starts it. It reads lines of JSON from its input and answers each by
-one. A template comes from a stranger: it may loop for ever, or ask for more memory than there is.
-Here it has a limit of both. The first line sets the template up:
+`lora_jax.data.chat_templates` starts it. It reads lines of JSON from stdin and answers each with
+one line. Templates are untrusted: one may loop forever or allocate too much memory, so this process
+limits both. The first line sets up the template:
 
     {"template": "...", "variables": {...}, "date": "2026-01-01", "marks": "...", "seconds": 10,
      "bytes": 1073741824, "characters": 67108864}
     {"marked": true}                        # whether it has a generation block
 
-Each further line is a conversation, with the beginnings of it that are rendered:
+Each further line is a conversation, with the prefixes of it to render:
 
     {"messages": [...], "tools": null, "renderings": [[2, true], [3, false]]}
     {"texts": ["...", "..."]}               # of 2 messages and a generation prompt, of 3 messages
 
-Templates get what `transformers` gives them (`transformers.utils.chat_template_utils`). It imports
-nothing of this package, so that it starts in a fraction of a second.
+Templates have the same environment as in `transformers` (`transformers.utils.chat_template_utils`).
+This module imports nothing of this package, so that the process starts quickly.
 """
 
 import datetime
@@ -32,15 +32,15 @@ _SHOWN = 300  # characters of an error
 
 
 class RaisedError(jinja2.TemplateError):
-  """What a template raises by `raise_exception`."""
+  """Raised by a template's `raise_exception`."""
 
 
 class TooLongError(Exception):
-  """A text beyond the limit."""
+  """A rendered text over the limit."""
 
 
 class GenerationMarks(jinja2.ext.Extension):
-  """The block `{% generation %}`: what is inside stands between two marks."""
+  """The block `{% generation %}`, which puts its content between two marks."""
 
   tags = frozenset({"generation"})
 
@@ -55,7 +55,7 @@ class GenerationMarks(jinja2.ext.Extension):
 
 
 class Namespace(jinja2.utils.Namespace):
-  """Jinja's, without attributes of Python's own objects."""
+  """Jinja's namespace, without access to attributes of Python objects."""
 
   def __init__(*args, **kwargs):
     self, args = args[0], args[1:]
@@ -75,10 +75,10 @@ def _check_name(name):
 
 
 def make_environment(date: datetime.datetime, marks: str) -> sandbox.ImmutableSandboxedEnvironment:
-  """The environment of templates.
+  """Returns the environment of templates.
 
   Args:
-    date: what `strftime_now` says.
+    date: the date of `strftime_now`.
     marks: the two characters around a generation block.
   """
   environment = sandbox.ImmutableSandboxedEnvironment(
@@ -90,7 +90,7 @@ def make_environment(date: datetime.datetime, marks: str) -> sandbox.ImmutableSa
     raise RaisedError(str(message))
 
   def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    # Jinja's own writes "<" as "\u003c".
+    # Jinja's own filter writes "<" as "\u003c".
     return json.dumps(
       value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
@@ -106,7 +106,7 @@ def make_environment(date: datetime.datetime, marks: str) -> sandbox.ImmutableSa
 
 
 class Renderer:
-  """A template that is set up."""
+  """A compiled template."""
 
   def __init__(self, setup: dict):
     date = datetime.datetime.strptime(setup["date"], "%Y-%m-%d")
@@ -116,7 +116,7 @@ class Renderer:
     self.marked = environment.marked
 
   def render(self, conversation: dict) -> list[str]:
-    """The text of each rendering."""
+    """Returns the text of each rendering."""
     texts, length = [], 0
     for count, prompt in conversation["renderings"]:
       pieces = self._template.generate(
@@ -137,7 +137,7 @@ class Renderer:
 
 
 def _explain(error: BaseException) -> str:
-  """An error in words, with the template's line."""
+  """Describes an error, with the template's line."""
   frames = traceback.walk_tb(error.__traceback__)
   lines = [line for frame, line in frames if frame.f_code.co_filename == "<template>"]
   if isinstance(error, jinja2.TemplateSyntaxError):
@@ -162,14 +162,14 @@ def _explain(error: BaseException) -> str:
 
 def main() -> None:
   renderer = None
-  # Undecoded, for the locale may have another encoding.
+  # Read as bytes, since the locale may have another encoding.
   for line in sys.stdin.buffer:
     request = json.loads(line)
     if renderer is None:
       size, seconds = request["bytes"], request["seconds"]
       resource.setrlimit(resource.RLIMIT_AS, (size, size))
-    # Of the processor's time, so that a machine at work on other things does not end it. Nothing
-    # handles the signal: it ends the process, even within one long operation.
+    # The limit is on CPU time, so a busy machine does not trigger it. The signal has no handler, so
+    # it ends the process even within one long operation.
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
       if renderer is None:

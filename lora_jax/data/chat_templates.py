@@ -1,4 +1,4 @@
-"""Chat templates: from a conversation to its text, as a model's own Jinja template writes it.
+"""Chat templates: renders a conversation as text with a model's own Jinja template.
 
   template = find(tokenizer, None)                    # the model's own
   with Renderer(template, date="2026-01-01") as renderer:
@@ -6,9 +6,9 @@
     text = read(whole)
     text.pieces                                       # as `Tokenizer.encode_pieces` takes them
 
-A template and the messages that it is given make one text, in which `<|im_end|>` is a token where
-the template wrote it, and plain text where a message holds these characters. Two marks around them
-tell the two apart. Two more stand around what a `{% generation %}` block wrote.
+In the rendered text, `<|im_end|>` is a token if the template wrote it, and plain text if it comes
+from a message. Two marks around the texts of messages distinguish them. Two more marks enclose the
+output of a `{% generation %}` block.
 """
 
 import bisect
@@ -33,7 +33,7 @@ Messages = Sequence[Mapping[str, Any]]
 Renderings = Sequence[tuple[int, bool]]
 """The beginnings of a conversation: so many messages, and whether a generation prompt follows."""
 
-# No characters, and so in no text.
+# Unicode noncharacters, which occur in no text.
 _PLAIN, _PLAIN_END, _LEARNT, _LEARNT_END = "\ufdd1", "\ufdd2", "\ufdd3", "\ufdd4"
 RESERVED = frozenset({"\ufdd0", _PLAIN, _PLAIN_END, _LEARNT, _LEARNT_END})
 """Characters that no message and no template may hold; the first is a mark of the tokenizer."""
@@ -41,12 +41,12 @@ _MARK = re.compile(f"[{_PLAIN}-{_LEARNT_END}]")
 
 _DEFAULT, _OF_TOOLS = "default", "tool_use"
 _MAX_BYTES = 1 << 22  # of a file; the longest published templates have 20 kB
-_SECONDS, _MEMORY, _CHARACTERS = 10.0, 1 << 30, 1 << 26  # that a conversation may take
+_SECONDS, _MEMORY, _CHARACTERS = 10.0, 1 << 30, 1 << 26  # limits of a conversation
 _SCRIPT = Path(__file__).with_name("chat_renderer.py")
 
 
 class TemplateError(ValueError):
-  """A template that does not do, or a conversation that it does not take."""
+  """An invalid template, or a conversation that the template rejects."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class Template:
 
   name: of the template, for errors.
   source: its text.
-  variables: what the template may use in addition to the conversation: `{"bos_token": "<s>"}`.
+  variables: further variables of the template: `{"bos_token": "<s>"}`.
   special: the special tokens, the longest first.
   """
 
@@ -69,14 +69,14 @@ def find(tokenizer: Tokenizer, name: str | None, *, tools: bool = False) -> Temp
   """Returns a template.
 
   Args:
-    tokenizer: whose templates are meant.
-    name: of one of its templates, or a file; None for the template without a name.
-    tools: whether it is for conversations with tools. As in `transformers`, these have the one
-      named "tool_use" where there is one and `name` is None.
+    tokenizer: the tokenizer with the templates.
+    name: of one of its templates, or a file; None for the default template.
+    tools: whether it is for conversations with tools. As in `transformers`, these use the template
+      named "tool_use" if there is one and `name` is None.
 
   Raises:
-    ValueError: for a name that is not there, and a model without a template.
-    FileNotFoundError: for a file that is not there.
+    ValueError: for an unknown name, and a model without a template.
+    FileNotFoundError: for a missing file.
   """
   known = tokenizer.chat_templates
   if name is None and not known:
@@ -106,16 +106,16 @@ def find(tokenizer: Tokenizer, name: str | None, *, tools: bool = False) -> Temp
 
 
 def is_file(name: str) -> bool:
-  """Whether the name of a template is that of a file."""
+  """Whether the name of a template is a file path."""
   return name.endswith(".jinja") or "/" in name
 
 
 def read_file(path: str) -> str:
-  """The text of a template's file.
+  """Returns the text of a template file.
 
   Raises:
-    FileNotFoundError: when it is not there.
-    ValueError: when it is no text, or too long.
+    FileNotFoundError: if it is missing.
+    ValueError: if it is not text, or too long.
   """
   if not Path(path).is_file():
     raise FileNotFoundError(f"{path}: no such chat template")
@@ -123,7 +123,7 @@ def read_file(path: str) -> str:
 
 
 def check_date(field: str, date: str) -> None:
-  """Raises ValueError for what is no day, by the field that says it."""
+  """Raises ValueError for an invalid date, with the name of its field."""
   try:
     datetime.datetime.strptime(date, "%Y-%m-%d")
   except (TypeError, ValueError):
@@ -131,12 +131,12 @@ def check_date(field: str, date: str) -> None:
 
 
 class Text(NamedTuple):
-  """What a template wrote.
+  """The output of a template.
 
   text: without marks.
   pieces: its parts, each with whether special tokens in it are tokens.
-  learnt: where the generation blocks are in it, `(start, end)` in characters.
-  marks: where the marks are in the text with marks.
+  `learnt`: the spans of the generation blocks in it, `(start, end)` in characters.
+  marks: the positions of the marks in the text with marks.
   """
 
   text: str
@@ -145,15 +145,15 @@ class Text(NamedTuple):
   marks: list[int]
 
   def unmarked(self, at: int) -> int:
-    """The place in `text` of a place in the text with marks."""
+    """Converts a position in the text with marks to one in `text`."""
     return at - bisect.bisect_left(self.marks, at)
 
 
 def read(marked: str) -> Text:
-  """Takes the marks out of a text.
+  """Parses and removes the marks of a text.
 
   Raises:
-    ValueError: for marks that do not pair, as where a template cuts a message.
+    ValueError: for unpaired marks, as when a template truncates a message.
   """
   pieces, learnt, marks = [], [], []
   length = position = 0
@@ -182,41 +182,41 @@ def read(marked: str) -> Text:
 
 
 def read_plainly(marked: str) -> str:
-  """A part of a text without its marks, for people."""
+  """Returns a part of a text without its marks, for messages."""
   return _MARK.sub("", marked)
 
 
 class Renderer:
-  """A template in a process of its own, which has limits of time and memory; a context manager.
+  """A template in a separate process with limits on time and memory; a context manager.
 
   template: of the renderer.
-  marked: whether the template says what the assistant writes, by `{% generation %}`.
+  marked: whether the template marks the assistant's output by `{% generation %}`.
   """
 
   def __init__(
     self, template: Template, *, date: str, seconds: float = _SECONDS, memory: int = _MEMORY
   ):
-    """Starts it.
+    """Starts the process.
 
     Args:
       template: see `find`.
-      date: what templates that ask for the day are told, as 2026-01-31.
-      seconds: of a processor, for each conversation.
+      date: the date for templates that print it, as 2026-01-31.
+      seconds: of CPU time, for each conversation.
       memory: bytes.
 
     Raises:
-      ValueError: for a template that is none.
+      ValueError: for an invalid template.
       ImportError: without jinja2.
     """
     self.template, self._seconds = template, seconds
     self._special = re.compile("|".join(map(re.escape, template.special)) or r"(?!)")
-    # -P: modules of this folder are not to stand in for Python's own.
+    # -P: modules of this folder must not shadow Python's own.
     self._process = subprocess.Popen(
       [sys.executable, "-P", str(_SCRIPT)],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       stderr=subprocess.DEVNULL,
-      start_new_session=True,  # so that a terminal's Ctrl-C is not for it
+      start_new_session=True,  # so that Ctrl-C in a terminal does not reach it
     )
     try:
       with self.named():
@@ -248,12 +248,13 @@ class Renderer:
 
     Args:
       messages: plain JSON, checked by `lora_jax.data.messages.check`.
-      tools: likewise; None for none.
-      renderings: the beginnings of the conversation that are rendered.
+      tools: likewise; None for no tools.
+      renderings: the prefixes of the conversation to render, as (number of messages, whether a
+        generation prompt follows).
 
     Raises:
-      ValueError: for a template that fails, takes too long, needs too much memory, reaches outside
-        its sandbox, or acts on the text of a special token in a message.
+      ValueError: for a template that fails, exceeds a limit, leaves its sandbox, or depends on the
+        text of a special token in a message.
     """
     given = [list(messages), tools]
     marked = _map_texts(given, self._mark)
@@ -301,7 +302,7 @@ class Renderer:
 
   @contextlib.contextmanager
   def named(self) -> Iterator[None]:
-    """Puts the template's name before the words of an error that is the template's."""
+    """Prefixes the errors of a template with its name."""
     try:
       yield
     except TemplateError as error:
@@ -312,11 +313,11 @@ class Renderer:
 def renderers(
   tokenizer: Tokenizer, name: str | None, date: str
 ) -> Iterator[Callable[[bool], Renderer]]:
-  """Yields `(whether there are tools) -> Renderer`, which are started where they are asked for.
+  """Yields `(whether there are tools) -> Renderer`; renderers start on first use.
 
   Args:
-    tokenizer, name: as `find` takes them.
-    date: as `Renderer` takes it.
+    tokenizer, name: as in `find`.
+    date: as in `Renderer`.
   """
   with contextlib.ExitStack() as stack:
 
@@ -328,7 +329,7 @@ def renderers(
 
 
 def _map_texts(value: Any, function: Any) -> Any:
-  """JSON with a function applied to each of its texts, the names of fields left as they are."""
+  """Applies a function to each string value of JSON, but not to the names of fields."""
   if isinstance(value, str):
     return function(value)
   if isinstance(value, Mapping):

@@ -1,24 +1,26 @@
-"""Conversations in tokens: which of them the loss covers, and what an assistant is asked.
+"""Conversations as tokens: which tokens the loss covers, and the prompt for an answer.
 
-SmolLM2's template writes this. The loss covers the underlined tokens:
+This is the output of SmolLM2's template. The loss covers the underlined tokens:
 
   <|im_start|>user⏎Hi<|im_end|>⏎<|im_start|>assistant⏎Hello!<|im_end|>⏎
                                                      ‾‾‾‾‾‾‾‾‾‾‾‾‾‾‾‾
 
-**Which tokens the loss covers.** A template may mark them by `{% generation %}` blocks. Every token
-with a character in a block then counts, as in `transformers`' `return_assistant_tokens_mask`.
+**Which tokens the loss covers.** A template may mark them by `{% generation %}` blocks. The loss
+then covers every token with a character in a block, as in `transformers`'
+`return_assistant_tokens_mask`.
 
 Without marks, prefixes of the conversation are rendered. The turn of message i is the text that
-messages[:i + 1] add to messages[:i] with a generation prompt, which must be a prefix of it. A turn
-ends with its end-of-turn token, the first of the special tokens at its end. Line breaks and an EOS
-after that token do not count.
+messages[:i + 1] add to messages[:i] with a generation prompt, which must be a prefix. A turn ends
+with its end-of-turn token, the first of the special tokens at its end. Line breaks and an EOS after
+that token are not covered.
 
-**Templates that change earlier turns** when later ones follow, as where they drop earlier thoughts.
-A turn is learnt in a rendering that writes it, and all before it, as where the turn is the last:
-the model sees the same when it is to write that turn. The rendering of the whole conversation does
-so for the last turn, and for those that it writes alike. The latest turn that is left is the last
-one of the next rendering, and so on. One conversation then becomes several sequences of tokens, and
-each turn is learnt in one of them. With Qwen 3's template there are as many as turns.
+**Templates that change earlier turns.** Some templates change earlier turns when later ones follow,
+for example to drop earlier reasoning. Each turn is learned in a rendering where it and everything
+before it read as if the turn were the last, since the model sees this text when it writes the turn.
+The rendering of the whole conversation covers the last turn, and earlier ones that it does not
+change. The latest remaining turn is the last one of the next rendering, and so on. One conversation
+then becomes several sequences of tokens, and each turn is learned in one of them. With Qwen 3's
+template there is one sequence per turn.
 """
 
 import itertools
@@ -32,17 +34,17 @@ from lora_jax.data.chat_templates import Renderer, TemplateError, Text
 from lora_jax.data.messages import Conversation, Message
 from lora_jax.io.tokenizer import Tokenizer
 
-_BEGINNING = 60  # characters of a conversation that an error shows
-_ENDING = 20  # characters of a message that must be in its text
+_BEGINNING = 60  # characters of a conversation in an error
+_ENDING = 20  # characters of a message that the rendered text must contain
 
 
 class Tokens(NamedTuple):
-  """A conversation in tokens.
+  """A conversation as tokens.
 
-  text: that the template wrote.
-  ids: its tokens; nothing is put before them.
+  text: the output of the template.
+  ids: its tokens, without any added prefix.
   turns: the token indices of each turn that the loss covers.
-  messages: how many messages of the conversation are in it, from the first.
+  messages: the number of messages of the conversation that are included, from the first.
   shared: whether the first token of a turn begins before it.
   """
 
@@ -54,7 +56,7 @@ class Tokens(NamedTuple):
 
   @property
   def mask(self) -> list[int]:
-    """1 for each token that is learnt, as `transformers` has it."""
+    """1 for each token that is learned, as in `transformers`."""
     learnt = set(itertools.chain.from_iterable(self.turns))
     return [int(n in learnt) for n in range(len(self.ids))]
 
@@ -64,16 +66,16 @@ def tokenise(
 ) -> list[Tokens]:
   """Returns the tokens of a conversation, and those that the loss covers; see the module.
 
-  There are several where the template changes earlier turns, in the order of their last turns.
+  The result has several items if the template changes earlier turns, ordered by their last turns.
 
   Args:
-    conversation: as `lora_jax.data.messages.check` returns it.
+    conversation: from `lora_jax.data.messages.check`.
     renderer: of its template.
     tokenizer: of the model.
-    learn: "all" turns of the assistant or the "last" alone.
+    learn: "all" turns of the assistant, or only the "last".
 
   Raises:
-    ValueError: for a conversation that the template does not take, and where it marks nothing.
+    ValueError: for a conversation that the template rejects, and if it marks nothing.
   """
   special = renderer.template.special
   _check_special(conversation, special)
@@ -85,14 +87,14 @@ def tokenise(
 
 
 def ask(conversation: Conversation, renderer: Renderer, tokenizer: Tokenizer) -> list[int]:
-  """Returns the tokens after which the assistant's answer to a conversation is written.
+  """Returns the prompt tokens for the assistant's answer to a conversation.
 
   Args:
-    conversation: as `lora_jax.data.messages.check_asked` returns it.
+    conversation: from `lora_jax.data.messages.check_asked`.
     renderer, tokenizer: as in `tokenise`.
 
   Raises:
-    ValueError: for a conversation that the template does not take.
+    ValueError: for a conversation that the template rejects.
   """
   given, tools = conversation
   _check_special(conversation, renderer.template.special)
@@ -107,7 +109,7 @@ def ask(conversation: Conversation, renderer: Renderer, tokenizer: Tokenizer) ->
 
 
 def stop_ids(renderer: Renderer, tokenizer: Tokenizer) -> tuple[int, ...]:
-  """The tokens at which an answer ends: the template's end of a turn, and the model's own.
+  """Returns the tokens that end an answer: the template's end of a turn, and the model's own.
 
   Raises:
     ValueError: as `end_of_turn` does.
@@ -124,7 +126,7 @@ def _tokens(
   spans: Sequence[tuple[int, int]],
   tokenizer: Tokenizer,
 ) -> Tokens:
-  """The tokens of a rendering, and those in some places of its text."""
+  """The tokens of a rendering, and the tokens in given spans of its text."""
   _check_written(given, tools, text.text)
   ids, offsets = tokenizer.encode_pieces(text.pieces)
   turns = [
@@ -134,7 +136,7 @@ def _tokens(
   turns = [turn for turn in turns if turn]
   if not any(n for turn in turns for n in turn):  # before the first token is nothing
     raise TemplateError(
-      "marks nothing as the assistant's, so nothing is learnt; use another template"
+      "marks nothing as the assistant's, so nothing is learned; use another template"
     )
   begins = [offsets[turn[0]][0] for turn in turns]
   shared = any(first < start for first, (start, _) in zip(begins, spans, strict=False))
@@ -142,12 +144,12 @@ def _tokens(
 
 
 def end_of_turn(renderer: Renderer) -> str | None:
-  """Returns the special token that ends the assistant's turns, or None where there is none.
+  """Returns the special token that ends the assistant's turns, or None.
 
-  It is the first of those that a short conversation closes with.
+  It is the first special token at the end of a short conversation.
 
   Raises:
-    ValueError: for a template that does not take one.
+    ValueError: for a template that rejects a short conversation.
   """
   asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
   with renderer.named():
@@ -160,8 +162,8 @@ def end_of_turn(renderer: Renderer) -> str | None:
 def _renderings(
   conversation: Conversation, renderer: Renderer, learn: str
 ) -> list[tuple[int, Text, list[tuple[int, int]]]]:
-  """The renderings in which turns are learnt: how many messages each has, its text, and where in it
-  these turns are."""
+  """The renderings in which turns are learned: the number of messages of each, its text, and the
+  spans of these turns in it."""
   given, tools = conversation
   if renderer.marked:
     text = chat_templates.read(renderer.render(given, tools, [(len(given), False)])[0])
@@ -173,7 +175,7 @@ def _renderings(
         spans.append((start, end))
     return [(len(given), text, spans[-1:] if learn == "last" else spans)]
 
-  # The last message is the assistant's, so that the whole is among them.
+  # The last message is the assistant's, so the whole conversation is among them.
   left = [n for n, message in enumerate(given) if message["role"] == "assistant"]
   left = left[-1:] if learn == "last" else left
   asked = [x for n in left for x in ((n, True), (n + 1, False))]
@@ -197,7 +199,7 @@ def _renderings(
 
 
 def _end(text: str, start: int, special: Sequence[str]) -> int:
-  """Where a turn ends that begins at `start` and lasts to the end of a text, or sooner.
+  """Returns the end of a turn that begins at `start`.
 
   It ends with the first of the special tokens at the end of the text.
   """
@@ -222,9 +224,9 @@ def _not_a_beginning(message: int, before: str, turn: str) -> TemplateError:
 
 
 def _check_special(conversation: Conversation, special: Sequence[str]) -> None:
-  """Raises ValueError where a special token would be made of texts that hold none.
+  """Raises ValueError if texts without a special token would render as one.
 
-  Names of fields are not told from a template's own text; parts of a message may join.
+  The template's own text cannot be distinguished from names of fields; parts of a message may join.
   """
   pattern = re.compile("|".join(map(re.escape, special)) or r"(?!)")
 
@@ -247,9 +249,9 @@ def _check_special(conversation: Conversation, special: Sequence[str]) -> None:
 
 
 def _check_written(given: Sequence[Message], tools: Sequence[Any] | None, text: str) -> None:
-  """Raises ValueError where a template leaves out a question, an answer, a tool or a call.
+  """Raises ValueError if a template omits a question, an answer, a tool or a call.
 
-  Of a message the end is looked for: a template may leave out the thoughts before an answer.
+  Only the end of each message must occur: a template may omit the reasoning before an answer.
   """
   remedy = "use a template that writes it, or leave the record out"
   for n, message in enumerate(given):

@@ -1,6 +1,6 @@
-r"""Conversations from tables of several layouts: which columns hold what.
+r"""Reads conversations from tables of several layouts.
 
-  chats, words = read(records)                            # by the columns, where one reading fits
+  chats, words = read(records)                            # by the columns, if one reading fits
   chats, words = read(records, reading="instruction")     # as config.data.conversation says
   chats[0]["messages"]       # [{"role": "user", "content": "…"}, {"role": "assistant", …}]
 
@@ -10,11 +10,12 @@ r"""Conversations from tables of several layouts: which columns hold what.
 | "conversations" | `conversations`, a list of {"from", "value"}                                  |
 | "prompt"        | `prompt` and `completion`, each a text or a list of messages                  |
 | "instruction"   | `instruction`, perhaps `input`, and `output`                                  |
-| "text"          | `text`: no conversation, so it is refused, with what to do                    |
+| "text"          | `text`: not a conversation, so it is refused with a remedy                    |
 
-With any of them a column `system` is the system message, and a column `tools` the tools that the
-assistant may call, a list of JSON schemas or that list as a text. Other columns are left out, but
-under "auto" none may belong to another reading. A column that is null in every record is none.
+With each of them a column `system` has the system message, and a column `tools` has the tools that
+the assistant may call, a list of JSON schemas or that list as text. Other columns are ignored, but
+with "auto" no column may belong to another reading. A column that is null in every record does not
+count.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,32 +30,32 @@ Message = dict[str, Any]
 AUTO = "auto"
 """The reading that the columns tell."""
 
-# Of {"from", "value"}. LLaMA-Factory's files call a tool by "function_call" and hear "observation".
+# Roles in {"from", "value"}. In LLaMA-Factory's files tools are "function_call" and "observation".
 _SPEAKERS = {
   "system": "system", "human": "user", "user": "user", "gpt": "assistant",
   "assistant": "assistant", "tool": "tool", "observation": "tool",
 }  # fmt: skip
 _CALL = "function_call"
-# How Hermes and Qwen write a call within the assistant's text.
+# The format of tool calls within the assistant's text in Hermes and Qwen.
 _OPENED, _CLOSED = "<tool_call>", "</tool_call>"
-_SHOWN = 20  # columns that a message lists
+_SHOWN = 20  # columns listed in a message
 
 
 def read(records: Sequence[Record], reading: str = AUTO) -> tuple[list[Record], str]:
-  """Returns the conversations of records, in their order, and words on how they were read.
+  """Returns the conversations of records, in order, and a message on how they were read.
 
   Args:
-    records: as `lora_jax.data.records.read` returns them.
-    reading: a name of `READINGS`, or "auto" for the one that the columns tell.
+    records: from `lora_jax.data.records.read`.
+    reading: a name in `READINGS`, or "auto" to choose by the columns.
 
   Returns:
-    For each record {"messages": …} and, where it has tools, "tools", as `messages.check` returns
-    them; and a line for people.
+    For each record {"messages": …} and, if it has tools, "tools", as from `messages.check`; and a
+    readable line.
 
   Raises:
-    ValueError: an unknown reading; columns that fit none, or more than one, with the config's line
-      for each; a record that holds no conversation, by its number: a value of a wrong type, and as
-      `messages.check` does.
+    ValueError: for an unknown reading; for columns that fit none or more than one, with the config
+      line of each; for a record without a valid conversation, by its number: a value of a wrong
+      type, and as in `messages.check`.
   """
   columns = _columns(records)
   name = _by_columns(columns) if reading == AUTO else reading
@@ -71,13 +72,13 @@ def read(records: Sequence[Record], reading: str = AUTO) -> tuple[list[Record], 
 
 
 class Reading(NamedTuple):
-  """The columns of a layout, and how a record of it becomes messages.
+  """The columns of a layout, and the conversion of a record to messages.
 
   Attributes:
     needs: the columns that every record has.
-    may: columns that a record may have.
-    words: what is in them, for people.
-    messages: of a record.
+    may: optional columns.
+    words: describes the columns in messages.
+    messages: maps a record to its messages.
   """
 
   needs: tuple[str, ...]
@@ -106,7 +107,7 @@ def _conversation(record: Record, reading: Reading) -> Record:
     if message.get("weight", 1) != 1:
       raise ValueError(
         f"message {n}: its weight {shown(message['weight'])} would be ignored; take the field out "
-        "where its turn is to be learnt, else leave the record out"
+        "where its turn is to be learned, else leave the record out"
       )
   return {"messages": checked.messages} | ({"tools": checked.tools} if checked.tools else {})
 
@@ -128,7 +129,7 @@ def _of_conversations(record: Record) -> list[Message]:
     where, speaker, text = f"message {n}", turn.get("from"), turn.get("value")
     if speaker not in (*_SPEAKERS, _CALL):
       known = ", ".join([*_SPEAKERS, _CALL])
-      raise ValueError(f"{where}: its 'from' {shown(speaker)} is none of {known}; rename it")
+      raise ValueError(f"{where}: its 'from' {shown(speaker)} is not one of {known}; rename it")
     if not isinstance(text, str):
       raise ValueError(f"{where}: its 'value' {shown(text)} is no text")
     if speaker == _CALL:
@@ -154,7 +155,7 @@ def _closed(call: str, where: str) -> str:
 
 
 def _calling(content: str, calls: Sequence[str], where: str) -> Message:
-  """The assistant's turn that calls tools, each call or list of calls written as JSON."""
+  """The assistant's turn with tool calls; each item is a call or a list of calls as JSON."""
   parsed = []
   for call in calls:
     found = from_json(f"{where}: its tool call", call)
@@ -204,7 +205,7 @@ READINGS = {
 }
 """By `data.conversation` of a config."""
 
-# Of pairs, of which one answer is preferred: no reading of conversations takes them.
+# Columns of preference pairs, which no reading supports.
 _PAIRS = ("chosen", "rejected")
 
 
@@ -239,10 +240,10 @@ def _columns(records: Sequence[Record]) -> list[str]:
 
 
 def _by_columns(columns: Sequence[str]) -> str:
-  """The one reading that the columns fit.
+  """Returns the only reading that fits the columns.
 
   Raises:
-    ValueError: where there is none or more than one, or a column is of another.
+    ValueError: if none or more than one fits, or a column belongs to another.
   """
   fit = [name for name, each in READINGS.items() if set(each.needs) <= set(columns)]
   own = {name: {*each.needs, *each.may} & set(columns) for name, each in READINGS.items()}
@@ -275,7 +276,7 @@ def _by_columns(columns: Sequence[str]) -> str:
 
 
 def _line(name: str, columns: Sequence[str]) -> str:
-  """The config's line for a reading, and what it is of."""
+  """The config line for a reading, with a description."""
   reading = READINGS[name]
   wanted = [*reading.needs, *(f"perhaps {column}" for column in reading.may)]
   lacking = [column for column in reading.needs if column not in columns]

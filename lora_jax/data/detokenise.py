@@ -1,13 +1,13 @@
-"""Puts English text together again that was published with its tokens apart.
+"""Detokenizes English text that was published tokenized.
 
-  detokenise("It 's near Café Sicilia , £ 20 - 25 , family - friendly .")
+  detokenize("It 's near Café Sicilia , £ 20 - 25 , family - friendly .")
   # "It's near Café Sicilia, £20-25, family-friendly."
 
-A language model has seen text as people write it; trained on text with its tokens apart it would
-write in that way too, and a score against untouched references (BLEU, say) would count every
-comma, price and hyphen as an error. Of the 4,672 development references of the E2E challenge
-(Novikova et al. 2017), whose tokenised form is published too, 3.7 % are the same in both forms, and
-97.9 % after this function; most of the others are unevenly spaced in the original.
+A language model trained on tokenized text would write tokenized text. A score against original
+references, such as BLEU, would then count every comma, price and hyphen as an error. The 4,672
+development references of the E2E challenge (Novikova et al. 2017) are published in both forms: 3.7
+% are the same in both, and 97.9 % after this function. Most of the others are unevenly spaced in
+the original.
 """
 
 import re
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from lora_jax.data.records import Record, require
 
-# (what is found, what it becomes), one after the other; the spaces are single ones by then.
+# (pattern, replacement), applied in order to text with single spaces.
 _RULES = tuple(
   (re.compile(pattern), replacement)
   for pattern, replacement in (
@@ -30,11 +30,11 @@ _RULES = tuple(
 
 
 def detokenise(text: str) -> str:
-  """Returns the text with the spaces taken out that a tokeniser put in, and runs of them as one.
+  """Returns the text without the spaces of a tokenizer, and with runs of spaces collapsed.
 
-  These are the spaces before , . ; : ! ? and English contractions, after £, around a hyphen, and
-  inside a pair of single quotes. Text that was never tokenised comes out as it went in, unless its
-  author spaced it so.
+  It removes the spaces before , . ; : ! ? and English contractions, after £, around a hyphen, and
+  inside a pair of single quotes. Text that was never tokenized is unchanged, unless it has such
+  spaces.
   """
   text = " ".join(text.split())
   for pattern, replacement in _RULES:
@@ -43,11 +43,11 @@ def detokenise(text: str) -> str:
 
 
 def detokenise_columns(records: Sequence[Record], columns: Sequence[str]) -> list[Record]:
-  """Returns the records with some of their columns detokenised.
+  """Returns the records with some of their columns detokenized.
 
   Args:
-    records: as `lora_jax.data.records.read` returns them; they are not changed.
-    columns: the columns with text, each of which every record must have.
+    records: from `lora_jax.data.records.read`; they are not modified.
+    columns: text columns, which every record must have.
 
   Raises:
     ValueError: no records, a missing column, or one that holds no text.
@@ -57,7 +57,7 @@ def detokenise_columns(records: Sequence[Record], columns: Sequence[str]) -> lis
     for column in columns:
       if not isinstance(record[column], str):
         raise ValueError(
-          f"detokenise: column {column!r} of record {number} holds a "
+          f"`detokenise`: column {column!r} of record {number} holds a "
           f"{type(record[column]).__name__}, not text"
         )
   return [record | {column: detokenise(record[column]) for column in columns} for record in records]

@@ -1,15 +1,15 @@
-"""Examples of texts that an encoder reads as a whole, and their batches.
+"""Examples of whole texts for an encoder, and their batches.
 
-Letters: B rows of a batch, S texts of a row that are encoded apart, T tokens of a text.
+Letters: B rows of a batch, S separately encoded texts of a row, T tokens of a text.
 
   tokens  (B, T) int32    of one text, or of a pair that is encoded as one; padded on the right
   mask    (B, T) bool     True for a token, False for padding
-  types   (B, T) int32    which text of a pair a token belongs to, for models that ask for it
-  targets (B, 1)          a class's number in int32, or a score in float32
-  weights (B, 1) float32  1 for an example, 0 for a row that fills the batch
+  types   (B, T) int32    the text of a pair that a token belongs to, for models with token types
+  targets (B, 1)          a class index in int32, or a score in float32
+  weights (B, 1) float32  1 for an example, 0 for a padding row
   index   (B,) int32      evaluation only, as in `lora_jax.data.batches`
 
-Where a row has several texts that are encoded apart, tokens, mask and types are (B, S, T).
+If a row has several separately encoded texts, tokens, mask and types are (B, S, T).
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ class Encoded:
   """One text, or a pair that is encoded as one.
 
   ids: its tokens, special ones included.
-  types: which text of the pair each belongs to.
-  spans: where the tokens of each text itself begin and end.
+  types: the text of the pair that each token belongs to.
+  spans: the start and end of each text's own tokens.
   """
 
   ids: tuple[int, ...]
@@ -39,11 +39,11 @@ class Encoded:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncodedExample:
-  """The texts of a record, as a model reads them, and what is wanted of it.
+  """The encoded texts of a record, and its target.
 
-  texts: one, or several that are encoded apart.
-  target: a class's number, an int, or a score, a float.
-  cut: how many tokens were left out to keep to the maximum length.
+  texts: one text, or several that are encoded separately.
+  target: a class index, an int, or a score, a float.
+  cut: the number of tokens truncated to the maximum length.
   """
 
   texts: tuple[Encoded, ...]
@@ -63,7 +63,7 @@ class EncodedExample:
 def train_batches(
   examples: Sequence[EncodedExample], batch_size: int, *, with_types: bool, **how: Any
 ) -> grain.MapDataset:
-  """The endless dataset of training batches; see `batches.train_batches`.
+  """Returns the endless dataset of training batches; see `batches.train_batches`.
 
   with_types: whether batches have `types`.
   """
@@ -74,14 +74,14 @@ def train_batches(
 def eval_batches(
   examples: Sequence[EncodedExample], batch_size: int, *, with_types: bool, **how: Any
 ) -> grain.MapDataset:
-  """The dataset of one pass; see `batches.eval_batches` and `train_batches`."""
+  """Returns the dataset of one pass; see `batches.eval_batches` and `train_batches`."""
   assemble = functools.partial(_assemble, with_types)
   return batches.eval_batches(examples, batch_size, assemble=assemble, **how)
 
 
 def describe(examples: Sequence[EncodedExample]) -> dict[str, int]:
-  """The lengths of examples: how many there are, how many lost tokens, and the most
-  tokens of a text."""
+  """Returns the number of examples, the number of truncated ones, and the most tokens of a
+  text."""
   return {
     "examples": len(examples),
     "cut": sum(example.cut > 0 for example in examples),

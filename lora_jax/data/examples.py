@@ -5,8 +5,8 @@ r"""Tokenised examples: a prompt, and the completion that alone is trained on.
     prompt="Review: {text}\nSentiment:", completion=" {label}", max_length=128, append_eos=False,
   )
 
-One example, with its prompt of three tokens and its completion of two; the last token is never
-fed to the model, as there is nothing after it to predict:
+An example with a prompt of three tokens and a completion of two. The last token is not fed to the
+model, since no prediction follows it:
 
   tokens     p0 p1 p2 c0 c1
   inputs     p0 p1 p2 c0          length 4
@@ -26,9 +26,9 @@ Pieces = Sequence[tuple[str, bool]]
 
 
 class Tokenizer(Protocol):
-  """What the data needs of a tokenizer; `lora_jax.io.tokenizer.Tokenizer` has it.
+  """The interface of a tokenizer; `lora_jax.io.tokenizer.Tokenizer` implements it.
 
-  `encode("")` gives the special tokens that begin a text (BOS, or none).
+  `encode("")` returns the special tokens that begin a text (BOS, or none).
   """
 
   eos_id: int | None
@@ -38,10 +38,10 @@ class Tokenizer(Protocol):
 
 @runtime_checkable
 class PairTokenizer(Protocol):
-  """A tokenizer that knows where its tokens lie in a text.
+  """A tokenizer that knows the positions of its tokens in a text.
 
-  `encode_pair` returns the ids of a prompt and its completion as one text, how many of them are
-  the prompt's, and whether the completion's first token begins within the prompt.
+  `encode_pair` returns the ids of a prompt and its completion as one text, the number of prompt
+  tokens, and whether the completion's first token begins within the prompt.
   """
 
   def encode_pair(self, prompt: Pieces, completion: Pieces) -> tuple[list[int], int, bool]: ...
@@ -52,15 +52,15 @@ class Example:
   """The tokens of a prompt followed by those of its completion.
 
   Attributes:
-    tokens: token ids of both, with EOS where it was asked for.
-    prompt_length: how many of them are the prompt's, at least 1.
-    cut: how many tokens of the prompt were left out to keep to the maximum length.
-    shared: whether a token has characters of the prompt and of the completion, see `encode`.
-    learnt: the numbers of the tokens that are learnt, rising and from 1 on, where these are not
-      just those of the completion, as in a conversation with several answers.
-    left_out: how many examples just before this one are left out, as they are too long; of the
-      last example, those after it too.
-    continues: whether it is of the same record as the example before it.
+    tokens: token ids of both, with EOS if `append_eos` is True.
+    prompt_length: the number of prompt tokens, at least 1.
+    cut: the number of prompt tokens truncated to the maximum length.
+    shared: whether a token has characters of both prompt and completion, see `encode`.
+    `learnt`: the increasing indices, from 1, of the tokens that are learned, if these are not just
+      the completion, as in a conversation with several answers.
+    left_out: the number of examples dropped just before this one because of their length; for the
+      last example also those after it.
+    continues: whether it is from the same record as the example before it.
   """
 
   tokens: tuple[int, ...]
@@ -73,7 +73,7 @@ class Example:
 
   @property
   def inputs(self) -> tuple[int, ...]:
-    """The tokens that are fed to the model: all but the last."""
+    """The tokens fed to the model: all but the last."""
     return self.tokens[:-1]
 
   @property
@@ -83,7 +83,7 @@ class Example:
 
   @property
   def targets(self) -> tuple[int, ...]:
-    """The tokens that are learnt: the completion's, or those of `learnt`."""
+    """The tokens that are learned: the completion's, or those of `learnt`."""
     if self.learnt is None:
       return self.completion
     return tuple(self.tokens[n] for n in self.learnt)
@@ -105,35 +105,35 @@ def encode(
   append_eos: bool,
   special_tokens: bool = False,
 ) -> list[Example]:
-  """Returns an example for each record, in their order.
+  """Returns an example for each record, in order.
 
-  Prompt and completion are tokenised as one text, so that both have the tokens of running text. A
-  token that begins in the prompt and ends in the completion is the completion's: after
-  "Sentiment: ", with a vocabulary that has the token " positive", the model learns the space too.
-  `Example.shared` says so; a completion template that begins with the space avoids it. Only where
-  the prompt would be left without a token, such a token is the prompt's.
+  Prompt and completion are tokenized as one text. A token that begins in the prompt and ends in the
+  completion belongs to the completion: after "Sentiment: ", with a vocabulary that has the token
+  " positive", the model also learns the space. `Example.shared` marks such examples; a completion
+  template that begins with the space avoids them. The token belongs to the prompt only if the
+  prompt would otherwise be empty.
 
-  A prompt that is too long loses tokens from its left, after BOS: the end, where the question or
-  the cue usually stands, is kept. `Example.cut` counts them. A completion is never shortened.
+  A prompt that is too long is truncated on the left, after BOS, since the question or the cue is
+  usually at its end. `Example.cut` counts the removed tokens. Completions are never truncated.
 
   Args:
-    records: as `lora_jax.data.records.read` returns them.
-    tokenizer: see `Tokenizer`. One that is no `PairTokenizer` has its boundary where the tokens of
-      the prompt alone and of the whole text begin to differ, and decides about special tokens
-      itself.
-    prompt: template of the prompt, see `lora_jax.data.templates`. What the tokenizer puts before
-      every text comes before it, once, even where the prompt writes it out.
+    records: from `lora_jax.data.records.read`.
+    tokenizer: see `Tokenizer`. Without the methods of `PairTokenizer`, the boundary is where the
+      tokens of the prompt and of the whole text begin to differ, and the tokenizer decides about
+      special tokens.
+    prompt: template of the prompt, see `lora_jax.data.templates`. The tokenizer's prefix, such as
+      BOS, comes before it once, even if the prompt contains it.
     completion: template of the completion; in most vocabularies a word begins with its space.
-    max_length: the most tokens that prompt and completion have together, EOS included.
-    append_eos: whether EOS ends the completion and is a target. Text that is generated needs it
-      to stop; a choice between a few words does not.
-    special_tokens: whether special tokens that are written out in a column are tokens, as those of
-      the templates themselves are, or plain text.
+    max_length: the most tokens of prompt and completion together, EOS included.
+    append_eos: whether EOS ends the completion and is a target. Generated text needs it to stop; a
+      choice between a few words does not.
+    special_tokens: whether special tokens in a column are parsed as tokens, like those of the
+      templates, or are plain text.
 
   Raises:
-    ValueError: a template that the records cannot fill, a prompt or a completion without tokens,
-      completions that leave no room for a prompt token, a column that holds neither text nor a
-      number, or no EOS in the tokenizer.
+    ValueError: for a template that the records cannot fill, a prompt or a completion without
+      tokens, completions that leave no room for a prompt token, a column of neither text nor
+      numbers, or a tokenizer without EOS.
   """
   templates.check(prompt, records, "prompt")
   templates.check(completion, records, "completion")
@@ -177,19 +177,19 @@ def choice_ids(
   prompt: str = "\n",
   special_tokens: bool = False,
 ) -> list[int]:
-  """Returns the first token of each completion, whose logits decide between them.
+  """Returns the first token of each completion; their logits decide between the completions.
 
   Args:
-    tokenizer: as for `encode`.
-    completions: the texts to choose from, just as the completion template writes them, e.g.
+    tokenizer: as in `encode`.
+    completions: the texts to choose from, exactly as the completion template writes them, e.g.
       [" positive", " negative"].
-    prompt: what they follow, such as the end of a prompt; a line break joins with nothing in most
-      vocabularies.
-    special_tokens: as for `encode`.
+    prompt: the text before them, such as the end of a prompt; in most vocabularies a line break
+      does not merge with the next token.
+    special_tokens: as in `encode`.
 
   Raises:
-    ValueError: a completion without tokens, two that begin with the same token, or that begin at
-      different places, because one shares a token with the prompt.
+    ValueError: for a completion without tokens, two with the same first token, or two that begin
+      at different positions, because one shares a token with the prompt.
   """
   owners, starts = {}, {}
   for completion in completions:
@@ -215,11 +215,11 @@ def choice_ids(
 
 
 def describe(examples: Sequence[Example]) -> dict[str, Any]:
-  """Returns what became of the lengths of examples, for people.
+  """Returns statistics of the lengths of examples.
 
   Returns:
-    {"examples": number of them, "cut": how many of them have a shortened prompt, "shared": how many
-    have a token of prompt and completion, "longest": the most input tokens of one}.
+    {"examples": number of them, "cut": number of those with a shortened prompt, "shared": number of
+    those with a token of both prompt and completion, "longest": the most input tokens}.
   """
   return {
     "examples": len(examples),

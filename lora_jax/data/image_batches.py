@@ -1,18 +1,18 @@
-"""Batches of pictures, cropped and flipped by a seed, as `grain` datasets.
+"""Batches of pictures, cropped and flipped with a seed, as `grain` datasets.
 
   batches = iter(train_batches(examples, 32, size=96, crop_area=0.5, flip=0.5, seed=0))
   batch = next(batches)
-  state = batches.get_state()          # a small dict for JSON; set_state goes on from there
+  state = batches.get_state()          # a small JSON dict; set_state resumes from it
 
   images  (B, S, S, 3) uint8
   labels  (B,) int32
-  weights (B,) float32      1 for an example, 0 for a row that fills the batch
-  index   (B,) int32        evaluation only: the example's number, -1 for a row that fills the batch
+  weights (B,) float32      1 for an example, 0 for a padding row
+  index   (B,) int32        evaluation only: the example's index, -1 for a padding row
 
-A batch is a pure function of the examples, the arguments and the step. In training a square is cut
-out of each picture, of a fraction of the area of the largest one that has room, at a place of its
-own, and resized (bicubic, without aliasing); it is flipped from left to right or not. In evaluation
-it is the largest square in the middle.
+A batch is a pure function of the examples, the arguments and the step. In training a random square
+of each picture is cropped, resized (bicubic, with antialiasing) and flipped horizontally or not;
+its area is a random fraction of that of the largest square. In evaluation the crop is the largest
+centered square.
 """
 
 import functools
@@ -32,7 +32,7 @@ _OF_CROPS = 2  # after the streams of `lora_jax.data.batches`
 
 
 class Example(NamedTuple):
-  """A picture, [height, width, 3] of uint8, the number of its class, and what it is called."""
+  """A picture, [height, width, 3] of uint8, the index of its class, and its name."""
 
   picture: np.ndarray
   label: int
@@ -52,27 +52,28 @@ def train_batches(
 ) -> grain.MapDataset:
   """Returns the endless dataset of training batches; element `step` is the batch of that step.
 
-  Every epoch takes each example once, in another order; what is short of a full batch is filled
-  with rows of weight 0.
+  Every epoch takes each example once, in a new order. An incomplete batch is padded with rows of
+  weight 0.
 
   Args:
     examples: the pictures.
     batch_size: rows of a batch, over all shards.
-    size: S, pixels of a side.
-    crop_area: the least fraction of the largest square's area that a crop has, above 0; 1: all.
-    flip: how probable it is that a picture is flipped, from 0 to 1.
-    seed: an integer of 0 or more; with the step, decides the batch.
-    shard_index, shard_count: as of `lora_jax.data.batches.train_batches`.
+    size: S, pixels per side.
+    crop_area: the smallest area of a crop, as a fraction of the largest square, above 0; 1: no
+      random crop size.
+    flip: the probability that a picture is flipped, from 0 to 1.
+    seed: an integer of 0 or more; determines the batch together with the step.
+    shard_index, shard_count: as in `lora_jax.data.batches.train_batches`.
 
   Raises:
-    ValueError: no examples, a batch size that the shards cannot share, or a negative seed.
+    ValueError: for no examples, a batch size that the shards do not divide, or a negative seed.
   """
   if seed < 0:
     raise ValueError(f"seed {seed} must be 0 or more")
   _check(examples, batch_size, shard_index, shard_count)
   batches_per_epoch = -(-len(examples) // batch_size)
 
-  # The iterator reads ahead, so two epochs can be in use at once.
+  # The iterator prefetches, so two epochs can be in use at once.
   @functools.lru_cache(maxsize=2)
   def order(epoch: int) -> np.ndarray:
     return permutation(len(examples), seed, epoch, 0)
@@ -119,9 +120,9 @@ def crop(picture: np.ndarray, size: int, area: float, across: float, down: float
 
   Args:
     picture: [height, width, 3] of uint8.
-    size: pixels of a side of the result.
-    area: of the largest square that has room, the fraction that the square has.
-    across, down: where it lies, from 0, left or above, to 1.
+    size: pixels per side of the result.
+    area: the area of the square, as a fraction of the largest one.
+    across, down: its position, from 0, left or top, to 1.
   """
   height, width = picture.shape[:2]
   side = min(height, width) * area**0.5
@@ -132,7 +133,7 @@ def crop(picture: np.ndarray, size: int, area: float, across: float, down: float
 
 
 def summary(examples: Sequence[Example], batch_size: int, size: int) -> dict[str, Any]:
-  """Returns what a pass over the examples comes to, as `lora_jax.tasks.Task.summary` says."""
+  """Returns the size of a pass over the examples, as described in `lora_jax.tasks.Task.summary`."""
   batches = -(-len(examples) // batch_size)
   return {
     "examples": len(examples),
@@ -149,7 +150,7 @@ def _check(examples, batch_size: int, shard_index: int, shard_count: int) -> Non
 
 
 def _uniform(count: int, *seeds: int) -> np.ndarray:
-  """Numbers from 0 to 1, which the seeds decide; see `lora_jax.data.batches.permutation`."""
+  """Uniform values in [0, 1), determined by the seeds; see `lora_jax.data.batches.permutation`."""
   bits = np.random.PCG64(np.random.SeedSequence(seeds)).random_raw(count)
   return (bits >> np.uint64(11)) * 2.0**-53
 

@@ -4,7 +4,8 @@
     records = read("animals", (), classes=("cat", "dog"), most=224)       # animals/cat/1.jpg, ...
     records[0]      # {"picture": uint8 [height, width, 3], "label": "cat", "name": …, "digest": …}
 
-`digest` is the SHA-256 of the picture's values, so records that agree in it hold one picture.
+`digest` is the SHA-256 of the picture's values, so records with the same digest have the same
+picture.
 """
 
 import hashlib
@@ -25,19 +26,19 @@ _MAX_FILES = 1 << 20
 def read(
   path: str | Path, arrays: Sequence[str], classes: Sequence[str], most: int
 ) -> list[Record]:
-  """Returns the records of a set, those of a folder in the order of their names.
+  """Returns the records of a set; those of a folder are in the order of their names.
 
   Args:
-    path: an `.npz` file, or a folder that has a folder for each class.
-    arrays: of a file, the names of the array of pictures, uint8 [N, H, W], [N, H, W, 1] or
-      [N, H, W, 3], and of that of labels, whole numbers [N] or [N, 1]; () of a folder.
-    classes: the names of the classes, in the order of the numbers; of a folder, its folders'.
+    path: an `.npz` file, or a folder with a subfolder per class.
+    arrays: for a file, the name of the array of pictures, uint8 [N, H, W], [N, H, W, 1] or
+      [N, H, W, 3], and that of the labels, integers [N] or [N, 1]; () for a folder.
+    classes: the names of the classes, in the order of the labels; for a folder, its subfolders.
     most: as in `pictures.read`.
 
   Raises:
-    FileNotFoundError: when nothing is there.
-    ValueError: as `npz_files.read` and `pictures.read` do; for arrays of another kind, labels that
-      are no classes, folders that are not those of the classes, and a set without a picture.
+    FileNotFoundError: if the path does not exist.
+    ValueError: as `npz_files.read` and `pictures.read` do; for arrays of another kind, labels out
+      of range, subfolders that do not match the classes, and a set without pictures.
   """
   path = Path(path)
   if path.is_dir():

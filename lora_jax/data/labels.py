@@ -1,4 +1,4 @@
-"""Makes a class label out of a number, as in a mean rating that is to become a sentiment.
+"""Derives a class label from a number, such as a sentiment from a mean rating.
 
 {"rating": "-1.3", "text": ...}  ->  {"rating": "-1.3", "text": ..., "label": "negative"}
 """
@@ -17,12 +17,12 @@ def sign_label(
   below: str = "negative",
   into: str = "label",
 ) -> list[Record]:
-  """Returns the records that have a sign, each with a label that says which.
+  """Returns the records with a clear sign, each with a label for it.
 
-  rating >= neutral -> above, rating <= -neutral -> below; those between, and 0, are left out.
+  rating >= neutral -> above, rating <= -neutral -> below; those between, and 0, are dropped.
 
   Args:
-    records: as `lora_jax.data.records.read` returns them; they are not changed.
+    records: from `lora_jax.data.records.read`; they are not modified.
     column: the column with the rating, a number or its text.
     neutral: half the width of the zone without a label, in the rating's unit, at least 0.
     above: the label of a positive rating.
@@ -30,8 +30,8 @@ def sign_label(
     into: the name of the new column.
 
   Raises:
-    ValueError: a negative `neutral`, a missing column, a rating that is no finite number, a
-      column `into` that is there already, or no record left.
+    ValueError: for a negative `neutral`, a missing column, a rating that is not a finite number, an
+      existing column `into`, or no record left.
   """
   if not neutral >= 0:
     raise ValueError(f"neutral is {neutral}; it must be 0 or more")

@@ -1,11 +1,11 @@
-"""The messages of a conversation: what is read, and what is refused before a model is loaded.
+"""Checks the messages of a conversation before a model is loaded.
 
   check({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]})
   check_asked({"messages": [{"role": "user", "content": "Hi"}]})
 
-A conversation begins with a user's message, perhaps after a system message, and ends with one of
-the assistant, or where it is to be answered with one that is not. A tool's message follows the
-call. Content is a text, or texts in parts.
+A conversation begins with a user's message, optionally after a system message. It ends with one of
+the assistant, or with another one if the assistant is to answer. A tool's message follows the call.
+Content is a text, or texts in parts.
 """
 
 import re
@@ -16,7 +16,7 @@ from lora_jax.checks import shown
 from lora_jax.data.records import Record, from_json
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-# The names of an assistant's thoughts. `transformers` gives templates the first two.
+# The names of an assistant's reasoning. `transformers` passes the first two to templates.
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 # Half of a surrogate pair, and what `lora_jax.data.chat_templates` marks texts with.
 _NO_CHARACTER = re.compile("[\ud800-\udfff\ufdd0-\ufdd4]")
@@ -26,7 +26,7 @@ Message = dict[str, Any]
 
 
 class Conversation(NamedTuple):
-  """What a template is given: plain JSON. `tools` is None where there are none."""
+  """The input of a template, as plain JSON; `tools` is None if there are none."""
 
   messages: list[Message]
   tools: list[Any] | None
@@ -35,13 +35,12 @@ class Conversation(NamedTuple):
 def check(record: Record) -> Conversation:
   """Returns the conversation of a record, its `messages` and `tools`.
 
-  Fields of a message that are None are left out, and the arguments of a tool call are an object
-  even where the record has them as text, as in OpenAI's format. Other fields are as they are.
+  Fields of a message that are None are omitted. If the arguments of a tool call are text, as in
+  OpenAI's format, they are parsed to an object. Other fields are unchanged.
 
   Raises:
-    ValueError: for what is no conversation that an assistant could learn from: an unknown role,
-      roles out of order, an assistant's turn that is empty, a tool call that is no JSON, content
-      that is no text. The message names the message and the remedy.
+    ValueError: for an unknown role, roles out of order, an empty turn of the assistant, a tool call
+      that is not JSON, and content that is not text. The error names the message and the remedy.
   """
   found = _read(record)
   roles = [message["role"] for message in found.messages]
@@ -56,10 +55,10 @@ def check(record: Record) -> Conversation:
 
 
 def check_asked(record: Record) -> Conversation:
-  """Returns the conversation of a record that an assistant is to answer, as `check` does.
+  """Returns the conversation of a record for the assistant to answer; see `check`.
 
   Raises:
-    ValueError: as `check`, but of the last message where it is the assistant's or a system message.
+    ValueError: as `check`, and for a last message of the assistant or the system.
   """
   found = _read(record)
   role = found.messages[-1]["role"]
@@ -72,7 +71,7 @@ def check_asked(record: Record) -> Conversation:
 
 
 def _read(record: Record) -> Conversation:
-  """The conversation of a record, whoever has the last word."""
+  """Returns the conversation of a record, with a last message of any role."""
   if "messages" not in record:
     raise ValueError(
       f"has no messages; it has {shown(sorted(map(str, record)))}. A conversation is "
@@ -98,7 +97,7 @@ def _message(where: str, given: Any) -> dict[str, Any]:
   message = {name: value for name, value in given.items() if value is not None}
   role = message.get("role")
   if role not in ROLES:
-    raise ValueError(f"{where}: its role {shown(role)} is none of {', '.join(ROLES)}; rename it")
+    raise ValueError(f"{where}: its role {shown(role)} is not one of {', '.join(ROLES)}; rename it")
   _check_texts(where, message)
   if "tool_calls" in message:
     message["tool_calls"] = _tool_calls(where, role, message["tool_calls"])
@@ -119,7 +118,7 @@ def _message(where: str, given: Any) -> dict[str, Any]:
 
 
 def _content(where: str, content: Any) -> str:
-  """The text of a message, which may be in parts."""
+  """Returns the text of a message, which may be in parts."""
   if isinstance(content, str):
     return content
   if isinstance(content, list) and content:
@@ -159,7 +158,7 @@ def _tool_calls(where: str, role: str, given: Any) -> list[dict[str, Any]]:
 
 
 def _check_order(roles: Sequence[str], messages: Sequence[Mapping[str, Any]]) -> None:
-  """Raises ValueError for roles in an order that no conversation has."""
+  """Raises ValueError for roles in an invalid order."""
   for n, role in enumerate(roles):
     before = roles[n - 1] if n else "the beginning"
     remedy = None
@@ -178,7 +177,7 @@ def _check_order(roles: Sequence[str], messages: Sequence[Mapping[str, Any]]) ->
 
 
 def _check_texts(where: str, value: Any) -> None:
-  """Raises ValueError for text that is none, in JSON."""
+  """Raises ValueError for invalid text in JSON."""
   if isinstance(value, str):
     if found := _NO_CHARACTER.search(value):
       raise ValueError(

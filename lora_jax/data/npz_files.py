@@ -1,9 +1,9 @@
-"""Arrays of numbers in numpy's zip files, `.npz`: of a file from a stranger, by their names.
+"""Reads arrays of numbers from untrusted `.npz` files of numpy, by name.
 
     images, labels = read("train.npz", ("images", "labels"))
 
-No object is read, whose bytes may call any function. A header is compared with the bytes that its
-member has before room is made for the array.
+Object arrays are refused, since their pickles may call any function. A header is compared with the
+size of its member before the array is allocated.
 """
 
 import io
@@ -24,7 +24,7 @@ _RATIO, _FREE = 100, 1 << 26  # as of any archive
 _MAX_HEADER = 10_000
 _MAX_NAMES = 8
 _ENDING = ".npy"
-# zipfile raises these, OSError for a place before the file's beginning.
+# zipfile raises these; OSError for an offset before the start of the file.
 _DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError)
 _HEADERS = {
   (1, 0): np.lib.format.read_array_header_1_0,
@@ -41,8 +41,8 @@ def read(path: str | Path, names: Sequence[str]) -> list[np.ndarray]:
 
   Raises:
     FileNotFoundError, PermissionError: as `files.open_regular` does.
-    ValueError: for a file that is no whole `.npz`, an array that is not there, holds no numbers, is
-      not of its bytes or is over 4 GiB, or a hundred times the file and 64 MiB.
+    ValueError: for a file that is not a complete `.npz`, and for an array that is missing, is not
+      numeric, has the wrong size, is over 4 GiB, or is over 64 MiB and a hundred times the file.
   """
   path = Path(path)
   with files.open_regular(path) as file:
@@ -73,7 +73,7 @@ def _array(packed: zipfile.ZipFile, name: str, limit: int) -> np.ndarray:
     shape, by_columns, dtype = _HEADERS[version](member, max_header_size=_MAX_HEADER)
     if dtype.kind not in "uif":
       raise ValueError(f"{shown(name)} holds {dtype}, and not numbers")
-    # The member's name is known, and its header cannot be longer than that.
+    # The header of a member with a known name cannot be longer than that.
     size = math.prod(shape) * dtype.itemsize
     content = member.read(min(size, limit) + 1)
   if len(content) != size or any(side < 0 for side in shape):

@@ -1,20 +1,19 @@
-"""Several short examples in one row, as batches in which no example sees another.
+"""Packs several short examples into one row; no example attends to another.
 
   batches = iter(packed_batches(examples, batch_size=4, length=256, seed=0, pad_id=0))
   batch = next(batches)
 
-A row of length 8 with examples of 3, 2 and 2 input tokens, the last place left over:
+A row of length 8 with examples of 3, 2 and 2 input tokens, and one padding token:
 
   tokens    a0 a1 a2 b0 b1 c0 c1 __
   segments   1  1  1  2  2  3  3  0
 
-The arrays are those of `lora_jax.data.batches`, and `segments` (B, T) int32: which example of its
-row a token belongs to, 0 for padding. A model that takes them lets a token see those before it in
-its own segment, at positions that start again with each, so that an example's loss and gradient are
-those that it has in a row of its own. All batches have one shape: a step compiles once.
+The arrays are those of `lora_jax.data.batches`, and `segments` (B, T) int32: the number of the
+example that a token belongs to, 0 for padding. With segments a token attends only to earlier tokens
+of its own segment, and positions start from 0 in each segment. So an example has the same loss and
+gradient as in a row of its own. All batches have the same shape: a step compiles once.
 
-As there, a batch is a pure function of the examples, the arguments and the step:
-`packed_batches(...)[step]`.
+A batch is a pure function of the examples, the arguments and the step: `packed_batches(...)[step]`.
 
 Source: Krell et al. 2021, "Efficient Sequence Packing without Cross-contamination", arXiv
 2107.02027, for the masks and for packing by length.
@@ -48,22 +47,22 @@ def packed_batches(
 ) -> grain.MapDataset:
   """Returns the endless dataset of packed training batches; element `step` is that step's batch.
 
-  Every epoch takes each example once and shuffles the rows. Which examples share a row follows from
-  their lengths; among those of the same length each epoch chooses anew.
+  Every epoch takes each example once and shuffles the rows. Rows are packed by length; examples of
+  the same length are shuffled in each epoch.
 
   Args:
-    examples: as `lora_jax.data.examples.encode` returns them.
-    batch_size: rows of a batch, over all shards; what an epoch is short of is filled with empty
-      rows, of weight 0.
-    length: tokens of a row, at least those of the longest example's input. Attention costs the
-      square of it; a few times the mean length packs well.
-    seed: an integer of 0 or more; with the step, decides the batch.
-    pad_id: the token that fills up a row; any of the vocabulary will do.
+    examples: from `lora_jax.data.examples.encode`.
+    batch_size: rows of a batch, over all shards; the last batch of an epoch is padded with empty
+      rows of weight 0.
+    length: tokens of a row, at least those of the longest example's input. The cost of attention is
+      quadratic in it; a few times the mean length packs well.
+    seed: an integer of 0 or more; determines the batch together with the step.
+    pad_id: the token that pads a row; any token of the vocabulary suffices.
     shard_index, shard_count: as in `lora_jax.data.batches.train_batches`.
 
   Raises:
-    ValueError: no examples, one longer than a row, a batch size that the shards cannot share, or a
-      negative seed.
+    ValueError: for no examples, an example longer than a row, a batch size that the shards do not
+      divide, or a negative seed.
   """
   if seed < 0:
     raise ValueError(f"seed {seed} must be 0 or more")
@@ -73,7 +72,7 @@ def packed_batches(
   width = _width(examples, first)
   batches_per_epoch = -(-len(first) // batch_size)
 
-  # The iterator reads ahead, so two epochs can be in use at once.
+  # The iterator prefetches, so two epochs can be in use at once.
   @functools.lru_cache(maxsize=2)
   def plan(epoch: int) -> list[Row]:
     rows = pack(examples, permutation(len(examples), seed, epoch, 0), length)
@@ -90,15 +89,15 @@ def packed_batches(
 
 
 def summary(examples: Sequence[Example], batch_size: int, length: int) -> dict[str, Any]:
-  """Returns what a pass over the packed examples comes to.
+  """Returns the size of a pass over the packed examples.
 
   Args:
-    examples, batch_size, length: as for `packed_batches`.
+    examples, batch_size, length: as in `packed_batches`.
 
   Returns:
-    {"examples": number of them, "cut": how many of them have a shortened prompt,
-    "batches": batches of a pass, "shapes": {(T, C): how many of those}, one entry,
-    "padding": share of all token slots that hold padding, from 0 to 1}, as that of
+    {"examples": number of them, "cut": number of those with a shortened prompt,
+    "batches": batches of a pass, "shapes": {(T, C): number of batches}, one entry,
+    "padding": fraction of all token slots that are padding, from 0 to 1}, as in
     `lora_jax.data.batches`.
 
   Raises:
@@ -118,20 +117,20 @@ def summary(examples: Sequence[Example], batch_size: int, length: int) -> dict[s
 
 
 def pack(examples: Sequence[Example], order: np.ndarray, length: int) -> list[Row]:
-  """Returns rows of examples that have room in `length` tokens: best fit, the longest first.
+  """Returns rows of examples that fit in `length` tokens: best fit, the longest first.
 
-  Examples of the same numbers of inputs and targets stand in for each other. How many rows there
-  are, and how many inputs and targets each of them has, is therefore the same for every `order`.
+  Examples with the same numbers of inputs and targets are interchangeable. The number of rows, and
+  the inputs and targets of each, are therefore the same for every `order`.
 
   Args:
     examples: none longer than a row.
-    order: the numbers of the examples; it decides between those that stand in for each other.
+    order: the indices of the examples; it decides between interchangeable ones.
     length: tokens of a row.
   """
   sizes = [(len(example.inputs), len(example.targets)) for example in examples]
   rows: list[Row] = []
-  open_rows: dict[int, list[Row]] = defaultdict(list)  # by the room that is left in them
-  rooms: list[int] = []  # the keys of those, rising
+  open_rows: dict[int, list[Row]] = defaultdict(list)  # by their free space
+  rooms: list[int] = []  # the keys of `open_rows`, increasing
   for number in sorted(order, key=lambda i: sizes[i], reverse=True):
     needed, _ = sizes[number]
     best = bisect.bisect_left(rooms, needed)

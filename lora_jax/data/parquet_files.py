@@ -1,4 +1,4 @@
-"""The records of a Parquet file, read by pyarrow, which is imported only here and only then.
+"""Reads the records of a Parquet file with pyarrow, which is imported only when needed.
 
 for record in rows("chats.parquet"): ...     # {"messages": [{"role": "user", ...}, ...]}
 """
@@ -12,26 +12,26 @@ from typing import Any
 
 from lora_jax.data import text_files
 
-# A dictionary may hold one long text for many rows, so few rows are made at a time.
+# A dictionary may hold one long text for many rows, so few rows are decoded at a time.
 _ROWS = 64
 _MAX_DEPTH = 64
-# Of the file's own description, whose sizes are the file's to choose.
+# Limits of the file's metadata, whose sizes are untrusted.
 _MAX_TEXT, _MAX_ITEMS = 1 << 24, 1 << 16
 
 
 def rows(path: Path) -> Iterator[dict[str, Any]]:
-  """Yields the records of a Parquet file, in its order.
+  """Yields the records of a Parquet file, in order.
 
-  Texts, numbers, booleans and missing values come as Python has them, lists and structs of them as
-  lists and dicts. A column of dates, times or decimals comes as text. Every field of a struct is
-  there; None where a record has it not.
+  Texts, numbers, booleans and missing values become Python values, lists and structs become lists
+  and dicts. Dates, times and decimals become text. Every field of a struct is present, as None if a
+  record lacks it.
 
   Raises:
     ImportError: without pyarrow.
-    FileNotFoundError: no such file.
-    ValueError: what is not Parquet, or damaged, or changes while it is read; a column, by its name,
-      of binary data, maps or other values that no record can hold; values of more than 64 MiB and
-      fifty times the file's size.
+    FileNotFoundError: if there is no such file.
+    ValueError: for a file that is not Parquet, is damaged, or changes while it is read; for a
+      column of binary data, maps or other unsupported values, by its name; for values of more than
+      64 MiB and fifty times the file's size.
   """
   try:
     import pyarrow as pa
@@ -82,7 +82,7 @@ def _refusing_damage(path: Path) -> Iterator[None]:
 
 
 def _check_columns(path: Path, schema: Any) -> list[str]:
-  """Checks that the columns can be read; returns those that become text."""
+  """Checks that all columns are supported; returns those that become text."""
   import pyarrow as pa
 
   t, counts, as_text = pa.types, collections.Counter(schema.names), []
@@ -100,7 +100,7 @@ def _check_columns(path: Path, schema: Any) -> list[str]:
 
 
 def _unreadable(type: Any, depth: int = 0) -> str:
-  """What of a column's type cannot be read, or nothing."""
+  """Describes the unsupported part of a column's type, or returns ""."""
   import pyarrow as pa
 
   t = pa.types
@@ -122,10 +122,9 @@ def _unreadable(type: Any, depth: int = 0) -> str:
 
 
 def _check_sizes(path: Path, metadata: Any, limit: int) -> None:
-  """Holds what the file says of itself against the limit, before any of it is unpacked.
+  """Checks the declared sizes of the file against the limit, before anything is decompressed.
 
-  Of the groups of rows alone: where the description of a column in one is damaged, asking pyarrow
-  for it ends the process.
+  It reads only the row groups: with damaged metadata of a column chunk, pyarrow ends the process.
   """
   with _refusing_damage(path):
     groups = [metadata.row_group(n) for n in range(metadata.num_row_groups)]

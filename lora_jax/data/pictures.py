@@ -1,23 +1,23 @@
-"""Pictures from files, as arrays [height, width, 3] of uint8; none is read as something near it.
+"""Reads pictures from files, as arrays [height, width, 3] of uint8.
 
     picture = read("cat.jpg", most=448)
 
-JPEG, PNG, WebP, BMP, GIF and TIFF are read. A file may hold, and it becomes:
+JPEG, PNG, WebP, BMP, GIF and TIFF are supported. The contents are converted as follows:
 
     grey, black and white        the same value in red, green and blue
-    palette                      the colors that it names
-    transparent parts            laid on white
+    palette                      the colors of the palette
+    transparent parts            composed onto white
     16 bits of grey              v / 257, rounded to 8 bits
     16 bits of color in PNG      the upper 8 of them, as Pillow reads them
     CMYK, YCbCr                  Pillow's formula, without a color profile
-    turned by EXIF               turned upright
-    of two views (MPO)           the first of them
+    EXIF orientation             applied
+    two views (MPO)              the first of them
     animated, several pages      refused
     32 bits, Lab, HSV            refused
     over 67 million pixels       refused before a pixel is decoded
-    truncated, damaged           refused, and so is what Pillow reads with a warning
+    truncated, damaged           refused, and so are files that Pillow reads with a warning
 
-Files come from strangers. An error names the file.
+Files are untrusted. An error names the file.
 """
 
 import io
@@ -47,11 +47,12 @@ def read(path: str | Path, most: int) -> np.ndarray:
 
   Args:
     path: of its file.
-    most: pixels of its shorter side; a larger one is shrunk to it, bicubic and without aliasing.
+    most: the most pixels of its shorter side; larger pictures are shrunk, bicubic and with
+      antialiasing.
 
   Raises:
     FileNotFoundError, PermissionError: as `files.open_regular` does.
-    ValueError: for a file that is refused, with the reason; see the module.
+    ValueError: with the reason, for a file that is refused; see the module.
   """
   content = files.read_bytes(path, _MOST_BYTES)
   try:
@@ -61,16 +62,16 @@ def read(path: str | Path, most: int) -> np.ndarray:
 
 
 def decode(content: bytes, most: int) -> np.ndarray:
-  """As `read`, of what a file holds."""
+  """Returns a picture from the content of a file; see `read`."""
   with warnings.catch_warnings():
-    warnings.simplefilter("error")  # Pillow passes over damaged parts with a warning
+    warnings.simplefilter("error")  # Pillow only warns of damaged parts
     return _decoded(content, most)
 
 
 def _decoded(content: bytes, most: int) -> np.ndarray:
   try:
     image = Image.open(io.BytesIO(content), formats=FORMATS)
-  except Exception as error:  # Pillow's readers do not say which ones they raise
+  except Exception as error:  # Pillow's readers do not document their exceptions
     raise ValueError(f"is no picture that can be read ({_words(error)})") from None
   width, height = image.size
   if width * height > _MOST_PIXELS:
@@ -84,7 +85,7 @@ def _decoded(content: bytes, most: int) -> np.ndarray:
     orientation = image.getexif().get(_ORIENTATION)
     found = _in_color(image)
     if orientation is not None:
-      found.getexif()[_ORIENTATION] = orientation  # which the conversion may have lost
+      found.getexif()[_ORIENTATION] = orientation  # the conversion may have lost it
     return shrunk(np.array(ImageOps.exif_transpose(found)), most)
   except _Refused as error:
     raise ValueError(str(error)) from None
@@ -93,7 +94,7 @@ def _decoded(content: bytes, most: int) -> np.ndarray:
 
 
 class _Refused(ValueError):
-  """A file that is refused here, and not by Pillow."""
+  """A file that is refused here rather than by Pillow."""
 
 
 def _words(error: Exception) -> str:
@@ -119,7 +120,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def shrunk(picture: np.ndarray, most: int) -> np.ndarray:
-  """Returns a picture whose shorter side has so many pixels at most."""
+  """Returns a picture whose shorter side has at most `most` pixels."""
   shorter = min(picture.shape[:2])
   if shorter <= most:
     return picture

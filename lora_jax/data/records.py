@@ -5,9 +5,9 @@
   records = read("ratings.txt", format="tsv", columns=("id", "rating", "text"))   # no header line
   records[0]["text"]
 
-The records of a data set for fine-tuning fit in memory, so they are read and checked as a whole: a
-damaged line is refused, with its number, before any model is loaded. The file is read as a stream,
-but for a JSON array, whose text is held as a whole.
+Data sets for fine-tuning fit in memory, so all records are read and checked at once: a damaged line
+is refused with its number, before any model is loaded. Files are streamed, except for a JSON array,
+whose text is read as a whole.
 """
 
 import collections
@@ -31,12 +31,12 @@ FORMATS = ("jsonl", "json", *_DELIMITERS, "parquet")
 UTF_8 = "utf-8-sig"
 """The encoding that is taken where none is given: UTF-8, with a byte-order mark or without."""
 
-# Python holds a pair as one character, so a surrogate that remains is half of a pair.
+# Python decodes a pair to one character, so a remaining surrogate is half of a pair.
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _SPACE = re.compile(r"[ \t\n\r]*")
-_MAX_RECORDS = 1 << 24  # even empty ones of as many take gigabytes
+_MAX_RECORDS = 1 << 24  # even empty records would take gigabytes
 _MAX_DEPTH = 64
-_SHOWN, _CUT = 8, 60  # how many names a message has, and how many of their characters
+_SHOWN, _CUT = 8, 60  # names in a message, and characters of each
 
 
 def read(
@@ -46,26 +46,26 @@ def read(
   quoted: bool | None = None,
   encoding: str = UTF_8,
 ) -> list[Record]:
-  """Returns the file's records in its order, one dict each, blank lines left out.
+  """Returns the file's records in order, one dict each, without blank lines.
 
   Args:
-    path: a local file; gzip is recognised by its content, a byte-order mark is skipped.
-    format: one of `FORMATS`; None goes by the file's name (".gz" aside).
-    columns: the names of the fields of a CSV or TSV file that has no header line.
-    quoted: whether a double quote opens a field that may hold delimiters and line breaks
-      (`csv.QUOTE_MINIMAL`), or is a character like any other (`csv.QUOTE_NONE`). None: quoted
-      for CSV, not for TSV, as published TSV sets are written.
+    path: a local file; gzip is recognized by its content, a byte-order mark is skipped.
+    format: one of `FORMATS`; None selects it by the file's name, ignoring ".gz".
+    columns: the names of the fields of a CSV or TSV file without a header line.
+    quoted: whether a double quote opens a field that may contain delimiters and line breaks
+      (`csv.QUOTE_MINIMAL`), or is an ordinary character (`csv.QUOTE_NONE`). None: True for CSV and
+      False for TSV, as in published TSV sets.
     encoding: the text's encoding; Parquet has its own.
 
-  The fields of CSV and TSV are strings; those of JSONL and JSON are what the file says; those of
-  Parquet are as `parquet_files.rows` says.
+  The fields of CSV and TSV are strings; those of JSONL and JSON are JSON values; for Parquet see
+  `parquet_files.rows`.
 
   Raises:
-    FileNotFoundError: no such file.
-    ValueError: an unknown format or an option that the format has no use for, a folder, a pipe or
-      a device, a file that changes while it is read, text in another encoding, gzip that is damaged
-      or holds more than fifty times its size, a malformed line, a row with too many or too few
-      fields, no records, more than 16,777,216; and as `parquet_files.rows` does.
+    FileNotFoundError: if there is no such file.
+    ValueError: for an unknown format, an option that does not apply to the format, a folder, a pipe
+      or a device, a file that changes while it is read, text in another encoding, gzip that is
+      damaged or expands more than fifty times, a malformed line, a row with too many or too few
+      fields, no records, more than 16,777,216 records; and as `parquet_files.rows` does.
   """
   path = pathlib.Path(path)
   format = format or _format_of(path)
@@ -86,7 +86,7 @@ def read(
     with text_files.lines(path, encoding, newline="") as (lines, size):
       records = _parse_table(path, lines, size, _DELIMITERS[format], columns, quoted)
   else:
-    # Not every line end: JSON strings may hold U+2028 and other characters that are taken for one.
+    # Lines end only at "\n": JSON strings may contain U+2028 and other line separators.
     with text_files.lines(path, encoding, newline="\n") as (lines, _):
       records = (_parse_jsonl if format == "jsonl" else _parse_array)(path, lines)
   if not records:
@@ -98,12 +98,12 @@ def require(records: Sequence[Record], columns: Iterable[str], wanted_by: str) -
   """Checks that there are records and that each has these columns.
 
   Args:
-    records: as `read` returns them.
-    columns: the names that must be there.
-    wanted_by: who needs them, the first words of the error.
+    records: from `read`.
+    columns: the required names.
+    wanted_by: the start of the error: what needs the columns.
 
   Raises:
-    ValueError: no records, or a column that a record lacks; the message lists those it has.
+    ValueError: for no records, or a column that a record lacks; the message lists those it has.
   """
   if not records:
     raise ValueError(f"{wanted_by}: the data set is empty")
@@ -118,15 +118,15 @@ def require(records: Sequence[Record], columns: Iterable[str], wanted_by: str) -
 
 
 def check_values(records: Sequence[Record], columns: Iterable[str], wanted_by: str) -> None:
-  """Checks that what these columns hold, where a record has them, has a text.
+  """Checks that the values of these columns can be written as text; absent ones are skipped.
 
   Args:
-    records: as `read` returns them.
+    records: from `read`.
     columns: the names of the columns.
-    wanted_by: who needs them, the first words of the error.
+    wanted_by: the start of the error: what needs the columns.
 
   Raises:
-    ValueError: a value that is neither text nor a number, such as null, a number that is not
+    ValueError: for a value that is neither text nor a number, such as null, a number that is not
       finite, or text with half of a surrogate pair.
   """
   columns = tuple(columns)
@@ -151,14 +151,14 @@ def check_values(records: Sequence[Record], columns: Iterable[str], wanted_by: s
 
 
 def from_json(what: str, text: str) -> Any:
-  """Returns what JSON in a text holds, under the limits of a record.
+  """Returns the value of JSON text, with the limits of a record.
 
   Args:
-    what: the text is, the first words of an error.
+    what: describes the text at the start of an error.
     text: JSON.
 
   Raises:
-    ValueError: for what is not JSON, names a key twice or is nested deeper than 64.
+    ValueError: for text that is not JSON, repeats a key or is nested deeper than 64.
   """
   with _named(what, lambda error: f"column {error.colno}: {text[:80]!r}"):
     value = json.loads(text, object_pairs_hook=_object)
@@ -254,7 +254,7 @@ def _place_in_array(error: json.JSONDecodeError) -> str:
 def _named(
   where: str, place: Callable[[json.JSONDecodeError], str], hint: str = ""
 ) -> Iterator[None]:
-  """Names the record that JSON's parser refuses, and the place in it."""
+  """Names the record that the JSON parser rejects, and the position in it."""
   try:
     yield
   except json.JSONDecodeError as error:
@@ -264,14 +264,14 @@ def _named(
   except _RepeatedName as error:
     raise ValueError(f"{where} names {error} twice; take one out") from None
   except ValueError as error:
-    # Python's limit, since the time to read a number grows as its square.
+    # Python limits the digits of an integer, since parsing takes quadratic time.
     raise ValueError(
       f"{where} holds a whole number of thousands of digits; write it as a string"
     ) from error
 
 
 class _RepeatedName(ValueError):
-  """A name that stands twice in an object. `json` would keep the last value without a word."""
+  """A repeated name in an object; `json` would silently keep the last value."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -324,8 +324,8 @@ def _parse_table(
   )
   names = None if columns is None else _distinct(path, columns)
   records = []
-  # The module's limit on a field, 131,072 characters, guards against a stray quote: here the file
-  # itself is the limit. It belongs to the process, so it is put back.
+  # The csv module limits a field to 131,072 characters, to catch a stray quote; here the size of
+  # the file is the limit. The setting is global to the process, so it is restored.
   limit = csv.field_size_limit(max(size, csv.field_size_limit()))
   try:
     for row in rows:
@@ -370,7 +370,7 @@ def _distinct(path: pathlib.Path, names: Sequence[str]) -> list[str]:
 
 
 def _listed(names: Iterable[str]) -> str:
-  """Names for a message, however many and however long they are."""
+  """Formats names for a message, with limits on their number and length."""
   names = list(names)
   shown = [name if len(name) <= _CUT else name[:_CUT] + "…" for name in names[:_SHOWN]]
   more = [f"{len(names) - _SHOWN:,} more"] if len(names) > _SHOWN else []

@@ -1,4 +1,4 @@
-r"""The references of each prompt, for data sets that hold several completions of one prompt.
+r"""The references of each prompt, for data sets with several completions per prompt.
 
 by_prompt(records, prompt="{mr}\nText:", completion=" {ref}")
 # {"name[Aromi], eatType[pub]\nText:": ["Aromi is a pub.", "There is a pub, Aromi."], ...}
@@ -14,9 +14,9 @@ def by_prompt(records: Sequence[Record], prompt: str, completion: str) -> dict[s
   """Returns {prompt: its completions}, both in the order in which they first appear.
 
   Args:
-    records: as `lora_jax.data.records.read` returns them.
+    records: from `lora_jax.data.records.read`.
     prompt: template of the prompt, see `lora_jax.data.templates`.
-    completion: template of the completion; the white space around one is left out.
+    completion: template of the completion; white space around completions is stripped.
 
   Raises:
     ValueError: as `lora_jax.data.templates.check`.

@@ -1,11 +1,11 @@
-r"""Text templates with `{column}` fields: how a record becomes a prompt or a completion.
+r"""Text templates with `{column}` fields, for prompts and completions from records.
 
   prompt = "Review: {text}\nSentiment:"
   completion = " {label}"
   fill(prompt, {"text": "A joy.", "label": "positive"})     # "Review: A joy.\nSentiment:"
 
-A field is a column's name and nothing more, so a column may be called `a.b` or `#1 String`;
-literal braces are doubled, `{{` and `}}`.
+A field is just the name of a column, so names like `a.b` or `#1 String` work. Literal braces are
+doubled, `{{` and `}}`.
 """
 
 import string
@@ -15,10 +15,11 @@ from lora_jax.data.records import Record, check_values, require
 
 
 def fields(template: str) -> tuple[str, ...]:
-  """Returns the columns that a template names, in order of appearance.
+  """Returns the columns of a template, in order of appearance.
 
   Raises:
-    ValueError: an unbalanced brace, an empty field, or a conversion or format (`{x!r}`, `{x:3}`).
+    ValueError: for an unbalanced brace, an empty field, or a conversion or format (`{x!r}`,
+      `{x:3}`).
   """
   return tuple(field for _, field in _parse(template) if field is not None)
 
@@ -28,12 +29,12 @@ def check(template: str, records: Sequence[Record], name: str) -> None:
 
   Args:
     template: text with `{column}` fields.
-    records: as `lora_jax.data.records.read` returns them.
-    name: what the template is, for the error's first words, e.g. "prompt".
+    records: from `lora_jax.data.records.read`.
+    name: names the template at the start of an error, e.g. "prompt".
 
   Raises:
-    ValueError: a malformed template, no records, a column that a record lacks, and as
-      `lora_jax.data.records.check_values`.
+    ValueError: for a malformed template, no records, a column that a record lacks, and as
+      `lora_jax.data.records.check_values` does.
   """
   columns = fields(template)
   wanted_by = f"{name} template {template!r:.200}"
@@ -47,7 +48,7 @@ def fill(template: str, record: Record) -> str:
 
 
 def pieces(template: str, record: Record) -> list[tuple[str, bool]]:
-  """Returns the parts of the filled template, each with whether it is the template's own text."""
+  """Returns the parts of the filled template, each with True if it is the template's own text."""
   found = []
   for literal, field in _parse(template):
     found.append((literal, True))

@@ -1,4 +1,4 @@
-"""The lines of a text file, packed by gzip or not, read as a stream.
+"""Reads the lines of a text file, gzipped or not, as a stream.
 
 with lines("reviews.jsonl.gz", "utf-8-sig", newline="\n") as (found, size):
   for line in found: ...
@@ -18,9 +18,9 @@ from typing import BinaryIO
 from lora_jax.io import steady_files
 
 _CHUNK = 1 << 20
-# Text is packed to a tenth, and where every record has the same long prompt to a thirtieth.
+# Text compresses tenfold, and thirtyfold if every record has the same long prompt.
 _RATIO = 50
-_FREE = 1 << 26  # what a packed file may always hold, however small it is
+_FREE = 1 << 26  # bytes that a compressed file of any size may expand to
 _GZIP, _PARQUET = b"\x1f\x8b", b"PAR1"
 _DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error)
 _BYTE_ORDER_MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
@@ -29,7 +29,7 @@ _COMPARED = 1000
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-  """Opens a data file for reading bytes; raises as `lines` does of the file itself."""
+  """Opens a data file for reading bytes; raises as `lines` does for the file itself."""
   if not os.path.lexists(path):
     there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     raise FileNotFoundError(f"{path}: no such data file{nearest(path.name, there)}")
@@ -38,25 +38,26 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def most_unpacked(size: int) -> int:
-  """The bytes that a packed file of so many bytes may hold."""
+  """Returns the bytes that a compressed file of this size may expand to."""
   return max(_FREE, _RATIO * size)
 
 
 @contextlib.contextmanager
 def lines(path: Path, encoding: str, newline: str) -> Iterator[tuple[Iterator[str], int]]:
-  """Yields the lines of a file, and how many bytes they have; a byte-order mark is skipped.
+  """Yields the lines of a file and their size in bytes; a byte-order mark is skipped.
 
-  gzip is recognised by its content; a packed file is read twice, and the first time measured.
+  gzip is recognized by its content. A compressed file is read twice, first to measure its size.
 
   Args:
     path: of the file.
     encoding: of its text.
-    newline: what ends a line, as `io.TextIOWrapper` takes it.
+    newline: the line end, as in `io.TextIOWrapper`.
 
   Raises:
-    FileNotFoundError: when it is not there.
-    ValueError: for anything but a regular file, one that changes while it is read, text in another
-      encoding, and gzip that is damaged or holds more than 64 MiB and fifty times its own size.
+    FileNotFoundError: if there is no such file.
+    ValueError: for anything but a regular file, a file that changes while it is read, text in
+      another encoding, and gzip that is damaged or expands to more than 64 MiB and fifty times its
+      size.
   """
   with opened(path) as file:
     packed = file.read(2) == _GZIP
@@ -76,11 +77,11 @@ def lines(path: Path, encoding: str, newline: str) -> Iterator[tuple[Iterator[st
     except MemoryError:
       raise ValueError(f"{path}: its records do not fit into memory; take a part of it") from None
     finally:
-      text.detach()  # which would close the file
+      text.detach()  # otherwise it would close the file
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-  """A question whether another name was meant, or nothing."""
+  """Returns a question whether another name was meant, or ""."""
   near = [other for other, _ in zip(names, range(_COMPARED), strict=False) if len(other) < 200]
   close = difflib.get_close_matches(name[:200], near, n=1, cutoff=0.4)
   return f" (did you mean {close[0]!r}?)" if close else ""
@@ -110,14 +111,14 @@ def _unpacked_size(path: Path, file: BinaryIO) -> int:
 def _lines(path: Path, text: io.TextIOWrapper, size: int) -> Iterator[str]:
   left = size
   for number, line in enumerate(text):
-    left -= len(line)  # a character has a byte or more
+    left -= len(line)  # a character has at least one byte
     if left < 0:
-      raise ValueError(f"{path}: grew while it was read; wait until whatever writes it is done")
+      raise ValueError(f"{path}: grew while it was read; wait until its writer is done")
     yield line if number else line.removeprefix("\ufeff")
 
 
 def _misread(path: Path, file: BinaryIO, packed: bool, encoding: str, error: UnicodeError) -> str:
-  """The message for a file in another encoding. Reads the file again to find the first bad byte."""
+  """Returns the message for a file in another encoding; rereads it to find the first bad byte."""
   content = _content(file, packed)
   start = content.read(2)
   likely = _BYTE_ORDER_MARKS.get(start, "latin-1")

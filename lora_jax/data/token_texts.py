@@ -1,7 +1,7 @@
-"""The tokens of an example as a person reads them: the text of each, and whether it is learnt.
+"""The tokens of an example as texts, and whether each is learned.
 
-token_texts(tokenizer, ids, learnt={5, 6})
-# [TokenText("<|im_start|>", 1, special=True, learnt=False), TokenText("user", 1, …), …]
+`token_texts(tokenizer, ids, learnt={5, 6})`
+`# [TokenText("<|im_start|>", 1, special=True, learnt=False), TokenText("user", 1, …), …]`
 """
 
 from collections.abc import Collection, Sequence
@@ -12,12 +12,12 @@ from lora_jax.io.tokenizer import Tokenizer
 
 
 class TokenText(NamedTuple):
-  """The text of a token, or of several where they are parts of one character.
+  """The text of a token, or of several tokens that are parts of one character.
 
   text: of the tokens.
-  count: how many tokens it is the text of.
-  special: whether it is a special token, and not text that reads like one.
-  learnt: whether the loss covers it.
+  count: the number of tokens.
+  special: whether it is a special token, rather than text that looks like one.
+  `learnt`: whether the loss covers it.
   """
 
   text: str
@@ -29,12 +29,12 @@ class TokenText(NamedTuple):
 def token_texts(
   tokenizer: Tokenizer, ids: Sequence[int], learnt: Collection[int]
 ) -> list[TokenText]:
-  """Returns the text of each token, in their order.
+  """Returns the text of each token, in order.
 
   Args:
     tokenizer: of the ids.
     ids: the tokens.
-    learnt: the indices in `ids` of those that the loss covers.
+    `learnt`: the indices in `ids` of the tokens that the loss covers.
   """
   special = {token: text for text, token in tokenizer.special_tokens.items()}
   stream = TextStream(tokenizer, skip_special_tokens=False)
@@ -43,7 +43,7 @@ def token_texts(
 
   def close(text: str) -> None:
     covered = any(n in learnt for n in waiting)
-    # A decoder may put a space before a special token, which is no part of it.
+    # A decoder may put a space before a special token, which is not part of it.
     name = special.get(ids[waiting[0]])
     found.append(TokenText(name or text, len(waiting), name is not None, covered))
     waiting.clear()

@@ -59,7 +59,7 @@ class Family:
   rope: how rotary positions are written.
   experts: how the MLPs of experts are written; None where there are none.
   unread: fields that the family's files have, and that transformers does not read.
-  quantized: the methods of quantisation whose files are read, as `quant_method` says.
+  quantized: the methods of quantization whose files are read, as `quant_method` says.
   """
 
   architecture: str
@@ -277,7 +277,7 @@ def from_hugging_face(fields: Fields) -> LlamaConfig:
 
   Raises ValueError for another `model_type`, a missing field, one of another type or beyond what a
   model has, an unknown field that is neither null nor empty nor false, or a feature which is not
-  supported (other biases, another activation, an unknown rope scaling, quantised weights).
+  supported (other biases, another activation, an unknown rope scaling, quantized weights).
   """
   name = fields.get("model_type")
   if not isinstance(name, str) or name not in FAMILIES:
@@ -292,7 +292,7 @@ def from_hugging_face(fields: Fields) -> LlamaConfig:
     if method not in family.quantized:
       raise ValueError(
         f"quantization_config: quant_method {shown(method)} is not supported of the model_type "
-        f"{name!r}: quantised safetensors are not supported but for MXFP4 of gpt_oss; dequantise "
+        f"{name!r}: quantized safetensors are not supported but for MXFP4 of gpt_oss; dequantize "
         "the model in transformers and save it again"
       )
   of_experts = family.experts.known if family.experts else ()

@@ -59,7 +59,7 @@ class JoinedTensor:
 
   @property
   def kind(self) -> gguf.GGMLQuantizationType:
-    """Of GGUF; float32 where the parts differ, which can only be dequantised then."""
+    """Of GGUF; float32 where the parts differ, which can only be dequantized then."""
     kinds = {part.kind for group in self.parts for part in group}
     return kinds.pop() if len(kinds) == 1 else gguf.GGMLQuantizationType.F32
 

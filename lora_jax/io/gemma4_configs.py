@@ -67,7 +67,7 @@ def from_hugging_face(fields: Fields) -> Gemma4Config:
 
   Raises ValueError for a missing field, one of another type or beyond what a model has, an unknown
   field that is neither null nor empty nor false, and for what is not computed: experts, attention
-  to later tokens, biases, another activation or scaling of rotary positions, quantised weights.
+  to later tokens, biases, another activation or scaling of rotary positions, quantized weights.
   """
   for field, accepted in _FIXED.items():
     if not checked_fields.is_(fields.get(field, accepted), accepted):

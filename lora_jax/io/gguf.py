@@ -2,13 +2,13 @@
 
     file = gguf.read("SmolLM2-135M-Instruct.Q4_1.gguf")
     file.metadata["llama.block_count"]          # 30
-    file.tensors["blk.0.attn_q.weight"].load()  # dequantised, float32, (out, in)
+    file.tensors["blk.0.attn_q.weight"].load()  # dequantized, float32, (out, in)
 
 The header is walked here, with every length held against the bytes that are left before anything
 is allocated: the `gguf` package's reader believes the lengths that it finds, so that a damaged file
 may keep it busy without end, and it takes seconds for a vocabulary. It also maps the file, and one
 that is cut short meanwhile ends the process. What the numbers mean (types, block sizes,
-dequantisation) is the package's.
+dequantization) is the package's.
 
 As in llama.cpp, the tensors lie one after another in the order in which the header names them, each
 from a multiple of the alignment on, and nothing follows: so no tensor has the bytes of another.
@@ -81,9 +81,9 @@ class GGUFTensor:
     return gguf.GGML_QUANT_SIZES[self.kind][0] > 1
 
   def load(self) -> np.ndarray:
-    """Returns the tensor dequantised to float32.
+    """Returns the tensor dequantized to float32.
 
-    Raises ValueError where `gguf` cannot dequantise it, where it holds values that are not finite,
+    Raises ValueError where `gguf` cannot dequantize it, where it holds values that are not finite,
     and where the file has become shorter.
     """
     try:
@@ -91,7 +91,7 @@ class GGUFTensor:
         values = gguf.quants.dequantize(self.data, self.kind)
     except NotImplementedError:
       raise ValueError(
-        f"{self.path}: {self.name}: the `gguf` package cannot dequantise {self.kind.name}; "
+        f"{self.path}: {self.name}: the `gguf` package cannot dequantize {self.kind.name}; "
         "take a file of another kind, such as Q8_0 or F16"
       ) from None
     if not np.isfinite(values).all():

@@ -5,7 +5,7 @@
 
 Norms, biases, whatever else has one axis, and learned positions stay in float32; Gemma's norms are
 written with 1 added. Queries and keys get their rows in the order in which llama.cpp turns them by
-their positions: what is half a head apart in a Llama here are neighbours in its file; in files of
+their positions: what is half a head apart in a Llama here are neighbors in its file; in files of
 other architectures they are half a head apart too. The formats are those of ggml
 (github.com/ggml-org/ggml, docs/gguf.md); the blocks are made by the `gguf` package, one tensor in
 memory at a time.
@@ -42,7 +42,7 @@ KINDS = {
 _FOUR_OR_FIVE_BITS = ("q5_1", "q5_0", "q4_1", "q4_0")
 _EMBEDDINGS = ("token_embd.weight", "output.weight")
 _ROUTER = ".ffn_gate_inp.weight"  # llama.cpp keeps it so
-_POSITIONS = "position_embd.weight"  # which llama.cpp does not quantise
+_POSITIONS = "position_embd.weight"  # which llama.cpp does not quantize
 _LARGEST_HALF = float(np.finfo(np.float16).max)
 
 

@@ -2,7 +2,7 @@
 
 Two kinds of pieces, by `tokenizer.ggml.model`: BPE with bytes as a refuge ("llama": Llama 2,
 Mistral, Gemma, Phi-3) and unigram ("t5"). Both have a score for each token and no merges; a space
-is spelled `▁` (Kudo and Richardson 2018, "SentencePiece", section 3). BPE joins the two neighbours
+is spelled `▁` (Kudo and Richardson 2018, "SentencePiece", section 3). BPE joins the two neighbors
 whose token has the highest score, which `tokenizers` does by a list of pairs, the best first.
 
 As in `transformers`, what follows a special token gets no space put before it, and a text that

@@ -68,11 +68,11 @@ def from_hugging_face(fields: Fields) -> GPT2Config:
   """Returns the configuration that a parsed `config.json` describes.
 
   Raises ValueError for a missing field, one of another type or beyond what a model has, an unknown
-  field that is neither null nor empty nor false, another activation, cross attention, and quantised
+  field that is neither null nor empty nor false, another activation, cross attention, and quantized
   weights.
   """
   if fields.get("quantization_config"):
-    raise ValueError("quantization_config: quantised safetensors are not supported")
+    raise ValueError("quantization_config: quantized safetensors are not supported")
   check_known("gpt2", {*_SIZES, *_DEFAULTS, *_IGNORED}, fields)
   found = checked_fields.sizes(fields, _SIZES)
   fields = {**_DEFAULTS, **fields}

@@ -35,7 +35,7 @@ _GGUF_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 class ModelFile:
   """What a source holds, its tensors still unread and as the file has them.
 
-  rotates_neighbours: whether rotary positions turn the pairs (x[2r], x[2r + 1]) of a query or key,
+  rotates_neighbors: whether rotary positions turn the pairs (x[2r], x[2r + 1]) of a query or key,
     as in llama.cpp, and not (x[r], x[r + H / 2]), as in the model.
   blocks: the tensors of a GGUF file as they are stored.
   dtypes: of the tensors of a folder that have been read.
@@ -52,7 +52,7 @@ class ModelFile:
 
   @property
   def stored_dtype(self) -> str:
-    """The narrowest float that holds the matrices as they are stored; float32 of quantised ones."""
+    """The narrowest float that holds the matrices as they are stored; float32 of quantized ones."""
     kinds = {block.kind.name for block in self.blocks.values() if len(block.shape) > 1}
     found = {_GGUF_DTYPES.get(kind, "float32") for kind in kinds} or set(self.dtypes.values())
     return found.pop() if len(found) == 1 and found <= set(_GGUF_DTYPES.values()) else "float32"

@@ -32,7 +32,7 @@ _PAIRS = np.stack([np.tile(_VALUES, 16), np.repeat(_VALUES, 16)], axis=-1)
 class DequantizedTensor:
   """A kernel (experts, in, out); nothing is read before `load`.
 
-  name: that it has where it is not quantised.
+  name: that it has where it is not quantized.
   blocks, scales: the tensors of the file.
   """
 

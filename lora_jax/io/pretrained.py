@@ -123,11 +123,11 @@ def load(
     leaves all on the default device.
   watch: goes over the list of the parameters as they are loaded, for a bar of progress.
   each: what becomes of a parameter, from its path and the array, before the next one is loaded: to
-    quantise it so is to have one array of full precision at a time. None leaves it as it is.
-  keep_blocks: what becomes of the quantised kernels and embeddings of a GGUF file, such as
-    `lora_jax.weights.GGUFBlocks.of`: they are not dequantised, but handed over in their blocks as
+    quantize it so is to have one array of full precision at a time. None leaves it as it is.
+  keep_blocks: what becomes of the quantized kernels and embeddings of a GGUF file, such as
+    `lora_jax.weights.GGUFBlocks.of`: they are not dequantized, but handed over in their blocks as
     (uint8 [*layers, rows, bytes of a row], the ggml type's name, the axis of the parameter that a
-    row runs along, counted from its end, dtype). None dequantises them. Not with `shardings`.
+    row runs along, counted from its end, dtype). None dequantizes them. Not with `shardings`.
   families: those that may be loaded, {model_type: Family}.
 
   Raises FileNotFoundError where nothing is found, and ValueError for a model that is not supported
@@ -140,7 +140,7 @@ def load(
   scan_layers = file.family.layers_alike if scan_layers is None else scan_layers
   _check_vocabulary(path, file.config, file.tokenizer)
   if keep_blocks is not None and not any(x.is_quantized for x in file.blocks.values()):
-    raise ValueError(f"{path}: holds no quantised blocks to keep; leave keep_blocks out")
+    raise ValueError(f"{path}: holds no quantized blocks to keep; leave keep_blocks out")
   try:
     params = _params(file, jnp.dtype(dtype), scan_layers, shardings, watch, each, keep_blocks)
   except ValueError as error:

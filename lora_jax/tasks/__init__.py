@@ -1,17 +1,17 @@
-"""Tasks: what a run is about. One file a task, and one literal dict of them.
+"""Tasks: the objective, data and metrics of a run. One file per task, and one dict of them.
 
-    task = tasks.make(config.task, config.data, loss_chunk=0)   # what the config says, checked
-    records = task.open(path, config.data, held_out=False)      # of the data's file
+    task = tasks.make(config.task, config.data, loss_chunk=0)   # checks the config
+    records = task.open(path, config.data, held_out=False)      # of the data file
     records, words = task.read(records)
     task.check(records)                                         # before a model is loaded
-    found = task.extend(found, key)                             # of a model that was loaded
+    found = task.extend(found, key)                             # the loaded model
     task = task.of_model(found)
     examples = task.examples(records)
     batches = task.train_batches(examples, 16, seed=0)
     objective = task.objective(lora_jax.adapt(task.forward(model)))
 
-The loop, the step, checkpoints, sweeps and the main programs know a task by these methods alone. A
-task of one's own is a class with them, in a dict of one's own.
+The loop, the step, checkpoints, sweeps and the main programs use only these methods. To add a task,
+write a class with them and extend the dict.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -41,174 +41,174 @@ Metrics = dict[str, float]
 
 
 class Task(Protocol):
-  """What a run is about.
+  """The interface of a task.
 
-  A batch is a dict of arrays whose first axis is the row. What a task says of batches is meant for
-  those of its own datasets.
+  A batch is a dict of arrays whose first axis is the row. Methods that take batches expect those of
+  the task's own datasets.
   """
 
   FIELDS: ClassVar[tuple[str, ...]]
-  """The names of its fields in the config's `task`, beside `name`."""
+  """The names of its fields in the config's `task`, in addition to `name`."""
   TRAINS: ClassVar[tuple[str, ...]]
-  """Patterns of the leaves that train in full whatever the adapter is: those that the task adds."""
+  """Patterns of the leaves that the task adds. They train in full with every adapter."""
   UNIT: ClassVar[str]
-  """What is counted for people and has a loss, in the singular: "token", "image"."""
+  """The unit of the loss in messages, in the singular: "token", "image"."""
 
   @classmethod
   def of(cls, task: Mapping[str, Any], data: Mapping[str, Any], loss_chunk: int) -> Self:
-    """The task of a config.
+    """Returns the task of a config.
 
-    task: the section, with `name` and, of the fields in `FIELDS`, every one.
-    data: the section that says what the records are.
-    loss_chunk: positions of a row whose logits are held at a time; 0 for all.
+    task: the section, with `name` and every field in `FIELDS`.
+    data: the section that describes the records.
+    loss_chunk: positions of a row whose logits are in memory at a time; 0 for all.
 
-    Raises ValueError for values that do not go together.
+    Raises ValueError for inconsistent values.
     """
 
   def open(self, path: Path, data: Mapping[str, Any], *, held_out: bool) -> list[Record]:
-    """The records of a file or folder, as the config's `data` says.
+    """Returns the records of a file or folder, read as `data` in the config specifies.
 
-    held_out: whether it is that of `data.test_source`.
+    held_out: whether the path is that of `data.test_source`.
 
-    Raises ValueError for what cannot be read, with the path.
+    Raises ValueError with the path if it cannot be read.
     """
 
   def read(self, records: Sequence[Record]) -> tuple[list[Record], str]:
-    """The records of a file as the task takes them, and words on how they were read, or none.
+    """Returns the records in the form of the task, and a message on how they were read, or "".
 
-    Raises ValueError for a column that holds what the task cannot read.
+    Raises ValueError for a column that the task cannot read.
     """
 
   def derive(self, records: Sequence[Record], data: Mapping[str, Any]) -> list[Record]:
-    """The records with what `data` says to make of their columns."""
+    """Returns the records with the columns that `data` derives from others."""
 
   def check(self, records: Sequence[Record]) -> None:
-    """Raises ValueError for records that lack a column which the task needs."""
+    """Raises ValueError for records without a column that the task needs."""
 
   def extend(self, found: Pretrained, key: jax.Array) -> Pretrained:
-    """The model with the leaves that the task adds, at their start; of shapes, their shapes."""
+    """Returns the model with the initialized leaves of the task; shapes if `found` has shapes."""
 
   def of_model(self, found: Pretrained) -> Self:
-    """The task on an extended model; raises ValueError where it cannot be used for it."""
+    """Returns the task for an extended model; raises ValueError for an unsuitable model."""
 
   def examples(self, records: Sequence[Record]) -> list[Example]:
-    """The examples of records, on the host, in their order."""
+    """Returns the examples of records, on the host, in order."""
 
   def train_batches(
     self, examples: Sequence[Example], batch_size: int, *, seed: int, **rows: int
   ) -> grain.MapDataset:
-    """The endless dataset of training batches, each a pure function of its step.
+    """Returns the endless dataset of training batches, each a pure function of its step.
 
-    rows: `shard_index` and `shard_count`, which rows of each batch are read.
+    rows: `shard_index` and `shard_count`, which select the rows of each batch.
     """
 
   def eval_batches(
     self, examples: Sequence[Example], batch_size: int, **rows: int
   ) -> grain.MapDataset:
-    """The dataset of one pass over the examples."""
+    """Returns the dataset of one pass over the examples."""
 
   def check_stackable(self) -> None:
-    """Raises ValueError when the batches of a step, drawn by several seeds, may differ in shape."""
+    """Raises ValueError if batches of the same step and different seeds may differ in shape."""
 
   def describe(self, **examples: Sequence[Example]) -> dict[str, Any]:
-    """What a run keeps in eval.json of its examples, by the name of the split, `training` first;
-    raises ValueError where these do not go together."""
+    """Returns a description of the examples for eval.json, by the name of the split, `training`
+    first; raises ValueError for inconsistent splits."""
 
   def lines(self, described: Mapping[str, Any]) -> list[str]:
-    """Lines for people about what `describe` returned; raises ValueError where it is damaged."""
+    """Returns the result of `describe` as readable lines; raises ValueError if it is damaged."""
 
   def tokens(self, example: Example) -> list[TokenText]:
-    """The tokens of an example as a person reads them; raises ValueError where it is no text."""
+    """Returns the tokens of an example as texts; raises ValueError for a task without text."""
 
   def shape_of(self, batch: Batch) -> tuple[int, ...]:
-    """The rows of a batch and, where a row has several, the units of a row; each shape is compiled
-    for once."""
+    """Returns the rows of a batch and, for rows of several units, the units of a row; a step
+    compiles once per shape."""
 
   def summary(self, examples: Sequence[Example], batch_size: int) -> dict[str, Any]:
-    """What a pass comes to: `examples`, `batches`, `padding` (0 to 1) and `shapes`, {key: number of
-    batches}, of which the greatest key is the largest batch."""
+    """Returns the size of a pass: `examples`, `batches`, `padding` (0 to 1) and `shapes`, {key:
+    number of batches}, where the greatest key is the largest batch."""
 
   def batch_of(self, shape: Any, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """A training batch of a shape of `summary`, with so many rows."""
+    """Returns an abstract training batch of a shape from `summary`, with this many rows."""
 
   def words_of(self, shape: Any) -> str:
-    """A row of a shape of `summary`, for people."""
+    """Describes a row of a shape from `summary` in words."""
 
   def forward(self, model: nn.Module) -> Callable:
-    """What is adapted: `(variables, *inputs) -> outputs`."""
+    """Returns the function to adapt: `(variables, *inputs) -> outputs`."""
 
   def run(self, apply: Callable) -> Callable[[PyTree, Batch], Any]:
-    """`(weights, batch) -> outputs`, as calibration runs the model."""
+    """Returns `(weights, batch) -> outputs`, which calibration runs."""
 
   def mask(self, batch: Batch) -> jax.Array | None:
-    """True for each token of a batch that is no padding, [rows, tokens]; None where all count."""
+    """Returns True for each token of a batch that is not padding, [rows, tokens]; None: all."""
 
   def objective(self, apply: Callable) -> Objective:
-    """`(weights, batch) -> (mean loss, count)`."""
+    """Returns `(weights, batch) -> (mean loss, count)`."""
 
   def reading(self, apply: Callable, hidden: bool) -> Callable[[PyTree, Batch], Any]:
-    """`(weights, batch) -> logits`, or with `hidden` `(logits, hidden states)`, for distillation;
-    raises ValueError where the task has none."""
+    """Returns `(weights, batch) -> logits`, or with `hidden` `(logits, hidden states)`, for
+    distillation; raises ValueError for a task without logits."""
 
   def make_eval_step(self, apply: Callable) -> Callable[[PyTree, Batch], PyTree]:
-    """The jitted step `(weights, batch) -> outputs`, of which `metrics` makes figures."""
+    """Returns the jitted step `(weights, batch) -> outputs`, the input of `metrics`."""
 
   def metrics(self, outputs: Sequence[Mapping[str, Any]]) -> Metrics:
-    """The figures of a pass, `loss` and `rows` among them, from the outputs of its batches."""
+    """Returns the metrics of a pass, with `loss` and `rows`, from the outputs of its batches."""
 
   def line(self, metrics: Metrics) -> str:
-    """One line of figures for people."""
+    """Returns the metrics as one readable line."""
 
   def given(self, examples: Sequence[Example]) -> list[dict[str, str]]:
-    """What a person is shown of examples: `prompt`, what the model sees, and what is `wanted`."""
+    """Returns the readable parts of examples: `prompt`, the model's input, and `wanted`."""
 
   def prompts(
     self, records: Sequence[Record], examples: Sequence[Example], limit: int | None
   ) -> list[dict[str, Any]]:
-    """The different prompts of records, as `write` takes them; raises ValueError for a task that
-    writes no texts."""
+    """Returns the distinct prompts of records for `write`; raises ValueError for a task that does
+    not generate."""
 
   def check_room(self, asked: Sequence[Mapping[str, Any]], max_tokens: int) -> None:
-    """Raises ValueError where the model has not the positions for prompts and what follows them."""
+    """Raises ValueError if prompts and completions exceed the model's positions."""
 
   def write(
     self, apply: Callable, weights: PyTree, asked: Sequence[Mapping[str, Any]], **how: Any
   ) -> list[dict[str, Any]]:
-    """`prompt`, `text` and `references` of each prompt; see `Writing.write`."""
+    """Returns `prompt`, `text` and `references` of each prompt; see `Writing.write`."""
 
   def longest_choice(self) -> int | None:
-    """The tokens of the longest answer; None where the answers are not given."""
+    """Returns the number of tokens of the longest choice; None if answers are free."""
 
   @property
   def chat_format(self) -> ChatFormat:
-    """How conversations with the model are written; raises ValueError for a task that writes no
-    texts."""
+    """The format of conversations with the model; raises ValueError for a task that does not
+    generate."""
 
   def asked(self, given: str) -> list[Example]:
-    """What a person asks about, by the path of a file or as a text, as `predict` takes it; raises
-    ValueError for what the task cannot read, and for a task that predicts nothing."""
+    """Returns the examples of a file or a text for `predict`; raises ValueError if the task cannot
+    read them, and for a task without predictions."""
 
   def predict(
     self, apply: Callable, weights: PyTree, examples: Sequence[Example], **how: Any
   ) -> list[dict[str, Any]]:
-    """An answer for each example, as JSON has it; see `EncodedTexts.predict`."""
+    """Returns an answer for each example, as JSON values; see `EncodedTexts.predict`."""
 
   def make_show(
     self, apply: Callable, examples: Sequence[Example], put: Callable, share: int
   ) -> Callable[[PyTree], list[str]]:
-    """Makes `weights -> what the model makes of each example`, in text.
+    """Returns `weights -> the model's answer to each example`, as text.
 
-    put: brings what a step gives to every process.
-    share: the batch's rows are a multiple of it.
+    put: gathers the outputs of a step on every process.
+    share: the rows of the batch are a multiple of it.
     """
 
   def draw(
     self, examples: Sequence[Example], samples: Sequence[Mapping[str, str]]
   ) -> Callable[[Any], None] | None:
-    """What draws a picture of examples and of what was made of them into a PNG file; None where
-    there is nothing to be seen.
+    """Returns a function that draws examples and answers into a PNG file, or None for a task
+    without pictures.
 
-    samples: of each example what `given` says, and what was shown `before` and `after`.
+    samples: for each example the fields of `given`, and the answers `before` and `after`.
     """
 
 
@@ -220,9 +220,9 @@ TASKS: Mapping[str, type[Task]] = {
   "embedding": Embedding,
   "images": Images,
 }
-"""By `task.name` of a config."""
+"""The tasks by `task.name` of a config."""
 
-# What the configs of earlier runs, which lack a field, meant without it.
+# Values of fields that the configs of earlier runs lack.
 _BEFORE_THE_FIELD = {"classification": {"pair": ""}}
 
 
@@ -233,11 +233,10 @@ def make(
   loss_chunk: int,
   known: Mapping[str, type[Task]] = TASKS,
 ) -> Task:
-  """The task of a config.
+  """Returns the task of a config.
 
   Raises:
-    ValueError: for a name that is not known, a field that the task does not have, and one that it
-      lacks; and as its `of` does.
+    ValueError: for an unknown name, an unknown or missing field, and as the task's `of` does.
   """
   name = task["name"]
   if name not in known:

@@ -1,13 +1,13 @@
 """Conversations: a language model learns the assistant's turns, as its chat template writes them.
 
 task.name = "chat"
-task.learn = "all"           # the assistant's turns, or the "last" alone
-task.template = None         # the model's own; the name of one of its others, or a .jinja file
-task.date = "2026-01-01"     # what templates that ask for the day are told
+task.learn = "all"           # all turns of the assistant, or only the "last"
+task.template = None         # the model's own; or the name of another of its own, or a .jinja file
+task.date = "2026-01-01"     # for templates that print the date
 
-A table has `messages`, or another layout of `lora_jax.data.conversations`. The loss is taken on the
-tokens of the turns, with the one that ends a turn; see `lora_jax.data.chat_tokens`. For people, and
-where texts are generated, the last turn is what the model is to write.
+A table has `messages`, or another layout of `lora_jax.data.conversations`. The loss covers the
+tokens of the assistant's turns, including the end of each turn; see `lora_jax.data.chat_tokens`. In
+generation and in samples, the model writes the last turn.
 """
 
 import dataclasses
@@ -28,9 +28,9 @@ _COUNTS = ("conversations", "examples", "cut", "left_out", "longest", "learnt", 
 class Chat(Writing):
   """See the module; its other fields are those of `Texts`.
 
-  conversation: the layout of the table, as `lora_jax.data.conversations.read` takes it.
-  learn, template, date, too_long: as `lora_jax.data.chat.encode` takes them.
-  ends: the tokens at which a turn ends; () until `of_model`.
+  conversation: the layout of the table, an argument of `lora_jax.data.conversations.read`.
+  learn, template, date, too_long: arguments of `lora_jax.data.chat.encode`.
+  ends: the tokens that end a turn; () until `of_model`.
   """
 
   FIELDS: ClassVar[tuple[str, ...]] = ("learn", "template", "date")
@@ -60,7 +60,7 @@ class Chat(Writing):
     return conversations.read(rows, self.conversation)
 
   def check(self, rows: Sequence[records.Record]) -> None:
-    """Nothing more: `read` holds each record against what a conversation is."""
+    """Does nothing, since `read` checks each conversation."""
 
   def of_model(self, found: Pretrained) -> Self:
     template = chat_templates.find(found.tokenizer, self.template)
@@ -107,7 +107,7 @@ class Chat(Writing):
     return [
       f"{name}: {_words_of(split)}, {split['cut']:,} of them cut to max_length "
       f"{described['max_length']:,}; {split['left_out']:,} longer ones left out; "
-      f"{split['learnt']:,} of {split['tokens']:,} tokens learnt; the longest input has "
+      f"{split['learnt']:,} of {split['tokens']:,} tokens learned; the longest input has "
       f"{split['longest']:,} tokens, the model {described['positions']:,} positions"
       for name, split in splits.items()
     ]
@@ -124,9 +124,9 @@ class Chat(Writing):
   def prompts(
     self, rows: Sequence[records.Record], encoded: Sequence[Example], limit: int | None
   ) -> list[Text]:
-    """The different conversations before the last turn, in their order: `prompt`, `references`,
-    which are the last turns, and `tokens`."""
-    del rows  # some are no examples
+    """Returns the distinct conversations before the last turn, in order: `prompt`, `references`
+    (the last turns) and `tokens`."""
+    del rows  # some are not examples
     found: dict[tuple[int, ...], Text] = {}
     for example in encoded:
       tokens = example.tokens[: example.prompt_length]
@@ -137,7 +137,7 @@ class Chat(Writing):
     return list(found.values())[:limit]
 
   def longest_choice(self) -> None:
-    """None: answers are free."""
+    """Returns None, since answers are free."""
 
   @property
   def chat_format(self) -> ChatFormat:
@@ -145,7 +145,7 @@ class Chat(Writing):
 
 
 def _words_of(split: Mapping[str, int]) -> str:
-  """How many conversations there are, and in how many examples."""
+  """Describes the number of conversations and of examples."""
   if split["conversations"] == split["examples"]:
     return f"{split['examples']:,} conversations"
   return (

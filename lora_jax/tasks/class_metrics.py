@@ -1,31 +1,31 @@
-"""Figures of a classifier from its scores: accuracy, balanced accuracy, and the area under the ROC.
+"""Metrics of a classifier from its scores: accuracy, balanced accuracy, and area under the ROC.
 
     figures = of_scores(scores_NK, labels_N)     # {"accuracy": …, "balanced_accuracy": …, "auc": …}
 
-Where classes are unequal in number, accuracy is that of the largest one; the other two are not.
+With imbalanced classes, accuracy is dominated by the largest class; the other two are not.
 """
 
 import numpy as np
 
 
 def of_scores(scores_NK: np.ndarray, labels_N: np.ndarray) -> dict[str, float]:
-  """Returns the figures of scores, all from 0 to 1.
+  """Returns the metrics of scores, all from 0 to 1.
 
-  accuracy: the fraction of rows whose label has the highest score, of several the first.
-  balanced_accuracy: the mean over the classes that occur of the fraction of their rows that are
-    right (recall).
-  auc: how probably a row of a class has a higher score for it than a row of another class, a tie
-    for a half. With two classes that of the second; with more the mean over classes, each against
-    the rest (Fawcett 2006, "An introduction to ROC analysis"). NaN where a class does not occur.
+  accuracy: the fraction of rows whose label has the highest score; the first class wins ties.
+  balanced_accuracy: the mean recall of the classes that occur.
+  auc: the probability that a row of a class has a higher score for it than a row of another class;
+    a tie counts half. With two classes this is the AUC of the second; with more, the mean of each
+    class against the rest (Fawcett 2006, "An introduction to ROC analysis"). NaN if a class does
+    not occur.
 
   Args:
-    scores_NK: of N rows for K classes, at least 2; what grows with the probability.
-    labels_N: the numbers of the classes.
+    scores_NK: of N rows for K classes, at least 2; any increasing function of the probability.
+    labels_N: the indices of the classes.
   """
   right_N = scores_NK.argmax(axis=1) == labels_N
   recalls = [right_N[labels_N == label].mean() for label in np.unique(labels_N)]
   of_classes = range(1, 2) if scores_NK.shape[1] == 2 else range(scores_NK.shape[1])
-  # With two classes the probability of one is what the other leaves, so it orders the rows alike.
+  # With two classes, one probability is 1 minus the other, so both rank the rows alike.
   areas = [area_under_roc(scores_NK[:, k], labels_N == k) for k in of_classes]
   return {
     "accuracy": float(right_N.mean()),
@@ -39,11 +39,11 @@ def area_under_roc(scores_N: np.ndarray, positive_N: np.ndarray) -> float:
 
       (Σ ranks of the positive rows − P (P + 1) / 2) / (P · Q)
 
-  of P positive and Q negative rows, where rows of one score share their mean rank (Mann and Whitney
-  1947). NaN where there are none of either.
+  for P positive and Q negative rows; rows with equal scores have their mean rank (Mann and Whitney
+  1947). NaN if there are no positive or no negative rows.
   """
   _, places_N, counts = np.unique(scores_N, return_inverse=True, return_counts=True)
-  # In whole numbers and halves, so that no rounding depends on the order of the rows.
+  # Ranks are integers or halves, so the sums are exact in any order of the rows.
   ranks = np.cumsum(counts) - (counts - 1) / 2
   positive = int(positive_N.sum())
   negative = len(positive_N) - positive

@@ -1,15 +1,16 @@
-"""Classes of texts: a head of classes at one token of a text.
+"""Text classification: a classification head at one token of a text.
 
 task.name = "classification"
 task.text = "{sentence}"                       # a template, see lora_jax.data.templates
-task.pair = ""                                 # of a second text, for encoders; "" for none
-task.label = "{label}"                         # another, which gives the name of a class
+task.pair = ""                                 # for a second text, for encoders; "" for none
+task.label = "{label}"                         # a template for the name of the class
 task.labels = ("negative", "positive")         # the names, in the order of the head's outputs
 
-The head is new. It starts from the run's seed, trains in full and is saved with the adapter, as
-PEFT's `SEQ_CLS` does. The model is transformers' `...ForSequenceClassification`. A decoder has a
-kernel [width, classes], `score` there, at a text's last token that is no padding. An encoder has a
-dense layer and a kernel at the first token; see `lora_jax.tasks.pooled_classification`.
+The head is new. It is initialized from the run's seed, trains in full and is saved with the
+adapter, as in PEFT's `SEQ_CLS`. The model is transformers' `...ForSequenceClassification`. A
+decoder has a kernel [width, classes], called `score` there, at the last token before the padding.
+An encoder has a dense layer and a kernel at the first token; see
+`lora_jax.tasks.pooled_classification`.
 """
 
 import dataclasses
@@ -34,10 +35,10 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Classification(Texts):
-  """See the module; its other fields are those of `Texts`. A longer text loses its end.
+  """See the module; its other fields are those of `Texts`. Long texts are truncated at the end.
 
   text, label: templates of a text and of the name of its class.
-  pair: of a second text, which only an encoder reads; "" for none.
+  pair: template of a second text, for encoders only; "" for none.
   labels: the names of the classes.
   """
 
@@ -79,7 +80,7 @@ class Classification(Texts):
     return heads.add(found, key, self.labels)
 
   def of_model(self, found: Pretrained) -> Self | PooledClassification:
-    """The task on a decoder, or that of encoders on an encoder."""
+    """Returns this task for a decoder, or the task of encoders for an encoder."""
     if found.family.kind == families.ENCODER:
       return self._of_encoders().of_model(found)
     if self.pair:
@@ -90,7 +91,7 @@ class Classification(Texts):
     return super().of_model(found)
 
   def examples(self, rows: Sequence[records.Record]) -> list[Example]:
-    """A text's tokens, and after them the number of its class, which is its one target."""
+    """Returns the tokens of each text, followed by the index of its class, its only target."""
     return [
       self._example(row, f"record {n}", self.labels.index(templates.fill(self.label, row)))
       for n, row in enumerate(rows)
@@ -107,7 +108,7 @@ class Classification(Texts):
     return list(range(len(self.labels)))
 
   def tokens(self, example: Example) -> list[TokenText]:
-    """Those of the text, and the name of its class as the one that is learned."""
+    """Returns the tokens of the text, and the name of its class as the learned one."""
     found = token_texts(self.model.tokenizer, example.inputs, learned=())
     return [*found, TokenText(self.labels[example.targets[0]], 1, special=False, learned=True)]
 
@@ -121,7 +122,7 @@ class Classification(Texts):
   def make_show(
     self, apply: Callable, encoded: Sequence[Example], put: Callable, share: int
   ) -> Callable[[PyTree], list[str]]:
-    """The class that the model gives each example."""
+    """Returns `weights -> the predicted class of each example`."""
     rows = -(-len(encoded) // share) * share
     [batch] = batches.eval_batches(
       encoded, rows, buckets=(max(len(each.inputs) for each in encoded),),

@@ -1,10 +1,10 @@
-r"""Prompts and their completions: a language model learns to write what follows a text.
+r"""Prompts and completions: a language model learns to complete a text.
 
 data.prompt = "Review: {text}\nSentiment:"
 data.completion = " {label}"
 data.choices = (" positive", " negative")      # for the accuracy; () for none
 
-Its fields stand in the config's `data`. The loss is taken on the completion alone.
+Its fields are in the config's `data`. The loss covers only the completion.
 """
 
 import dataclasses
@@ -15,18 +15,18 @@ from lora_jax.data import examples, records, references, templates
 from lora_jax.data.examples import Example
 from lora_jax.tasks.writing import Text, Writing
 
-# What the configs of earlier runs, which lack a field, meant without it.
+# Values of fields that the configs of earlier runs lack.
 _BEFORE_THE_FIELD = {"special_tokens": True}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Completion(Writing):
-  """See the module; its other fields are those of `Texts`. A longer prompt loses its beginning.
+  """See the module; its other fields are those of `Texts`. Long prompts lose their beginning.
 
   prompt, completion: templates, see `lora_jax.data.templates`.
-  choices: the texts that a model chooses among, as completions; () for none.
-  append_eos: whether EOS ends a completion and is learnt.
-  special_tokens: whether special tokens that are written out in a column are tokens.
+  choices: the completions that the model chooses among; () for free text.
+  append_eos: whether EOS ends a completion and is learned.
+  special_tokens: whether special tokens in a column are parsed as tokens.
   """
 
   FIELDS: ClassVar[tuple[str, ...]] = ()
@@ -72,7 +72,7 @@ class Completion(Writing):
     )
 
   def choice_ids(self) -> list[int]:
-    """The first tokens of the choices, as they are at the end of the prompt."""
+    """Returns the first tokens of the choices after the prompt."""
     return examples.choice_ids(
       self.model.tokenizer,
       self.choices,
@@ -85,9 +85,9 @@ class Completion(Writing):
   def prompts(
     self, rows: Sequence[records.Record], encoded: Sequence[Example], limit: int | None
   ) -> list[Text]:
-    """The different prompts of a split, in their order: `prompt`, `references` and `tokens`.
+    """Returns the distinct prompts of a split, in order: `prompt`, `references` and `tokens`.
 
-    The tokens are cut as they were for training.
+    The tokens are truncated as in training.
     """
     known = references.by_prompt(rows, self.prompt, self.completion)
     found: dict[str, Text] = {}
@@ -98,7 +98,7 @@ class Completion(Writing):
     return list(found.values())[:limit]
 
   def longest_choice(self) -> int | None:
-    """The tokens of the longest choice; None where there are none."""
+    """Returns the number of tokens of the longest choice; None if there are no choices."""
     encode = self.model.tokenizer.encode
     lengths = [len(encode(x, add_special_tokens=False)) for x in self.choices]
     return max(lengths, default=None)

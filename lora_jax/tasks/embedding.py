@@ -1,21 +1,21 @@
-"""Embeddings of texts by an encoder: texts that mean the same are near to each other.
+"""Text embeddings by an encoder: texts with the same meaning have similar vectors.
 
 task.name = "embedding"
-task.text, task.pair = "{s1}", "{s2}"    # templates of two texts, encoded apart
-task.label = "{score}"                   # of how alike they are, a number; "" where all are alike
+task.text, task.pair = "{s1}", "{s2}"    # templates of two texts, encoded separately
+task.label = "{score}"                   # template of their similarity; "" if all pairs are similar
 task.positive = 4.0                      # pairs of at least this score are trained on
 task.temperature = 0.05
 
-A text's embedding is the mean of its tokens' vectors, divided by its length (Reimers and Gurevych
-2019, "Sentence-BERT", section 3). With a and b the embeddings of the texts of a batch's pairs, the
-loss is the cross-entropy of each pair among the batch's second texts,
+A text's embedding is the normalized mean of its tokens' vectors (Reimers and Gurevych 2019,
+"Sentence-BERT", section 3). With a and b the embeddings of the pairs of a batch, the loss is the
+cross-entropy of selecting each second text among those of the batch,
 
     mean_i −log( exp(a_i · b_i / temperature) / Σ_j exp(a_i · b_j / temperature) )
 
 (Henderson et al. 2017, "Efficient Natural Language Response Suggestion", section 4.4; InfoNCE of
-van den Oord et al. 2018). With `train.accumulate` a text's negatives are those of its part of the
-batch. The figures are correlations of the cosine a_i · b_i with the scores. The model's pooler, of
-which no embedding is made, is left out.
+van den Oord et al. 2018). With `train.accumulate` the negatives come from the same microbatch. The
+metrics are correlations of the cosine a_i · b_i with the scores. The model's pooler is not used and
+is left out.
 """
 
 import dataclasses
@@ -39,15 +39,15 @@ from lora_jax.train.step import Batch, Objective
 
 PyTree = Any
 
-_SMALLEST = 1e-12  # a length that is divided by, as torch.nn.functional.normalize has it
+_SMALLEST = 1e-12  # the smallest norm to divide by, as in torch.nn.functional.normalize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Embedding(EncodedTexts):
   """See the module; its other fields are those of `EncodedTexts`.
 
-  positive: the least score of a pair that is trained on.
-  temperature: by which cosines are divided.
+  positive: the lowest score of a training pair.
+  temperature: the divisor of the cosines.
   """
 
   NAME: ClassVar[str] = "embedding"
@@ -78,7 +78,7 @@ class Embedding(EncodedTexts):
     params = {name: x for name, x in found.params.items() if name != "pooler"}
     return dataclasses.replace(found, config=config, params=params)
 
-  # ---- batches, of the pairs that are alike in training
+  # ---- batches; in training, of similar pairs only
 
   def _alike(self, found: Sequence[EncodedExample]) -> list[EncodedExample]:
     alike = [example for example in found if example.target >= self.positive]
@@ -109,7 +109,7 @@ class Embedding(EncodedTexts):
   # ---- training and evaluation
 
   def vectors(self, apply: Callable) -> Callable[[PyTree, Batch], jax.Array]:
-    """`(weights, batch) -> embeddings`, [texts, D] in float32, the texts of a row in turn."""
+    """Returns `(weights, batch) -> embeddings`, [texts, D] in float32, row by row."""
     run = self.hidden(apply)
 
     def embed(weights: PyTree, batch: Batch) -> jax.Array:
@@ -137,7 +137,7 @@ class Embedding(EncodedTexts):
   def _losses(self, pairs_B2D: jax.Array, batch: Batch) -> jax.Array:
     """The cross-entropy of each row's second text among those of all rows, [B, 1]."""
     logits_BB = pairs_B2D[:, 0] @ pairs_B2D[:, 1].T / self.temperature
-    # A row that fills the batch is no text to choose.
+    # Padding rows are no candidates.
     logits_BB = jnp.where(batch["weights"][:, 0] > 0, logits_BB, jnp.finfo(jnp.float32).min)
     return (jax.nn.logsumexp(logits_BB, axis=-1) - jnp.diagonal(logits_BB))[:, None]
 
@@ -201,7 +201,7 @@ class Embedding(EncodedTexts):
 
   @property
   def _alone(self) -> Self:
-    """The task of one text, by the template of the first."""
+    """Returns the task for single texts, with the template of the first."""
     return dataclasses.replace(self, pair="")
 
   def _predictions(self, apply: Callable) -> Callable[[PyTree, Batch], jax.Array]:
@@ -212,7 +212,7 @@ class Embedding(EncodedTexts):
 
 
 def mean_pooled(hidden_BTD: jax.Array, mask_BT: jax.Array) -> jax.Array:
-  """The mean of the vectors of a text's tokens, divided by its length, [B, D] in float32.
+  """The normalized mean of the vectors of a text's tokens, [B, D] in float32.
 
   A row without a token is zero.
   """
@@ -220,5 +220,5 @@ def mean_pooled(hidden_BTD: jax.Array, mask_BT: jax.Array) -> jax.Array:
   counts_B1 = jnp.maximum(jnp.sum(counted_BT1, axis=1), 1)
   mean_BD = jnp.sum(hidden_BTD.astype(jnp.float32) * counted_BT1, axis=1) / counts_B1
   squares_B1 = jnp.sum(jnp.square(mean_BD), axis=-1, keepdims=True)
-  # The square root has no gradient at zero.
+  # The square root is not differentiable at zero.
   return mean_BD * jax.lax.rsqrt(jnp.maximum(squares_B1, _SMALLEST**2))

@@ -1,4 +1,4 @@
-"""The base of tasks whose texts an encoder reads as a whole, alone or in pairs."""
+"""The base of tasks with whole texts for an encoder, single or in pairs."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -30,11 +30,11 @@ class EncodedTexts(tables.OfTables):
   """A task whose examples are whole texts; see `lora_jax.tasks.Task` for its methods.
 
   text: the template of a text, see `lora_jax.data.templates`.
-  pair: of a second one that is read with it; "" for none.
-  label: of what is wanted.
+  pair: the template of a second text that is read with it; "" for none.
+  label: the template of the target.
   max_length: tokens of a text, or of a pair that is encoded as one, special ones included.
-  buckets: lengths that batches are padded to, rising; a step compiles once for each.
-  model: the model, its weights left out; None until `of_model`.
+  buckets: increasing lengths that batches are padded to; a step compiles once for each.
+  model: the model without its weights; None until `of_model`.
   """
 
   NAME: ClassVar[str]
@@ -70,7 +70,7 @@ class EncodedTexts(tables.OfTables):
         )
 
   def target(self, row: records.Record, where: str) -> int | float:
-    """The label of a record; raises ValueError for what its label cannot be."""
+    """Returns the target of a record; raises ValueError for an invalid label."""
     raise NotImplementedError
 
   def _templates(self) -> dict[str, str]:
@@ -165,7 +165,7 @@ class EncodedTexts(tables.OfTables):
     ]
 
   def tokens(self, example: EncodedExample) -> list[TokenText]:
-    """Those of the texts, and what is wanted of them as the one that is learnt."""
+    """Returns the tokens of the texts, and their target as the learned one."""
     tokenizer = self.model.tokenizer
     found = [x for text in example.texts for x in token_texts(tokenizer, text.ids, learnt=())]
     return [*found, TokenText(self.words(example.target), 1, special=False, learnt=True)]
@@ -196,7 +196,7 @@ class EncodedTexts(tables.OfTables):
     return lambda weights, batch: apply({"params": weights}, *_inputs(batch), **_options(batch))
 
   def hidden(self, apply: Callable) -> Callable[[PyTree, Batch], jax.Array]:
-    """`(weights, batch) -> the vector of each token`, [texts, T, D]."""
+    """Returns `(weights, batch) -> the vector of each token`, [texts, T, D]."""
     return lambda weights, batch: apply(
       {"params": weights}, *_inputs(batch), method="hidden", **_options(batch)
     )
@@ -225,11 +225,11 @@ class EncodedTexts(tables.OfTables):
     ]
 
   def words(self, target: int | float) -> str:
-    """A target, for people."""
+    """Describes a target in words."""
     raise NotImplementedError
 
   def _texts(self, example: EncodedExample) -> list[str]:
-    """The texts of an example as the model reads them, without its special tokens."""
+    """The texts of an example as tokenized and truncated, without special tokens."""
     decode = self.model.tokenizer.decode
     return [decode(text.ids[start:end]) for text in example.texts for start, end in text.spans]
 
@@ -252,11 +252,11 @@ class EncodedTexts(tables.OfTables):
     return encoded.eval_batches(found, rows, **how)
 
   def _answers(self, apply: Callable) -> Callable[[PyTree, Batch], jax.Array]:
-    """The jitted step `(weights, batch) -> an answer for each row`, as `said` takes it."""
+    """The jitted step `(weights, batch) -> an answer for each row`, the input of `said`."""
     raise NotImplementedError
 
   def said(self, output: np.ndarray) -> str:
-    """An answer, for people."""
+    """Describes an answer in words."""
     raise NotImplementedError
 
   def prompts(self, *unused: Any) -> NoReturn:
@@ -292,12 +292,12 @@ class EncodedTexts(tables.OfTables):
     batch_size: int,
     watch: Callable[[Sequence], Any] = iter,
   ) -> list[Answer]:
-    """An answer for each example, in their order.
+    """Returns an answer for each example, in order.
 
     apply: the adapted function of `forward`.
-    found: as `asked` returns them.
-    batch_size: rows that are computed at once.
-    watch: goes over the batches.
+    found: the result of `asked`.
+    batch_size: rows per step.
+    watch: wraps the iterator of batches, e.g. with a progress bar.
     """
     step = self._predictions(apply)
     return questions.answers(
@@ -305,11 +305,11 @@ class EncodedTexts(tables.OfTables):
     )
 
   def _predictions(self, apply: Callable) -> Callable[[PyTree, Batch], jax.Array]:
-    """The jitted step `(weights, batch) -> an answer for each row`, as `answer` takes it."""
+    """The jitted step `(weights, batch) -> an answer for each row`, the input of `answer`."""
     return self._answers(apply)
 
   def answer(self, output: np.ndarray) -> Answer:
-    """An answer, for JSON."""
+    """Returns an answer as a JSON value."""
     raise NotImplementedError
 
 
@@ -324,7 +324,7 @@ def _options(batch: Batch) -> dict[str, jax.Array]:
 
 
 def _flat(x: jax.Array) -> jax.Array:
-  """(B, S, T) as (B S, T); (B, T) as it is."""
+  """Reshapes (B, S, T) to (B S, T); returns (B, T) unchanged."""
   return x.reshape(-1, x.shape[-1])
 
 

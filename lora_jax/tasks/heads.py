@@ -1,7 +1,7 @@
-"""Leaves that a task adds to a model: a head of classes, and what else only a head has.
+"""Leaves that a task adds to a model: a classification head and its other leaves.
 
-A kernel starts from a key by a normal distribution of 0.02, as transformers' initializer_range, a
-bias from zero.
+Kernels are initialized from a normal distribution with standard deviation 0.02, transformers'
+initializer_range; biases from zero.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ _DEVIATION = 0.02
 
 
 def labels_of(task: Mapping[str, Any]) -> tuple[str, ...]:
-  """The names of a config's classes; ValueError where there are too few or one comes twice."""
+  """Returns the class names of a config; raises ValueError for fewer than two, or a duplicate."""
   labels = tuple(task["labels"])
   if len(labels) < 2 or len(set(labels)) < len(labels):
     raise ValueError(f"task.labels {shown(labels)}: give two or more different names")
@@ -32,11 +32,11 @@ def labels_of(task: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def add(found: Pretrained, key: jax.Array, classes: Sequence[str]) -> Pretrained:
-  """The model with a new head of classes in place of its own; of shapes, their shapes.
+  """Returns the model with a new classification head; shapes if `found` has shapes.
 
   Args:
     found: the model.
-    key: of the new leaves.
+    key: a random key for the new leaves.
     classes: the names of the head's outputs.
   """
   config = found.family.with_classes(found.config, tuple(classes))

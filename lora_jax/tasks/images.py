@@ -1,15 +1,15 @@
-"""Classes of images: a model of images with a head of classes.
+"""Image classification: an image model with a classification head.
 
 task.name = "images"
 task.labels = ("cat", "dog")             # the names, in the order of the head's outputs
-data.source = "train.npz"                # or a folder with a folder for each class
-data.arrays = ("images", "labels")       # of an .npz file; () of a folder
-data.size = 96                           # pixels of a side, as the model sees them
+data.source = "train.npz"                # or a folder with a subfolder per class
+data.arrays = ("images", "labels")       # of an .npz file; () for a folder
+data.size = 96                           # pixels per side of the model's input
 data.mean, data.std = (0.5,) * 3, (0.5,) * 3     # of red, green and blue, from 0 to 1
 data.crop_area, data.flip = 0.5, 0.5     # in training; see `lora_jax.data.image_batches`
 
-The head's leaves are new, start from the run's seed, train in full and are saved with the adapter,
-as PEFT's `modules_to_save`. The model is transformers' `...ForImageClassification`.
+The head is new. It is initialized from the run's seed, trains in full and is saved with the
+adapter, as PEFT's `modules_to_save`. The model is transformers' `...ForImageClassification`.
 """
 
 import dataclasses
@@ -35,8 +35,8 @@ from lora_jax.train.step import Batch, Objective
 PyTree = Any
 Record = dict[str, Any]
 
-# A larger picture is shrunk as it is read, to so many times the size that the model sees: then no
-# crop of a quarter of its area or more is enlarged.
+# A larger picture is shrunk on reading to this multiple of the model's size, so that no crop of at
+# least a quarter of its area is enlarged.
 _KEPT = 2
 _COLORS = 3
 _COLUMNS = 6  # of the grid of pictures that is drawn
@@ -47,10 +47,10 @@ class Images:
   """See the module, and `lora_jax.tasks.Task` for the methods.
 
   labels: the names of the classes.
-  size: pixels of a side.
-  mean, std: of each color, by which images are normalized.
-  crop_area, flip: as of `image_batches.train_batches`.
-  model: the model, its weights left out; None until `of_model`.
+  size: pixels per side.
+  mean, std: of each color, for normalization.
+  crop_area, flip: as in `image_batches.train_batches`.
+  model: the model without its weights; None until `of_model`.
   """
 
   FIELDS: ClassVar[tuple[str, ...]] = ("labels",)
@@ -96,7 +96,7 @@ class Images:
     return list(rows)
 
   def check(self, rows: Sequence[Record]) -> None:
-    del rows  # `image_sets.read` has checked each
+    del rows  # `image_sets.read` has checked them
 
   def extend(self, found: Pretrained, key: jax.Array) -> Pretrained:
     return heads.add(found, key, self.labels)
@@ -135,7 +135,7 @@ class Images:
     return image_batches.eval_batches(examples, batch_size, size=self.size, **rows)
 
   def check_stackable(self) -> None:
-    """All batches have one shape."""
+    """Does nothing, since all batches have the same shape."""
 
   def describe(self, **examples: Sequence[Example]) -> dict[str, Any]:
     counts = {
@@ -187,7 +187,7 @@ class Images:
   # ---- training and evaluation
 
   def forward(self, model: nn.Module) -> Callable:
-    """`(variables, images of uint8) -> logits`, with the normalization."""
+    """Returns `(variables, uint8 images) -> logits`, including the normalization."""
     mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
 
     def apply(variables: PyTree, images_BHWC: jax.Array, **options: Any) -> Any:
@@ -199,7 +199,7 @@ class Images:
     return lambda weights, batch: apply({"params": weights}, batch["images"])
 
   def mask(self, batch: Batch) -> None:
-    """Every row counts: a patch has no padding, nor a place that a window lies at."""
+    """Returns None: patches and window positions have no padding."""
     del batch
 
   def objective(self, apply: Callable) -> Objective:
@@ -247,7 +247,7 @@ class Images:
   def make_show(
     self, apply: Callable, examples: Sequence[Example], put: Callable, share: int
   ) -> Callable[[PyTree], list[str]]:
-    """The class that the model gives each image."""
+    """Returns `weights -> the predicted class of each image`."""
     [batch] = self.eval_batches(examples, -(-len(examples) // share) * share)
     probabilities = _probabilities(apply)
 
@@ -262,7 +262,7 @@ class Images:
   # ---- answers for images of one's own
 
   def asked(self, given: str) -> list[Example]:
-    """The image of a file, or those of a folder in the order of their names."""
+    """Returns the image of a file, or the images of a folder in the order of their names."""
     path = Path(given)
     files = [path]
     if path.is_dir():
@@ -282,7 +282,7 @@ class Images:
     batch_size: int,
     watch: Callable[[Sequence], Any] = iter,
   ) -> list[questions.Answer]:
-    """`image`, `label` and `probabilities` of each; `watch` goes over the batches."""
+    """Returns `image`, `label` and `probabilities` of each; `watch` wraps the batches."""
     step = _probabilities(apply)
     data = watch(self.eval_batches(examples, batch_size))
     found = questions.answers(lambda batch: step(weights, batch), data, self._answer)
@@ -297,7 +297,7 @@ class Images:
   def draw(
     self, examples: Sequence[Example], samples: Sequence[Mapping[str, str]]
   ) -> Callable[[Any], None] | None:
-    """A grid of the images with what each is, and what the model took it for before and after."""
+    """Draws a grid of the images with their labels, and the predictions before and after."""
     if not examples:
       return None
     return functools.partial(_draw, examples, samples, self.size)
@@ -330,7 +330,7 @@ def _probabilities(apply: Callable) -> Callable[[PyTree, Batch], jax.Array]:
 
 
 def _loss(logits_BK: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-  """The sum of the cross-entropies in nats, and of how many rows."""
+  """The sum of the cross-entropies in nats, and the number of rows."""
   losses_B = optax.softmax_cross_entropy_with_integer_labels(
     logits_BK.astype(jnp.float32), batch["labels"]
   )
@@ -340,7 +340,7 @@ def _loss(logits_BK: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
 def _draw(
   examples: Sequence[Example], samples: Sequence[Mapping[str, str]], size: int, target: Any
 ) -> None:
-  from matplotlib.figure import Figure  # it takes half a second, and only runs draw
+  from matplotlib.figure import Figure  # the import takes half a second, and few callers draw
 
   columns = min(_COLUMNS, len(examples))
   rows = -(-len(examples) // columns)

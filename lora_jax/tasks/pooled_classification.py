@@ -1,8 +1,8 @@
-"""Classes of texts or pairs by an encoder: a pooler and a head of classes at the first token.
+"""Classification of texts or pairs by an encoder: a pooler and a head at the first token.
 
-The pooler is a dense layer and its activation; BERT's comes with the model where its files have it,
-RoBERTa's and DistilBERT's is new. Both train in full. In PEFT they are the `modules_to_save` of a
-`SEQ_CLS`: `classifier`, and of BERT and DistilBERT the pooler under its own name.
+The pooler is a dense layer and its activation. BERT's is loaded if the files have it; RoBERTa's and
+DistilBERT's is new. Pooler and head train in full. In PEFT they are the `modules_to_save` of a
+`SEQ_CLS`: `classifier`, and for BERT and DistilBERT the pooler under its own name.
 """
 
 import dataclasses
@@ -106,5 +106,5 @@ class PooledClassification(EncodedTexts):
 
 
 def _loss(logits_BC: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-  """The mean cross-entropy of the rows that count, in nats, and how many they are."""
+  """The mean cross-entropy of the rows with weight, in nats, and their number."""
   return completion_loss(logits_BC[:, None], batch["targets"], batch["weights"])

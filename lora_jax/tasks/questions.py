@@ -1,4 +1,4 @@
-"""Questions of a person to a run, from a file or a text, and the answers in their order."""
+"""Inputs for predictions, from a file or a text, and the answers in order."""
 
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
@@ -14,17 +14,17 @@ Answer = dict[str, Any]
 
 
 def records_of(given: str, wanted: Sequence[str]) -> list[records.Record]:
-  """The records that a person asks about: those of a file, or one of the text itself.
+  """Returns the records of a file, or one record with the given text.
 
-  A file of JSON, CSV, TSV or Parquet has the columns of the templates; of one that ends in .txt
-  each line is a text.
+  A JSON, CSV, TSV or Parquet file has the columns of the templates. In a .txt file each line is a
+  text.
 
   Args:
     given: the path of a file, or a text.
     wanted: the templates to fill.
 
   Raises:
-    ValueError: for a file without the columns, and a text where several columns are asked for.
+    ValueError: for a file without the columns, and for a text if several columns are needed.
   """
   columns = list(dict.fromkeys(field for x in wanted for field in templates.fields(x)))
   path = pathlib.Path(given)
@@ -59,12 +59,12 @@ def answers(
   batches: Iterable[Batch],
   answer: Callable[[np.ndarray], Answer],
 ) -> list[Answer]:
-  """An answer for each example, by the `index` of the batches' rows.
+  """Returns an answer for each example, ordered by the `index` of the batches' rows.
 
   Args:
-    step: from a batch to an output for each row.
+    step: maps a batch to an output for each row.
     batches: of one pass over the examples.
-    answer: from a row's output.
+    answer: maps a row's output to its answer.
   """
   found = {}
   for batch in batches:

@@ -1,11 +1,11 @@
-"""Scores of texts or pairs by an encoder: one output at the first token, by mean squared error.
+"""Regression on texts or pairs by an encoder: one output at the first token, mean squared error.
 
 task.name = "regression"
 task.text, task.pair = "{s1}", "{s2}"    # templates; a pair of "" for none
-task.label = "{score}"                   # another, which gives a number
+task.label = "{score}"                   # a template for a number
 
-The model is transformers' `...ForSequenceClassification` of one label; pooler and head are as in
-`lora_jax.tasks.pooled_classification`. The figures are Pearson's and Spearman's correlations.
+The model is transformers' `...ForSequenceClassification` with one label; pooler and head are as in
+`lora_jax.tasks.pooled_classification`. The metrics are Pearson's and Spearman's correlations.
 """
 
 import dataclasses
@@ -105,7 +105,7 @@ class Regression(EncodedTexts):
 
 
 def number(text: str, where: str) -> float:
-  """The finite number that a label is; raises ValueError for any other text."""
+  """Returns a label as a finite number; raises ValueError for any other text."""
   try:
     value = float(text)
   except ValueError:
@@ -116,7 +116,7 @@ def number(text: str, where: str) -> float:
 
 
 def check_loss_chunk(loss_chunk: int) -> None:
-  """Raises ValueError for a part of a row's logits, of which an encoder has one."""
+  """Raises ValueError for a loss in chunks, since an encoder has one output per row."""
   if loss_chunk:
     raise ValueError(
       f"train.loss_chunk {loss_chunk}: is for logits of many tokens, and a text is read as a "

@@ -1,4 +1,4 @@
-"""Figures of predictions: of classes by their confusion matrix, of scores by scipy."""
+"""Metrics of predictions: of classes from their confusion matrix, of scores by scipy."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,22 +9,22 @@ import scipy.stats
 
 
 def added(outputs: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-  """The sums of what the step of each batch gave; raises ValueError where no row counts."""
+  """Returns the sums of the outputs of all batches; raises ValueError if no row has weight."""
   if not outputs or not sum(float(each["rows"]) for each in outputs):
     raise ValueError("there is no row to evaluate on: the split is empty")
   return {name: sum(np.asarray(x[name], np.float64) for x in outputs) for name in outputs[0]}
 
 
 def of_confusion(counts: np.ndarray) -> dict[str, float]:
-  """The figures of a confusion matrix; a quotient of nothing is 0.
+  """Returns the metrics of a confusion matrix; 0 / 0 is 0.
 
   Args:
-    counts: integers [classes, classes], rows by what is wanted, columns by what was said.
+    counts: integers [classes, classes]; rows are labels, columns are predictions.
 
   Returns:
-    `accuracy` (0 to 1); `f1`, of two classes that of the second one, of more the mean of all; and
-    `matthews` (-1 to 1), the correlation coefficient R_K of Gorodkin 2004, "Comparing two
-    K-category assignments by a K-category correlation coefficient", equation 8.
+    `accuracy` (0 to 1); `f1`, of the second class if there are two, otherwise the mean over
+    classes; and `matthews` (-1 to 1), the correlation coefficient R_K of Gorodkin 2004, "Comparing
+    two K-category assignments by a K-category correlation coefficient", equation 8.
   """
   total, wanted, said = counts.sum(), counts.sum(axis=1), counts.sum(axis=0)
   hits = np.diagonal(counts)
@@ -39,8 +39,8 @@ def of_confusion(counts: np.ndarray) -> dict[str, float]:
 
 
 def correlations(said: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
-  """Pearson's and Spearman's correlations of two lists of numbers; 0 where either is constant, for
-  which none is defined."""
+  """Returns Pearson's and Spearman's correlations of two lists of numbers; 0 if either list is
+  constant, where they are undefined."""
   if len(said) < 2 or np.ptp(said) == 0 or np.ptp(wanted) == 0:
     return {"pearson": 0.0, "spearman": 0.0}
   return {
@@ -50,6 +50,6 @@ def correlations(said: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
 
 
 def rows_of(outputs: Sequence[Mapping[str, Any]], *names: str) -> list[np.ndarray]:
-  """The outputs of each batch's step, [B, 1], of every row that counts, by its `weights`."""
+  """Returns the outputs of each batch, [B, 1], for the rows with nonzero `weights`."""
   counted = np.concatenate([np.asarray(x["weights"]) for x in outputs]) > 0
   return [np.concatenate([np.asarray(x[name]) for x in outputs])[counted] for name in names]

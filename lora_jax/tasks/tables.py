@@ -1,4 +1,4 @@
-"""Files of records as a config's `data` says how to read them, for tasks on text."""
+"""Reads files of records as specified by a config's `data`, for tasks on text."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,13 +9,13 @@ from lora_jax.data import detokenise, labels, records
 # The format of a file by its name.
 _BY_NAME = "auto"
 
-# Configs of earlier runs, which lack a field of the data section, meant these without it.
+# Values of fields of the data section that the configs of earlier runs lack.
 _BEFORE_THE_FIELD = {"encoding": "utf-8-sig", "quoted": None}
 
 
 def read(path: str | Path, data: Mapping[str, Any]) -> list[records.Record]:
-  """The records of one file, as a section of a config says: `format`, `columns`, `encoding` and
-  `quoted`. Raises as `lora_jax.data.records.read` does."""
+  """Returns the records of one file, read with a config section's `format`, `columns`, `encoding`
+  and `quoted`. Raises as `lora_jax.data.records.read` does."""
   return records.read(
     path,
     format=None if data["format"] == _BY_NAME else data["format"],
@@ -26,7 +26,8 @@ def read(path: str | Path, data: Mapping[str, Any]) -> list[records.Record]:
 
 
 def derive(rows: Sequence[records.Record], data: Mapping[str, Any]) -> list[records.Record]:
-  """The records with the columns that `detokenise` and `sign_of` make; raises as these do."""
+  """Returns the records with the columns derived by `detokenise` and `sign_of`; raises as these
+  do."""
   rows = detokenise.detokenise_columns(rows, data["detokenise"])
   if data["sign_of"]:
     rows = labels.sign_label(rows, data["sign_of"], neutral=data["neutral"])
@@ -34,7 +35,7 @@ def derive(rows: Sequence[records.Record], data: Mapping[str, Any]) -> list[reco
 
 
 class OfTables:
-  """Shared by tasks whose records are rows of tables, and whose examples are texts."""
+  """The base of tasks whose records are rows of tables and whose examples are texts."""
 
   UNIT: ClassVar[str] = "token"
 
@@ -46,7 +47,7 @@ class OfTables:
     return derive(rows, data)
 
   def draw(self, encoded: Sequence[Any], samples: Sequence[Mapping[str, str]]) -> None:
-    """Texts are shown as texts."""
+    """Returns None, since texts have no pictures."""
 
 
 def _setting(data: Mapping[str, Any], name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What tasks on text share: batches of tokens, the loss at chosen positions, and its figures."""
+"""The base of tasks on text: batches of tokens, the loss at chosen positions, and its metrics."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -27,11 +27,11 @@ PyTree = Any
 class Texts(tables.OfTables):
   """A task whose examples are tokens and targets; see `lora_jax.tasks.Task` for its methods.
 
-  max_length: tokens of an example at most.
-  buckets: lengths that batches are padded to, rising; a step compiles once for each.
-  packed_length: tokens of a row that several examples share; 0: a row each.
-  loss_chunk: positions of a row whose logits are held at a time; 0 for all.
-  model: the model, its weights left out; None until `of_model`.
+  max_length: the most tokens of an example.
+  buckets: increasing lengths that batches are padded to; a step compiles once for each.
+  packed_length: tokens of a row of several examples; 0: one example per row.
+  loss_chunk: positions of a row whose logits are in memory at a time; 0 for all.
+  model: the model without its weights; None until `of_model`.
   """
 
   max_length: int
@@ -47,7 +47,7 @@ class Texts(tables.OfTables):
     return found
 
   def choice_ids(self) -> list[int]:
-    """The classes that an answer is among, for the accuracy; none where it is free."""
+    """Returns the token ids of the choices, for the accuracy; empty for free answers."""
     raise NotImplementedError
 
   def of_model(self, found: Pretrained) -> Self:
@@ -131,7 +131,7 @@ class Texts(tables.OfTables):
 
   def words_of(self, shape: tuple[int, int]) -> str:
     length, targets = shape
-    return f"{length} tokens, {targets} of them learnt at most"
+    return f"{length} tokens, {targets} of them learned at most"
 
   # ---- training and evaluation
 
@@ -144,7 +144,7 @@ class Texts(tables.OfTables):
     )
 
   def mask(self, batch: Batch) -> jax.Array:
-    """True [rows, tokens] up to the last position of a row whose next token is learnt."""
+    """Returns True [rows, tokens] up to the last position of a row whose next token is learned."""
     last_B = jnp.where(batch["weights"] > 0, batch["at"], -1).max(axis=1)
     return jnp.arange(batch["tokens"].shape[1]) <= last_B[:, None]
 
@@ -181,13 +181,13 @@ class Texts(tables.OfTables):
 
 
 def check_positions(config: Any, tokens: int, field: str, most: int) -> None:
-  """Raises ValueError for texts that are longer than a model has positions.
+  """Raises ValueError for texts that exceed a model's positions.
 
   Args:
     config: of the model.
-    tokens: fed to the model at most.
-    field: where their number comes from, e.g. "data.max_length 4096".
-    most: what the field may be.
+    tokens: the most tokens fed to the model.
+    field: the source of that number, e.g. "data.max_length 4096".
+    most: the largest value of the field.
   """
   if tokens > config.max_length:
     raise ValueError(
@@ -197,11 +197,11 @@ def check_positions(config: Any, tokens: int, field: str, most: int) -> None:
 
 
 def check_generation(prompts: Sequence[Sequence[int]], max_tokens: int, config: Any) -> None:
-  """Raises ValueError when prompts with what is written after them exceed a model's positions."""
+  """Raises ValueError if prompts and completions exceed a model's positions."""
   longest = max(map(len, prompts))
   check_positions(
     config,
-    longest + max_tokens - 1,  # the last token is fed to the model no more
+    longest + max_tokens - 1,  # the last token is not fed to the model
     f"--max_tokens={max_tokens} after a prompt of {longest} tokens",
     max(config.max_length - longest + 1, 0),
   )

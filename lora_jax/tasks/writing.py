@@ -1,4 +1,4 @@
-"""What tasks share whose answers are texts that the model writes, token by token, until an end."""
+"""The base of tasks whose answers are texts, generated token by token until an end token."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -15,10 +15,10 @@ Text = dict[str, Any]
 
 
 class ChatFormat(NamedTuple):
-  """How conversations with a model are written, as `lora_jax.data.chat_templates` takes it.
+  """The format of conversations with a model, for `lora_jax.data.chat_templates`.
 
-  template: of the model by its name, or a file; None for the model's own.
-  date: what templates that ask for the day are told; None where nothing says it.
+  template: the name of one of the model's templates, or a file; None for the default.
+  date: the date for templates that print it, or None.
   """
 
   template: str | None = None
@@ -27,7 +27,7 @@ class ChatFormat(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Writing(Texts):
-  """A task whose examples have a prompt, and a completion that the model is to write."""
+  """A task whose examples have a prompt and a completion that the model generates."""
 
   def of_model(self, found: Pretrained) -> Self:
     if found.family.init_cache is None:
@@ -39,16 +39,16 @@ class Writing(Texts):
 
   @property
   def stop_ids(self) -> tuple[int, ...]:
-    """The tokens at which a text ends."""
+    """The tokens that end a text."""
     return self.model.tokenizer.stop_ids
 
   @property
   def chat_format(self) -> ChatFormat:
-    """How conversations with the model are written."""
+    """The format of conversations with the model."""
     return ChatFormat()
 
   def decode_prompt(self, tokens: Sequence[int]) -> str:
-    """A prompt, for people."""
+    """Returns a prompt as text."""
     return self.model.tokenizer.decode(tokens)
 
   # ---- what people are shown
@@ -69,10 +69,9 @@ class Writing(Texts):
   def make_show(
     self, apply: Callable, encoded: Sequence[Example], put: Callable, share: int
   ) -> Callable[[PyTree], list[str]]:
-    """What the model greedily writes after each example's prompt.
+    """Returns `weights -> the greedy completion of each example's prompt`.
 
-    A text has at most as many tokens as the longest completion that is wanted, and as the model has
-    positions for.
+    Completions are no longer than the longest target, nor than the model's positions allow.
     """
     tokenizer, config = self.model.tokenizer, self.model.config
     prompts = [example.tokens[: example.prompt_length] for example in encoded]
@@ -112,7 +111,7 @@ class Writing(Texts):
   # ---- texts for the prompts of a split
 
   def check_room(self, asked: Sequence[Text], max_tokens: int) -> None:
-    """Raises ValueError where the model has not the positions for prompts and what follows."""
+    """Raises ValueError if prompts and completions exceed the model's positions."""
     check_generation([each["tokens"] for each in asked], max_tokens, self.model.config)
 
   def write(
@@ -127,15 +126,15 @@ class Writing(Texts):
     length_penalty: float,
     watch: Callable[[Sequence], Any] = iter,
   ) -> list[Text]:
-    """`prompt`, `text` and `references` of each prompt.
+    """Returns `prompt`, `text` and `references` of each prompt.
 
     apply: the adapted model.
-    asked: as the task's `prompts` returns them.
+    asked: the result of the task's `prompts`.
     max_tokens, beams: as in `lora_jax.train.generation`.
-    length_penalty: the power of the length by which a beam search divides.
-    watch: goes over the batches.
+    length_penalty: the exponent of the length in the divisor of a beam search.
+    watch: wraps the iterator of batches, e.g. with a progress bar.
 
-    Raises ValueError where the model has not the positions for it.
+    Raises ValueError if the texts exceed the model's positions.
     """
     tokenizer, tokens = self.model.tokenizer, [each["tokens"] for each in asked]
     self.check_room(asked, max_tokens)
@@ -161,9 +160,9 @@ class Writing(Texts):
     ]
 
   def _new_cache(self, rows: int, slots: int) -> PyTree:
-    """A cache for texts that `check_generation` lets through.
+    """Returns a cache for texts that pass `check_generation`.
 
-    Beyond the model's positions there is only padding, and the last token of a text, after which
-    nothing is made.
+    Beyond the model's positions there are only padding and the last token of a text, which is not
+    fed to the model.
     """
     return self.model.new_cache(rows, min(slots, self.model.config.max_length))

@@ -226,7 +226,7 @@ def test_a_model_without_a_template_says_how_to_name_one(call, folder, tmp_path,
     ("[]", r"--chat: messages \[\] is no list with a message"),
     ('{"text": "a"}', r"--chat: has no messages; it has \['text'\]"),
     ('[{"role": "user", "content": 5}]', "--chat: message 0: its content 5 is neither a text"),
-    ('[{"role": "human", "content": "a"}]', "--chat: message 0: its role 'human' is none of"),
+    ('[{"role": "human", "content": "a"}]', "--chat: message 0: its role 'human' is not one of"),
     (
       '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]',
       "--chat: the last message is of the role assistant, so nothing is asked",

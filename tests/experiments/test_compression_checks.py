@@ -132,7 +132,7 @@ def test_settings_are_refused_before_the_model_is_loaded(
       "block_0/mlp/down/kernel: 48 inputs are no multiple of 32",
     ),
     (
-      "factorize+prune", {"prune.of": 4}, "and 5 others are factorised before, to ranks",
+      "factorize+prune", {"prune.of": 4}, "and 5 others are factorized before, to ranks",
     ),
     ("prune", {"prune.targets": (".*/nothing/kernel",)}, "'.*/nothing/kernel' matches no leaf"),
     ("factorize", {"factorize.targets": ("embed/embedding",)}, "its rows are looked up"),

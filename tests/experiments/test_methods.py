@@ -213,7 +213,7 @@ def test_a_format_that_is_none_is_refused(tiny, monkeypatch):
 def test_loftq_of_a_base_that_is_quantised_already_is_refused(tiny):
   model, params, axes = tiny
   formats = lora_jax.match(params, [("all-linear", compress.NF4)], axes)
-  with pytest.raises(ValueError, match="attn/key/kernel: is quantised or compressed already"):
+  with pytest.raises(ValueError, match="attn/key/kernel: is quantized or compressed already"):
     run_of("loftq", (model, compress.quantize(params, formats, axes), axes))
 
 

@@ -141,7 +141,7 @@ def test_what_was_cut_and_left_out_is_counted(preview):
   assert len(read_back(printed)) == 3
   printed = preview("chat", "--config.data.too_long=cut_left", "--examples=4")
   assert "train: 4 conversations, 1 of them cut to max_length 97; 0 longer ones" in printed
-  assert re.search(r": 97 tokens, \d+ of them learnt, \d+ more are cut\n", printed)
+  assert re.search(r": 97 tokens, \d+ of them learned, \d+ more are cut\n", printed)
   assert ", 7 more are cut\n" in preview("completion", "--config.data.max_length=6")
 
 

@@ -80,7 +80,7 @@ def test_a_run_of_loftq_is_evaluated_on_the_base_that_it_made(tmp_path, smollm2)
   assert found["adapter"]["loss"] == pytest.approx(recorded["after"]["loss"], rel=1e-4)
 
   done = call("export", "--to=peft", f"--output={tmp_path / 'adapter'}")
-  assert "LoftQ's adapter belongs to the quantised base" in done.stderr
+  assert "LoftQ's adapter belongs to the quantized base" in done.stderr
   assert not (tmp_path / "adapter").exists()
 
 
@@ -88,7 +88,7 @@ def test_a_run_of_loftq_is_evaluated_on_the_base_that_it_made(tmp_path, smollm2)
   ("settings", "words"),
   [
     ({"quantize": "nf5"}, "model.quantize 'nf5' is unknown; use none, nf4, int4, int8, fp8, gguf"),
-    ({"quantize": "gguf"}, "holds no quantised blocks to keep"),
+    ({"quantize": "gguf"}, "holds no quantized blocks to keep"),
     ({"quantize_targets": ("nothing",)}, "the pattern 'nothing' matches no leaf"),
   ],
 )

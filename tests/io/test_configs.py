@@ -127,7 +127,7 @@ def test_absent_fields_take_transformers_defaults():
     ),
     ({"rope_scaling": {"type": "linear"}}, "lacks factor"),
     ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "quantised safetensors are not supported"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "quantized safetensors are not supported"),
     ({"hidden_size": "2048"}, "hidden_size must be a positive integer, not '2048'"),
     ({"num_attention_heads": 0}, "num_attention_heads must be a positive integer, not 0"),
     ({"rms_norm_eps": None}, "norm_eps must be a number from 1e-30 to 0.1, not None"),

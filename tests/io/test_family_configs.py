@@ -344,7 +344,7 @@ def test_absent_fields_take_transformers_defaults(name):
     ),
     (
       QWEN_3_MOE | {"quantization_config": {"quant_method": "mxfp4"}},
-      "quant_method 'mxfp4' is not supported of the model_type 'qwen3_moe': quantised safetensors",
+      "quant_method 'mxfp4' is not supported of the model_type 'qwen3_moe': quantized safetensors",
     ),
     (MISTRAL | {"sliding_window": "4096"}, "window must be a positive integer, not '4096'"),
     (MISTRAL | {"layer_types": ["full_attention"] * 32}, "'layer_types'=.* is not known"),

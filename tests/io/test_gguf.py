@@ -155,5 +155,5 @@ def test_a_kind_without_dequantisation_is_refused_with_a_remedy(tmp_path):
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()
   writer.close()
-  with pytest.raises(ValueError, match=r"i8: the `gguf` package cannot dequantise I8; take"):
+  with pytest.raises(ValueError, match=r"i8: the `gguf` package cannot dequantize I8; take"):
     gguf.read(path).tensors["i8"].load()

@@ -67,7 +67,7 @@ def test_absent_fields_take_transformers_defaults():
     ({"n_positions": 0}, "n_positions must be a positive integer, not 0"),
     ({"n_positions": 1 << 30}, "over the limit of 16,777,216 learned positions"),
     ({"n_head": 7}, "n_embd 768 is not a multiple of n_head 7"),
-    ({"quantization_config": {"bits": 4}}, "quantised safetensors are not supported"),
+    ({"quantization_config": {"bits": 4}}, "quantized safetensors are not supported"),
   ],
 )
 def test_what_the_model_does_not_do_is_refused_by_name(change, words):

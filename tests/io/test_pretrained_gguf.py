@@ -172,7 +172,7 @@ def test_blocks_that_are_kept_stand_for_what_is_dequantised(tmp_path, model, sca
 def test_kept_blocks_are_no_option_where_there_are_none(tmp_path, model):
   path = tmp_path / "tiny.gguf"
   write_gguf(path, model)
-  with pytest.raises(ValueError, match="holds no quantised blocks to keep"):
+  with pytest.raises(ValueError, match="holds no quantized blocks to keep"):
     pretrained.load(path, keep_blocks=as_gguf_blocks)
 
 
