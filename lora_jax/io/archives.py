@@ -1,11 +1,11 @@
-"""One file out of a zip or tar archive, or out of an archive within an archive.
+"""Extracts one file from a zip or tar archive, or from an archive within an archive.
 
     extract(Path("package-1.0.tar.gz"), [("data", "tables.zip", "a.csv")], Path("a.csv"))
 
-An archive is taken for hostile. Only members asked for by name are read, and they are written where
-the caller says: a name inside an archive is never turned into a path, so none can lead outside. The
-bytes that come out are held against those that went in, and no header is larger, and no archive has
-more members, than any that is meant: a bomb is refused within seconds, in little memory.
+Archives are untrusted. Only members requested by name are read, and they are written where the
+caller says: a name inside an archive is never used as a path, so it cannot lead outside. Limits on
+the expansion ratio, the size of headers and the number of members refuse an archive bomb within
+seconds, in little memory.
 """
 
 import bz2
@@ -21,12 +21,12 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-_MAX_BYTES = 1 << 36  # 64 GiB: more than any file that is meant
-_RATIO = 100  # text is packed to a tenth, tables to a thirtieth
-_FREE = 1 << 26  # what an archive may always hold, however small it is
+_MAX_BYTES = 1 << 36  # 64 GiB: larger than any intended file
+_RATIO = 100  # text compresses tenfold, tables thirtyfold
+_FREE = 1 << 26  # bytes that an archive of any size may expand to
 _MAX_MEMBERS = 1 << 17
 _MAX_ATTRIBUTES = 1 << 10
-_MAX_HEADER = 1 << 16  # of a member of a tar, with what extends it: a path has some 4,000 bytes
+_MAX_HEADER = 1 << 16  # of a tar member with its extensions; a path has some 4,000 bytes
 _MAX_DIRECTORY = 1 << 24  # of a zip, which is read at once
 _CHUNK = 1 << 16
 
@@ -36,30 +36,30 @@ _PACKED = {
   b"\xfd7zXZ\x00": lzma.open,
   b"]\x00\x00": lzma.open,
 }
-# From other methods than these, zipfile takes all that its input holds, and not what it is asked.
+# With other methods, zipfile reads its whole input rather than the requested bytes.
 _PIECEMEAL = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _SMALLEST = 1 << 12
 
 
 class _Refused(ValueError):
-  """What is refused here, and not by the library that reads an archive."""
+  """A refusal by this module, rather than by the library that reads an archive."""
 
 
 def extract(archive: Path, members: Sequence[tuple[str, ...]], target: Path) -> bool:
-  """Copies the first of `members` that is in the archive to `target`; False where none is.
+  """Copies the first of `members` in the archive to `target`; returns False if there is none.
 
-  members: paths as tuples of their parts; one may lead through archives.
+  members: paths as tuples of their parts; a path may lead through nested archives.
 
-  Raises ValueError for an archive that is damaged, encrypted or of no known kind; for a member that
-  is a link, or larger than 64 GiB; and for an archive that holds more than 64 MiB and a hundred
-  times its own size, more than 131,072 members, or a header of more than 64 KiB.
+  Raises ValueError for an archive that is damaged, encrypted or of an unknown kind; for a member
+  that is a link, or larger than 64 GiB; and for an archive that expands to more than 64 MiB and a
+  hundred times its size, has more than 131,072 members, or a header of more than 64 KiB.
   """
   limit = min(_MAX_BYTES, max(_FREE, _RATIO * archive.stat().st_size))
   return _extract(archive, members, target, limit)
 
 
 def list_zip(archive: Path) -> dict[str, zipfile.ZipInfo]:
-  """The files of a zip archive by their names in it.
+  """Returns the files of a zip archive by their names in it.
 
   Raises ValueError for an archive that is damaged, and for one with more than 131,072 members.
   """
@@ -95,7 +95,7 @@ def _extract(archive: Path, members: Sequence[tuple[str, ...]], target: Path, li
 
 
 def _read(kind: type, archive: Path, name: str, info, limit: int) -> Iterator[bytes]:
-  """The content of a member. What goes wrong where it is written is no fault of the archive."""
+  """Yields the content of a member; errors of the caller in writing it are not the archive's."""
   chunks = kind.read(archive, info, limit)
   while True:
     with _reading(name):
@@ -111,7 +111,7 @@ def _reading(name: str) -> Iterator[None]:
     yield
   except _Refused as error:
     raise _Refused(f"{name[:200]}: {error}") from None
-  except Exception as error:  # the libraries do not say which ones they raise
+  except Exception as error:  # the libraries do not document their exceptions
     reason = str(error)[:200] or type(error).__name__
     raise ValueError(f"{name[:200]}: cannot be read from its archive: {reason}") from error
 
@@ -135,7 +135,7 @@ _REMEDY = "if you trust it, unpack it yourself and give the file's path"
 
 
 def _kind(archive: Path) -> "type[_Zip] | type[_Tar]":
-  with archive.open("rb") as file:  # zipfile.is_zipfile takes a tar that ends in a zip for one
+  with archive.open("rb") as file:  # zipfile.is_zipfile accepts a tar that ends in a zip
     return _Zip if file.read(4) in (b"PK\x03\x04", b"PK\x05\x06") else _Tar
 
 
@@ -177,15 +177,15 @@ class _Tar:
           if info.name in wanted and not info.isdir():
             if info.size > limit:
               raise _Refused(_claims(info.size, limit))
-            found[info.name] = info  # of several the last, as tar itself has it
+            found[info.name] = info  # the last of several, as in tar itself
           count += 1
           if count > _MAX_MEMBERS:
             raise _Refused(f"its archive has more than {_MAX_MEMBERS:,} members")
           if len(packed.pax_headers) > _MAX_ATTRIBUTES:
             raise _Refused(f"its archive has more than {_MAX_ATTRIBUTES:,} attributes of its own")
-          packed.members = []  # which would be kept
+          packed.members = []  # otherwise they would accumulate
           stream.start_header()
-      while stream.take(_CHUNK):  # a packed stream says at its end whether it was sound
+      while stream.take(_CHUNK):  # a compressed stream has its checksum at the end
         pass
     return found
 
@@ -213,10 +213,10 @@ def _unpacked(archive: Path) -> BinaryIO:
 
 
 class _Onwards:
-  """A stream that is read onwards alone: so many bytes in all, and so many of one header.
+  """A forward-only stream with limits on the total bytes and on the bytes of a header.
 
-  A library may ask for as many bytes as a header claims, chain headers without end, or go back to
-  where it was.
+  A library might otherwise read as many bytes as a header claims, chain headers without end, or
+  seek back.
   """
 
   def __init__(self, file: BinaryIO, limit: int):
@@ -234,7 +234,7 @@ class _Onwards:
     return self.take(size)
 
   def take(self, size: int) -> bytes:
-    """Reads bytes of whatever there is."""
+    """Reads bytes of any kind."""
     data = self._file.read(size)
     self._at += len(data)
     if self._at > self._limit:

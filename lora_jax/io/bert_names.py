@@ -2,15 +2,15 @@
 
     HUGGING_FACE["bert"]["bert.pooler.dense.weight"]       # "pooler/kernel"
 
-The dense layer on a text's first token is the pooler here, by any name in files: BERT's is
-a part of the body, and RoBERTa's and DistilBERT's are parts of the head of classes.
+The dense layer on a text's first token is called the pooler here. In files BERT's is a part of the
+body, and RoBERTa's and DistilBERT's are parts of the classification head.
 """
 
 from lora_jax.io.names import Table
 
 
 def _layers(prefix: str, own: dict[str, str]) -> dict[str, str]:
-  """The rows of a layer's dense layers and norms, by their names after the prefix."""
+  """The table rows of a layer's dense layers and norms, by their names after the prefix."""
   leaves = {"attn_norm": "scale", "mlp_norm": "scale"}
   rows = {}
   for name, path in own.items():
@@ -20,7 +20,7 @@ def _layers(prefix: str, own: dict[str, str]) -> dict[str, str]:
 
 
 def _embeddings(prefix: str, types: bool) -> dict[str, str | None]:
-  """The rows of the embeddings and their norm."""
+  """The table rows of the embeddings and their norm."""
   of_types = {f"{prefix}.token_type_embeddings.weight": "types/embedding"} if types else {}
   return {
     f"{prefix}.word_embeddings.weight": "embed/embedding",
@@ -65,7 +65,7 @@ _DISTILBERT_LAYER = {
 
 
 def _with_names_of_tensorflow(table: dict[str, str | None]) -> dict[str, str | None]:
-  """Files that were converted from TensorFlow have gamma and beta for a norm's weight and bias."""
+  """Adds gamma and beta for a norm's weight and bias, as in files converted from TensorFlow."""
   spelled = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
   also = {
     name.replace(theirs, converted): path

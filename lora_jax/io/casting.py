@@ -1,10 +1,10 @@
-"""Arrays in another dtype, or an error where that would make infinities of their values.
+"""Casts arrays to another dtype, with an error if values would overflow.
 
     smaller = cast({"head/kernel": array}, jnp.float16)
     check_finite({"head/kernel": array})
 
-float16 ends at 65,504, and float8 (e4m3) at 448. What is beyond becomes infinite or NaN, and a
-model with one such value computes nothing any more. bfloat16 has the range of float32.
+The largest float16 is 65,504, and the largest float8 (e4m3) is 448. Larger values become infinite
+or NaN, and one of them makes a model useless. bfloat16 has the range of float32.
 """
 
 from collections.abc import Mapping
@@ -24,14 +24,14 @@ def cast(arrays: Mapping[str, Array], dtype: DTypeLike) -> dict[str, Array]:
   """Returns the arrays in another dtype.
 
   arrays: `{name: array}`, of floats.
-  dtype: a float's.
+  dtype: a float dtype.
 
-  Raises ValueError for values that are not finite or that the dtype cannot hold, with the names.
+  Raises ValueError with the names, for values that are not finite or overflow the dtype.
   """
   check_finite(arrays)
   beyond, found = {}, {}
   for name, array in arrays.items():
-    with np.errstate(over="ignore"):  # it is looked for below
+    with np.errstate(over="ignore"):  # checked below
       found[name] = array.astype(dtype)
     if not _is_finite(found[name]):
       beyond[name] = f"{name} ({_largest(array):.3g})"
@@ -45,12 +45,12 @@ def cast(arrays: Mapping[str, Array], dtype: DTypeLike) -> dict[str, Array]:
 
 
 def has_range_of(dtype: DTypeLike, other: DTypeLike) -> bool:
-  """Whether a float dtype holds the largest values of another."""
+  """Whether the range of a float dtype includes that of another."""
   return ml_dtypes.finfo(dtype).max >= ml_dtypes.finfo(other).max
 
 
 def check_finite(arrays: Mapping[str, Array]) -> None:
-  """Raises ValueError for arrays that hold values which are not finite, with their names."""
+  """Raises ValueError for arrays with values that are not finite, with their names."""
   broken = [name for name, array in arrays.items() if not _is_finite(array)]
   if broken:
     raise ValueError(

@@ -1,4 +1,4 @@
-"""Fields of a file that describes a model, checked; ValueError says which and what it was."""
+"""Checks fields of a file that describes a model; a ValueError names the field and its value."""
 
 import dataclasses
 import re
@@ -8,7 +8,7 @@ from typing import Any
 from lora_jax.checks import shown
 from lora_jax.models.llama_config import LlamaConfig, value_features
 
-# What relatives of Llama have, and the value that a Llama has.
+# Switches of relatives of Llama, with the value for a Llama.
 _NAMES = (
   "qkv_bias", "qk_norm", "window", "local_layers", "local_rope_theta", "activation", "unit_offset",
   "post_norms", "scale_embeddings", "query_divisor", "attn_softcap", "logit_softcap", "fused",
@@ -23,7 +23,7 @@ SWITCHES = {
 
 
 def required(fields: Mapping[str, Any], key: str) -> Any:
-  """The value of a field that must be there."""
+  """Returns the value of a required field."""
   if key not in fields:
     raise ValueError(f"lacks {key}")
   return fields[key]
@@ -39,13 +39,13 @@ def sizes(fields: Mapping[str, Any], table: Mapping[str, str]) -> dict[str, int]
 
 
 def given(fields: Mapping[str, Any], field: str, default: Any) -> Any:
-  """The value of a field, or the default where it is absent or null."""
+  """Returns the value of a field, or the default if it is absent or null."""
   value = fields.get(field)
   return default if value is None else value
 
 
 def object_of(fields: Mapping[str, Any], field: str) -> Mapping[str, Any]:
-  """The object of a field, empty where it is absent or null."""
+  """Returns the object of a field, empty if it is absent or null."""
   value = given(fields, field, {})
   if not isinstance(value, Mapping):
     raise ValueError(f"{field} must be an object, not {shown(value)}")
@@ -53,14 +53,14 @@ def object_of(fields: Mapping[str, Any], field: str) -> Mapping[str, Any]:
 
 
 def is_(value: Any, wanted: Any) -> bool:
-  """Whether a value is another one; true is not 1."""
+  """Whether two values are equal and of the same type; true is not 1."""
   return value == wanted and isinstance(value, bool) == isinstance(wanted, bool)
 
 
 def check_switches(config: LlamaConfig, wanted: Mapping[str, Any], where: str) -> None:
-  """Raises ValueError unless the switches of a model are those of a format, a Llama's by default.
+  """Raises ValueError unless the switches of a model are those of a format, by default a Llama's.
 
-  where: begins the message, as "llama.cpp's architecture 'llama' has no".
+  where: the start of the message, as "llama.cpp's architecture 'llama' has no".
   """
   for name, off in SWITCHES.items():
     value = getattr(config, name)
@@ -69,7 +69,7 @@ def check_switches(config: LlamaConfig, wanted: Mapping[str, Any], where: str) -
 
 
 def check_values(config: LlamaConfig, reason: str) -> None:
-  """Raises ValueError where a head's values are narrower than its keys."""
+  """Raises ValueError if a head's values are narrower than its keys."""
   if value_features(config) != config.head_dim:
     raise ValueError(
       f"value_dim {config.value_dim}: a head's values are narrower than its {config.head_dim} "
@@ -84,19 +84,19 @@ _LANGUAGE_MODEL, _CLASSIFIER = re.compile("ForCausalLM|LMHeadModel"), "ForSequen
 def classes_of(
   fields: Mapping[str, Any], endings: tuple[str, ...] = (_CLASSIFIER,)
 ) -> tuple[str, ...]:
-  """The classes of a ...ForSequenceClassification, in the order of its outputs; () of others.
+  """Returns the classes of a ...ForSequenceClassification, in output order; () for others.
 
-  endings: of the architectures that have a head of classes.
+  endings: the suffixes of architectures with a classification head.
 
   Raises ValueError for an architecture that is neither that nor a language model, and for an
-  `id2label` that is not the names of 0, 1, ….
+  `id2label` that does not name 0, 1, ….
   """
   listed = fields.get("architectures") or []
   if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
     raise ValueError(f"architectures must be a list of names, not {shown(listed)}")
   if not any(name.endswith(endings) for name in listed):
     return ()
-  labels = fields.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # as transformers has it
+  labels = fields.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # as in transformers
   numbers = [str(n) for n in range(len(labels))]
   if not isinstance(labels, dict) or sorted(labels, key=len) != sorted(numbers, key=len):
     raise ValueError(f"id2label must have a name for 0, 1, …, not {shown(labels)}")
@@ -107,7 +107,7 @@ def classes_of(
 
 
 def head_fields(architecture: str, classes: tuple[str, ...]) -> dict[str, Any]:
-  """The fields of a config.json that say which head a language model's class has."""
+  """Returns the fields of a config.json that describe the head of a model."""
   if not classes:
     return {"architectures": [architecture]}
   return {

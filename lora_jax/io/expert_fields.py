@@ -1,4 +1,4 @@
-"""The fields of a config.json that say what an MLP of experts is, to and from `ExpertConfig`."""
+"""Converts the fields of a config.json about experts to and from `ExpertConfig`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ Fields = Mapping[str, Any]
 # Transformers 5 writes the second, the released files of Qwen3-MoE have the first.
 _COUNTS = ("num_experts", "num_local_experts")
 _PER_TOKEN, _NORMALIZED, _DENSE = "num_experts_per_tok", "norm_topk_prob", "mlp_only_layers"
-# The loss of a router is not computed. The last two are in files, and transformers reads neither.
+# The router loss is not computed. The last two are in files, but transformers does not read them.
 _IGNORED = (
   "output_router_logits", "router_aux_loss_coef", "experts_per_token", "initial_context_length",
 )  # fmt: skip
@@ -21,13 +21,13 @@ _IGNORED = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertStyle:
-  """How a family writes its experts.
+  """The style of a family's fields of experts.
 
   width: the field of the width of an expert.
-  says_normalized: whether a field says if a token's shares are divided by their sum; otherwise they
-    are.
-  switches: what the family has on, by fields of `ExpertConfig`.
-  defaults: of fields that may be absent, as transformers' configuration has them.
+  says_normalized: whether a field switches the division of a token's probabilities by their sum;
+    otherwise they are always divided.
+  switches: the family's fields of `ExpertConfig`.
+  defaults: transformers' defaults of optional fields.
   """
 
   width: str
@@ -43,7 +43,7 @@ class ExpertStyle:
 
 
 CLAMPED = {"swiglu_limit": 7.0, "swiglu_alpha": 1.702}
-"""What the clamped gate of `lora_jax.models.experts` computes, by the fields of gpt-oss."""
+"""The constants of the clamped gate of `lora_jax.models.experts`, by the fields of gpt-oss."""
 QWEN3_MOE = ExpertStyle(
   width="moe_intermediate_size",
   defaults={
@@ -62,7 +62,7 @@ GPT_OSS = ExpertStyle(
 def read(given: Fields, style: ExpertStyle) -> ExpertConfig:
   """Returns the experts that a file's fields describe.
 
-  Raises ValueError for layers without experts, for two fields that differ, and for what is no size.
+  Raises ValueError for layers without experts, contradicting fields, and invalid sizes.
   """
   if dense := given.get(_DENSE):
     raise ValueError(

@@ -1,12 +1,12 @@
-"""The kernels of experts, of which files have many tensors and a model has one leaf a layer.
+"""Joins and splits the kernels of experts: many tensors in files, one leaf per layer in a model.
 
     joined(tensors, path, table)["model.layers.0.mlp.experts.gate_up_proj"].load()
     # (experts, out, in)
     apart(arrays, table)["model.layers.0.mlp.experts.3.up_proj.weight"]         # the inverse
 
-Safetensors files of Qwen3-MoE have three matrices an expert, or the two joined ones that
-transformers 5 has in memory. GGUF files have all experts in one tensor, gate and up apart, and so
-are their biases in gpt-oss, whose joined ones have the rows of gate and up in turn.
+Safetensors files of Qwen3-MoE have three matrices per expert, or the two joined ones that
+transformers 5 has in memory. GGUF files have all experts in one tensor, with separate gate and up.
+So are the biases of gpt-oss, whose joined form interleaves the rows of gate and up.
 """
 
 import dataclasses
@@ -31,13 +31,13 @@ _JOINED = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JoinedTensor:
-  """Tensors of a file as one, read one after another by `load`.
+  """Tensors of a file that are joined to one; `load` reads them one after another.
 
-  name: of the whole.
-  parts: for each expert the tensors whose rows follow each other; of one group, whose tensors hold
-    all experts already, where `stacked` is false.
-  axis: that the rows of a group are along: of kernels -2, of biases -1.
-  in_turn: whether the rows of a group come in turn, and not one tensor's after the other's.
+  name: of the joined tensor.
+  parts: for each expert the tensors whose rows are joined; a single group if `stacked` is False,
+    where each tensor already has all experts.
+  axis: the axis of the rows of a group: -2 for kernels, -1 for biases.
+  in_turn: whether the rows of a group are interleaved rather than concatenated.
   """
 
   name: str
@@ -54,12 +54,12 @@ class JoinedTensor:
 
   @property
   def dtype(self) -> str:
-    """Of safetensors."""
+    """The dtype of safetensors."""
     return self.parts[0][0].dtype
 
   @property
   def kind(self) -> gguf.GGMLQuantizationType:
-    """Of GGUF; float32 where the parts differ, which can only be dequantized then."""
+    """The type of GGUF; float32 if the parts differ, which must then be dequantized."""
     kinds = {part.kind for group in self.parts for part in group}
     return kinds.pop() if len(kinds) == 1 else gguf.GGMLQuantizationType.F32
 
@@ -97,13 +97,13 @@ class JoinedTensor:
 
 
 def joined(tensors: Mapping[str, Any], where: Any, table: names.Table) -> dict[str, Any]:
-  """The tensors of a file, those of experts joined; others, and joined ones, as they are.
+  """Returns the tensors of a file with those of experts joined; others are unchanged.
 
-  where: begins the message of an error.
+  where: the start of an error.
   table: of the names.
 
-  Raises ValueError where an expert lacks a matrix, or its matrices are of different shapes or
-  dtypes, and where a matrix is there twice.
+  Raises ValueError if an expert lacks a matrix, its matrices differ in shape or dtype, or a matrix
+  occurs twice.
   """
   found, experts = {}, defaultdict(lambda: defaultdict(dict))
   for name, tensor in tensors.items():
@@ -129,9 +129,9 @@ def joined(tensors: Mapping[str, Any], where: Any, table: names.Table) -> dict[s
 
 
 def apart(arrays: Mapping[str, np.ndarray], table: names.Table) -> dict[str, np.ndarray]:
-  """The arrays under the names of files, those of experts as files have them; views, no copies.
+  """Returns the arrays by the names of files, with experts split as in files; views, no copies.
 
-  table: of the names; kernels that lie (in, out) in the file, as in gpt-oss, stay joined.
+  table: of the names; kernels that are (in, out) in the file, as in gpt-oss, stay joined.
   """
   found = {}
   for name, array in arrays.items():
@@ -156,7 +156,7 @@ def _add(
 ) -> None:
   """Joins the kernels of each kind, `{number: tensor}`, to one tensor.
 
-  axes: how many a part has.
+  axes: the number of axes of a part.
   how: fields of the JoinedTensor.
   """
   if name in found:

@@ -1,4 +1,4 @@
-"""A model's folder that `transformers` loads, from plain parameters.
+"""Writes plain parameters as a model folder that `transformers` loads.
 
 save("runs/quickstart/merged", lora_jax.merge(params, adapters), config, tokenizer)
 transformers.AutoModelForCausalLM.from_pretrained("runs/quickstart/merged")
@@ -19,7 +19,7 @@ from lora_jax.io.tokenizer import Tokenizer
 from lora_jax.models import layers
 
 _OF_THE_FILE = ("dtype", "torch_dtype", "quantization_config")
-"""Fields of the config.json that was loaded, of how its numbers were stored."""
+"""Fields of the loaded config.json that describe how its values were stored."""
 
 
 def save(
@@ -28,19 +28,19 @@ def save(
   config: families.Config,
   tokenizer: Tokenizer | None,
 ) -> None:
-  """Writes model.safetensors, config.json and, of a model of text, generation_config.json and the
+  """Writes model.safetensors, config.json and, for a text model, generation_config.json and the
   tokenizer's files.
 
-  What the tokenizer's folder says of special tokens, of generation and of chat templates is written
-  as it was there, and nothing that it does not say.
+  The settings of special tokens, generation and chat templates are copied from the tokenizer's
+  folder, and nothing is added to them.
 
-  folder: new, or empty; it appears whole or not at all.
-  params: plain arrays as the config's model takes them, stacked or not, written in their dtype.
-  config, tokenizer: as `pretrained.load` returned them.
+  folder: new or empty; it is written completely or not at all.
+  params: plain arrays for the config's model, stacked or not, written in their dtype.
+  config, tokenizer: from `pretrained.load`.
 
-  Raises FileExistsError where the folder holds something, TypeError for a leaf which is no array,
-  ValueError for values that are not finite, for a folder that nothing can be written to, and where
-  params and config do not fit, or config.json has no field for what config says.
+  Raises FileExistsError if the folder is not empty; TypeError for a leaf that is not an array; and
+  ValueError for values that are not finite, for a folder that cannot be written, for params that do
+  not match the config, and for settings without a field in config.json.
   """
   folder = outputs.new_folder(folder)
   family = families.family_of(config)
@@ -65,12 +65,13 @@ def save(
 def file_tensors(
   params: Mapping[str, Any], config: families.Config, table: names.Table
 ) -> dict[str, np.ndarray]:
-  """Returns {tensor name: array} of a file, layer by layer, as its table says; experts are apart.
+  """Returns {tensor name: array} of a file, layer by layer, by its table; experts are split.
 
   params, config: as in `save`.
   table: the names of the file's format.
 
-  Raises TypeError for a leaf which is no array, ValueError where params and config do not fit.
+  Raises TypeError for a leaf that is not an array, and ValueError for params that do not match the
+  config.
   """
   flat = traverse_util.flatten_dict(params, sep="/")
   for path, leaf in flat.items():

@@ -1,11 +1,11 @@
-"""Files from strangers, opened and read without a wait and within a bound.
+"""Opens and reads untrusted files, without blocking and with a limit on the size.
 
-    with open_regular("model.gguf") as file:       # a pipe or a device is refused, not waited for
+    with open_regular("model.gguf") as file:       # refuses a pipe or a device without blocking
       header = file.read(8)
     content = read_bytes("config.json", most=1 << 24)
 
-A size that the file system reports is never believed: a file may grow or shrink while it is read.
-Nothing is mapped into memory, for a mapped file that shrinks ends the process by SIGBUS.
+The size reported by the file system is not trusted: a file may grow or shrink while it is read.
+Files are not memory-mapped, since a mapped file that shrinks ends the process by SIGBUS.
 """
 
 import errno
@@ -18,7 +18,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import DTypeLike
 
-# A link that leads to itself, a name that is too long, and a socket.
+# The errors of a cyclic link, a name that is too long, and a socket.
 _NO_FILE = (errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
 
 
@@ -26,12 +26,12 @@ def open_regular(path: str | Path) -> BinaryIO:
   """Opens a regular file for reading bytes.
 
   Raises:
-    FileNotFoundError: when there is none.
-    PermissionError: when it may not be read.
-    ValueError: for a folder, a pipe, a socket, a device, and a path that can name no file.
+    FileNotFoundError: if there is no such file.
+    PermissionError: if it may not be read.
+    ValueError: for a folder, a pipe, a socket, a device, and an invalid path.
   """
   try:
-    # Without O_NONBLOCK, opening a pipe waits until someone writes to it.
+    # Without O_NONBLOCK, opening a pipe blocks until there is a writer.
     number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
   except (FileNotFoundError, NotADirectoryError):
     raise FileNotFoundError(f"{path}: no such file") from None
@@ -52,15 +52,15 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 
 def read_bytes(path: str | Path, most: int) -> bytes:
-  """Returns what a regular file holds.
+  """Returns the content of a regular file.
 
   Args:
     path: of the file.
-    most: the bytes that it may have.
+    most: the most bytes that it may have.
 
   Raises:
     FileNotFoundError, PermissionError, ValueError: as `open_regular` does, and ValueError for a
-      file that is larger.
+      larger file.
   """
   with open_regular(path) as file:
     content = file.read(most + 1)
@@ -70,8 +70,8 @@ def read_bytes(path: str | Path, most: int) -> bytes:
 
 
 def read_text(path: str | Path, most: int) -> str:
-  """Returns the UTF-8 text that a regular file holds; errors as of `read_bytes`, and ValueError for
-  what is no such text."""
+  """Returns the UTF-8 text of a regular file; raises as `read_bytes` does, and ValueError for other
+  encodings."""
   try:
     return read_bytes(path, most).decode("utf-8")
   except UnicodeDecodeError as error:
@@ -81,16 +81,16 @@ def read_text(path: str | Path, most: int) -> str:
 def read_array(
   path: str | Path, offset: int, shape: tuple[int, ...], dtype: DTypeLike
 ) -> np.ndarray:
-  """Returns an array that lies in a regular file.
+  """Returns an array stored in a regular file.
 
   Args:
     path: of the file.
     offset: of the array's first byte.
-    shape, dtype: of the array; the caller has held them against the size of the file.
+    shape, dtype: of the array; the caller has checked them against the size of the file.
 
   Raises:
-    FileNotFoundError, PermissionError, ValueError: as `open_regular` does, and ValueError where
-      the file ends before the array does.
+    FileNotFoundError, PermissionError, ValueError: as `open_regular` does, and ValueError if the
+      file ends before the array does.
   """
   with open_regular(path) as file:
     size = math.prod(shape) * np.dtype(dtype).itemsize

@@ -1,13 +1,13 @@
-"""What tells one file from another under the same path, cheaply for large ones too.
+"""Fingerprints of files, to detect a changed file under the same path; cheap for large files.
 
     of("data.jsonl")          # {"data.jsonl": "5120 bytes, sha256 5d7c06e0..."}
     of("models/SmolLM2")      # {"config.json": ..., "model.safetensors": ..., ...}
     of("photographs")         # {"photographs/": "12 files, sha256 ..."}, class folders of pictures
-    of("pypi://package==1.0/table.csv")      # {}: what lies there never changes
+    of("pypi://package==1.0/table.csv")      # {}: its content never changes
 
-A file of up to 64 MiB is hashed as a whole. Of a larger one the size counts, and the hash of 64
-pieces of 1 MiB, evenly spread, the first and the last MiB among them. That tells a model from
-another one, and from itself after a step of training, but not a change of a few bytes by hand.
+A file of up to 64 MiB is hashed as a whole. The fingerprint of a larger file is its size and the
+hash of 64 evenly spaced pieces of 1 MiB, including the first and the last MiB. It distinguishes
+models, also after a single training step, but misses a manual change of a few bytes.
 """
 
 import hashlib
@@ -21,21 +21,21 @@ _WHOLE = 1 << 26
 _PIECE = 1 << 20
 _PIECES = 64
 
-# The files of a model's folder that are read, its tensors aside.
+# The files of a model's folder that are read, except its tensors.
 _TEXTS = ("config.json", "compressed.json", "tokenizer.json", "tokenizer_config.json",
           "tokenizer.model", "vocab.txt", "chat_template.jinja", "adapter_config.json")  # fmt: skip
 _TENSORS = ("compressed.safetensors", "adapter_model.safetensors")
 
 
 def of(source: str | Path) -> dict[str, str]:
-  """Returns `{name of a file: fingerprint}` of what a source holds.
+  """Returns `{name of a file: fingerprint}` for the files of a source.
 
-  source: as `assets.resolve` takes it. Of a model's or an adapter's folder only the files that are
-    read count; of another one all files in it and in its folders. A release on PyPI never changes,
-    so a file of one is not looked at.
+  source: an argument of `assets.resolve`. In a model's or an adapter's folder only the files that
+    are read are included; in other folders all files, also in subfolders. A release on PyPI never
+    changes, so its files are not read.
 
-  Raises what `assets.resolve` does, and ValueError for an index of tensors that is damaged and for
-  a file that changes while it is read.
+  Raises as `assets.resolve` does, and ValueError for a damaged index of tensors and for a file that
+  changes while it is read.
   """
   if str(source).startswith("pypi://"):
     return {}

@@ -1,9 +1,9 @@
-"""The configuration of Gemma 4's text model as a `config.json` has it, to and from `Gemma4Config`.
+"""Converts the `config.json` of Gemma 4's text model to and from `Gemma4Config`.
 
     config = from_hugging_face({"model_type": "gemma4_text", "hidden_size": 1536, ...})
 
-As in `lora_jax.io.configs`, what is not known or not computed is refused by name. Experts,
-attention to later tokens, and the parts that see and hear are not computed.
+As in `lora_jax.io.configs`, unknown and unsupported fields are refused by name. Experts, attention
+to later tokens, and the vision and audio parts are not supported.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ _FIXED = {
 """By these a file may ask for more than the model does; the one value of each that is accepted."""
 _READ = ("layer_types", "rope_parameters", "num_global_key_value_heads", "per_layer_config")
 _NOT_THERE = ("num_experts", "top_k_experts", "moe_intermediate_size")
-_PERIOD = 6  # of so many layers all but the last have the window, where no file says so
+_PERIOD = 6  # by default, all but the last of this many layers have the window
 _ROPE = {
   LOCAL: {"rope_type": "default", "rope_theta": 10000.0},
   FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
@@ -65,15 +65,15 @@ _OF_A_LAYER = ("head_dim", "num_key_value_heads")
 def from_hugging_face(fields: Fields) -> Gemma4Config:
   """Returns the configuration that a parsed `config.json` describes.
 
-  Raises ValueError for a missing field, one of another type or beyond what a model has, an unknown
-  field that is neither null nor empty nor false, and for what is not computed: experts, attention
-  to later tokens, biases, another activation or scaling of rotary positions, quantized weights.
+  Raises ValueError for a missing field, a value of another type or out of range, an unknown field
+  that is not null, empty or false, and unsupported features: experts, attention to later tokens,
+  biases, another activation or scaling of rotary positions, quantized weights.
   """
   for field, accepted in _FIXED.items():
     if not checked_fields.is_(fields.get(field, accepted), accepted):
       raise ValueError(f"{field}={shown(fields[field])} is not supported, only {accepted!r}")
   known = {*_SIZES, *_SWITCHES, *_DEFAULTS, *_FIXED, *_READ}
-  # Without the MoE block these ask for nothing.
+  # Without the MoE block these have no effect.
   check_known("gemma4_text", {*known, *_NOT_THERE}, fields)
   fields = {**_DEFAULTS, **fields}
   found = checked_fields.sizes(fields, _SIZES)
@@ -99,7 +99,7 @@ def from_hugging_face(fields: Fields) -> Gemma4Config:
     per_layer_vocab=fields["vocab_size_per_layer_input"] if has_rows else None,
     classes=checked_fields.classes_of(fields),
   )
-  # The sizes have been held to their limits, and what is computed of them may be.
+  # The sizes are within their limits, so values can be computed from them.
   return dataclasses.replace(config, **_rope(fields, config.full_head_dim))
 
 
@@ -107,12 +107,12 @@ _KINDS = {repr(LOCAL), repr(FULL)}
 
 
 def _of_full_layers(fields: Fields, local: tuple[bool, ...]) -> dict[str, Any]:
-  """The heads of the layers without the window: of each layer in the files of transformers 5."""
+  """The heads of the layers without the window; files of transformers 5 list them per layer."""
   own = checked_fields.object_of(fields, "per_layer_config")
   if own:
     full = [i for i, each in enumerate(local) if not each]
     ways = list(own.values())
-    # Numbers of layers, "05".
+    # Layer indices, such as "05".
     if sorted(int(key) if key.isdecimal() else -1 for key in own) != full or not all(
       way == ways[0] for way in ways
     ):
@@ -135,7 +135,7 @@ def _of_full_layers(fields: Fields, local: tuple[bool, ...]) -> dict[str, Any]:
 
 
 def _rope(fields: Fields, features: int) -> dict[str, Any]:
-  """The rotary bases, and how many features of a head without the window are rotated."""
+  """The rotary bases, and the number of rotated features of a head without the window."""
   rope = checked_fields.object_of(fields, "rope_parameters") or _ROPE
   if unknown := sorted(rope.keys() - {LOCAL, FULL}):
     raise ValueError(f"rope_parameters: {shown(unknown[0])} is neither {LOCAL!r} nor {FULL!r}")
@@ -164,7 +164,7 @@ def _rope(fields: Fields, features: int) -> dict[str, Any]:
 def to_hugging_face(config: Gemma4Config) -> dict[str, Any]:
   """Returns the fields of a `config.json`, the inverse of `from_hugging_face`.
 
-  Raises ValueError for key/value heads of the layers without the window that no file has.
+  Raises ValueError for key/value heads of the layers without the window that files cannot express.
   """
   fields = {
     **checked_fields.head_fields("Gemma4ForCausalLM", config.classes),

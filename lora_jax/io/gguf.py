@@ -1,17 +1,16 @@
-"""GGUF files: metadata and tensors of models in llama.cpp's format.
+"""Reads GGUF files: metadata and tensors of models in llama.cpp's format.
 
     file = gguf.read("SmolLM2-135M-Instruct.Q4_1.gguf")
     file.metadata["llama.block_count"]          # 30
     file.tensors["blk.0.attn_q.weight"].load()  # dequantized, float32, (out, in)
 
-The header is walked here, with every length held against the bytes that are left before anything
-is allocated: the `gguf` package's reader believes the lengths that it finds, so that a damaged file
-may keep it busy without end, and it takes seconds for a vocabulary. It also maps the file, and one
-that is cut short meanwhile ends the process. What the numbers mean (types, block sizes,
-dequantization) is the package's.
+The header is parsed here, with every length checked against the remaining bytes before anything is
+allocated. The reader of the `gguf` package trusts the lengths, so a damaged file may keep it busy
+forever, and it takes seconds for a vocabulary. It also maps the file, and a truncation then ends
+the process. Types, block sizes and dequantization are the package's.
 
-As in llama.cpp, the tensors lie one after another in the order in which the header names them, each
-from a multiple of the alignment on, and nothing follows: so no tensor has the bytes of another.
+As in llama.cpp, the tensors are stored in the order of the header, each aligned, and nothing
+follows them. So no two tensors share bytes.
 """
 
 import dataclasses
@@ -66,9 +65,9 @@ class GGUFTensor:
 
   @property
   def data(self) -> np.ndarray:
-    """The bytes as they are stored, uint8 [*shape but the last, bytes of a row], read anew.
+    """The stored bytes, uint8 [*shape but the last, bytes of a row], read at each access.
 
-    Raises ValueError where the file has become shorter.
+    Raises ValueError if the file has become shorter.
     """
     block_size, block_bytes = gguf.GGML_QUANT_SIZES[self.kind]
     *rows, row = self.shape or (1,)
@@ -77,17 +76,17 @@ class GGUFTensor:
 
   @property
   def is_quantized(self) -> bool:
-    """Whether its numbers are stored in blocks."""
+    """Whether its values are stored in blocks."""
     return gguf.GGML_QUANT_SIZES[self.kind][0] > 1
 
   def load(self) -> np.ndarray:
     """Returns the tensor dequantized to float32.
 
-    Raises ValueError where `gguf` cannot dequantize it, where it holds values that are not finite,
-    and where the file has become shorter.
+    Raises ValueError if `gguf` cannot dequantize it, if it has values that are not finite, and if
+    the file has become shorter.
     """
     try:
-      with np.errstate(over="ignore", invalid="ignore"):  # of a damaged block, and looked for later
+      with np.errstate(over="ignore", invalid="ignore"):  # in a damaged block; checked later
         values = gguf.quants.dequantize(self.data, self.kind)
     except NotImplementedError:
       raise ValueError(
@@ -113,8 +112,8 @@ class GGUFFile:
 def read(path: str | Path) -> GGUFFile:
   """Reads the header of a GGUF file; the tensors stay on disk until they are loaded.
 
-  Raises FileNotFoundError and PermissionError, and ValueError for a file which is not GGUF, is of
-  an unknown version, is cut short or contradicts itself.
+  Raises FileNotFoundError and PermissionError, and ValueError for a file that is not GGUF, has an
+  unknown version, is truncated or is inconsistent.
   """
   path = Path(path)
   with files.open_regular(path) as file:
@@ -128,7 +127,7 @@ def read(path: str | Path) -> GGUFFile:
 
 
 class _DamagedError(Exception):
-  """The header says something that cannot be true of this file."""
+  """The header is not consistent with the file."""
 
 
 def _read(path: Path, cursor: "_Cursor", size: int) -> GGUFFile:
@@ -201,7 +200,7 @@ def _bytes_of(name: str, shape: tuple[int, ...], kind: GGMLQuantizationType) -> 
 
 
 class _Cursor:
-  """Reads values one after another and never past the end."""
+  """Reads values one after another, never past the end."""
 
   def __init__(self, file: BinaryIO, size: int):
     self._file, self._size = file, size
@@ -248,7 +247,7 @@ class _Cursor:
     item, length = self.kind(GGUFValueType), self.number("<Q")
     if item in _SCALARS:
       return self.array(item, length)
-    # Each value takes a byte at least, so a false length runs into the end and not out of memory.
+    # Each value takes at least a byte, so a false length reaches the end before memory runs out.
     return [self.value(item, nesting + 1) for _ in range(length)]
 
   def array(self, kind: GGUFValueType, length: int) -> list[Any]:

@@ -1,8 +1,7 @@
-"""A model's configuration as the metadata of a GGUF file has it, to and from `LlamaConfig`.
+"""Converts the metadata of a GGUF file to and from `LlamaConfig`.
 
-Keys begin with llama.cpp's name of the architecture, `qwen2.block_count`. A file of an architecture
-that is not in ARCHITECTURES, or one that asks for something that the model does not compute, is
-refused by name and never read as something near it.
+Keys begin with llama.cpp's name of the architecture, `qwen2.block_count`. An architecture that is
+not in ARCHITECTURES, or an unsupported feature, is refused by name rather than approximated.
 """
 
 import dataclasses
@@ -58,7 +57,7 @@ _EXPERTS = {
   "expert_used_count": "per_token",
   "expert_feed_forward_length": "width",
 }
-_FACTORS = {  # of Granite
+_FACTORS = {  # for Granite
   "embedding_scale": "embedding_multiplier",
   "attention.scale": "attention_multiplier",
   "residual_scale": "residual_multiplier",
@@ -79,8 +78,8 @@ _SIZES = {
 def architecture(config: LlamaConfig | GPT2Config) -> str:
   """Returns llama.cpp's name for a model.
 
-  Raises ValueError for a family that GGUF files are not written of, and for what llama.cpp does not
-  compute in an architecture.
+  Raises ValueError for a family without GGUF files, and for features that llama.cpp does not
+  support in an architecture.
   """
   found = _OF_FAMILY.get(config.family)
   if found is None:
@@ -93,7 +92,7 @@ def architecture(config: LlamaConfig | GPT2Config) -> str:
     return found
   wanted = dict(ARCHITECTURES[found])
   if found in _WITH_EXPERTS and config.experts is not None:
-    # llama.cpp divides a token's shares by their sum, whatever the file says.
+    # llama.cpp always divides a token's probabilities by their sum, regardless of the file.
     switches = {"clamped": False, "biases": False} | _WITH_EXPERTS[found]
     wanted["experts"] = dataclasses.replace(config.experts, normalized=True, **switches)
   if found == "granite":
@@ -113,7 +112,7 @@ def architecture(config: LlamaConfig | GPT2Config) -> str:
 
 
 def rotates_neighbours(architecture: str) -> bool:
-  """Whether rotary positions turn the pairs (x[2r], x[2r + 1]), and not (x[r], x[r + H / 2])."""
+  """Whether rotary positions rotate the pairs (x[2r], x[2r + 1]), not (x[r], x[r + H / 2])."""
   return architecture in ("llama", "granite", "smollm3", "mistral3")
 
 
@@ -123,7 +122,7 @@ def from_gguf(
   """Returns the configuration that a GGUF file's metadata describes.
 
   tie_embeddings: whether the file lacks `output.weight`.
-  rope_factors: those of its tensors that are of ROPE_FACTORS, {name: factors_R}.
+  rope_factors: its tensors among ROPE_FACTORS, {name: factors_R}.
 
   Raises ValueError for another architecture, a missing key, or an unknown rope scaling.
   """
@@ -171,7 +170,7 @@ def from_gguf(
       f"{arch}.attention.value_length={shown(values)}: values of another size than the keys' "
       f"{head_dim} are not supported"
     )
-  # The sizes have been checked, and what is made from them may be.
+  # The sizes have been checked, so arrays of these sizes can be made.
   complete = gguf_gemma.completed if gemma else gguf_layers.completed
   config = complete(arch, metadata, config)
   rope = _rope_from_gguf(arch, metadata, rope_factors, config)
@@ -192,7 +191,7 @@ def to_gguf(
   """Returns (metadata, rope_factors) of a GGUF file, the inverse of `from_gguf`.
 
   Raises ValueError as `architecture` does, for heads whose values are narrower than their keys, and
-  for a scaling of rotary frequencies that llama.cpp does not have in the architecture.
+  for a scaling of rotary frequencies that llama.cpp does not support in the architecture.
   """
   arch = architecture(config)
   if arch == _GPT2:
@@ -218,7 +217,7 @@ def to_gguf(
 
 
 def _rope_to_gguf(arch: str, config: LlamaConfig) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-  """The metadata of how rotary frequencies are scaled, and the tensors of its factors."""
+  """The metadata of the scaling of rotary frequencies, and the tensors of its factors."""
   rope = config.rope_scaling
   match rope:
     case LinearRope():
@@ -250,12 +249,12 @@ def _rope_to_gguf(arch: str, config: LlamaConfig) -> tuple[dict[str, Any], dict[
 
 
 def _truncates(arch: str) -> bool:
-  """Whether the ends of YaRN's ramp are whole features in the models of an architecture."""
+  """Whether models of an architecture round the ends of YaRN's ramp to whole features."""
   return arch != "gpt-oss"
 
 
 def _yarn(arch: str, rope: YarnRope) -> dict[str, Any]:
-  """YaRN in llama.cpp, which multiplies by the recommended attention factor itself."""
+  """The metadata of YaRN; llama.cpp itself multiplies by the recommended attention factor."""
   log_multiplier = 1.0 if arch == "mistral3" else 0.0
   recommended = yarn_attention_factor(rope.factor, 1.0, log_multiplier)
   return {
@@ -268,7 +267,7 @@ def _yarn(arch: str, rope: YarnRope) -> dict[str, Any]:
 
 
 def _yarn_from_gguf(arch: str, scaling: Mapping[str, Any], context_length: int) -> YarnRope:
-  """scaling: {key: value}, without the keys' common beginning."""
+  """scaling: {key: value}, without the common prefix of the keys."""
 
   def check(key: str, *accepted: float) -> None:
     if not any(checked_fields.is_(scaling.get(key, accepted[0]), x) for x in accepted):
@@ -322,13 +321,13 @@ def _rope_from_gguf(
   if kind == "linear":
     return LinearRope(factor=checked_fields.required(metadata, f"{arch}.rope.scaling.factor"))
   if kind == "longrope" or (arch == "phi3" and factors):
-    # Older files have the factors and say nothing of a scaling.
+    # Older files have the factors but do not name a scaling.
     return _longrope_from_gguf(scaling, factors, config.max_length)
   factors_R = factors.get(ROPE_FACTORS[0])
   if factors_R is None:
     return None
-  # The format keeps the divisors that Llama 3.1's scaling gave and not its four numbers. The
-  # releases differ from each other in `factor` alone, which is the largest divisor.
+  # The format stores the divisors of Llama 3.1's scaling rather than its four parameters. The
+  # releases differ only in `factor`, which is the largest divisor.
   if factors_R.shape == (head_dim // 2,) and (factors_R > 0).all():
     rope = Llama3Rope(factor=round(float(factors_R.max()), 3))
     frequencies_R = rotary_frequencies(theta, head_dim)
@@ -343,7 +342,7 @@ def _rope_from_gguf(
 def _longrope_from_gguf(
   scaling: Mapping[str, Any], factors: Mapping[str, np.ndarray], context_length: int
 ) -> LongRope:
-  """scaling: {key: value}, without the keys' common beginning."""
+  """scaling: {key: value}, without the common prefix of the keys."""
   for name in ROPE_FACTORS[1:]:
     if name not in factors or factors[name].ndim != 1:
       raise ValueError(

@@ -1,8 +1,8 @@
-"""What GGUF files of Gemma 2 and 3 leave to a reader's knowledge of the architecture.
+"""Settings of Gemma 2 and 3 that GGUF files leave implicit in the architecture.
 
-A file names the window and the soft caps; which layers have the window, the rotary base of those
-that have, and the divisor of the scores are llama.cpp's (github.com/ggml-org/llama.cpp,
-src/models/gemma2.cpp and gemma3.cpp). Norms are stored as what they multiply by, 1 + scale.
+A file has the window and the soft caps. The layers with the window, their rotary base, and the
+divisor of the scores are hardcoded in llama.cpp (github.com/ggml-org/llama.cpp,
+src/models/gemma2.cpp and gemma3.cpp). Norms are stored as their factor, 1 + scale.
 """
 
 import dataclasses
@@ -17,15 +17,15 @@ _LOCAL_THETA = "rope.freq_base_swa"
 
 
 class Known(NamedTuple):
-  """What a file of an architecture means by what it does not say.
+  """The implicit settings of an architecture.
 
   family: `model_type` of the same models.
-  period: of so many layers in a row all but the last have the window.
+  period: in each group of this many layers all but the last have the window.
   window: None: no layer has one.
   caps: of the scores and of the logits.
   theta, local_theta: the rotary bases of layers without and with the window; None: the first.
-  wide_layers: in a model of so many layers, scores are divided as if its heads filled its width.
-  has_head: whether a file may have a head of its own.
+  wide_layers: with this many layers, scores are divided as if the heads filled the model's width.
+  has_head: whether a file may have an untied head.
   """
 
   family: str
@@ -52,12 +52,12 @@ COMPLETED = (
 
 
 def is_offset(path: str, config: LlamaConfig) -> bool:
-  """Whether files hold the parameter at a path, of a model of these families, with 1 added."""
+  """Whether files store the parameter at a path with 1 added, in models of these families."""
   return config.family in {x.family for x in KNOWN.values()} and path.endswith("scale")
 
 
 def completed(arch: str, metadata: Mapping[str, Any], config: LlamaConfig) -> LlamaConfig:
-  """Returns a configuration with what the metadata says, or leaves to be known, of these families.
+  """Returns a configuration with the explicit and implicit settings of these families.
 
   config: with its sizes, which have been checked.
 
@@ -84,10 +84,10 @@ def completed(arch: str, metadata: Mapping[str, Any], config: LlamaConfig) -> Ll
 
 
 def described(arch: str, config: LlamaConfig) -> dict[str, Any]:
-  """Returns the metadata that says what a file can of these families.
+  """Returns the metadata of these families.
 
-  Raises ValueError for a head of its own where no file has one. What else differs between the
-  model and what a reader makes of the metadata is seen by `completed`.
+  Raises ValueError for an untied head if files cannot have one. `completed` detects all other
+  differences between the model and the metadata.
   """
   if not (config.tie_embeddings or KNOWN[arch].has_head):
     raise ValueError(
@@ -99,7 +99,7 @@ def described(arch: str, config: LlamaConfig) -> dict[str, Any]:
     _LOCAL_THETA: config.local_rope_theta,
   }  # fmt: skip
   if config.local_rope_theta == KNOWN[arch].local_theta:
-    del values[_LOCAL_THETA]  # which older readers do not look for
+    del values[_LOCAL_THETA]  # older readers do not read it
   return {
     f"{arch}.{key}": value if key == WINDOW else float(value)
     for key, value in values.items()

@@ -1,13 +1,13 @@
-"""What GGUF files of some architectures leave to a reader's knowledge of the architecture.
+"""Settings of layers that GGUF files leave implicit in some architectures.
 
-Which layers have the window, which turn by no position, and by what queries grow: a file says some
-of it, and llama.cpp knows the rest (github.com/ggml-org/llama.cpp, src/models/smollm3.cpp,
-olmo2.cpp, openai-moe.cpp, mistral3.cpp and phi3.cpp). Gemma's are in `gguf_gemma`.
+They are the layers with the window, the layers without rotary positions, and the growth of queries.
+A file has some of them, and llama.cpp hardcodes the rest (github.com/ggml-org/llama.cpp,
+src/models/smollm3.cpp, olmo2.cpp, openai-moe.cpp, mistral3.cpp and phi3.cpp). Gemma's are in
+`gguf_gemma`.
 
-Two things llama.cpp computes otherwise than the model, and a file has no words for them: it rounds
-the ends of YaRN's ramp in gpt-oss, whose own ends are fractions, and it has no window in Phi 3. The
-first is read as the model has it; of the second the window is read, and one that the model's
-context can reach is not written.
+llama.cpp differs from the model in two ways that a file cannot express. It rounds the ends of
+YaRN's ramp in gpt-oss, which the model does not; files are read with the model's ends. It has no
+window in Phi 3; the window is read, and a model whose context exceeds its window is not written.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from lora_jax.models.rope import YarnRope
 WINDOW, PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
 ORIGINAL_LENGTH = "rope.scaling.original_context_length"
 _GROWTH = "attention.temperature_scale"
-_UNROTATED = 4  # of so many layers in a row the last one of a SmolLM 3 is not rotated
+_UNROTATED = 4  # every fourth layer of a SmolLM 3 is not rotated
 
 PERIODS = {"olmo2": 4, "gpt-oss": 2}
 """Of so many layers in a row all but the last have the window, where the file has one."""
@@ -43,9 +43,9 @@ COMPLETED = (
 def local_layers(
   arch: str, metadata: Mapping[str, Any], period: int, num_layers: int
 ) -> tuple[bool, ...]:
-  """For each layer whether it has the window, by the file's pattern or else by a period.
+  """For each layer whether it has the window, by the file's pattern or otherwise by a period.
 
-  Raises ValueError for a pattern that is not one for each layer.
+  Raises ValueError for a pattern without one entry per layer.
   """
   pattern = metadata.get(f"{arch}.{PATTERN}", period)
   if type(pattern) is int and pattern > 0:
@@ -58,12 +58,12 @@ def local_layers(
 
 
 def completed(arch: str, metadata: Mapping[str, Any], config: LlamaConfig) -> LlamaConfig:
-  """Returns a configuration with what the metadata says, or leaves to be known, of its layers.
+  """Returns a configuration with the explicit and implicit settings of its layers.
 
   config: with its sizes and its rotary positions, which have been checked.
 
-  Raises ValueError for layers with a window that are not one for each layer, and for what is no
-  window, no growth and no number of rotated features.
+  Raises ValueError for a pattern of windows without one entry per layer, and for an invalid window,
+  growth or number of rotated features.
   """
   if arch == "gpt-oss":
     checked_fields.required(metadata, f"{arch}.{WINDOW}")
@@ -91,10 +91,10 @@ def completed(arch: str, metadata: Mapping[str, Any], config: LlamaConfig) -> Ll
 
 
 def described(arch: str, config: LlamaConfig) -> dict[str, Any]:
-  """Returns the metadata that says what a file can of the layers.
+  """Returns the metadata of the layers.
 
-  Raises ValueError for what no file of the architecture has. What else differs between the model
-  and what a reader makes of the metadata is seen by `completed`.
+  Raises ValueError for settings that files of the architecture cannot have. `completed` detects all
+  other differences between the model and the metadata.
   """
   where = f"llama.cpp's architecture {arch!r}"
   if arch in NEED_HEAD and config.tie_embeddings:
@@ -109,7 +109,7 @@ def described(arch: str, config: LlamaConfig) -> dict[str, Any]:
   if arch == "phi3":
     if config.window is not None and config.window < config.max_length:
       raise ValueError(f"{where} has no window={config.window}; export the model as a folder")
-    # Older versions of llama.cpp have a window where the file does not say that there is none.
+    # Older versions of llama.cpp use a window unless the file explicitly disables it.
     return {
       f"{arch}.{WINDOW}": config.window or 0,
       f"{arch}.rope.dimension_count": rotary_features(config),

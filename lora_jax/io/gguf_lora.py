@@ -1,9 +1,9 @@
-"""A low-rank adapter as a GGUF file, in the layout that llama.cpp loads with `--lora`.
+"""Writes a low-rank adapter as a GGUF file that llama.cpp loads with `--lora`.
 
     write("adapter.gguf", {"blk.0.attn_q.weight": (a, b)}, alpha=16.0, architecture="llama")
 
 The adapted weight is `w + alpha / rank * b @ a` in the layout of the base's GGUF file, where w is
-(out, in). The rank is each pair's own, alpha is that of the file.
+(out, in). Each pair has its own rank, and the file has one alpha.
 """
 
 import contextlib
@@ -36,18 +36,18 @@ def write(
   architecture: str,
   dtype: str = "float32",
 ) -> None:
-  """Writes an adapter to a file which appears whole or not at all.
+  """Writes an adapter to a file, completely or not at all.
 
   Args:
-    path: of the file; replaced if it is there.
+    path: of the file; an existing file is replaced.
     factors: `{name: (a, b)}` by the names of the base's tensors, a (rank, in) and b (out, rank).
-    alpha: the numerator of the scale, not zero: llama.cpp takes zero for no scale.
+    alpha: the numerator of the scale, not zero: llama.cpp reads zero as no scale.
     architecture: of the base, as in its `general.architecture`.
     dtype: of the tensors: float32, float16 or bfloat16.
 
   Raises:
-    ValueError: when there are no factors, alpha is zero, two factors have no common rank, or the
-      dtype cannot hold their values.
+    ValueError: if there are no factors, alpha is zero, two factors differ in rank, or values
+      overflow the dtype.
   """
   path = outputs.replaceable_file(path)
   if not factors or not alpha:

@@ -1,14 +1,14 @@
-"""A whole model as one GGUF file, which llama.cpp, `transformers` and `pretrained.load` read.
+"""Writes a model as one GGUF file, which llama.cpp, `transformers` and `pretrained.load` read.
 
     wider = save("model.gguf", params, config, tokenizer, dtype="q8_0")
-    wider      # {"blk.0.ffn_down.weight": "float16", ...}: what could not be stored as it was asked
+    wider      # {"blk.0.ffn_down.weight": "float16", ...}: tensors stored in a wider dtype
 
-Norms, biases, whatever else has one axis, and learned positions stay in float32; Gemma's norms are
-written with 1 added. Queries and keys get their rows in the order in which llama.cpp turns them by
-their positions: what is half a head apart in a Llama here are neighbors in its file; in files of
-other architectures they are half a head apart too. The formats are those of ggml
-(github.com/ggml-org/ggml, docs/gguf.md); the blocks are made by the `gguf` package, one tensor in
-memory at a time.
+Norms, biases, other leaves with one axis, and learned positions stay in float32; Gemma's norms are
+written with 1 added. The rows of queries and keys are in the order of llama.cpp's rotary positions:
+the features of a pair are half a head apart in this library, and adjacent in GGUF files of a Llama.
+In files of other architectures they are half a head apart too. The formats are those of ggml
+(github.com/ggml-org/ggml, docs/gguf.md). The `gguf` package quantizes the blocks, with one tensor
+in memory at a time.
 """
 
 import contextlib
@@ -37,12 +37,12 @@ KINDS = {
   "q4_1": (GGMLQuantizationType.Q4_1, LlamaFileType.MOSTLY_Q4_1),
   "q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
 }
-"""What the matrices may be stored as, from the widest: blocks of 32 numbers from q8_0 on."""
+"""The dtypes of the matrices, from the widest; from q8_0 on they have blocks of 32 values."""
 
 _FOUR_OR_FIVE_BITS = ("q5_1", "q5_0", "q4_1", "q4_0")
 _EMBEDDINGS = ("token_embd.weight", "output.weight")
 _ROUTER = ".ffn_gate_inp.weight"  # llama.cpp keeps it so
-_POSITIONS = "position_embd.weight"  # which llama.cpp does not quantize
+_POSITIONS = "position_embd.weight"  # llama.cpp does not quantize it
 _LARGEST_HALF = float(np.finfo(np.float16).max)
 
 
@@ -54,21 +54,21 @@ def save(
   *,
   dtype: str = "float32",
 ) -> dict[str, str]:
-  """Writes a model to a new file, which appears whole or not at all.
+  """Writes a model to a new file, completely or not at all.
 
-  Embedding and head are q8_0 where four or five bits are asked for: a tied embedding is the head,
-  where what it loses is lost at every token. A matrix whose rows no blocks divide is float16.
+  With dtypes of four or five bits, embedding and head are q8_0, since errors in the head affect
+  every token. A matrix whose rows cannot be split into blocks is float16.
 
   path: of the file.
-  params: plain arrays as the config's model takes them, stacked or not.
-  config, tokenizer: as `pretrained.load` returned them.
+  params: plain arrays for the config's model, stacked or not.
+  config, tokenizer: from `pretrained.load`.
   dtype: of the matrices, one of KINDS.
 
-  Returns the matrices that are stored wider than asked, {tensor name: dtype}.
+  Returns the matrices that are stored in a wider dtype, {tensor name: dtype}.
 
-  Raises FileExistsError for a file that is there, TypeError for a leaf which is no array, and
-  ValueError for values that are not finite or beyond the dtype, and where params and config do not
-  fit, or the format has no words for config or tokenizer.
+  Raises FileExistsError for an existing file; TypeError for a leaf that is not an array; and
+  ValueError for values that are not finite or overflow the dtype, for params that do not match the
+  config, and for a config or a tokenizer that the format cannot express.
   """
   path = outputs.new_file(path)
   if dtype not in KINDS:
@@ -108,7 +108,7 @@ def save(
 
 
 def _dtype(name: str, shape: tuple[int, ...], wanted: str) -> str:
-  """What a tensor is stored as."""
+  """The dtype that a tensor is stored in."""
   if len(shape) < 2 or name == _POSITIONS or name.endswith((_ROUTER, ".bias")):
     return "float32"
   if name in _EMBEDDINGS and wanted in _FOUR_OR_FIVE_BITS:
@@ -130,7 +130,7 @@ def _check_values(name: str, rows: np.ndarray, dtype: str) -> None:
 
 
 def _as_stored(name: str, tensor: np.ndarray, config: families.Config) -> np.ndarray:
-  """The tensor (out, in) as llama.cpp wants it: 1 + a norm, a Llama's halves of heads in turn."""
+  """The tensor (out, in) as in llama.cpp: 1 + a norm, interleaved halves of heads of a Llama."""
   if name.endswith("norm.weight") and gguf_gemma.is_offset("scale", config):
     return tensor + 1
   if not gguf_configs.rotates_neighbours(gguf_configs.architecture(config)):
@@ -144,7 +144,7 @@ def _as_stored(name: str, tensor: np.ndarray, config: families.Config) -> np.nda
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
-  """Adds metadata, in the type of the format that llama.cpp looks for."""
+  """Adds metadata, in the type that llama.cpp expects."""
   match value:
     case bool():
       writer.add_bool(key, value)

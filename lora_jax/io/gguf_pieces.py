@@ -1,12 +1,12 @@
-"""How a GGUF file describes a tokenizer in the manner of SentencePiece, to and from `tokenizers`.
+"""Converts SentencePiece tokenizers between GGUF files and `tokenizers`.
 
-Two kinds of pieces, by `tokenizer.ggml.model`: BPE with bytes as a refuge ("llama": Llama 2,
-Mistral, Gemma, Phi-3) and unigram ("t5"). Both have a score for each token and no merges; a space
-is spelled `▁` (Kudo and Richardson 2018, "SentencePiece", section 3). BPE joins the two neighbors
-whose token has the highest score, which `tokenizers` does by a list of pairs, the best first.
+There are two kinds, by `tokenizer.ggml.model`: BPE with byte fallback ("llama": Llama 2, Mistral,
+Gemma, Phi-3) and unigram ("t5"). Both have a score for each token and no merges; a space is spelled
+`▁` (Kudo and Richardson 2018, "SentencePiece", section 3). BPE joins the two adjacent tokens whose
+result has the highest score. `tokenizers` does this by a list of pairs, the best first.
 
-As in `transformers`, what follows a special token gets no space put before it, and a text that
-begins with a space gets no second one; SentencePiece and llama.cpp put one in both places.
+As in `transformers`, no space is added after a special token, or before a text that begins with a
+space; SentencePiece and llama.cpp add one in both places.
 """
 
 import base64
@@ -26,7 +26,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 _SPACE = "▁"
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
-# More than any vocabulary has; of those a damaged file may ask for any number.
+# More than in any vocabulary; a damaged file may claim any number.
 _LONGEST_TOKEN, _MOST_MERGES = 256, 1 << 22
 _BEST, _WORST = float("inf"), -1e6
 _UNKNOWN_TOKEN = "tokenizer.ggml.unknown_token_id"
@@ -37,11 +37,11 @@ Fields = Mapping[str, Any]
 
 
 class Spaces(NamedTuple):
-  """What a tokenizer does to spaces before it looks for pieces.
+  """The normalization of spaces before a text is split into pieces.
 
-  prefix: one is put before the text.
-  fewer: those around the text are taken away, and of several in a row all but one.
-  everywhere: one is put before what follows a special token, and before a space, as well.
+  prefix: a space is added before the text.
+  fewer: spaces around the text are stripped, and runs of spaces are collapsed to one.
+  everywhere: a space is also added after a special token, and before a space.
   """
 
   prefix: bool
@@ -53,10 +53,9 @@ def read(kind: str, metadata: Fields, tokens: list[str], types: list[int]) -> to
   """Returns the tokenizer that the metadata of a GGUF file describes, without its added tokens.
 
   kind: "llama" or "t5".
-  tokens, types: of the metadata, as many of the one as of the other.
+  tokens, types: of the metadata, of the same length.
 
-  Raises ValueError for scores, flags or a table of characters that cannot be, and for tokens that
-  are longer than any.
+  Raises ValueError for invalid scores, flags or character tables, and for tokens that are too long.
   """
   scores = metadata.get("tokenizer.ggml.scores")
   if not isinstance(scores, list) or len(scores) != len(tokens):
@@ -96,8 +95,8 @@ def merges_of(
 ) -> list[tuple[str, str]]:
   """Returns the pairs of tokens that BPE joins, the best first.
 
-  Only normal tokens are made from others. So are runs of spaces that are tokens by the user's will,
-  and those first: SentencePiece takes such a run out of the text before all else.
+  Only normal tokens and user-defined runs of spaces are results of joins. The runs come first:
+  SentencePiece extracts them from the text before anything else.
 
   Raises ValueError for more pairs than any vocabulary has.
   """
@@ -113,7 +112,8 @@ def merges_of(
     found += [(score, left, right) for left, right in halves if left in ranked and right in ranked]
     if len(found) > _MOST_MERGES:
       raise ValueError(f"tokenizer.ggml.tokens: over {_MOST_MERGES:,} pairs of them are tokens")
-  # Runs by their length; of pairs with one score the longer halves first, as in transformers.
+  # Runs are ordered by length. Pairs with equal scores have the longer halves first, as in
+  # transformers.
   found.sort(key=lambda x: (x[0], -len(x[1] + x[2]) * (x[0] == _BEST), len(x[1])), reverse=True)
   return [(left, right) for _, left, right in found]
 
@@ -122,10 +122,10 @@ def describe(fields: Fields, size: int, remedy: str) -> dict[str, Any]:
   """Returns the metadata of a vocabulary of pieces, the inverse of `read`.
 
   fields: of a `tokenizer.json` whose model is BPE with `byte_fallback`, or Unigram.
-  size: how many tokens the model has; ids without a token are written as unused.
-  remedy: ends a message.
+  size: the number of tokens of the model; ids without a token are written as unused.
+  remedy: the end of an error.
 
-  Raises ValueError for a tokenizer that does something besides that the format has no words for.
+  Raises ValueError for a tokenizer with steps that the format cannot express.
   """
   model = fields["model"]
   kind = "t5" if model["type"] == "Unigram" else "llama"
@@ -173,7 +173,7 @@ def describe(fields: Fields, size: int, remedy: str) -> dict[str, Any]:
 
 
 def _is_run(token: str, type_: int) -> bool:
-  """Whether a token is spaces by the user's will, which files of llama.cpp do not spell `▁`."""
+  """Whether a token is a user-defined run of spaces, which llama.cpp's files do not spell `▁`."""
   return type_ == USER_DEFINED and len(token) > 1 and not token.strip(" ")
 
 
@@ -182,12 +182,12 @@ def _spelled(token: str, type_: int) -> str:
 
 
 def is_added(token: str, type_: int) -> bool:
-  """Whether a token is found in a text before pieces are."""
+  """Whether a token is extracted from a text before it is split into pieces."""
   return type_ in (UNKNOWN, CONTROL) or (type_ == USER_DEFINED and not _is_run(token, type_))
 
 
 def _unknown(metadata: Fields, types: Sequence[int], default: int) -> int:
-  """The id of the token that stands for what no piece spells."""
+  """The id of the token for text without a piece."""
   found = metadata.get(_UNKNOWN_TOKEN, types.index(UNKNOWN) if UNKNOWN in types else default)
   if not (type(found) is int and 0 <= found < len(types)):
     raise ValueError(f"{_UNKNOWN_TOKEN}={shown(found)} is not one of the {len(types)} tokens")
@@ -199,7 +199,7 @@ def _scores(
 ) -> list[float]:
   """Scores by which BPE joins the pairs of tokens in the order of the merges."""
   apart = {x for x, type_ in zip(tokens, types, strict=True) if is_added(x, type_)}
-  # What is found before pieces are is never made from pieces.
+  # Tokens that are extracted first are never joined from pieces.
   pairs = [(x, y) for x, y in merges if apart.isdisjoint((x, y, x + y))]
   order = {token: n for n, token in enumerate(dict.fromkeys(x + y for x, y in pairs))}
   scores = [
@@ -224,13 +224,13 @@ def _spaces(kind: str, metadata: Fields) -> Spaces:
     flags[name] = metadata.get(f"tokenizer.ggml.{name}", default)
     if not isinstance(flags[name], bool):
       raise ValueError(f"tokenizer.ggml.{name} must be a bool, not {shown(flags[name])}")
-  # Which of the two a file means it does not say; Phi-3's tokenizer.json has this one.
+  # Files do not distinguish these two; Phi-3's tokenizer.json has this one.
   everywhere = kind == "llama" and metadata.get("general.architecture") == "phi3"
   return Spaces(flags["add_space_prefix"], flags["remove_extra_whitespaces"], everywhere)
 
 
 def _set_spaces(backend: tokenizers.Tokenizer, kind: str, spaces: Spaces) -> None:
-  """Sets what a tokenizer does to spaces, going there and back."""
+  """Sets the normalizer and the decoder of spaces."""
   steps: list[normalizers.Normalizer] = []
   words = kind == "t5" and spaces.prefix and spaces.fewer  # as in T5's own
   if spaces.fewer and not words:
@@ -263,10 +263,10 @@ def _set_spaces(backend: tokenizers.Tokenizer, kind: str, spaces: Spaces) -> Non
 
 
 def _described_spaces(fields: Fields, kind: str, remedy: str) -> tuple[Spaces, bytes | None]:
-  """What a `tokenizer.json` does to spaces, and its table of characters."""
+  """The normalization of spaces in a `tokenizer.json`, and its table of characters."""
   steps = _steps(fields["normalizer"], "normalizers")
   cuts = _steps(fields["pre_tokenizer"], "pretokenizers")
-  # Gemma's cuts at spaces, where none is left.
+  # Gemma's splits at spaces, but none is left by then.
   cuts = [x for x in cuts if x.get("pattern") != {"String": " "} or kind != "llama"]
   characters = None
   if kind == "t5" and steps and steps[0]["type"] == "Precompiled":
@@ -299,7 +299,7 @@ def _steps(part: Any, key: str) -> list[dict[str, Any]]:
 
 
 def _characters(table: Any) -> normalizers.Normalizer:
-  """What replaces characters by others, by SentencePiece's own table."""
+  """The normalizer that replaces characters by SentencePiece's own table."""
   if not isinstance(table, list) or not all(type(x) is int and -128 <= x < 256 for x in table):
     raise ValueError(f"{_CHARACTERS} must be a list of bytes")
   content = bytes(x & 255 for x in table)
@@ -309,5 +309,5 @@ def _characters(table: Any) -> normalizers.Normalizer:
     raise ValueError(f"{_CHARACTERS} replaces a character by over {_LONGEST_TOKEN} bytes")
   with panics.as_value_errors(f"{_CHARACTERS} is no table of characters"):
     made = normalizers.Precompiled(content)
-    made.normalize_str("a 1 .")  # it is looked into at its use alone
+    made.normalize_str("a 1 .")  # the table is checked only at its use
   return made

@@ -1,7 +1,7 @@
-"""How byte-level BPE cuts text before its merges, by the names that GGUF files have for it.
+"""The pre-tokenizers of byte-level BPE, by their names in GGUF files.
 
-A file says `tokenizer.ggml.pre`, the name of one of the ways that llama.cpp knows. The patterns are
-those of the models' own tokenizer.json; llama.cpp has them rewritten for its regular expressions
+`tokenizer.ggml.pre` names one of llama.cpp's pre-tokenizers. The patterns are those of the models'
+own tokenizer.json; llama.cpp has them rewritten for its regular expressions
 (github.com/ggml-org/llama.cpp, src/llama-vocab.cpp).
 """
 
@@ -16,11 +16,11 @@ from lora_jax.checks import shown
 
 
 class Split(NamedTuple):
-  """How text is cut before the merges, and the habits that go with it.
+  """A pre-tokenizer, and the settings that belong to it.
 
-  ignore_merges: a piece which is a token as it stands is not cut at all.
-  add_bos: whether a file that does not say so wants the beginning-of-sequence token.
-  normalizer: what text passes through first.
+  ignore_merges: a piece that is a token is not split further.
+  add_bos: the default for adding the beginning-of-sequence token.
+  normalizer: applied to the text first.
   """
 
   pre_tokenizer: pre_tokenizers.PreTokenizer
@@ -34,7 +34,7 @@ def _byte_level(use_regex: bool = True) -> pre_tokenizers.PreTokenizer:
 
 
 def _by(*patterns: str) -> pre_tokenizers.PreTokenizer:
-  """Cuts by each pattern in turn; what a pattern leaves over is a piece as well."""
+  """Splits by each pattern in turn; the text between matches is a piece as well."""
   cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
   return pre_tokenizers.Sequence([*cuts, _byte_level(use_regex=False)])
 
@@ -62,7 +62,7 @@ _DIGITS_APART = Split(
 _AS_GPT_4 = Split(_by(_GPT_4))
 _AS_LLAMA_3 = Split(_by(_GPT_4), ignore_merges=True, add_bos=True)
 _AS_GPT_4O = Split(_by(_cased(_SHORT_FORMS + "?", r"\p{N}{1,3}")))
-# What llama.cpp does to a file that was written before there were names.
+# llama.cpp's default for older files without a name.
 _DEFAULT = Split(
   _by(
     r"[\p{P}\$\+<=>\^~\|]+",
@@ -95,7 +95,7 @@ SPLITS = {
 
 
 def named(name: Any) -> Split:
-  """Returns the way to split of a name; raises ValueError for one that is not known."""
+  """Returns the pre-tokenizer of a name; raises ValueError for an unknown one."""
   if not isinstance(name, str) or name not in SPLITS:
     raise ValueError(
       f"tokenizer.ggml.pre {shown(name)} is not supported; supported: {', '.join(SPLITS)}"
@@ -104,12 +104,12 @@ def named(name: Any) -> Split:
 
 
 def name_of(fields: Mapping[str, Any], remedy: str) -> str:
-  """Returns the name of how a `tokenizer.json` cuts text.
+  """Returns the name of the pre-tokenizer of a `tokenizer.json`.
 
   fields: of the file.
-  remedy: ends the message.
+  remedy: the end of the error.
 
-  Raises ValueError for a way that has no name.
+  Raises ValueError for a pre-tokenizer without a name.
   """
   found = (fields["normalizer"], _that_matters(fields["pre_tokenizer"]))
   for name, split in SPLITS.items():
@@ -128,7 +128,7 @@ def name_of(fields: Mapping[str, Any], remedy: str) -> str:
 
 
 def _that_matters(pre_tokenizer: Any) -> Any:
-  """The settings of a pre-tokenizer by which ids may differ."""
+  """The settings of a pre-tokenizer that affect the ids."""
   if isinstance(pre_tokenizer, dict):
     return {k: _that_matters(x) for k, x in pre_tokenizer.items() if k != "trim_offsets"}
   if isinstance(pre_tokenizer, list):

@@ -1,8 +1,8 @@
-"""How a GGUF file describes a tokenizer, to and from what `tokenizers` has of it.
+"""Converts tokenizers between GGUF files and `tokenizers`.
 
-Byte-level BPE is here: the format holds tokens, their types and the merges, and names the way in
-which text is cut before the merges (`gguf_splits`). Pieces are in `gguf_pieces`. What both have,
-special tokens and chat templates, is here too.
+This module handles byte-level BPE: the format has tokens, their types and the merges, and names the
+pre-tokenizer (`gguf_splits`). SentencePiece tokenizers are in `gguf_pieces`. Special tokens and
+chat templates of both are here too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,10 +16,10 @@ from lora_jax.io import gguf_pieces, gguf_splits, panics
 from lora_jax.io.gguf_pieces import CONTROL, NORMAL, UNUSED, USER_DEFINED
 from lora_jax.io.tokenizer_files import Special
 
-# Whether a file that does not say so wants a token before and after a text, of kinds of pieces.
+# By kind of SentencePiece: the defaults for adding a token before and after a text.
 _AROUND_PIECES = {"llama": (True, False), "t5": (False, True)}
 _REMEDY = "export the model as a folder, with its tokenizer.json"
-# What may end a text, in the order in which a tokenizer's stop tokens are given these names.
+# The keys of end tokens, in the order in which a tokenizer's stop tokens are assigned to them.
 _STOPS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _IDS = ("bos_token_id", *_STOPS, "padding_token_id")
 _TEMPLATE = "tokenizer.chat_template"
@@ -28,8 +28,8 @@ _TEMPLATE = "tokenizer.chat_template"
 def read_tokenizer(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
   """Returns the tokenizer that the metadata of a GGUF file describes.
 
-  Raises ValueError for another kind of tokenizer, an unknown way to split text, or a vocabulary
-  which contradicts itself.
+  Raises ValueError for another kind of tokenizer, an unknown pre-tokenizer, or an inconsistent
+  vocabulary.
   """
   kind = metadata.get("tokenizer.ggml.model")
   if kind != "gpt2" and kind not in (*_AROUND_PIECES,):
@@ -106,11 +106,11 @@ def _byte_level(
 
 
 def read_special(metadata: Mapping[str, Any]) -> Special:
-  """Returns which tokens begin, end and fill a text.
+  """Returns the tokens that begin, end and pad a text.
 
   A text ends with EOS, and with the tokens that end a turn (EOT) or a message (EOM).
 
-  Raises ValueError for an id that no token has.
+  Raises ValueError for an id without a token.
   """
   size = len(_list(metadata, "tokenizer.ggml.tokens", str))
   ids = {name: _token_id(metadata, f"tokenizer.ggml.{name}", size) for name in _IDS}
@@ -126,7 +126,7 @@ def read_special(metadata: Mapping[str, Any]) -> Special:
 def read_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
   """Returns the chat templates by their names; the one without a name is "default".
 
-  Raises ValueError for what is no text.
+  Raises ValueError for a template that is not text.
   """
   key = "tokenizer.chat_templates"
   names = _list(metadata, key, str) if key in metadata else []
@@ -144,10 +144,9 @@ def describe_vocabulary(fields: Mapping[str, Any], size: int) -> dict[str, Any]:
   """Returns the metadata of a vocabulary, the inverse of `read_tokenizer`.
 
   fields: of a `tokenizer.json`.
-  size: how many tokens the model has; ids without a token are written as unused.
+  size: the number of tokens of the model; ids without a token are written as unused.
 
-  Raises ValueError for a tokenizer of another kind, or one that does something besides that the
-  format has no words for.
+  Raises ValueError for a tokenizer of another kind, or with steps that the format cannot express.
   """
   _check_words(fields)
   if fields["model"]["type"] == "Unigram" or fields["model"].get("byte_fallback"):
@@ -173,12 +172,12 @@ def describe_vocabulary(fields: Mapping[str, Any], size: int) -> dict[str, Any]:
 def describe_special(
   special: Special, before: Sequence[int], after: Sequence[int]
 ) -> dict[str, Any]:
-  """Returns the metadata of the tokens that begin, end and fill a text.
+  """Returns the metadata of the tokens that begin, end and pad a text.
 
-  before, after: what the tokenizer puts around a text.
+  before, after: the tokens that the tokenizer adds around a text.
 
-  Raises ValueError for other tokens around a text than BOS and EOS, and for more tokens that end
-  one than the format has names for.
+  Raises ValueError for tokens around a text other than BOS and EOS, and for more end tokens than
+  the format has keys.
   """
   if before not in ([], [special.bos_id]) or after not in ([], [special.eos_id]):
     raise ValueError(
@@ -211,7 +210,7 @@ def describe_templates(templates: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _check_words(fields: Mapping[str, Any]) -> None:
-  """That a `tokenizer.json` says nothing which a GGUF file could not."""
+  """Raises ValueError for settings of a `tokenizer.json` that a GGUF file cannot express."""
   model, decoder = fields["model"], fields["decoder"] or {}
   is_known = (
     model["type"] == "Unigram"
@@ -223,7 +222,7 @@ def _check_words(fields: Mapping[str, Any]) -> None:
     "drops merges, or marks the parts of words": any(
       model.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
     ),
-    "takes in the spaces beside an added token, or whole words only": any(
+    "takes in the spaces next to an added token, or whole words only": any(
       added["lstrip"] or added["rstrip"] or added["single_word"] for added in fields["added_tokens"]
     ),
   }

@@ -1,9 +1,9 @@
-"""GPT-2's configuration as a `config.json` and as the metadata of a GGUF file have it.
+"""Converts GPT-2's `config.json` and GGUF metadata to and from `GPT2Config`.
 
     config = from_hugging_face({"model_type": "gpt2", "n_embd": 768, ...})
     config = from_gguf({"general.architecture": "gpt2", "gpt2.embedding_length": 768, ...}, ...)
 
-As in `lora_jax.io.configs`, what is not known or not computed is refused by name.
+As in `lora_jax.io.configs`, unknown and unsupported fields are refused by name.
 """
 
 from collections.abc import Mapping
@@ -39,9 +39,8 @@ _ACTIVATIONS = {
   "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
   "gelu": "gelu",
 }  # fmt: skip
-# Fields that may say what they like, besides those of every family. Softmax is computed in float32
-# whether scores are to be upcast or not; a summary belongs to other heads than the language
-# model's; n_ctx was the size of a mask.
+# Ignored fields, in addition to those ignored for every family. The softmax is always in float32,
+# so upcasting has no effect; summaries belong to other heads; n_ctx was the size of a mask.
 _IGNORED = (
   "reorder_and_upcast_attn", "n_ctx", "attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_type",
   "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout",
@@ -61,15 +60,14 @@ _GGUF_EPS = f"{_GGUF}.attention.layer_norm_epsilon"
 _AS_LLAMA_CPP = {
   "activation": "gelu_tanh", "scale_scores": True, "scale_by_layer": False, "classes": (),
 }  # fmt: skip
-"""What llama.cpp computes, and has no other words for."""
+"""The only settings that llama.cpp supports."""
 
 
 def from_hugging_face(fields: Fields) -> GPT2Config:
   """Returns the configuration that a parsed `config.json` describes.
 
-  Raises ValueError for a missing field, one of another type or beyond what a model has, an unknown
-  field that is neither null nor empty nor false, another activation, cross attention, and quantized
-  weights.
+  Raises ValueError for a missing field, a value of another type or out of range, an unknown field
+  that is not null, empty or false, another activation, cross attention, and quantized weights.
   """
   if fields.get("quantization_config"):
     raise ValueError("quantization_config: quantized safetensors are not supported")
@@ -100,7 +98,7 @@ def from_hugging_face(fields: Fields) -> GPT2Config:
 def to_hugging_face(config: GPT2Config) -> dict[str, Any]:
   """Returns the fields of a `config.json`, the inverse of `from_hugging_face`.
 
-  Raises ValueError for heads that are not together as wide as the model.
+  Raises ValueError if the heads together are not as wide as the model.
   """
   _check_heads(config)
   spelling = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
@@ -120,7 +118,7 @@ def from_gguf(metadata: Fields, *, tie_embeddings: bool) -> GPT2Config:
 
   tie_embeddings: whether the file lacks `output.weight`.
 
-  Raises ValueError for a missing key, and for a size that no model has.
+  Raises ValueError for a missing key, and for a size out of range.
   """
   tokens = metadata.get("tokenizer.ggml.tokens")
   found = checked_fields.sizes(metadata, _GGUF_SIZES)
@@ -136,7 +134,7 @@ def from_gguf(metadata: Fields, *, tie_embeddings: bool) -> GPT2Config:
 def to_gguf(config: GPT2Config) -> dict[str, Any]:
   """Returns the metadata of a GGUF file, the inverse of `from_gguf`.
 
-  Raises ValueError for what llama.cpp does not compute.
+  Raises ValueError for features that llama.cpp does not support.
   """
   check_gguf(config)
   return {
@@ -147,7 +145,7 @@ def to_gguf(config: GPT2Config) -> dict[str, Any]:
 
 
 def check_gguf(config: GPT2Config) -> None:
-  """Raises ValueError for a model that llama.cpp would compute otherwise."""
+  """Raises ValueError for a model that llama.cpp would compute differently."""
   _check_heads(config)
   for field, computed in _AS_LLAMA_CPP.items():
     if (value := getattr(config, field)) != computed:
@@ -158,7 +156,7 @@ def check_gguf(config: GPT2Config) -> None:
 
 
 def _head_dim(found: Mapping[str, int], width: str, heads: str) -> int:
-  """The features of a head; the names of the fields are for the message."""
+  """The features of a head; the field names are for the error."""
   if found["width"] % found["num_heads"]:
     raise ValueError(
       f"{width} {shown(found['width'])} is not a multiple of {heads} {shown(found['num_heads'])}"

@@ -1,10 +1,10 @@
-"""Configurations of models of images, as a `config.json` has them and as a state dict tells them.
+"""Reads the configurations of image models from a `config.json` or a state dict.
 
     config = vit({"model_type": "vit", "hidden_size": 768, ...})
     fields = write_vit(config)
     config, tensors = torchvision_mobilenet({"features.0.0.weight": StoredTensor(...), ...})
 
-As in `lora_jax.io.configs`, what is not known or not computed is refused by name.
+As in `lora_jax.io.configs`, unknown and unsupported fields are refused by name.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ _CLASSIFIER, _TWO_HEADS = "ForImageClassification", "ForImageClassificationWithT
 _ACTIVATIONS = {
   "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
 }  # fmt: skip
-# Fields that no logit depends on: dropout, what other heads read, and which features a backbone
-# hands on.
+# Fields that do not affect the logits: dropout, settings of other heads, and the features that a
+# backbone returns.
 _IGNORED = (
   "hidden_dropout_prob", "attention_probs_dropout_prob", "encoder_stride", "pooler_output_size",
   "pooler_act", "layerscale_value", "drop_path_rate", "apply_layernorm", "reshape_hidden_states",
@@ -54,9 +54,9 @@ _TRAITS: dict[str, dict[str, Any]] = {
 def vit(fields: Fields) -> ViTConfig:
   """Returns the configuration of a ViT, a DeiT or a DINOv2.
 
-  Raises ValueError for a missing field, one of another type or beyond what a model has, an unknown
-  field that is neither null nor empty nor false, and what is not computed: another activation,
-  images or patches that are no squares, a gated MLP.
+  Raises ValueError for a missing field, a value of another type or out of range, an unknown field
+  that is not null, empty or false, and unsupported features: another activation, images or patches
+  that are not square, a gated MLP.
   """
   name = fields["model_type"]
   of_mlp = {"mlp_ratio": 4, "use_swiglu_ffn": False} if name == "dinov2" else {}
@@ -97,7 +97,7 @@ def vit(fields: Fields) -> ViTConfig:
 def write_vit(config: ViTConfig) -> dict[str, Any]:
   """Returns the fields of a `config.json`, the inverse of `vit`.
 
-  Raises ValueError for what its family's files have no fields for.
+  Raises ValueError for settings without a field in the family's files.
   """
   traits = dict(_TRAITS[config.family])
   two_heads = config.family == "deit" and config.pooling == "two heads"
@@ -122,7 +122,7 @@ def write_vit(config: ViTConfig) -> dict[str, Any]:
         f"mlp_width {config.mlp_width} is no multiple of the width {config.width}, and the "
         "config.json of a dinov2 has no field for that"
       )
-    # The token is for pretraining, and not kept.
+    # The token is for pretraining and is not kept.
     mlp = {"mlp_ratio": config.mlp_width // config.width, "use_mask_token": False}
   spelling = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
   ending = _TWO_HEADS if two_heads else _CLASSIFIER
@@ -141,7 +141,7 @@ def write_vit(config: ViTConfig) -> dict[str, Any]:
 
 
 def with_classes(config: ViTConfig, classes: tuple[str, ...]) -> ViTConfig:
-  """The configuration with a new head: one, where there were two."""
+  """Returns the configuration with a new head; a single one instead of two heads."""
   pooling = "token" if config.pooling == "two heads" else config.pooling
   return dataclasses.replace(config, classes=classes, pooling=pooling)
 
@@ -191,10 +191,10 @@ def write_mobilenet_v2(config: MobileNetV2Config) -> dict[str, Any]:
 def torchvision_mobilenet(tensors: Mapping[str, Any]) -> tuple[MobileNetV2Config, Any] | None:
   """Returns the configuration of torchvision's state dict of a MobileNetV2, and its tensors.
 
-  None where the tensors are of something else, by their names. The classes are called by their
-  numbers, for the file has no names.
+  Returns None if the names are not those of a MobileNetV2. The classes are named by their indices,
+  since the file has no names.
 
-  Raises ValueError for a width that torchvision does not make.
+  Raises ValueError for a width that torchvision does not have.
   """
   first, last = tensors.get("features.0.0.weight"), tensors.get("features.18.0.weight")
   head = tensors.get("classifier.1.weight")
@@ -244,7 +244,7 @@ def resnet(fields: Fields) -> ResNetConfig:
 def write_resnet(config: ResNetConfig) -> dict[str, Any]:
   """Returns the fields of a `config.json`, the inverse of `resnet`.
 
-  Raises ValueError for what files have no field for.
+  Raises ValueError for settings without a field in files.
   """
   if config.norm_eps != ResNetConfig.norm_eps:
     raise ValueError(f"config.json of a resnet has no field for norm_eps={config.norm_eps}")
@@ -285,7 +285,7 @@ def _head_fields(name: str, classes: tuple[str, ...], ending: str) -> dict[str, 
 
 
 def _side(fields: Fields, field: str) -> Any:
-  """A side in pixels, of what must be a square."""
+  """The side of a square in pixels."""
   value = fields[field]
   if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
     value = value[0]

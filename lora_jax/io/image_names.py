@@ -1,14 +1,14 @@
-"""Tensor names of models of images: tables as in `lora_jax.io.names`.
+"""Tensor names of image models: tables as in `lora_jax.io.names`.
 
-Files of transformers keep the names of its fourth version, and the modules of its fifth, by whose
-names PEFT adapts them, have others: a table of files has both, and a table of modules the latter.
+Files of transformers keep the names of version 4. Modules of version 5, which PEFT adapts by name,
+have other names. A table of files has both, and a table of modules has only the latter.
 """
 
 from lora_jax.io.names import Conv, InOut, Table
 
 _STATISTICS = {
   "weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var",
-  "num_batches_tracked": None,  # counts batches of training
+  "num_batches_tracked": None,  # counts training batches
 }  # fmt: skip
 
 

@@ -1,11 +1,11 @@
-"""JSON objects from files that a stranger may have written.
+"""Reads JSON objects from untrusted files.
 
     fields = read_json("config.json", what="a model's configuration")
-    fields = parse(content)                       # the same of bytes
+    fields = parse(content)                       # the same for bytes
 
-Python's parser takes the last of two equal keys, reads NaN and 1e400, and follows any nesting until
-the interpreter's stack ends. All of that is refused here, so what is returned can be compared,
-shown, and written as JSON again.
+Python's parser keeps the last of two equal keys, accepts NaN and 1e400, and recurses until the
+interpreter's stack overflows. All of that is refused here, so the result can be compared, shown and
+written as JSON again.
 """
 
 import json
@@ -19,23 +19,23 @@ from lora_jax.io import files
 
 MAX_BYTES = 1 << 24
 MAX_DEPTH = 64
-# transformers writes 1000000000000000019884624838656 for a length without a limit.
+# transformers writes 1000000000000000019884624838656 for an unlimited length.
 _MAX_DIGITS = 40
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_json(path: str | Path, what: str = "", *, most: int = MAX_BYTES) -> dict[str, Any]:
-  """Returns the object that a JSON file holds.
+  """Returns the object of a JSON file.
 
   Args:
     path: of the file.
-    what: the file is to be, for messages, as "a model's configuration".
-    most: the bytes that it may have.
+    what: describes the file in errors, as "a model's configuration".
+    most: the most bytes that it may have.
 
   Raises:
-    FileNotFoundError: when there is no file.
-    PermissionError: when it may not be read.
-    ValueError: when it is no regular file or too large, and as `parse` does; with the path.
+    FileNotFoundError: if there is no such file.
+    PermissionError: if it may not be read.
+    ValueError: if it is not a regular file or too large, and as `parse` does; with the path.
   """
   content = files.read_bytes(path, most)
   try:
@@ -45,12 +45,12 @@ def read_json(path: str | Path, what: str = "", *, most: int = MAX_BYTES) -> dic
 
 
 def parse(content: bytes) -> dict[str, Any]:
-  """Returns the object that JSON text holds.
+  """Returns the object of JSON text.
 
   Raises:
-    ValueError: for what is not JSON in UTF-8 or has another root than an object; for a key that is
-      there twice, NaN, infinity, a number that a float cannot hold, an integer of more than 40
-      digits, half of a surrogate pair, and nesting deeper than `MAX_DEPTH`. The message is short.
+    ValueError: for text that is not JSON in UTF-8, or whose root is not an object; for a repeated
+      key, NaN, infinity, a number that overflows a float, an integer of more than 40 digits, half
+      of a surrogate pair, and nesting deeper than `MAX_DEPTH`. The message is short.
   """
   try:
     text = content.decode("utf-8")

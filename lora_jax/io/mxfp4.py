@@ -1,12 +1,12 @@
-"""Kernels of safetensors files in MXFP4, as gpt-oss is published: blocks of 4 bits, and scales.
+"""Reads kernels of safetensors files in MXFP4, the format of gpt-oss: 4-bit blocks and scales.
 
     tensors = joined(tensors, folder, table)
     tensors["model.layers.0.mlp.experts.down_proj"].load()      # bfloat16 [experts, in, out]
 
-A kernel is two tensors of bytes there: `..._blocks` [experts, out, in / 32, 16], two values a byte,
-the first in the lower four bits, and `..._scales` [experts, out, in / 32]. A value is E2M1, a scale
+A kernel is two tensors of bytes: `..._blocks` [experts, out, in / 32, 16], two values per byte, the
+first in the lower four bits, and `..._scales` [experts, out, in / 32]. A value is E2M1, a scale
 E8M0, a power of two (Open Compute Project 2023, OCP Microscaling Formats 1.0, sections 5.3.3 and
-5.4.1, and 6.3 for how they go together). bfloat16 holds every product exactly.
+5.4.1, and 6.3 for their product). bfloat16 represents every product exactly.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import numpy as np
 from lora_jax.io import names
 
 _PARTS = re.compile(r"(.+)_(blocks|scales)")
-_SIZE, _BYTES = 32, 16  # values of a block, and what they are stored in
+_SIZE, _BYTES = 32, 16  # values of a block, and its bytes
 _BIAS, _NAN = 127, 255  # of E8M0
 _POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _VALUES = np.array([*_POSITIVE, *(-x for x in _POSITIVE)], np.float32)
@@ -32,7 +32,7 @@ _PAIRS = np.stack([np.tile(_VALUES, 16), np.repeat(_VALUES, 16)], axis=-1)
 class DequantizedTensor:
   """A kernel (experts, in, out); nothing is read before `load`.
 
-  name: that it has where it is not quantized.
+  name: of the unquantized kernel.
   blocks, scales: the tensors of the file.
   """
 
@@ -49,7 +49,7 @@ class DequantizedTensor:
   def load(self) -> np.ndarray:
     """Returns the kernel in bfloat16.
 
-    Raises ValueError for a scale that is not a number, and where the file has become shorter.
+    Raises ValueError for a scale that is NaN, and if the file has become shorter.
     """
     blocks, scales = self.blocks.load(), self.scales.load()
     if (scales == _NAN).any():
@@ -57,20 +57,20 @@ class DequantizedTensor:
     found = np.empty(self.shape, ml_dtypes.bfloat16)
     exponents = scales.astype(np.int32) - _BIAS
     for n, expert in enumerate(blocks):  # in float32 one at a time
-      with np.errstate(over="ignore"):  # looked for by who loads it
+      with np.errstate(over="ignore"):  # the caller checks it
         values = np.ldexp(_PAIRS[expert], exponents[n][..., None, None])
       found[n] = values.reshape(len(expert), -1).T
     return found
 
 
 def joined(tensors: Mapping[str, Any], where: Any, table: names.Table) -> dict[str, Any]:
-  """The tensors of a file, blocks and scales as the kernels that they stand for.
+  """Returns the tensors of a file, with blocks and scales replaced by their kernels.
 
-  where: begins the message of an error.
-  table: of the names; what it has no kernel for is left as it is.
+  where: the start of an error.
+  table: of the names; tensors without a kernel in it are unchanged.
 
-  Raises ValueError where blocks or scales lack the other, are of another dtype or of shapes that do
-  not fit, and where the kernel is there as well.
+  Raises ValueError if blocks or scales are missing, of another dtype or of inconsistent shapes, and
+  if the file also has the kernel itself.
   """
   found, parts = {}, {}
   for name, tensor in tensors.items():

@@ -1,13 +1,13 @@
-"""Tensor names of file formats, as literal tables to the model's paths, and one function each way.
+"""Tables from tensor names of file formats to the model's paths, and a function for each direction.
 
     assign(names, LLAMA_HF, expected=paths)      # {"model.norm.weight": "norm/scale", ...}
     file_names(paths, LLAMA_HF)                  # {"norm/scale": "model.norm.weight", ...}
 
-HUGGING_FACE and GGUF have the table of each family. In a template `{i}` stands for the number of a
-layer. A name whose path is None is known and holds nothing that the configuration does not say; it
-is left out. A path that is `InOut(...)` is of a kernel that is stored as it is, one that is
-`InTurn(...)` of what is two tensors in the file, and `Conv(...)` of a convolution's kernel.
-`lora_jax.io.image_names` has the tables of models of images.
+HUGGING_FACE and GGUF have the table of each family. In a template `{i}` is the index of a layer. A
+name whose path is None is ignored, since it adds nothing to the configuration. `InOut(...)` is the
+path of a kernel that is stored as (in, out), `InTurn(...)` that of two tensors in the file, and
+`Conv(...)` that of a convolution's kernel. The tables of image models are in
+`lora_jax.io.image_names`.
 """
 
 import re
@@ -17,19 +17,19 @@ from typing import Any
 
 
 class InOut(str):
-  """The path of a kernel whose tensor is (in, out), as those of transformers' Conv1D are.
+  """The path of a kernel whose tensor is (in, out), as in transformers' Conv1D.
 
-  Where a table has a plain path, the kernel's tensor is (out, in), and a kernel here is (in, out).
+  With a plain path the tensor of a kernel is (out, in), while a kernel here is always (in, out).
   """
 
 
 class InTurn(str):
-  """The path of a leaf whose outputs are gate's and up's in turn, each apart in the file."""
+  """The path of a leaf that interleaves the outputs of gate and up, which the file separates."""
 
 
 class Conv(str):
-  """The path of a convolution's kernel, whose tensor is (out, in, *window), and here (*window, in,
-  out)."""
+  """The path of a convolution's kernel, whose tensor is (out, in, *window) in files and (*window,
+  in, out) here."""
 
 
 LLAMA_GGUF = {
@@ -73,20 +73,20 @@ _HEAD_NORMS_HF = {
   "model.layers.{i}.self_attn.q_norm.weight": "block_{i}/attn/query_norm/scale",
   "model.layers.{i}.self_attn.k_norm.weight": "block_{i}/attn/key_norm/scale",
 }
-# What Llama calls the norm after attention, in the middle of a block, is here what its name says.
+# `post_attention_layernorm` is the norm after attention here; in Llama it is before the MLP.
 _NORMS_ON_BOTH_SIDES_HF = {
   "model.layers.{i}.post_attention_layernorm.weight": "block_{i}/attn_post_norm/scale",
   "model.layers.{i}.pre_feedforward_layernorm.weight": "block_{i}/mlp_norm/scale",
   "model.layers.{i}.post_feedforward_layernorm.weight": "block_{i}/mlp_post_norm/scale",
 }
 
-# Each expert's kernels are tensors of their own in files; see `lora_jax.io.expert_tensors`.
+# Each expert's kernels are separate tensors in files; see `lora_jax.io.expert_tensors`.
 _EXPERTS_HF = {
   "model.layers.{i}.mlp.gate.weight": "block_{i}/mlp/router/kernel",
   "model.layers.{i}.mlp.experts.gate_up_proj": "block_{i}/mlp/experts/gate_up/kernel",
   "model.layers.{i}.mlp.experts.down_proj": "block_{i}/mlp/experts/down/kernel",
 }
-# gpt-oss has a kernel (in, out) for all experts, the columns of gate and up in turn.
+# gpt-oss has one kernel (in, out) for all experts, with interleaved columns of gate and up.
 _GPT_OSS_HF = {
   "model.layers.{i}.self_attn.o_proj.bias": "block_{i}/attn/out/bias",
   "model.layers.{i}.self_attn.sinks": "block_{i}/attn/sinks",
@@ -211,7 +211,7 @@ _FUSED_GGUF = {
   "rope_factors_long.weight": None,
   "rope_factors_short.weight": None,
 }
-# What others call the norm after attention is here the one before the MLP.
+# The norm after attention of other formats is the norm before the MLP here.
 _GPT_OSS_GGUF = {
   "blk.{i}.post_attention_norm.weight": "block_{i}/mlp_norm/scale",
   "blk.{i}.attn_output.bias": "block_{i}/attn/out/bias",
@@ -271,8 +271,8 @@ def assign(names: Iterable[str], table: Table, expected: Collection[str]) -> dic
   table: templates of names to templates of paths.
   expected: the model's paths.
 
-  Raises one ValueError that lists every unmapped name (no row of the table), unexpected name (its
-  path is not the model's), missing path, and path set by several names.
+  Raises one ValueError that lists all unmapped names (without a table row), unexpected names (whose
+  path is not in the model), missing paths, and paths with several names.
   """
   found: dict[str, str] = {}
   unmapped: list[str] = []
@@ -305,12 +305,12 @@ def assign(names: Iterable[str], table: Table, expected: Collection[str]) -> dic
 
 
 def file_names(paths: Iterable[str], table: Table) -> dict[str, str]:
-  """Returns {path: tensor name}, the other way round; `blocks/...` of stacked layers keeps `{i}`.
+  """Returns {path: tensor name}, the inverse; `blocks/...` of stacked layers keeps `{i}`.
 
       file_names(["block_3/attn/query/kernel", "blocks/attn/query/kernel"], LLAMA_HF).values()
       # model.layers.3.self_attn.q_proj.weight, model.layers.{i}.self_attn.q_proj.weight
 
-  Raises ValueError for a path that the table does not lead to.
+  Raises ValueError for a path that is not in the table.
   """
   found = {path: names_of(path, table) for path in paths}
   for path, names in found.items():
@@ -320,10 +320,10 @@ def file_names(paths: Iterable[str], table: Table) -> dict[str, str]:
 
 
 def names_of(path: str, table: Table) -> list[str]:
-  """Returns the tensor names that lead to a path, of which a tied parameter has several.
+  """Returns the tensor names of a path; a tied parameter has several.
 
-  A name keeps its `{i}` where the path is `blocks/...`, or where the table's path has none: then
-  the layers are stacked in one leaf.
+  A name keeps its `{i}` if the path is `blocks/...`, or if the table's path has no `{i}`, that is,
+  if the layers are stacked in one leaf.
   """
   wanted = re.sub(r"^blocks/", "block_{i}/", path)
   names = []
@@ -334,13 +334,13 @@ def names_of(path: str, table: Table) -> list[str]:
 
 
 def is_transposed(name: str, table: Table) -> bool:
-  """Whether a tensor is a kernel that is (out, in), to be transposed to the kernel here."""
+  """Whether a tensor is a kernel (out, in), which must be transposed."""
   path = table[template_of(name, table)]
   return path.endswith("/kernel") and not isinstance(path, InOut | Conv)
 
 
 def axes_of(name: str, table: Table, ndim: int) -> tuple[int, ...]:
-  """Returns the axes of a tensor in the order that they have in its parameter."""
+  """Returns the axes of a tensor in the order of its parameter's axes."""
   axes = tuple(range(ndim))
   if ndim > 2 and isinstance(table[template_of(name, table)], Conv):
     return (*axes[2:], 1, 0)
@@ -348,20 +348,20 @@ def axes_of(name: str, table: Table, ndim: int) -> tuple[int, ...]:
 
 
 def is_in_out(name: str, table: Table) -> bool:
-  """Whether a tensor is a kernel that is (in, out); False for a name that is in no row."""
+  """Whether a tensor is a kernel (in, out); False for a name that is not in the table."""
   return isinstance(table.get(template_of(name, table)), InOut)
 
 
 def is_in_turn(name: str, table: Table) -> bool:
-  """Whether a tensor is gate's and up's in turn; False for a name that is in no row."""
+  """Whether a tensor interleaves gate and up; False for a name that is not in the table."""
   return isinstance(table.get(template_of(name, table)), InTurn)
 
 
 def with_prefix(tensors: Mapping[str, Any], table: Table, prefix: str) -> dict[str, Any]:
-  """Returns the tensors by the names of a table, where a file has left out what they begin with.
+  """Returns the tensors by the names of a table, adding the prefix if the file omits it.
 
   tensors: by the names of the file.
-  prefix: of the body's names, as "transformer."; a file that was saved of the body has none.
+  prefix: of the body's names, as "transformer."; files that were saved from the body lack it.
   """
   if any(name.startswith(prefix) for name in tensors):
     return dict(tensors)
@@ -370,12 +370,12 @@ def with_prefix(tensors: Mapping[str, Any], table: Table, prefix: str) -> dict[s
 
 
 def template_of(name: str, table: Table) -> str | None:
-  """The row of a table that a name is in."""
+  """The template of a table that matches a name."""
   return next((x for x in table if _layer(x, name) is not None), None)
 
 
 def _layer(template: str, text: str) -> str | None:
-  """What `{i}` stands for in `text` ("" in a template without it); None where they differ."""
+  """The value of `{i}` in `text` ("" for a template without it); None if they do not match."""
   before, _, after = template.partition("{i}")
   if not after:
     return "" if text == template else None

@@ -1,12 +1,12 @@
-"""The initializers of an ONNX file, by the names of the modules that they were exported from.
+"""Reads the initializers of an ONNX file, by the names of their exported modules.
 
     graph = open_file("vit.onnx")
     graph.tensors["backbone.encoder.layer.0.mlp.fc1.weight"].load()       # (in, out)
     graph.constants["backbone.encoder.layer.0.norm1.Constant_1"]          # 1e-06
 
-PyTorch's exporter transposes the weights of linear layers and calls them `onnx::MatMul_1981`; the
-node that multiplies by one says whose it is. Nothing of the graph is run. It needs the package
-`onnx`, of the extra `vision`.
+PyTorch's exporter transposes the weights of linear layers and calls them `onnx::MatMul_1981`. The
+node that multiplies by the weight has the name of its module. The graph is not run. This requires
+the package `onnx` of the extra `vision`.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ class OnnxTensor:
   content: bytes
 
   def load(self) -> np.ndarray:
-    """Returns the tensor, which may not be written to."""
+    """Returns the tensor, as a read-only array."""
     kind = dict(_FLOATS.values())[self.dtype]
     return np.frombuffer(self.content, np.dtype(kind).newbyteorder("<")).reshape(self.shape)
 
@@ -47,10 +47,10 @@ class Graph:
   """The part of a graph that is read.
 
   Attributes:
-    tensors: the float initializers by their names. One that has none is called after the node that
-      uses it first: `<module>.weight` where a MatMul multiplies by it, as (in, out), else
+    tensors: the float initializers by their names. An initializer without a name is named after the
+      first node that uses it: `<module>.weight`, as (in, out), for a MatMul, and otherwise
       `<module>.<node>.<number of the input>`.
-    constants: the numbers that nodes Constant hold, of one value each, by `<module>.<node>`.
+    constants: the values of scalar Constant nodes, by `<module>.<node>`.
   """
 
   tensors: Mapping[str, OnnxTensor]
@@ -63,12 +63,12 @@ def open_file(path: str | Path) -> Graph:
   Raises:
     FileNotFoundError, PermissionError: as `files.open_regular` does.
     ModuleNotFoundError: without the package `onnx`.
-    ValueError: for a file that is no ONNX file, is over 2 GiB or keeps tensors in other files, and
-      for initializers that are not of their bytes or share a name.
+    ValueError: for a file that is not ONNX, is over 2 GiB or has tensors in other files, and for
+      initializers with the wrong size or the same name.
   """
   path = Path(path)
   try:
-    import onnx  # it takes a second, and few need it
+    import onnx  # the import takes a second, and few callers need it
     from google.protobuf.message import DecodeError
   except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
@@ -121,7 +121,7 @@ def _called_after(node: Any, number: int) -> str:
 
 
 def _text(name: str | bytes) -> str:
-  """A name in a message, which is bytes where it is no UTF-8."""
+  """A name for a message; names that are not UTF-8 are bytes."""
   if not isinstance(name, str):
     raise ValueError(f"has a name that is no text, {shown(name)}")
   return name

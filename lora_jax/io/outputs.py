@@ -1,4 +1,4 @@
-"""Where something is written: paths that can be written to, and what appears there whole.
+"""Checks output paths, and writes files and folders atomically.
 
     folder = new_folder("runs/merged")              # raises before the work is done
     with whole_folder(folder) as partial:
@@ -6,12 +6,12 @@
     with whole_file(path) as partial:
       figure.savefig(partial)                       # path has its new content when the block ends
 
-A path is taken as a shell would take it: `~` is the home folder, `.` and `..` are followed, and a
-slash at its end changes nothing.
+Paths are interpreted as in a shell: `~` is the home folder, `.` and `..` are followed, and a
+trailing slash is ignored.
 
-Whenever the process is killed, the old content is there or the new one, and never a part of it. A
-writer works in a folder of its own alongside, `.<name>.partial-<hex digits>`, and holds it locked.
-The next writer of the same path removes those that nobody holds any more.
+If the process is killed, the path has either the old content or the new, never a part of it. A
+writer works in a sibling folder, `.<name>.partial-<hex digits>`, and keeps it locked. The next
+writer of the same path removes those that are no longer locked.
 """
 
 import contextlib
@@ -28,12 +28,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-# In a partial folder: what is being written, and what must not be lost.
+# Names in a partial folder: the new content, and the old content that must not be lost.
 _NEW, _COMPLETE, _OLD = "new", "complete", "old"
 
 
 def absolute(path: str | Path) -> Path:
-  """The absolute path of something to be written.
+  """Returns the absolute path of an output.
 
   Raises:
     ValueError: for an empty path, one with a null character, and for the root.
@@ -55,11 +55,11 @@ def absolute(path: str | Path) -> Path:
 
 
 def new_folder(path: str | Path) -> Path:
-  """The absolute path of a folder that is not there, or empty.
+  """Returns the absolute path of a missing or empty folder.
 
   Raises:
     ValueError, NotADirectoryError: as `absolute` does.
-    FileExistsError: for a file, and for a folder that holds something.
+    FileExistsError: for a file, and for a folder that is not empty.
   """
   folder, found = _look(path, "name a new or an empty folder")
   if found:
@@ -68,17 +68,17 @@ def new_folder(path: str | Path) -> Path:
 
 
 def replaceable_folder(path: str | Path, marker: str, own: Collection[str], whose: str) -> Path:
-  """The absolute path of a folder that is not there, empty, or of the kind that is written.
+  """Returns the absolute path of a folder that is missing, empty, or replaceable.
 
   Args:
     path: of the folder.
-    marker: the name of the file without which a folder is not of the kind.
-    own: the names of all files that such a folder holds.
+    marker: the name of a file that every replaceable folder has.
+    own: the names of all files that a replaceable folder may have.
     whose: for errors, as "adapter's".
 
   Raises:
     ValueError, NotADirectoryError: as `absolute` does.
-    FileExistsError: for a file, and for a folder that holds something else.
+    FileExistsError: for a file, and for a folder with other content.
   """
   folder, found = _look(path, "name another folder")
   others = sorted(found - set(own) if marker in found else found)
@@ -90,7 +90,7 @@ def replaceable_folder(path: str | Path, marker: str, own: Collection[str], whos
 
 
 def _look(path: str | Path, remedy: str) -> tuple[Path, set[str]]:
-  """The absolute path of a folder, and the names in it once leftovers are cleared."""
+  """Returns the absolute path of a folder, and the names in it after clearing leftovers."""
   folder = absolute(path)
   target = folder.resolve() if folder.is_symlink() else folder
   clear(target.parent, target.name)
@@ -103,7 +103,7 @@ def _look(path: str | Path, remedy: str) -> tuple[Path, set[str]]:
 
 
 def new_file(path: str | Path) -> Path:
-  """The absolute path of a file that is not there.
+  """Returns the absolute path of a missing file.
 
   Raises:
     ValueError, NotADirectoryError: as `absolute` does.
@@ -116,7 +116,7 @@ def new_file(path: str | Path) -> Path:
 
 
 def replaceable_file(path: str | Path) -> Path:
-  """The absolute path of a file, which may be there.
+  """Returns the absolute path of a file, which may exist.
 
   Raises:
     ValueError, NotADirectoryError: as `absolute` does.
@@ -131,15 +131,15 @@ def replaceable_file(path: str | Path) -> Path:
 def as_json(
   value: Any, *, not_finite: Callable[[float], Any] = lambda _: None, indent: int | None = None
 ) -> str:
-  """Returns JSON text in which NaN and infinity, that JSON has not, are null.
+  """Returns JSON text with null for NaN and infinity, which JSON lacks.
 
   Args:
-    value: what JSON can hold, numbers that are not finite among it.
-    not_finite: from such a number to what stands in its place.
-    indent: as `json.dumps` takes it.
+    value: a JSON value, possibly with numbers that are not finite.
+    not_finite: maps such a number to its replacement.
+    indent: as in `json.dumps`.
 
   Raises:
-    TypeError: for what JSON cannot hold.
+    TypeError: for a value that JSON cannot represent.
   """
 
   def plain(value: Any) -> Any:
@@ -155,22 +155,22 @@ def as_json(
 
 
 def write_text(path: str | Path, text: str) -> None:
-  """Writes a file in UTF-8 as `whole_file` does."""
+  """Writes a file in UTF-8, as with `whole_file`."""
   write_bytes(path, text.encode())
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-  """Writes a file as `whole_file` does."""
+  """Writes a file, as with `whole_file`."""
   with whole_file(Path(path)) as partial, open(partial, "xb") as file:
     file.write(content)
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-  """Yields a path to write to, whose file takes the place of `path` when the block ends well.
+  """Yields a path to write to; its file replaces `path` when the block succeeds.
 
   Args:
-    path: of the file, created with its parents; a link is replaced, and not what it points to.
+    path: of the file, created with its parents; a link itself is replaced, not its target.
   """
   with _partial(path.parent, path.name) as folder:
     written = folder / path.name
@@ -182,7 +182,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-  """Yields a folder to write to, which takes the place of `folder` when the block ends well.
+  """Yields a folder to write to, which replaces `folder` when the block succeeds.
 
   Args:
     folder: absolute, and not there, empty or to be replaced. A link stays, and what it points to is
@@ -211,13 +211,13 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def clear(parent: Path, name: str | None = None) -> None:
-  """Removes what killed writers have left in a folder.
+  """Removes the leftovers of killed writers in a folder.
 
-  What one of them had moved aside is put back first, and what it was moving in is completed.
+  Content that one of them had moved aside is restored first, and an unfinished move is completed.
 
   Args:
     parent: the folder.
-    name: of what they wrote; None for anything.
+    name: of their output; None for any.
   """
   prefix = ".*.partial-" if name is None else glob.escape(_prefix(name))
   for partial in parent.glob(f"{prefix}{'[0-9a-f]' * 8}"):
@@ -233,7 +233,7 @@ def clear(parent: Path, name: str | None = None) -> None:
 
 
 def remove(path: Path) -> None:
-  """Removes a file, a folder with all that it holds, or a link; nothing where nothing is."""
+  """Removes a file, a folder with its content, or a link, if it exists."""
   if path.is_dir() and not path.is_symlink():
     shutil.rmtree(path)
   else:
@@ -242,7 +242,7 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def _partial(parent: Path, name: str) -> Iterator[Path]:
-  """A new folder in `parent` that is held while the block runs, and then removed."""
+  """Yields a new folder in `parent`, locked during the block and then removed."""
   parent.mkdir(parents=True, exist_ok=True)
   clear(parent, name)
   while True:
@@ -288,7 +288,7 @@ def _hold(partial: Path) -> int:
 
 
 def _settle(partial: Path) -> None:
-  """Saves what a partial folder must not be removed with."""
+  """Restores the content that must not be removed with a partial folder."""
   if (partial / _COMPLETE).is_dir():
     _complete(partial, partial.parent)
   if (partial / _OLD).is_dir():
@@ -306,7 +306,7 @@ def _complete(partial: Path, target: Path) -> None:
 
 
 def _exchange(written: Path, target: Path, aside: Path) -> None:
-  """Puts a folder in the place of another, in one step where the system can."""
+  """Replaces a folder by another, atomically if the system supports it."""
   renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
   at_cwd, exchange = -100, 2  # <fcntl.h>, <linux/fs.h>
   if renameat2 and not renameat2(

@@ -1,4 +1,4 @@
-"""Files of packages, found and downloaded as pip would, and never built or installed.
+"""Finds and downloads files of packages like pip, without building or installing them.
 
     for archive in download("vaderSentiment", "3.3.2", folder): ...
 
@@ -34,13 +34,13 @@ _LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 
 class Found(NamedTuple):
-  """A file of a release, or why there is none.
+  """A file of a release, or the reason why there is none.
 
   Attributes:
     kind: "wheel" or "sdist".
-    name: of the file; empty where there is none.
-    path: where it lies; None where there is none.
-    reason: why.
+    name: of the file; empty without a file.
+    path: of the file; None without a file.
+    reason: why there is no file.
   """
 
   kind: str
@@ -50,10 +50,11 @@ class Found(NamedTuple):
 
 
 def download(name: str, version: str, folder: Path) -> Iterator[Found]:
-  """Downloads the files of a release one after the other, as far as they are asked for.
+  """Downloads the files of a release one by one, as they are requested.
 
-  First a wheel, that of this machine where there are several, then the source distribution. A file
-  from the network must have a sum of the index (SHA-256 or better), and is held against it.
+  The wheel comes first, the best one for this machine if there are several, then the source
+  distribution. A file from the network must have a checksum in the index (SHA-256 or better), which
+  is verified.
 
   Args:
     name: of the package.
@@ -105,7 +106,7 @@ def _session(settings: pip_settings.Settings) -> requests.Session:
 def _list(
   place: str, name: str, version: str, settings: pip_settings.Settings, session: requests.Session
 ) -> list[DistributionPackage] | str:
-  """The files of a release that a place has, or why it has none."""
+  """The files of a release at an index, or the reason why there are none."""
   try:
     page = _page(place, name, settings, session)
   except pypi_simple.NoSuchProjectError:
@@ -182,7 +183,7 @@ def _fetch(
   settings: pip_settings.Settings,
   session: requests.Session,
 ) -> Found | str:
-  """The downloaded file, or why it cannot be had."""
+  """The downloaded file, or the reason for the failure."""
   sums = {kind: file.digests[kind].lower() for kind in _SUMS if kind in file.digests}
   shown = file.filename[:200]
   try:

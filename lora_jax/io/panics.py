@@ -1,7 +1,7 @@
 """Errors of the `tokenizers` library as ValueErrors.
 
-Its Rust side raises bare Exception for a file that is no tokenizer, and a panic, where a part of a
-tokenizer contradicts another, as a BaseException, which no `except Exception` holds.
+Its Rust code raises a bare Exception for a file that is not a tokenizer. For inconsistent parts it
+panics, which raises a BaseException that `except Exception` does not catch.
 """
 
 import contextlib
@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def as_value_errors(what: str) -> Iterator[None]:
-  """Raises ValueError, which begins with `what`, for what the block raises.
+  """Converts errors of the block to ValueError with the prefix `what`.
 
-  TypeError, which text that is none gets, and what ends a program pass.
+  TypeError, for arguments that are not text, and exceptions that end a program pass through.
   """
   try:
     yield

@@ -1,13 +1,12 @@
-"""Adapters' folders in PEFT's layout: adapter_config.json and adapter_model.safetensors.
+"""Reads and writes adapters in PEFT's layout: adapter_config.json and adapter_model.safetensors.
 
     file = read("runs/quickstart/adapter")
     file.config["lora_alpha"], file.shapes["model.layers.0.self_attn.q_proj.lora_A.weight"]
     file.load("model.layers.0.self_attn.q_proj.lora_A.weight")
     write("copy", config, tensors)
 
-A folder is taken for hostile: the config's types and values, and the names, shapes and dtypes of
-the tensors, are checked before a tensor is read. What the tensors mean is not known here; see
-`lora_jax.exchange`.
+Folders are untrusted: the config's types and values, and the names, shapes and dtypes of the
+tensors, are checked before a tensor is read. `lora_jax.exchange` interprets the tensors.
 """
 
 import dataclasses
@@ -30,12 +29,12 @@ _DTYPES = ("F64", "F32", "F16", "BF16")
 
 @dataclasses.dataclass(frozen=True)
 class AdapterFile:
-  """An adapter's folder, its tensors still unread.
+  """An adapter's folder with unread tensors.
 
   Attributes:
     path: of the tensors' file, for messages.
-    config: the fields that `peft_config` reads, with PEFT's defaults where they are absent.
-    tensors: by name, as they are stored; a module's name is that in the model without adapters.
+    config: the fields that `peft_config` reads, with PEFT's defaults for absent ones.
+    tensors: by their stored names; a module's name is that in the model without adapters.
   """
 
   path: Path
@@ -48,7 +47,7 @@ class AdapterFile:
     return {name: tensor.shape for name, tensor in self.tensors.items()}
 
   def load(self, name: str) -> np.ndarray:
-    """Returns a tensor as float32; raises ValueError where it holds what is not finite."""
+    """Returns a tensor as float32; raises ValueError for values that are not finite."""
     tensor = self.tensors[name].load()
     with np.errstate(over="ignore"):  # a float64 may be too large, and is not finite then
       tensor = tensor.astype(np.float32)
@@ -61,9 +60,8 @@ def read(folder: str | Path) -> AdapterFile:
   """Reads an adapter's config and the header of its tensors.
 
   Raises:
-    FileNotFoundError: when a file is missing.
-    ValueError: when a file is damaged, the config asks for what is not supported, or a tensor has a
-      name or a dtype that no adapter's has.
+    FileNotFoundError: if a file is missing.
+    ValueError: for a damaged file, an unsupported config, or a tensor of unknown name or dtype.
   """
   folder = Path(folder)
   path = folder / CONFIG
@@ -98,7 +96,7 @@ def read(folder: str | Path) -> AdapterFile:
 
 
 def write(folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
-  """Writes an adapter that `peft` loads; the folder appears whole or not at all.
+  """Writes an adapter that `peft` loads, completely or not at all.
 
   Args:
     folder: replaced if it is an adapter's folder already.

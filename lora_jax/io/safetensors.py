@@ -1,4 +1,4 @@
-"""Safetensors files, whole or in shards, with errors that say which file is at fault.
+"""Reads and writes safetensors files, whole or in shards, with errors that name the file.
 
     tensors = load_file("adapter_model.safetensors")     # {name: numpy array}
     save_file(tensors, "copy.safetensors")
@@ -186,7 +186,7 @@ def open_folder(folder: str | Path) -> dict[str, StoredTensor]:
 def files_of(folder: str | Path) -> list[str]:
   """Returns the names of the files that `open_folder` reads; none where there are no tensors.
 
-  Raises ValueError for an index that is none.
+  Raises ValueError for an invalid index.
   """
   folder = Path(folder)
   if (folder / SINGLE).exists():

@@ -1,9 +1,9 @@
-"""An array put together on its devices from pieces that are read one at a time.
+"""Assembles an array on its devices from pieces that are read one at a time.
 
     array = assemble((30, 576, 1536), jnp.bfloat16, [read_layer_0, read_layer_1, ...], sharding)
 
-What is in the host's memory: one piece, and the shards of this array that this process's devices
-hold, until they are there. Where the devices are the host itself, the shards are not copied.
+Host memory holds one piece, and the shards for this process's devices until they are transferred.
+On the CPU backend the shards are not copied.
 """
 
 import math
@@ -21,7 +21,7 @@ def assemble(
   pieces: Sequence[Callable[[], np.ndarray]],
   sharding: jax.sharding.Sharding | None,
 ) -> jax.Array:
-  """Returns the array of which piece i is the row `array[i]`, or of one piece that is all of it.
+  """Returns the array with piece i as its row `array[i]`, or with a single piece as the whole.
 
   shape, dtype: of the array; a piece of another dtype is cast.
   pieces: functions that read; each is called once, and let go of before the next.

@@ -1,4 +1,4 @@
-"""Text in which some special tokens are meant as tokens and others are plain characters.
+"""Encodes text with some special tokens as tokens and others as plain characters.
 
 A prompt template may write `<|im_end|>` and mean the token, while a column of data that holds the
 same characters, as a question about chat formats does, means the characters.
@@ -19,9 +19,9 @@ from tokenizers import AddedToken
 Pieces = Sequence[tuple[str, bool]]
 """Parts of a text, each with whether the special tokens written out in it are meant as tokens."""
 
-# No character, and so in no text: what follows it is a token.
+# A noncharacter, which occurs in no text, marks a following token.
 _MARK = "\ufdd0"
-# What fixes lengths, and what is put around a text: the tokenizer itself sees to that.
+# Settings of lengths and of tokens around a text, which the tokenizer itself handles.
 _LEFT_OUT = ("truncation", "padding", "post_processor")
 
 

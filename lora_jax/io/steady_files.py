@@ -1,10 +1,9 @@
-"""Files that hold still while they are read.
+"""Opens files and detects changes while they are read.
 
     with opened("data.jsonl") as file:
       content = file.read()
 
-A file that is written to while it is read has no one content: a half of the old and a half of the
-new would be taken for a file.
+Reading a file while it is written could mix old and new content.
 """
 
 import contextlib
@@ -46,5 +45,5 @@ def _check_unchanged(
   if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
     raise ValueError(
       f"{path}: changed while it was read, from {before.st_size:,} to {after.st_size:,} bytes; "
-      "wait until whatever writes it is done, or copy it first"
+      "wait until its writer is done, or copy it first"
     ) from cause

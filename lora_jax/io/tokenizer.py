@@ -53,12 +53,12 @@ class Tokenizer:
   """Text to token ids and back.
 
   bos_id, eos_id: the tokens that begin and end a text, or None where the model has none.
-  stop_ids: the tokens at which a generated text ends: `eos_id`, and what else one of the model's
+  stop_ids: the tokens that end a generated text: `eos_id`, and other tokens that one of the model's
     files calls EOS.
-  pad_id: the token that fills up a row; `eos_id` or 0 where the model names none.
-  special: the same as the model names them, nothing put in the place of what it does not name.
-  chat_templates: the Jinja templates of a conversation by name, "default" for the one without.
-  files: what `save` and the writers of models write again.
+  pad_id: the padding token; `eos_id` or 0 if the model has none.
+  special: the special tokens of the model's files, without defaults.
+  chat_templates: the Jinja templates of a conversation by name; the unnamed one is "default".
+  files: the files that `save` and the writers of models copy.
 
   backend: the `tokenizers` object that does the work; it is changed.
   """
@@ -86,8 +86,8 @@ class Tokenizer:
     if max(*self._before, *self._after, 0, 0) > max(ids):
       raise ValueError(f"it puts tokens around a text that it has not: {self._before[:8]}")
     self._around_texts = backend.post_processor
-    # What it puts around a text is put there by `encode`. It may also trim the places of tokens,
-    # by which the end of a prompt is found.
+    # `encode` adds the tokens around a text. The post-processor may also trim token offsets, which
+    # are needed to find the end of a prompt.
     backend.post_processor = processors.Sequence([])
     self._backend = backend
     self._special_ids = {i for i, x in backend.get_added_tokens_decoder().items() if x.special}
@@ -196,7 +196,7 @@ class Tokenizer:
     """Returns the tokens of a text, or of a pair, as an encoder reads them: with the special tokens
     that begin, separate and end them.
 
-    What is too long loses its end; of a pair, the longer text first, as with the strategy
+    Long texts are truncated at the end; of a pair, the longer text first, as with the strategy
     `longest_first` of `transformers`.
 
     text, second: the texts; special tokens written out in them count as one token each.
@@ -264,7 +264,7 @@ class Tokenizer:
   def save(self, folder: str | Path) -> None:
     """Writes its files, which `transformers` loads, as they came from a model's folder.
 
-    Of a tokenizer from a GGUF file these are `tokenizer.json` and `tokenizer_config.json`.
+    For a tokenizer from a GGUF file these are `tokenizer.json` and `tokenizer_config.json`.
     """
     for name, content in self.files.contents.items():
       outputs.write_bytes(Path(folder) / name, content)
@@ -359,7 +359,7 @@ def to_gguf(tokenizer: Tokenizer, size: int) -> dict[str, Any]:
   size: how many tokens the model has; ids without a token are written as unused.
 
   Raises ValueError for a tokenizer that is neither byte-level BPE nor one of SentencePiece's, or
-  does something besides that the format has no words for.
+  has steps that the format cannot express.
   """
   if tokenizer.vocab_size > size:
     raise ValueError(

@@ -1,8 +1,8 @@
-"""What a model's folder says of its tokenizer besides `tokenizer.json`.
+"""Reads and writes the files of a tokenizer other than `tokenizer.json`.
 
-Which tokens begin, end and fill a text may stand in any of four files: tokenizer_config.json and
+The tokens that begin, end and pad a text may be in any of four files: tokenizer_config.json and
 special_tokens_map.json name a token by its text, config.json and generation_config.json by its id.
-Writers of models fill in one of them, or several that differ.
+Models have one of them, or several that may differ.
 """
 
 import json
@@ -15,7 +15,7 @@ from lora_jax.io import files as files_lib
 from lora_jax.io import json_files
 
 MAX_BYTES = 40 << 20
-"""What one of its files may have; Gemma's tokenizer.json has 33 MB."""
+"""The largest size of one of its files; Gemma's tokenizer.json has 33 MB."""
 
 _SETTINGS, _MAP = "tokenizer_config.json", "special_tokens_map.json"
 _ADDED = "added_tokens.json"
@@ -32,10 +32,10 @@ _ANY_TOKENIZER = {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
 class Special(NamedTuple):
-  """Which tokens begin, end and fill a text.
+  """The tokens that begin, end and pad a text.
 
-  bos_id, eos_id, pad_id: by the first file that names one; None where none does.
-  stop_ids: every token that one of the files calls EOS, `eos_id` first. A text ends with each.
+  bos_id, eos_id, pad_id: from the first file that names one, or None.
+  stop_ids: every token that one of the files calls EOS, `eos_id` first. Each ends a text.
   """
 
   bos_id: int | None
@@ -45,7 +45,7 @@ class Special(NamedTuple):
 
 
 class Files(NamedTuple):
-  """What is written again when a tokenizer or its model is saved.
+  """The files that are copied when a tokenizer or its model is saved.
 
   contents: the tokenizer's files by name.
   config: the fields of config.json, special tokens among them; what describes the model's shape and
@@ -64,7 +64,7 @@ def read_special(folder: Path, token_to_id: Callable[[str], int | None]) -> Spec
   token_to_id: of the tokenizer.json.
 
   Raises ValueError for a file that is not a JSON object, a token that is not in tokenizer.json, and
-  an id that is none.
+  an invalid id.
   """
   found: dict[str, list[int]] = {kind: [] for kind in _KINDS}
   for name in (_SETTINGS, _MAP):
@@ -177,7 +177,7 @@ def make_files(
   templates: Mapping[str, str],
   id_to_token: Callable[[int], str],
 ) -> Files:
-  """Returns what is written of a tokenizer that came from no folder."""
+  """Returns the files of a tokenizer that did not come from a folder."""
   ids = (special.bos_id, special.eos_id, special.pad_id)
   settings: dict[str, Any] = dict(_ANY_TOKENIZER)
   for kind, token_id in zip(_KINDS, ids, strict=True):

@@ -1,4 +1,4 @@
-"""The programs by which PyTorch's files say dicts of tensors: a stack machine that calls nothing.
+"""Runs the pickle programs in PyTorch's files safely: a stack machine that calls no functions.
 
     program = Program(content)
     run(program)                 # {"features.0.0.weight": Tensor(Storage("F32", "0", 864), ...)}

@@ -452,7 +452,7 @@ def test_a_folder_in_the_place_of_a_cached_file_is_said(packages, cache):
   path = assets.resolve("pypi://demo-pack==1.0/demo/model.bin")
   path.unlink()
   path.mkdir()
-  with pytest.raises(IsADirectoryError, match=r"model.bin: is a folder in the place of a file"):
+  with pytest.raises(IsADirectoryError, match=r"model.bin: is a folder instead of a file"):
     assets.resolve("pypi://demo-pack==1.0/demo/model.bin")
 
 

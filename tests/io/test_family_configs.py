@@ -396,7 +396,7 @@ def test_what_a_family_does_not_do_is_refused_by_name(fields, words):
     (MISTRAL, {"family": "llama"}, "of the family 'llama' has no field for window=4096"),
     (QWEN_2_5, {"qkv_bias": False}, "of the family 'qwen2' has no field for qkv_bias=False"),
     (GEMMA_2, {"local_rope_theta": 5.0}, "has no field for local_rope_theta=5.0"),
-    (QWEN_3, {"family": "qwen4"}, "family 'qwen4' is none of llama, mistral"),
+    (QWEN_3, {"family": "qwen4"}, "family 'qwen4' is not one of llama, mistral"),
   ],
 )
 def test_what_a_familys_config_has_no_field_for_is_not_written(fields, change, words):
