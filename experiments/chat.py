@@ -1,20 +1,20 @@
-r"""Talks with a model in the terminal, or with that of a run and its adapter.
+r"""Chats in the terminal with a model, or with a run's model and its adapter.
 
     python -m experiments.chat --workdir=runs/mine
     python -m experiments.chat --source=hf://HuggingFaceTB/SmolLM2-135M-Instruct \
         --system="Be brief."
     printf 'Hello!\n/base\nHello!\n' | python -m experiments.chat --workdir=runs/mine
 
-The answer appears as it is written. Ctrl-C stops it, and what was said by then stays in the
-conversation. A line that begins with / is a command:
+The answer is streamed. Ctrl-C stops it, and the partial answer stays in the conversation. A line
+that begins with / is a command:
 
-    /base     hear the model without its adapter, and with it again
+    /base     switch the adapter off, and on again
     /reset    forget the conversation
     /help     list the commands
     /exit     leave; so does the end of the input, or Ctrl-C twice
 
-Lines from a pipe or a file are taken as turns of the user, one a line, and what is printed is what
-a terminal would show. A line that begins with a space is always a turn.
+Lines from a pipe or a file are turns of the user, one per line, and the output is the same as in a
+terminal. A line that begins with a space is always a turn.
 
 The model's chat template writes the conversation. The adapter is kept apart from the model, so that
 /base needs no second copy of the weights.
@@ -55,8 +55,10 @@ _POSITIONS = flags.DEFINE_integer(
   "positions", None, "The most tokens of a conversation; by default as many as the model takes.", 1
 )
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.", 0.0)
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Samples from this share of the probability.", 0.0, 1.0)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.", 0, checks.MAX_SEED)
+_TOP_P = flags.DEFINE_float(
+  "top_p", 1.0, "Samples from this fraction of the probability.", 0.0, 1.0
+)
+_SEED = flags.DEFINE_integer("seed", 0, "The seed of sampling.", 0, checks.MAX_SEED)
 _FETCH = flags.DEFINE_bool(
   "fetch", False, "Download what the run's config.json names, where it is not on this machine."
 )
@@ -149,7 +151,7 @@ class Talk:
     """Does what a command says, other than to leave; returns what there is to say of it."""
     if line == "/reset":
       self.messages = list(self._system)
-      return "(the conversation begins anew)"
+      return "(the conversation starts over)"
     if line == "/help":
       return "\n".join(f"{name:8} {what}" for name, what in COMMANDS.items())
     if line != "/base":
@@ -174,7 +176,7 @@ class Talk:
       yield f"({error}; the turn is taken back)"
       return
     room = self._streamer.room(prompt)
-    full = f"the conversation is full, {self._streamer.positions:,} tokens; /reset begins anew"
+    full = f"the conversation is full, {self._streamer.positions:,} tokens; /reset starts over"
     if not room:
       yield f"({full}; the turn is taken back)"
       return

@@ -1,17 +1,18 @@
-r"""Makes one LoRA adapter of several, with weights, in PEFT's layout.
+r"""Combines several LoRA adapters with weights into one, in PEFT's layout.
 
     python -m experiments.combine --adapters=runs/a/adapter,runs/b/adapter --weights=0.7,0.3 \
         --method=cat --output=runs/both
     python -m experiments.combine --adapters=runs/a/adapter,runs/b/adapter --weights=0.7,0.3 \
         --method=ties --density=0.2 --output=runs/both
 
-The methods have PEFT's names and results; `lora_jax.combiners` says what each does. Only `cat` and
-`svd` are the weighted sum of what the adapters change; `svd` and the methods that end in `_svd`
-take --rank, the others keep the adapters' own, which must then be one. --density is the share of
-numbers that stay, for the methods that drop some.
+The methods have PEFT's names and results; `lora_jax.combiners` describes them. Only `cat` and `svd`
+give the weighted sum of the adapters' updates. `svd` and the methods that end in `_svd` take
+--rank; the others keep the adapters' rank, which must be the same. --density is the fraction of
+values that are kept, for the methods that drop some.
 
-The base is the one that the adapters' configs name, where that is on this machine. An adapter may
-come from a stranger, so nothing is fetched for it unasked: --base names a model, --fetch allows it.
+The base is the one named in the adapters' configs, if it is on this machine. Adapters are
+untrusted, so nothing is downloaded by default: --base names a model, and --fetch allows the
+download.
 """
 
 import pathlib
@@ -34,7 +35,7 @@ MIXES: dict[str, tuple[Callable, tuple[str, ...]]] = {
   "dare_linear": (combiners.dare_linear, ("density", "seed")),
   "dare_ties": (combiners.dare_ties, ("density", "elect", "seed")),
 }
-"""What makes a mix, and the options that it has."""
+"""The combiner of each mix, with its options."""
 METHODS = ("cat", "svd", "linear", *MIXES, *(f"{name}_svd" for name in MIXES))
 
 _ADAPTERS = flags.DEFINE_list("adapters", None, "Folders of adapters, at least two.", required=True)
@@ -45,8 +46,10 @@ _BASE = flags.DEFINE_string("base", None, "The model, where the adapters do not 
 _FETCH = flags.DEFINE_bool(
   "fetch", False, "Download the model that the adapters name, where it is not on this machine."
 )
-_RANK = flags.DEFINE_integer("rank", None, "Of an SVD's result, by default the largest one's.", 1)
-_DENSITY = flags.DEFINE_float("density", None, "The share of numbers that stay.")
+_RANK = flags.DEFINE_integer(
+  "rank", None, "The rank of an SVD's result, by default the largest one.", 1
+)
+_DENSITY = flags.DEFINE_float("density", None, "The fraction of values that are kept.")
 _ELECT = flags.DEFINE_enum("elect", None, list(ELECT), "How TIES elects a sign, by default total.")
 _SEED = flags.DEFINE_integer("seed", None, "Of DARE's dropping, by default 0.", 0, checks.MAX_SEED)
 
@@ -82,7 +85,7 @@ def main(argv):
 
 
 def make_combiner(method: str, rank: int | None, **options: Any) -> combiners.Combiner:
-  """The combiner that PEFT's name stands for.
+  """Returns the combiner with PEFT's name.
 
   Args:
     method: one of METHODS.
@@ -115,7 +118,7 @@ def make_combiner(method: str, rank: int | None, **options: Any) -> combiners.Co
 
 
 def common_base(folders: list[str], *, fetch: bool = False) -> str:
-  """The model that all adapters say they were trained on.
+  """Returns the model that all adapters name as their base.
 
   Args:
     folders: of the adapters.

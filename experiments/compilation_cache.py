@@ -26,7 +26,7 @@ import jax
 from lora_jax.io import assets, json_files, outputs
 
 MOST_BYTES = 2 * 10**9
-"""Of all entries together, at a start."""
+"""The limit for all entries together, applied at each start."""
 
 _OWN_SETTINGS = ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE")
 _SUFFIX = "-cache"  # of an entry's file; JAX's own
@@ -36,7 +36,7 @@ _DEVICES = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
 
 
 def begin() -> bool:
-  """Has JAX keep and find compiled programs; returns whether it does."""
+  """Enables JAX's cache of compiled programs; returns whether it is enabled."""
   if any(name in os.environ for name in _OWN_SETTINGS) or _has_several_cpus():
     return False
   folder = assets.cache_folder() / "compiled" / _processor()
@@ -78,7 +78,7 @@ def clean(folder: pathlib.Path, most: int = MOST_BYTES) -> None:
 
 
 def _known(path: pathlib.Path) -> dict:
-  """What earlier starts found whole; nothing where that cannot be read."""
+  """The entries that earlier starts found complete; empty if the list cannot be read."""
   try:
     return json_files.read_json(path, most=_MOST_LISTED)
   except (OSError, ValueError):

@@ -1,4 +1,4 @@
-r"""Compresses a model, step by step, and tells what each step costs and gains.
+r"""Compresses a model step by step, and reports the cost and gain of each step.
 
     python -m experiments.compress --config=configs/compress.py --workdir=runs/small
     python -m experiments.compress --config=configs/compress.py:steps=factorize+quantize \
@@ -14,13 +14,13 @@ neither for calibration nor to measure by. To heal the model on it, and to add t
 
 config.model.source may be such a folder again. With config.adapter a run's adapter is merged before
 the first step. With config.keep_adapter it stays as it is, the base is compressed under it, and
-adapter/ is written beside model/, in PEFT's layout:
+adapter/ is written alongside model/, in PEFT's layout:
 
     python -m experiments.import_adapter --adapter=runs/small/adapter --workdir=runs/adapted \
         --config=configs/quickstart.py --config.model.source=runs/small/model \
         --config.model.scan_layers=False
 
-What cannot be done, or makes no sense, is refused before anything is computed or written.
+Impossible or pointless settings are refused before anything is computed or written.
 """
 
 import dataclasses
@@ -61,7 +61,9 @@ from lora_jax.weights import Pruned, is_weight
 
 PyTree = Any
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "What is done.", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "The config of the compression.", lock_config=True
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder to write.")
 _HEALED = flags.DEFINE_string("healed", None, "A finished run on model/, to add to the report.")
 
@@ -129,7 +131,7 @@ def compress(config: ConfigDict, folder: pathlib.Path):
 
 
 def with_adapter(config: ConfigDict, model: Model) -> Model:
-  """The model with the adapter of config.adapter, merged or beside it.
+  """The model with the adapter of config.adapter, merged or alongside it.
 
   Raises:
     ValueError: when the adapter is LoftQ's, or does not fit, or there is no merging it.
@@ -148,7 +150,7 @@ def with_adapter(config: ConfigDict, model: Model) -> Model:
   if trained.model.quantize != "none":
     print(
       f"the adapter was trained on a base in {trained.model.quantize}, whose rounding it may have "
-      "made up for; here the base is not rounded"
+      "compensated; here the base is not rounded"
     )
   table = families.tensor_names(model.config)
   adapters = exchange.load(run.adapter, model.params, model.axes, table=table)
@@ -221,7 +223,7 @@ def add_healed(config: ConfigDict, folder: pathlib.Path, healed: str):
 
 
 def about() -> str:
-  """Where and by which command it was measured."""
+  """Describes the machine and the command of the measurements."""
   device = jax.devices()[0].device_kind
   return (
     f"`python -m experiments.compress {shlex.join(sys.argv[1:])}`, {device}, "

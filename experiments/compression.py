@@ -1,10 +1,10 @@
-"""The steps of a compression: what a config's section does to a model.
+"""The steps of a compression, each configured by a section of the config.
 
 model = Model(config, params, adapters={})
 for step in config.steps:
   model = STEPS[step](config[step], model, Calibration(windows_NT, batch_size=4))
 
-What is refused, and in which order they make sense: `experiments.compression_checks`.
+`experiments.compression_checks` checks the settings and the order of the steps.
 """
 
 import dataclasses
@@ -139,7 +139,7 @@ def factorize_step(section: ConfigDict, model: Model, data: Calibration) -> Mode
 def costs_and_budget(
   section: ConfigDict, model: Model, paths: Sequence[str]
 ) -> tuple[dict[str, sensitivity.Cost], float]:
-  """What each kernel costs in the section's unit, and what all of them together may."""
+  """The cost of each kernel in the section's unit, and the budget for all of them together."""
   leaves = tree.flatten(model.params, is_leaf=is_weight)
   unit, dtype = UNITS[section.unit], jnp.dtype(model.config.dtype)
   costs = {path: unit(*leaves[path].shape, rows=section.rows, dtype=dtype) for path in paths}
@@ -177,7 +177,7 @@ def pattern_of(section: ConfigDict) -> prune.Pattern:
 
 
 def prune_step(section: ConfigDict, model: Model, data: Calibration) -> Model:
-  """Numbers of kernels to zero; of factorized ones, numbers of their factors, by magnitude."""
+  """Prunes values of kernels; in factorized ones, values of their factors, by magnitude."""
   leaves = tree.flatten(model.params, is_leaf=is_weight)
   paths = targets(section, model)
   dense = [path for path in paths if not isinstance(leaves[path], Factored)]
@@ -203,7 +203,7 @@ def format_of(section: ConfigDict) -> Format:
 
 
 def quantize_step(section: ConfigDict, model: Model, data: Calibration) -> Model:
-  """Kernels in fewer bits, the factors of factorized ones too; pruned ones keep their zeros."""
+  """Quantizes kernels, and the factors of factorized ones; pruned ones keep their zeros."""
   paths, params, axes = targets(section, model), model.params, model.axes
   format, leaves = format_of(section), tree.flatten(params, is_leaf=is_weight)
   calibrated = [] if section.method == "nearest" else calibratable(paths, leaves, axes)

@@ -1,4 +1,4 @@
-"""What is refused of a compression, and why: all of it before the first step is taken.
+"""Checks a compression before its first step, with the reason for each refusal.
 
 check_config(config, done=storage.steps_of(folder))       # before the model is loaded
 check_model(config, model, windows_NT)                    # before anything is computed
@@ -111,9 +111,9 @@ def _check_factorize_settings(section: ConfigDict) -> None:
   if (section.budget > 0) == (section.energy > 0):
     raise ValueError("factorize: give either a budget or an energy above 0, and 0 for the other")
   if not 0 <= section.budget < 1:
-    raise ValueError(f"factorize.budget {section.budget} must be a share below 1 of the targets")
+    raise ValueError(f"factorize.budget {section.budget} must be a fraction below 1 of the targets")
   if not 0 <= section.energy < 1:
-    raise ValueError(f"factorize.energy {section.energy} must be a share below 1")
+    raise ValueError(f"factorize.energy {section.energy} must be a fraction below 1")
   if section.multiple < 1:
     raise ValueError(f"factorize.multiple {section.multiple} must be 1 or more")
 
@@ -254,7 +254,7 @@ def _check_prune(config, model, paths, selected, tokens) -> None:
     odd = [count for count in inputs if section.of and count % section.of]
     if odd:
       raise ValueError(
-        f"prune.of: {path}: {odd[0]} inputs are no multiple of {section.of}; prune a share, or "
+        f"prune.of: {path}: {odd[0]} inputs are no multiple of {section.of}; prune a fraction, or "
         "leave it out"
       )
     gone = round(section.share * d)
@@ -264,7 +264,7 @@ def _check_prune(config, model, paths, selected, tokens) -> None:
   if section.of and both and config.factorize.multiple % section.of:
     raise ValueError(
       f"prune.of: {both[0]} and {len(both) - 1} others are factorized before, to ranks that are no "
-      f"multiples of {section.of}; set factorize.multiple to {section.of}, or prune a share"
+      f"multiples of {section.of}; set factorize.multiple to {section.of}, or prune a fraction"
     )
 
 

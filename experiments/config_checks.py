@@ -1,11 +1,11 @@
-"""What the fields of a config may be: a run's, a compression's, and one that a folder holds.
+"""Checks the fields of a config: a run's, a compression's, and one read from a folder.
 
     check_run(config)                        # as configs/quickstart.py, before anything is read
     check(config, COMPRESSION)               # as configs/compress.py
     check(config, FINISHED, ADDED_LATER)     # of a finished run, as far as it is read again
 
-A field that is refused is named, with what it may be. What belongs together, as a batch and the
-devices, is checked where it is used.
+An error names the field and its allowed values. Combinations, such as a batch and the devices, are
+checked where they are used.
 """
 
 import math
@@ -25,7 +25,7 @@ _ABSENT = object()
 
 
 class Rule(NamedTuple):
-  """What a field may be: in words, and whether a value is."""
+  """The allowed values of a field: a description, and a test of a value."""
 
   words: str
   holds: Callable[[Any], bool]
@@ -40,7 +40,7 @@ def check_run(config: ConfigDict) -> None:
 
 
 def check(config: ConfigDict, rules: Mapping[str, Rule], may_lack: Collection[str] = ()) -> None:
-  """Holds the fields of a config against rules.
+  """Checks the fields of a config by rules.
 
   Args:
     config: whole, or read from a folder.
@@ -103,12 +103,12 @@ def sequence(each: Rule, *, empty: bool = True) -> Rule:
 
 
 def optional(rule: Rule) -> Rule:
-  """What the rule allows, or None."""
+  """A value that the rule allows, or None."""
   return Rule(f"{rule.words}; or None", lambda value: value is None or rule.holds(value))
 
 
 def or_auto(rule: Rule) -> Rule:
-  """What the rule allows, or "auto"."""
+  """A value that the rule allows, or "auto"."""
   return Rule(f"{rule.words}; or auto", lambda value: value == "auto" or rule.holds(value))
 
 
@@ -166,7 +166,7 @@ _IMAGES = {
   "crop_area": Rule("above 0 and at most 1", lambda value: POSITIVE.holds(value) and value <= 1),
   "flip": SHARE,
 }  # fmt: skip
-# What `data` has of a task that reads no tables.
+# The fields of `data` for tasks that do not read tables.
 _DATA_OF = {"images": _IMAGES}
 # The fields of `data` and of `task` that a task has.
 _OF_TASKS = {
@@ -212,7 +212,7 @@ ADDED_LATER = (
   "task.pair",
   "model.attention",
 )  # fmt: skip
-"""What earlier runs have not in their config; `experiments.parts` says what they meant."""
+"""Fields that the configs of earlier runs lack; `experiments.parts` has their values."""
 
 
 def rules_of_task(name: str) -> dict[str, Rule]:
@@ -228,7 +228,7 @@ def rules_of_task(name: str) -> dict[str, Rule]:
 
 
 def check_task(config: ConfigDict) -> None:
-  """Holds the sections `data` and `task` against what the config's task has.
+  """Checks the sections `data` and `task` by the rules of the config's task.
 
   Raises:
     ValueError: as `check` does; and for a field of `data` that the task would not read.
@@ -278,7 +278,7 @@ RUN = {
 """Of training; the methods' own are in `ADAPTERS`."""
 
 ADAPTED = {**_MODEL, "adapter.method": NAME}
-"""Of a run's folder, as far as it says what its adapter belongs to."""
+"""The fields of a run's folder that describe the base of its adapter."""
 
 FINISHED = {
   **ADAPTED,
@@ -287,7 +287,7 @@ FINISHED = {
   "train.quantize_merge": NAME,
   "evaluation.batch_size": COUNT,
 }
-"""Of a run's folder, as far as evaluation, generation and exports read it."""
+"""The fields of a run's folder that evaluation, generation and exports read."""
 
 ADAPTERS = {
   "rank": COUNT,
@@ -314,7 +314,7 @@ ADAPTERS = {
   "beta2": DECAY,
   "orthogonality": real(0.0),
 }
-"""Of a config's `adapter`, where the method has them."""
+"""The fields of a config's `adapter`, if the method has them."""
 
 COMPRESSION = {
   **_MODEL,
@@ -351,5 +351,5 @@ COMPRESSION = {
   **{f"{step}.damping": real(0.0) for step in ("channels", "heads", "value_heads")},
   **{f"{step}.damping": real(0.0) for step in ("factorize", "quantize")},
 }
-"""Of a compression; what its steps and sizes must be among each other is checked by
-`experiments.compression_checks`."""
+"""The fields of a compression; `experiments.compression_checks` checks how its steps and sizes fit
+together."""

@@ -1,4 +1,4 @@
-"""What `model.remat` and `train.loss_chunk` become where a config says "auto".
+"""Chooses `model.remat` and `train.loss_chunk` if a config has "auto".
 
     settings, line = choose(config, make_case, mesh, memory)
 
@@ -26,16 +26,17 @@ from lora_jax.tasks import Task
 
 AUTO = model_options.AUTO
 
-# Of a device's memory: a plan is right within a tenth, and others need some of it as well.
+# The usable fraction of a device's memory: a plan is accurate within a tenth, and other users of
+# the device need some memory as well.
 _USABLE = 0.8
-# Of the bound from sizes, which is no plan.
+# The usable fraction for the bound from sizes, which is less accurate than a plan.
 _SURE = 0.5
 _CHUNK_BYTES = 128e6  # of the logits of a chunk, float32
 _CHUNKS = (512, 256, 128, 64, 32, 16)
 
 
 class Settings(NamedTuple):
-  """What a run computes with: a name of `parts.REMAT_POLICIES`, and positions, 0 for all."""
+  """The settings of a run: a name in `parts.REMAT_POLICIES`, and positions, 0 for all."""
 
   remat: str
   loss_chunk: int
@@ -81,7 +82,7 @@ def choose(
   bound: float | None = None,
   agree: Callable[[bool], bool] = bool,
 ) -> tuple[Settings, str]:
-  """What a run computes with, and a line that says so, "" where its config leaves no choice.
+  """Returns the settings of a run, and a line about them, "" if its config leaves no choice.
 
   Args:
     config: of the run; of a sweep, of its largest member.
@@ -158,7 +159,7 @@ def bound_of(
     config: of the run.
     model, params: of the base; its arrays or their shapes.
     batch: the largest, of all devices.
-    shares: devices that the rows are shared out over.
+    shares: devices that the rows are sharded over.
   """
   sizes = ("width", "mlp_width", "num_layers", "num_heads", "head_dim", "vocab_size")
   if "tokens" not in batch or "at" not in batch or not all(hasattr(model, x) for x in sizes):

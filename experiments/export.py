@@ -1,4 +1,4 @@
-r"""Exports a run, or a model without one, for other programs: this package is not needed any more.
+r"""Exports a run, or a model without a run, for programs that do not use this package.
 
     python -m experiments.export --workdir=runs/quickstart --to=merged --output=runs/merged
     python -m experiments.export --workdir=runs/quickstart --to=merged_gguf --dtype=q8_0 \
@@ -10,17 +10,16 @@ r"""Exports a run, or a model without one, for other programs: this package is n
 --to=merged writes a model's folder for `transformers`, the adapter merged in: model.safetensors,
 config.json, generation_config.json and the tokenizer's files. --to=merged_gguf writes the same
 model as one file for llama.cpp. Both have --dtype, by default that of the base's own files, float32
-where these are quantized. Both are dense: what was quantized or factored is decoded; channels and
-heads that were taken out stay out. The merge is computed in float32 and rounded once.
+where these are quantized. Both are dense: quantized and factored weights are materialized; removed
+channels and heads stay removed. The merge is computed in float32 and rounded once.
 
---to=artifact writes the forward pass as a program with its numbers, which runs with nothing but JAX
-and safetensors (`lora_jax.compress.artifact` says how). There codes and factors stay what they are,
-and so does an adapter on top of them; on a dense base it is merged.
+--to=artifact writes the forward pass as a program with its parameters, which needs only JAX and
+safetensors (see `lora_jax.compress.artifact`). Quantized values and factors are kept, and so is an
+adapter on them; an adapter on a dense base is merged.
 
---to=peft writes the adapter of a run alone, as its adapter/ has it already; with --rank, whatever
-its method, as the nearest plain LoRA of that rank, and says what that loses. --to=gguf writes it as
-one file that llama.cpp loads with its base (`--lora adapter.gguf`). Its default is float32, as
-adapters are trained.
+--to=peft writes only the adapter of a run, as in its adapter/. With --rank it writes the nearest
+plain LoRA of that rank, for any method, and reports the error. --to=gguf writes it as one file that
+llama.cpp loads with its base (`--lora adapter.gguf`). The default dtype is float32, as in training.
 """
 
 import dataclasses
@@ -38,14 +37,14 @@ from lora_jax.io import casting, export, gguf_model, outputs, pretrained
 _WORKDIR = flags.DEFINE_string("workdir", None, "A run's folder: its model with its adapter.")
 _MODEL = flags.DEFINE_string("model", None, "Or a model alone, compressed or not, by its address.")
 _FORMATS = ["peft", "gguf", "merged", "merged_gguf", "artifact"]
-_TO = flags.DEFINE_enum("to", None, _FORMATS, "What is written.", required=True)
+_TO = flags.DEFINE_enum("to", None, _FORMATS, "The format of the output.", required=True)
 _OUTPUT = flags.DEFINE_string(
-  "output", None, "What to write: a new or empty folder, or, of GGUF, a new file.", required=True
+  "output", None, "The output: a new or empty folder, or for GGUF a new file.", required=True
 )
 _DTYPE = flags.DEFINE_enum(
-  "dtype", None, list(gguf_model.KINDS), "Of what is merged (by default the base's) and of gguf's."
+  "dtype", None, list(gguf_model.KINDS), "The dtype of a merge (by default the base's) and of gguf."
 )
-_RANK = flags.DEFINE_integer("rank", None, "Of PEFT's: convert to a plain LoRA of this rank.", 1)
+_RANK = flags.DEFINE_integer("rank", None, "For peft: convert to a plain LoRA of this rank.", 1)
 _FETCH = flags.DEFINE_bool(
   "fetch", False, "Download what the run's config.json names, where it is not on this machine."
 )
@@ -53,14 +52,14 @@ _ROWS = flags.DEFINE_integer("rows", 1, "How many texts or images the artifact t
 _LENGTH = flags.DEFINE_integer(
   "length", None, "Tokens of each text (128 by default), or pixels of a side of each image.", 1
 )
-_PLATFORMS = flags.DEFINE_list("platforms", "cpu", "What the artifact is for: cpu, cuda, tpu.")
+_PLATFORMS = flags.DEFINE_list("platforms", "cpu", "The platforms of the artifact: cpu, cuda, tpu.")
 
 _FLOATS = ("float32", "bfloat16", "float16")
 _KNOWN_PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def check_flags():
-  """Refuses what has no meaning, before anything is loaded."""
+  """Refuses meaningless flags, before anything is loaded."""
   to = _TO.value
   if (_WORKDIR.value is None) == (_MODEL.value is None):
     raise app.UsageError("give either --workdir or --model")

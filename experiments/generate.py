@@ -54,8 +54,10 @@ _MAX_TOKENS = flags.DEFINE_integer(
   "max_tokens", None, "The most tokens to make: by default 64, or a run's longest choice.", 1
 )
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.", 0.0)
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Samples from this share of the probability.", 0.0, 1.0)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.", 0, checks.MAX_SEED)
+_TOP_P = flags.DEFINE_float(
+  "top_p", 1.0, "Samples from this fraction of the probability.", 0.0, 1.0
+)
+_SEED = flags.DEFINE_integer("seed", 0, "The seed of sampling.", 0, checks.MAX_SEED)
 _FETCH = flags.DEFINE_bool(
   "fetch", False, "Download what the run's config.json names, where it is not on this machine."
 )

@@ -1,4 +1,4 @@
-"""What a run reads: nothing is replaced under its path unnoticed, and nothing is fetched unasked.
+"""The inputs of a run: changed files are detected, and nothing is downloaded by default.
 
 workdir.settle_inputs(run, inputs.of_run(config))
 inputs.require(run.config, {"model.source": config.model.source}, fetch=False)
@@ -27,7 +27,7 @@ Inputs = dict[str, dict[str, str]]
 
 
 def of_run(config: ConfigDict) -> Inputs:
-  """Of what training reads: the data, the base with its tokenizer, the teacher, a chat template.
+  """The inputs of training: the data, the base with its tokenizer, the teacher, a chat template.
 
   Raises:
     FileNotFoundError: when one of them is not there.
@@ -54,12 +54,12 @@ def _fingerprints(sources: Mapping[str, str | Sequence[str]]) -> Inputs:
 
 
 def of_import(config: ConfigDict, adapter: str) -> Inputs:
-  """Of what an import reads: the adapter's folder, the base, and the data it is evaluated on."""
+  """The inputs of an import: the adapter's folder, the base, and the evaluation data."""
   return of_run(config) | {"adapter.from": fingerprints.of(adapter)}
 
 
 def of_compression(config: ConfigDict) -> Inputs:
-  """Of the text and the task that a compressed model is measured by."""
+  """The inputs of a compression: the text and the task for its measurements."""
   sources = {"text.source": config.text.source}
   if config.task.examples:
     data = config.task.data
@@ -88,7 +88,7 @@ def require(file: pathlib.Path, sources: Mapping[str, str | Sequence[str]], *, f
   Args:
     file: that the addresses stand in.
     sources: `{field: address or several}`, as `lora_jax.io.assets.resolve` takes them; empty ones
-      are none.
+      are skipped.
     fetch: whether the user allows it.
 
   Raises:

@@ -9,7 +9,7 @@ second process: one drives them all.
 
 Ctrl-C and SIGTERM are handed on to the processes, which save and stop at the end of a step, and
 before they have begun at once; a second one ends them at once. When one of them fails, the others
-are stopped, and the exit code is its own. Exit codes are those of `experiments.programs`.
+are stopped, and its exit code is returned. Each exit code is one of `experiments.programs`.
 """
 
 import contextlib

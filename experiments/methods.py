@@ -67,9 +67,9 @@ _OF_THE_RUN = {
 def rules_of(adapter: ConfigDict) -> list[tuple[str, Method | None]]:
   """The (pattern, spec) pairs of a config's adapter section, as `lora_jax.match` takes them.
 
-  A target is a pattern; or a pattern with the settings in which it differs, which are all of its
-  settings where they name another method; or a pattern with None, to leave leaves out. What
-  `also_train` matches trains in full, whatever the targets say of it.
+  A target is a pattern; or a pattern with the settings that differ, which must be complete if they
+  name another method; or a pattern with None, to exclude leaves. Leaves that `also_train` matches
+  train in full, regardless of the targets.
 
   Raises:
     ValueError: for an unknown method, a setting that a method does not have or lacks, and an
@@ -272,7 +272,7 @@ def optimizer_at(config: ConfigDict, learning_rate: optax.Schedule) -> optax.Gra
 
 
 def merge_format(config: ConfigDict) -> Format | None:
-  """What a run's merge will be quantized to, if it is trained for that.
+  """The format that a run's merge will be quantized to, if it is trained for that.
 
   Raises:
     ValueError: for an unknown format, and for a run that has no dense merge.
@@ -295,7 +295,7 @@ def merge_formats(config: ConfigDict, params: PyTree, axes) -> dict[str, Format]
   """`{path: format}` of the leaves that are quantized once the run is merged.
 
   Raises:
-    ValueError: when the base has factors or codes, which a merge would make dense.
+    ValueError: when the base has factors or quantized values, which a merge would make dense.
   """
   format = merge_format(config)
   if format is None:
@@ -328,7 +328,7 @@ def make_apply(config: ConfigDict, forward: Callable, params: PyTree, axes) -> C
 def finish(
   config: ConfigDict, params: PyTree, adapters: Mapping[str, lora_jax.Adapted], axes
 ) -> PyTree:
-  """What a run made: its base with its adapters, or their merge where that is to be quantized."""
+  """The result of a run: its base with its adapters, or their merge if that is to be quantized."""
   formats = merge_formats(config, params, axes)
   if not formats:
     return lora_jax.attach(params, adapters)
@@ -338,7 +338,7 @@ def finish(
 def make_objective(
   config: ConfigDict, task: Task, apply: Callable, teacher: teachers.Teacher | None = None
 ) -> step.Objective:
-  """What a config's training minimizes; `apply` is the adapted model."""
+  """The training objective of a config; `apply` is the adapted model."""
   if teacher:
     objective = teachers.make_objective(config.distill, task, apply, teacher)
   else:

@@ -40,7 +40,7 @@ def on_mesh(model: families.Config, mesh: Mesh) -> families.Config:
 
 
 def for_platform(model: families.Config, platform: str) -> families.Config:
-  """The model whose attention is computed as on a "cpu", "gpu" or "tpu", whatever is here."""
+  """The model whose attention is computed as on a "cpu", "gpu" or "tpu", on any machine."""
   return _with_choice(model, platform=platform)
 
 

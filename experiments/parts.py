@@ -1,4 +1,4 @@
-"""What the main programs share: from a run's config to its data, its model and its adapter."""
+"""Shared parts of the main programs: from a run's config to its data, model and adapter."""
 
 import dataclasses
 import functools
@@ -31,20 +31,20 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
   "nothing": jax.checkpoint_policies.nothing_saveable,
 }
 
-# What configs of earlier runs meant, which name no task.
+# The task of earlier runs, whose configs do not name one.
 _BEFORE_THE_TASK = {"name": "completion"}
 
 # Folded into the run's seed, which the adapters use as it is.
 _OF_THE_TASK = 1
 
-# Adapters that are stored as what they make of the base, and not beside it.
+# Adapters that are stored as modified leaves of the base, rather than alongside it.
 _SAVED_WITH_BASE = (weights.Full, weights.TokenRows)
 
 
 def open_run(
   path: str, rules: Mapping[str, config_checks.Rule] = config_checks.FINISHED
 ) -> tuple[workdir.Workdir, ConfigDict]:
-  """A finished run: its folder and its config, whose fields are held against the rules.
+  """A finished run: its folder and its config, whose fields are checked by the rules.
 
   Raises:
     FileNotFoundError: when the folder holds no run, or one that has not come to its end.
@@ -60,7 +60,7 @@ def open_run(
   if "steps" in config:
     raise ValueError(
       f"{path}: holds a compression and no run; its model is {run.path / 'model'}, and an adapter "
-      "beside it becomes a run by experiments.import_adapter"
+      "alongside it becomes a run by experiments.import_adapter"
     )
   if (run.path / "members").exists():
     raise ValueError(
@@ -106,7 +106,7 @@ def make_task(config: ConfigDict) -> tasks.Task:
   """
   section = config.task if "task" in config else _BEFORE_THE_TASK
   chunk = config.train.loss_chunk
-  # What auto becomes is chosen once the model and the examples are known.
+  # auto is resolved once the model and the examples are known.
   chunk = 0 if chunk == model_options.AUTO else chunk
   return tasks.make(section, config.data, loss_chunk=chunk)
 
@@ -115,15 +115,15 @@ def load_records(data: ConfigDict, task: tasks.Task) -> dict[str, list[records.R
   """`{split: records}` of a data config, checked for the task.
 
   With a `data.test_source` the test split is that file, and no record of `data.source` has a text
-  in common with it. Of several files the records follow each other.
+  in common with it. The records of several files follow each other.
 
   Raises:
-    ValueError: when the test split is to be both that file and a share of the other.
+    ValueError: when the test split is to be both that file and a fraction of the other.
   """
   if data.test_source and data.test:
     raise ValueError(
-      f"data.test {data.test} is a share of data.source, and data.test_source names a file for the "
-      "test split; set one of them to 0 or to ''"
+      f"data.test {data.test} is a fraction of data.source, and data.test_source names a file for "
+      "the test split; set one of them to 0 or to ''"
     )
   rows = _read_records(data, data.source, task, held_out=False)
   held_out = _read_records(data, data.test_source, task, held_out=True)
@@ -184,7 +184,7 @@ def pick(rows: Mapping[str, list[records.Record]], split: str, field: str) -> li
 
 
 def inspect_model(model: ConfigDict) -> pretrained.Pretrained:
-  """The base that a model config names, shapes in the place of its arrays.
+  """The base that a model config names, with shapes instead of arrays.
 
   A compressed one is loaded for it: what its parameters are made of is in its tensors.
   """
@@ -202,7 +202,7 @@ def inspect_model(model: ConfigDict) -> pretrained.Pretrained:
 
 
 def shapes_of(model: ConfigDict) -> pretrained.Pretrained:
-  """The base that a model config names, before any quantization, shapes in the place of its arrays.
+  """The base that a model config names, before any quantization, with shapes instead of arrays.
 
   A compressed one is loaded for it.
   """
@@ -213,7 +213,7 @@ def shapes_of(model: ConfigDict) -> pretrained.Pretrained:
 
 
 def read_shapes(model: ConfigDict) -> pretrained.Pretrained:
-  """The base before any compression, shapes in the place of its arrays: none of them is read."""
+  """The base before any compression, with shapes instead of arrays: none of them is read."""
   inspect = storage.inspect if storage.is_compressed(model.source) else pretrained.inspect
   found = inspect(model.source, **_model_options(model))
   return new_tokens.add(model_options.with_attention(found, model), new_tokens_of(model))
@@ -256,7 +256,7 @@ def task_of_model(task: tasks.Task, config: ConfigDict) -> tasks.Task:
 
 
 def inspect_source(source: str) -> pretrained.Pretrained:
-  """What `load_source` loads, shapes in the place of its arrays: none of them is read."""
+  """The result of `load_source`, with shapes instead of arrays: none of them is read."""
   if storage.is_compressed(source):
     return storage.inspect(source)
   return pretrained.inspect(source, scan_layers=None)
@@ -339,7 +339,7 @@ def lay_out(params: PyTree, config: families.Config, mesh: Mesh) -> sharding.Lay
 
 
 def check_rows(config: ConfigDict, shares: int) -> None:
-  """Raises ValueError when devices that batches are shared out over cannot have equal parts."""
+  """Raises ValueError when batches cannot be sharded equally over the devices."""
   rows, accumulate = config.train.batch_size, config.train.accumulate
   if rows % (shares * accumulate):
     raise ValueError(
@@ -357,7 +357,7 @@ def process_rows(config: ConfigDict, mesh: Mesh) -> dict[str, int]:
   """Which rows of every batch this process reads, as the datasets take it.
 
   Raises:
-    ValueError: when a batch of the config cannot be shared out over the mesh, or cut into parts.
+    ValueError: when a batch of the config cannot be sharded over the mesh, or cut into parts.
   """
   check_rows(config, mesh.shape["data"] * mesh.shape["fsdp"])
   rows = {

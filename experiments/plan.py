@@ -1,13 +1,13 @@
-r"""What a run will need, before a weight is loaded: parameters, arithmetic, memory, and if it fits.
+r"""Plans a run without loading weights: parameters, arithmetic, memory, and whether it fits.
 
     python -m experiments.plan --config=configs/quickstart.py
     python -m experiments.plan --config=configs/quickstart.py --config.train.batch_size=256 \
         --config.mesh.fsdp=8 --device_memory=16GB
     python -m experiments.plan --config=configs/quickstart.py --topology=v5e:2x4
 
-Of the model its configuration and its tokenizer are read, of the data the lengths of its examples;
-the rest is traced from shapes, for a mesh of any size, whatever devices are here. The figures are
-those of the largest batch. The memory is an estimate, see `lora_jax.cost`.
+The program reads the model's configuration and tokenizer, and the lengths of the examples. The rest
+is traced from shapes, for a mesh of any size, on any devices. The figures are those of the largest
+batch. The memory is an estimate, see `lora_jax.cost`.
 
 `--topology=v5e:2x4` has the compiler of TPUs compile the step for a slice of that name, over which
 config.mesh lies, and prints what it says: no TPU is needed, but the extra `tpu`. Where it does not
@@ -15,7 +15,7 @@ fit, each change that might help is compiled too, and told with what it comes to
 makes a table of a few slices, and `--topology=here` compiles for the devices that are here. Each
 compilation takes from seconds to minutes.
 
-Of a sweep the largest member is planned, and taken as often as there are members.
+For a sweep, the largest member is planned and multiplied by the number of members.
 
 XLA's CPU compiler is unlike the others in two things, which the estimate leaves out: it computes
 bfloat16 in float32, and it undoes rematerialization between layers that are not scanned.
@@ -35,8 +35,10 @@ from lora_jax import sharding, tables
 from lora_jax.train import members, plan
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config.", lock_config=True)
-_DEVICES = flags.DEFINE_integer("devices", None, "Devices that -1 in config.mesh shares out.", 1)
-_MEMORY = flags.DEFINE_string("device_memory", None, "Of one device, as in 16GB; of those here.")
+_DEVICES = flags.DEFINE_integer("devices", None, "Devices in total, for -1 in config.mesh.", 1)
+_MEMORY = flags.DEFINE_string(
+  "device_memory", None, "Memory per device, e.g. 16GB; detected by default."
+)
 _TOPOLOGY = flags.DEFINE_string(
   "topology", "", "Where to compile the step: a TPU slice as v5e:2x2, all (several), or here."
 )
@@ -95,8 +97,8 @@ def target(
 ) -> tuple[planning.Case, AbstractMesh, int]:
   """The case for the platform of devices, the mesh of the config over them, and their memory.
 
-  devices: None for those that are here. memory: of one, where it was given. count: the devices
-    that -1 in the mesh shares out, where they were given.
+  devices: None for those of this machine. memory: of one device, if given. count: the number of
+    devices for -1 in the mesh, if given.
 
   Raises ValueError when the mesh does not fit the devices.
   """
@@ -119,7 +121,7 @@ def target(
 def compile_case(
   config: ConfigDict, case: planning.Case, mesh: AbstractMesh, devices: list
 ) -> topologies.Compiled:
-  """What the compiler says of a case on the first devices."""
+  """The compiler's report of a case on the first devices."""
   grid = np.asarray(devices[: mesh.size]).reshape(tuple(mesh.shape.values()))
   concrete = Mesh(grid, sharding.AXES, axis_types=mesh.axis_types)
   return topologies.compile_run(planning.whole_run(config, case, concrete))
@@ -143,7 +145,7 @@ def changes_that_help(config, case, mesh: AbstractMesh, devices: list, memory: i
     changed = config.copy_and_resolve_references()
     changed.update_from_flattened_dict(fields)
     try:
-      # What is quantized, or cut otherwise, has another base: the config is read again.
+      # Quantization or another sharding changes the base, so the config is read again.
       other, its_mesh, _ = target(changed, planning.read(changed), devices, memory)
       found = compile_case(changed, other, its_mesh, devices)
     except ValueError as error:

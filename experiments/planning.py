@@ -75,7 +75,7 @@ def largest_member(config: ConfigDict) -> tuple[ConfigDict, int]:
 def read(config: ConfigDict) -> Case:
   """Reads what a config names, without a weight.
 
-  Raises what training with the config would, as far as it can be told.
+  Raises the errors of training with the config, as far as they are known without weights.
   """
   if teachers.is_taught(config):
     raise ValueError(
@@ -115,7 +115,7 @@ def make_case(
 
 
 def make_plan(config: ConfigDict, case: Case, mesh: Mesh | AbstractMesh) -> plan.Plan:
-  """What one device needs, by tracing."""
+  """The needs of one device, by tracing."""
   return plan.make_plan(whole_run(config, case, mesh), share_of_a_device(config, case, mesh))
 
 
@@ -161,7 +161,7 @@ def whole_run(config: ConfigDict, case: Case, mesh: Mesh | AbstractMesh) -> plan
 
 
 def share_of_a_device(config: ConfigDict, case: Case, mesh: Mesh | AbstractMesh) -> plan.Run:
-  """The step as one device computes it: a smaller model, on its share of the rows.
+  """The step as one device computes it: a smaller model, on its part of the rows.
 
   Over `tensor` a device has some of the heads, of the width of the MLP and of the vocabulary; what
   is cut over `fsdp` it gathers where it is used.

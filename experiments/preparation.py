@@ -1,4 +1,4 @@
-"""What every training has before it begins: data, model and targets, read and checked.
+"""Prepares a training: reads and checks its data, model and targets.
 
 case = prepare(config, configs, run)       # a run has one config of a member, a sweep several
 """
@@ -124,8 +124,8 @@ class Case:
 def prepare(config: ConfigDict, configs: Sequence[ConfigDict], run: workdir.Workdir) -> Case:
   """Reads and checks what a training needs.
 
-  What can be wrong is found before the model is loaded or, where it is a matter of the model's
-  shapes, before anything is computed.
+  Errors are found before the model is loaded or, if they depend on the model's shapes, before
+  anything is computed.
   """
   for each in configs:
     config_checks.check_run(each)
@@ -203,7 +203,7 @@ def _settings(
   examples: Sequence[Any],
   mesh: Mesh,
 ) -> tuple[defaults.Settings, str]:
-  """What a training computes with, and a line that says so; `base` is of dense shapes."""
+  """The settings of a training, and a line about them; `base` has dense shapes."""
   member, count = planning.largest_member(config)
 
   def make_case() -> planning.Case:

@@ -2,17 +2,17 @@ r"""Shows the tokens of a config's examples: which are learned, which are not, a
 
     python -m experiments.preview --config=configs/sft.py:data=mine.jsonl --examples=3
 
-The examples are spread evenly over the split. In a terminal, what is learned is on a green ground;
-two shades tell neighboring tokens apart, and special tokens are bold. Elsewhere each line has a
-mark, + for tokens that are learned and . for others. Text stands in quotes, a token each. A special
-token stands without, so that text that only reads like one is told from it:
+The examples are spread evenly over the split. In a terminal, learned tokens have a green
+background; two shades separate neighboring tokens, and special tokens are bold. Elsewhere each line
+has a mark, + for learned tokens and . for others. Each token of text is in quotes. Special tokens
+are not, which distinguishes them from text that looks the same:
 
     . <|im_start|> "user" "\n"
     . "Hi" <|im_end|> "\n"
     . <|im_start|> "assistant" "\n"
     + "Hello" "!" <|im_end|>
 
-Of the model, the configuration and the tokenizer are read, and no weight.
+Only the model's configuration and tokenizer are read, not its weights.
 """
 
 import json

@@ -50,7 +50,7 @@ def join() -> None:
       jax.distributed.initialize()
     except ValueError as error:
       raise ValueError(
-        f"--distributed: the environment is none of a cluster that JAX knows ({error}); give "
+        f"--distributed: the environment is not that of a cluster that JAX knows ({error}); give "
         "--coordinator, --num_processes and --process_id instead"
       ) from None
   if not is_first():

@@ -20,7 +20,7 @@ from lora_jax.train import progress, report, step, workdir
 
 PyTree = Any
 Results = dict[str, Any]
-"""What eval.json holds."""
+"""The content of eval.json."""
 
 
 class Measure(NamedTuple):
@@ -45,7 +45,7 @@ class Measure(NamedTuple):
 
 
 class Program(NamedTuple):
-  """What `experiments.train` trains.
+  """The program that `experiments.train` runs.
 
   Attributes:
     state: before the first step, as checkpoints hold it.

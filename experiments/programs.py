@@ -1,6 +1,6 @@
 """How every main program ends: by its own end, or with one line and an exit code that is known.
 
-    programs.run(main)       # in the place of absl's app.run(main)
+    programs.run(main)       # instead of absl's app.run(main)
 
 code  when
 0     it came to its end; or Ctrl-C or SIGTERM stopped one that goes on by the same command
@@ -10,7 +10,7 @@ code  when
 A signal outside of the training loop, which saves first, is heard at the next step of Python. Where
 none comes for `PATIENCE` seconds, as while XLA compiles, the process ends all the same. A process
 that is stopped skips the interpreter's own end, where threads of XLA that are still at work crash.
-What is written meanwhile is there whole or not at all, see `lora_jax.io.outputs`.
+Outputs are written completely or not at all, see `lora_jax.io.outputs`.
 """
 
 import contextlib
@@ -62,7 +62,7 @@ def run(
     several: tells, once flags are read, whether this is to be one of several processes, which do
       without the cache of compiled programs.
   """
-  line, code = "stopped before its end; the same command begins anew", STOPPED
+  line, code = "stopped before its end; the same command starts over", STOPPED
   if resumes:
     line, code = str(loop.StoppedAtOnce()), 0
   _hear(line, code)

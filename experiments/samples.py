@@ -48,7 +48,7 @@ def draw(case: Any, samples: Sequence[Sample], run: workdir.Workdir) -> None:
 def make_show(case: Any, apply: Callable) -> Callable[[PyTree], list[str]]:
   """Makes `weights -> what the model makes of each of the case's chosen examples`.
 
-  Of several processes all must call it.
+  If there are several processes, all must call it.
   """
   if not case.chosen:
     return lambda weights: []

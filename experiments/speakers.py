@@ -35,7 +35,7 @@ class Speaker:
   """A model that writes texts.
 
   name: for people.
-  shapes: the model, with shapes in the place of its arrays.
+  shapes: the model, with shapes instead of arrays.
   task: of its run, on the model; None without a run.
   load: the model, and its weights with the run's adapter alongside, which has no copy of them;
     without a run None.

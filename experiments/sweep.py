@@ -3,9 +3,9 @@
     python -m experiments.train --config=configs/quickstart.py:sweep --workdir=runs/sweep
     python -m experiments.evaluate --workdir=runs/sweep/members/3
 
-Each member is the config with some of its fields changed, and becomes what `experiments.train`
-makes of that config alone, to rounding. All of them are one compiled program, one run that can be
-stopped and goes on, and one table:
+Each member is the config with some of its fields changed. Up to rounding, its result is that of
+`experiments.train` with that config alone. All members are one compiled program, one resumable run,
+and one table:
 
     runs/sweep/
       results.md, results.json      a row for each member
@@ -170,7 +170,7 @@ def check_starts(
 def make_settings(
   configs: Sequence[ConfigDict], rates: Sequence[Any], adapters: Mapping[str, lora_jax.Adapted]
 ) -> members.Settings:
-  """What the program is told of each member."""
+  """The settings of each member in the program."""
   longest = max(each.train.steps for each in configs)
   at_step = np.full((len(configs), longest), np.nan, np.float32)
   for n, each in enumerate(configs):

@@ -13,13 +13,13 @@ from typing import Any
 from ml_collections import ConfigDict
 
 Fields = dict[str, Any]
-"""What a member changes: `{"adapter.rank": 4}`."""
+"""The fields that a member changes: `{"adapter.rank": 4}`."""
 
 FIELDS = (
   "seed", "adapter.rank", "adapter.alpha", "adapter.rslora", "optimizer.peak",
   "optimizer.schedule", "optimizer.warmup_steps", "train.steps",
 )  # fmt: skip
-"""What members may differ in; all else is one for the whole program."""
+"""The fields that members may differ in; all others are shared."""
 
 
 def is_sweep(config: ConfigDict) -> bool:
@@ -65,7 +65,7 @@ def member_configs(config: ConfigDict, fields: Sequence[Fields]) -> list[ConfigD
   """The config of each member, as of a run of its own.
 
   Raises:
-    ValueError: when a field is none of the config, or of another type; or the members' method or
+    ValueError: when a field is not in the config, or has another type; or the members' method or
       the config's other options cannot be in a sweep.
   """
   if config.distill.teacher != "none":
@@ -101,7 +101,7 @@ def member_configs(config: ConfigDict, fields: Sequence[Fields]) -> list[ConfigD
 
 
 def settings(configs: Sequence[ConfigDict], fields: Sequence[Fields]) -> list[Fields]:
-  """What each member has in every field that any of them changes."""
+  """The values of each member in every field that any of them changes."""
   names = dict.fromkeys(name for each in fields for name in each)
   return [
     {name: functools.reduce(operator.getitem, name.split("."), config) for name in names}

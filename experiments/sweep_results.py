@@ -1,4 +1,4 @@
-"""What a sweep leaves: a folder for each member, as of a run of its own; one table; one plot."""
+"""The results of a sweep: a folder for each member, as for a separate run; one table; one plot."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from lora_jax.train import metrics, plot, workdir
 def lines_of(
   logged: Sequence[Mapping[str, float]], config: ConfigDict, member: int, of: int
 ) -> list[dict[str, float]]:
-  """One member's lines of the log, as those of a run of its own; the speed is its share of all."""
+  """One member's lines of the log, as in a separate run; the speed is its part of the total."""
   end, train = f"/{member}", config.train
   return [
     {
@@ -39,7 +39,7 @@ def write_member(
   results: Mapping[str, Any],
   lines: Sequence[Mapping[str, float]],
 ) -> None:
-  """Writes what a run has beside its adapter."""
+  """Writes the files of a run in addition to its adapter."""
   workdir.write_json(folder.config, config.to_dict())
   workdir.write_json(folder.evaluation, results)
   with metrics.MetricsWriter(folder.metrics, folder.tensorboard, step=0) as writer:
@@ -48,7 +48,7 @@ def write_member(
 
 
 def command_of(fields: Fields) -> str:
-  """What trains a member alone."""
+  """The command that trains a member alone."""
   own = [f"--config.{name}={value}" for name, value in fields.items()]
   # A tuple that is given twice is both together, so what was given of the sweep has to go.
   of_all = ("config.sweep.grid", "config.sweep.members")

@@ -99,7 +99,7 @@ def load(config: ConfigDict, student: Pretrained, task: Task, mesh: Mesh) -> Tea
 
 
 def make_objective(distill: ConfigDict, task: Task, apply: Callable, teacher: Teacher) -> Objective:
-  """The objective of the student; beside the batch it takes `teacher.params`, unless it is None."""
+  """The objective of the student; it takes the batch and `teacher.params`, unless that is None."""
   hidden = bool(distill.hidden)
   taught = task.reading(teacher.apply, hidden)
 

@@ -25,7 +25,7 @@ from lora_jax.train import plan
 HERE = "here"
 ALL = "all"
 TABLE = ("v5e:1x1", "v5e:2x4", "v5e:4x4", "v6e:2x2", "v5p:2x2x1")
-"""What `--topology=all` tabulates: a chip of Colab's, Kaggle's eight, and larger ones."""
+"""The slices of `--topology=all`: a chip of Colab's, Kaggle's eight, and larger ones."""
 
 # GiB of a chip, or of the half of one that is a device, by the name that JAX has for it. Google
 # Cloud's pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e".
@@ -36,7 +36,7 @@ _LARGEST = 5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled:
-  """What a compiler says of a step; `str` of it is for people.
+  """A compiler's report of a step; its `str` is readable.
 
   Attributes:
     arguments, temporaries, peak: bytes on a device; None where the compiler refused it.

@@ -113,7 +113,7 @@ def train(config, run):
 
 
 def measure_before(case, run, measure, weights):
-  """What eval.json holds before training: as it lies there, or measured and written."""
+  """The content of eval.json before training: read if it exists, otherwise measured and written."""
   if processes.agree(run.evaluation.exists()):
     results = report.read_results(run.evaluation)
     samples.check(results["samples"], case.task.given(case.chosen))

@@ -18,9 +18,6 @@ ROOT = pathlib.Path(__file__).parents[1]
 PAGES = ("README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/results.md")
 FOLDERS = ("lora_jax", "benchmarks", "experiments", "configs", "docs", "notebooks")
 
-# These are still to be reworded. Remove each from the list when it is clean; the list ends empty.
-NOT_YET = ("experiments",)
-
 # The start of a sentence, a paragraph, a heading or an item.
 START = r"(?:\A\s*|[.!?:]\s+|\n\s*\n\s*|\n[#-]+ )"
 
@@ -148,18 +145,10 @@ def files() -> dict[str, pathlib.Path]:
 
 
 def test_words_that_are_read_twice_are_not_used():
-  clean = {name: path for name, path in files().items() if not name.startswith(NOT_YET)}
-  assert len(clean) > 100
-  found = [fault for name, path in clean.items() for fault in faults(name, prose(path))]
+  paths = files()
+  assert len(paths) > 300
+  found = [fault for name, path in paths.items() for fault in faults(name, prose(path))]
   assert not found, "\n" + "\n".join(found)
-
-
-def test_what_is_not_yet_clean_is_there_and_is_not_clean():
-  """A room that has become clean leaves the list."""
-  for room in NOT_YET:
-    within = {name: path for name, path in files().items() if name.startswith(room)}
-    assert within, room
-    assert any(faults(name, prose(path)) for name, path in within.items()), room
 
 
 @pytest.mark.parametrize(

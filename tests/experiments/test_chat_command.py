@@ -98,7 +98,7 @@ def test_a_script_hears_the_answers_of_the_run_and_of_its_base(call, run):
   assert printed[1:] == [
     "> Is red warm?", "warm", "> Is blue warm?", "cold", "> /base",
     "(the base, without the adapter)", "> Is red warm?", "> /base", "(with the adapter)",
-    "> /reset", "(the conversation begins anew)", "> Is blue warm?", "cold", "> /exit",
+    "> /reset", "(the conversation starts over)", "> Is blue warm?", "cold", "> /exit",
   ]  # fmt: skip
 
 
@@ -147,7 +147,7 @@ def test_a_conversation_that_is_full_says_so_and_goes_on_after_a_reset(call, fol
   printed = call(
     "chat", f"--source={folder / 'model'}", "--positions=48", lines="Hi\nHi\n/reset\nHi\n"
   ).splitlines()
-  full = "the conversation is full, 48 tokens; /reset begins anew"
+  full = "the conversation is full, 48 tokens; /reset starts over"
   assert printed[2].endswith(f" ({full})")
   assert printed[4] == f"({full}; the turn is taken back)"
   assert printed[8] == printed[2]

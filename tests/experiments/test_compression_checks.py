@@ -76,7 +76,7 @@ def test_steps_in_any_sensible_order_are_taken_in_one_run_or_in_several():
   ("steps", "field", "value", "words"),
   [
     ("factorize", "factorize.budget", 0.0, "give either a budget or an energy"),
-    ("factorize", "factorize.budget", 1.5, "must be a share below 1"),
+    ("factorize", "factorize.budget", 1.5, "must be a fraction below 1"),
     ("factorize", "factorize.method", "magic", "'magic' is unknown; choose from whitened"),
     ("factorize", "factorize.unit", "euros", "'euros' is unknown; choose from parameters"),
     ("prune", "prune.score", "magic", "'magic' is unknown; choose from wanda"),

@@ -85,7 +85,7 @@ def test_a_program_that_begins_anew_tells_it_by_its_exit_code(number, config_fil
   until(process, "base:")
   code, _, lines = stopped(process, number)
   assert code == STOPPED
-  assert lines[-1] == "stopped before its end; the same command begins anew"
+  assert lines[-1] == "stopped before its end; the same command starts over"
 
 
 @pytest.mark.slow
@@ -145,7 +145,7 @@ def test_a_signal_is_heeded_wherever_a_program_is(body, number, tmp_path):
   began = time.monotonic()
   code, _, lines = stopped(process, number)
   assert code == STOPPED and time.monotonic() - began < 30
-  assert lines == ["stopped before its end; the same command begins anew"]
+  assert lines == ["stopped before its end; the same command starts over"]
 
 
 @pytest.mark.parametrize("number", NUMBERS)

@@ -155,7 +155,7 @@ def test_flags_that_belong_together_are_asked_for_together(config_file, tmp_path
 
 def test_a_cluster_that_is_not_there_is_missed_by_name(config_file, tmp_path):
   _, errors = train(config_file, tmp_path / "run", "--distributed", processes=1, fails=True)
-  assert "--distributed: the environment is none of a cluster that JAX knows" in errors
+  assert "--distributed: the environment is not that of a cluster that JAX knows" in errors
 
 
 @pytest.mark.slow
