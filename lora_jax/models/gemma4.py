@@ -68,8 +68,8 @@ class Gemma4Config:
     layers with the window and of the others.
   rotary_dim: the features of a head that are rotated in the layers without the window, by the
     first frequencies of all its features: the pairs (x[r], x[r + H / 2]) for r below half of it.
-  norm_eps, logit_softcap, tie_embeddings, attention, remat_policy, constrain, dtype, param_dtype, classes: as
-    in `llama_config.LlamaConfig`.
+  norm_eps, logit_softcap, tie_embeddings, attention, remat_policy, constrain, dtype, param_dtype,
+    classes: as in `llama_config.LlamaConfig`.
   scan_layers: False; there are no two layers of a kind in a row.
   family: what files call the model; nothing is computed by it.
 
