@@ -49,7 +49,7 @@ def write(folder, name):
     "model.source": str(folder / "model"), "task.labels": LABELS,
     "data.source": str(folder / "train.npz"), "data.test_source": str(folder / "test.npz"),
     "data.size": 28 if is_vit else 32, "train.steps": 12, "train.batch_size": 16,
-    "train.log_every": 4, "optimizer.warmup_steps": 1, "optimizer.peak": 2e-2,
+    "train.log_every": 4, "optimizer.warmup_steps": 1, "optimizer.peak": 2e-2, "optimizer.rates": (),
     "evaluation.batch_size": 16, "evaluation.samples": 5,
   })  # fmt: skip
   if not is_vit:
@@ -332,7 +332,8 @@ def config_file(folder, name):
     f"  config = images.get_config('cifar,model={model}')\n"
     f"  for name, values in {fields!r}.items():\n    config[name].update(values)\n"
     f"  config.adapter.targets = {tuple(config.adapter.targets)!r}\n"
-    f"  config.optimizer.peak, config.optimizer.warmup_steps = 2e-2, 1\n  return config\n"
+    "  config.optimizer.peak, config.optimizer.warmup_steps = 2e-2, 1\n"
+    "  config.optimizer.rates = ()\n  return config\n"
   )
   return path
 
