@@ -155,7 +155,9 @@ _NOT_HERE = ("--distributed", "--config.mesh.tensor=4", "benchmarks.")
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
   """A tiny model's folder, and beside it the same as a GGUF file and some conversations."""
-  import tiny_experiment  # not installed everywhere that the flow above is tried
+  # Not installed everywhere that the flow above is tried.
+  import tiny_experiment
+  from PIL import Image
 
   from lora_jax.io import gguf_model, pretrained
 
@@ -167,6 +169,11 @@ def tiny(tmp_path_factory):
     for n in range(40)
   ]
   (folder / "mine.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+  for place in ("photographs/red", "photographs/blue", "more_photographs"):
+    (folder / place).mkdir(parents=True)
+    for n in range(12):
+      color = (20 * n, 0, 200) if "blue" in place else (200, 20 * n, 0)
+      Image.new("RGB", (40, 30), color).save(folder / place / f"{n}.png")
   model = pretrained.load(folder / "model")
   gguf_model.save(
     f"{folder / 'model'}.gguf", model.params, model.config, model.tokenizer, dtype="q8_0"
