@@ -11,7 +11,8 @@ DOCS = [
   ROOT / "docs" / f"{name}.md"
   for name in (
     "tutorials/linen", "tutorials/nnx", "tutorials/checkpoint", "tutorials/own_data",
-    "tutorials/own_images", "tutorials/colab", "tutorials/compress", "tutorials/many_adapters", "tutorials/devices",
+    "tutorials/own_images", "tutorials/colab", "tutorials/compress",
+    "tutorials/many_adapters", "tutorials/devices",
     "guide/how_it_works", "guide/methods", "guide/quantized", "guide/commands", "guide/models",
   )
 ]  # fmt: skip
