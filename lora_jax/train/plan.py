@@ -72,8 +72,8 @@ class Plan:
     """The plan for `count` adapters in one program, as `lora_jax.train.members` trains them.
 
     There is one copy of the base; everything else counts once per adapter, at the largest size.
-    If members take turns in each step, activations count once. What trains, with its optimizer
-    state, then counts twice, since the step keeps the old values.
+    If members take turns in each step, activations count once. Trained parameters and
+    their optimizer states then count twice, since the step keeps the old values.
     """
     shared = ("frozen", "base")
     of_each = [field.name for field in dataclasses.fields(self) if field.name not in shared]
