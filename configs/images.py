@@ -19,7 +19,8 @@ new head of classes.
     :smoke             a few steps on little data: everything runs, nothing is learned
     :sweep             three learning rates in one program
 
-The files are looked for in the folder LORA_JAX_DATA, else in ../shared/data.
+The ViT's file is read by the package onnx: `pip install -e ".[vision]"`. The data are looked for in
+the folder LORA_JAX_DATA, else in ../shared/data.
 """
 
 import pathlib
