@@ -128,6 +128,8 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   optimizer = config.optimizer
   optimizer.peak = _PEAKS.get(args["method"], optimizer.peak)
   optimizer.warmup_steps = train.steps // 10
+  if args["method"] == "full":
+    optimizer.rates = (("(head|pooler)/.*", 10.0),)  # new, and at the rate of the other methods
 
   evaluation = config.evaluation
   evaluation.examples = 0  # all

@@ -19,7 +19,8 @@ classification head.
     :smoke             a few steps on little data: everything runs, nothing is learned
     :sweep             three learning rates in one program
 
-The files are read from the folder LORA_JAX_DATA, or from ../shared/data if that is not set.
+The ViT's file is read by the package onnx: `pip install -e ".[vision]"`. The data are read from the
+folder LORA_JAX_DATA, or from ../shared/data if that is not set.
 """
 
 import pathlib
@@ -42,6 +43,7 @@ _MODELS = {"vit": _VIT, "mobilenet": _MOBILENET}
 _CIFAR = (
   "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
+_HEAD_RATE = 1e-2  # the learning rate of the new head, at the optimizer's peak
 # Targets of MobileNetV2. A depthwise kernel has nine inputs; factors of a higher rank would have
 # more parameters than the kernel itself.
 _CONVOLUTIONS = ((".*/depthwise/conv/kernel", {"rank": 1, "alpha": 2.0}), "convolutions")
@@ -105,7 +107,9 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   optimizer = config.optimizer
   optimizer.warmup_steps = 20
   optimizer.schedule = "cosine"
-  optimizer.peak = {"head": 1e-3, "lora": 1e-3, "full": 1e-4}.get(method, optimizer.peak)
+  optimizer.peak = {"head": _HEAD_RATE, "lora": 1e-3, "full": 1e-4}.get(method, optimizer.peak)
+  if method != "head":  # which is new, and learns from nothing
+    optimizer.rates = (*optimizer.rates, ("head/.*", _HEAD_RATE / optimizer.peak))
 
   evaluation = config.evaluation
   evaluation.examples = 0  # all
@@ -113,7 +117,8 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   evaluation.samples = 12  # pictures on the run's page
 
   if args["sweep"]:
-    config.sweep.grid = (("optimizer.peak", (3e-4, 1e-3, 3e-3)),)
+    rates = tuple(factor * optimizer.peak for factor in (0.3, 1.0, 3.0))
+    config.sweep.grid = (("optimizer.peak", rates),)
     train.steps = 100
 
   if args["smoke"]:

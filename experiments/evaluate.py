@@ -28,6 +28,7 @@ import lora_jax
 from experiments import inputs, methods, parts, programs
 from lora_jax import exchange, sharding
 from lora_jax.compress import merging
+from lora_jax.io import outputs
 from lora_jax.train import evaluation, generation, workdir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.")
@@ -129,7 +130,7 @@ def main(argv):
       figures = f"BLEU {score['bleu']:.2f}, chrF {score['chrf']:.2f}"
       print(f"{name:8} {figures} of {score['texts']} texts, beams {beams}")
       keep(run, results, texts, f"{name}_beams{beams}")
-  print(json.dumps(results))
+  print(outputs.as_json(results))
 
 
 def keep(run: workdir.Workdir | None, results, texts=(), name: str = ""):

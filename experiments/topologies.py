@@ -39,12 +39,12 @@ class Compiled:
   """A compiler's report of a step; its `str` is readable.
 
   Attributes:
-    arguments, temporaries, peak: bytes on a device; None where the compiler refused it.
+    arguments, temporaries: bytes on a device; None where the compiler refused it.
+    peak: of both and of the results that take no argument's place.
     seconds: that it took.
     values: the largest arrays that are made.
     collectives: {kind: (operations, bytes)} of what devices send each other.
     refused: the compiler's words where there is too little memory; "" where there is enough.
-    text: of the program.
   """
 
   seconds: float
@@ -54,7 +54,6 @@ class Compiled:
   values: tuple[hlo.Value, ...] = ()
   collectives: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
   refused: str = ""
-  text: str = ""
 
   def fits(self, memory: int) -> bool:
     """Whether it runs on devices of so many bytes."""
@@ -147,8 +146,8 @@ def compile_run(run: plan.Run) -> Compiled:
     seconds=seconds,
     arguments=given,
     temporaries=made,
-    peak=max(given + made, getattr(report, "peak_memory_in_bytes", 0)),
+    # The report's own peak counts the core's memory as well.
+    peak=given + made + report.output_size_in_bytes - report.alias_size_in_bytes,
     values=tuple(hlo.largest(text, _LARGEST)),
     collectives={kind: (len(sizes), sum(sizes)) for kind, sizes in sorted(sent.items())},
-    text=text,
   )

@@ -118,13 +118,6 @@ def largest(program: str, count: int) -> list[Value]:
   return sorted(values, key=lambda value: -value.bytes)[:count]
 
 
-def shapes(program: str) -> set[tuple[int, ...]]:
-  """Returns the shapes of all arrays of a program, including arguments and fusions."""
-  return {
-    tuple(int(n) for n in array["shape"].split(",") if n) for array in _ARRAY.finditer(program)
-  }
-
-
 def _size(array: str) -> int:
   found = _ARRAY.match(array)
   numbers = (int(n) for n in found["shape"].split(",") if n)

@@ -406,7 +406,7 @@ PROGRAMS = {
   ),
   "scan over rows of a weight": Program(
     lambda p, x: lax.scan(lambda h, row: (h + row, None), jnp.zeros(13), p["w"])[0] + jnp.sum(x),
-    refused="no stack",
+    refused="not a stack",
   ),
   "loop in a jitted step with the weights in its carry": Program(
     lambda p, x: lax.fori_loop(

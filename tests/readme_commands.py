@@ -11,7 +11,8 @@ DOCS = [
   ROOT / "docs" / f"{name}.md"
   for name in (
     "tutorials/linen", "tutorials/nnx", "tutorials/checkpoint", "tutorials/own_data",
-    "tutorials/colab", "tutorials/compress", "tutorials/many_adapters", "tutorials/devices",
+    "tutorials/own_images", "tutorials/colab", "tutorials/compress",
+    "tutorials/many_adapters", "tutorials/devices",
     "guide/how_it_works", "guide/methods", "guide/quantized", "guide/commands", "guide/models",
   )
 ]  # fmt: skip
@@ -24,6 +25,9 @@ _NAMES = {
   "=model.gguf": "=runs/model.gguf",
   "/shared/runs/": "runs/",
 }
+
+_FILES = ("mine.jsonl", "photographs", "more_photographs")
+_OWN = ("heal.py", "glue.py", "images.py")
 
 
 def blocks(language: str, page: str = README) -> list[str]:
@@ -64,18 +68,20 @@ def short(words: list[str], runs: pathlib.Path, model: pathlib.Path) -> list[str
   """A command on a tiny model, in smoke form, below a folder of its own.
 
   runs: takes the place of runs/.
-  model: a tiny model's folder, beside it the same as a GGUF file, and conversations in mine.jsonl.
+  model: a tiny decoder's folder; next to it the same as a GGUF file, conversations in mine.jsonl,
+    and pictures in photographs/ and more_photographs/. Configs of other models take their own.
   """
   program, *arguments = words
   made = []
   for argument in arguments:
-    for old, new in (_NAMES | {"=mine.jsonl": f"={model.parent / 'mine.jsonl'}"}).items():
+    own = {f"={x}": f"={model.parent / x}" for x in _FILES}
+    for old, new in (_NAMES | own).items():
       argument = argument.replace(old, new)
     name, equals, value = argument.partition("=")
     if name == "--config":
       value += ",smoke" if ":" in value else ":smoke"
     made.append(f"{name}{equals}{value}".replace("runs/", f"{runs}/"))
-  has_config = any(x.startswith("--config=") and "heal.py" not in x for x in made)
+  has_config = any(x.startswith("--config=") and not any(y in x for y in _OWN) for x in made)
   if has_config and not any(x.startswith("--config.model.source=") for x in made):
     source = model if "--config.model.quantize=gguf" not in made else f"{model}.gguf"
     made.append(f"--config.model.source={source}")

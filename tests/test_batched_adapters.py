@@ -335,9 +335,9 @@ def test_texts_are_decoded_together_each_with_its_own_adapter(language_model):
     (lambda: stack(ADAPTERS, slots=2), "3 adapters do not fit 2 slots"),
     (lambda: put(stack([ON_BOTH]), 0, OTHER), "down: the adapter's rank 3 exceeds 2"),
     (lambda: put(stack([ON_ONE]), 0, ON_BOTH), "the stack has no adapters at up"),
-    (lambda: put(stack([ON_BOTH]), 1, ON_BOTH), "slot 1 is none of the stack's 1"),
-    (lambda: put(stack([ON_BOTH]), -1, ON_BOTH), "slot -1 is none"),
-    (lambda: gate(stack([ON_BOTH]), jnp.array([0, 0])), "gate opens one slot; map over several"),
+    (lambda: put(stack([ON_BOTH]), 1, ON_BOTH), "slot 1 is not among the stack's 1"),
+    (lambda: put(stack([ON_BOTH]), -1, ON_BOTH), "slot -1 is not among"),
+    (lambda: gate(stack([ON_BOTH]), jnp.array([0, 0])), "gate selects one slot; map over several"),
     (
       lambda: align({"x": {"bias": lora_jax.Full().init(None, "bias", normal(11), "")}}),
       "bias: Full has no low-rank form of its own; .*to_lora",

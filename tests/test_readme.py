@@ -129,8 +129,13 @@ for name, arguments in json.load(sys.stdin):
 """
 
 
-def test_every_command_has_flags_and_a_config_that_its_program_knows():
-  given = [[words[0], words[1:]] for words in commands()]
+def test_every_command_has_flags_and_a_config_that_its_program_knows(tmp_path):
+  for label in ("cat", "dog"):  # a config of images takes its classes from the folder
+    (tmp_path / label).mkdir()
+  given = [
+    [words[0], [word.replace("data=photographs", f"data={tmp_path}") for word in words[1:]]]
+    for words in commands()
+  ]
   assert len(given) >= 27
   done = subprocess.run(
     [sys.executable, "-c", PARSE],
@@ -155,7 +160,9 @@ _NOT_HERE = ("--distributed", "--config.mesh.tensor=4", "benchmarks.")
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
   """A tiny model's folder, and beside it the same as a GGUF file and some conversations."""
-  import tiny_experiment  # not installed everywhere that the flow above is tried
+  # Not installed everywhere that the flow above is tried.
+  import tiny_experiment
+  from PIL import Image
 
   from lora_jax.io import gguf_model, pretrained
 
@@ -167,6 +174,11 @@ def tiny(tmp_path_factory):
     for n in range(40)
   ]
   (folder / "mine.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+  for place in ("photographs/red", "photographs/blue", "more_photographs"):
+    (folder / place).mkdir(parents=True)
+    for n in range(12):
+      color = (20 * n, 0, 200) if "blue" in place else (200, 20 * n, 0)
+      Image.new("RGB", (40, 30), color).save(folder / place / f"{n}.png")
   model = pretrained.load(folder / "model")
   gguf_model.save(
     f"{folder / 'model'}.gguf", model.params, model.config, model.tokenizer, dtype="q8_0"

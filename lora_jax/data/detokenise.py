@@ -1,13 +1,14 @@
 """Detokenizes English text that was published tokenized.
 
-  detokenize("It 's near Café Sicilia , £ 20 - 25 , family - friendly .")
+  `detokenise("It 's near Café Sicilia , £ 20 - 25 , family - friendly .")`
   # "It's near Café Sicilia, £20-25, family-friendly."
 
 A language model trained on tokenized text would write tokenized text. A score against original
-references, such as BLEU, would then count every comma, price and hyphen as an error. The 4,672
-development references of the E2E challenge (Novikova et al. 2017) are published in both forms: 3.7
-% are the same in both, and 97.9 % after this function. Most of the others are unevenly spaced in
-the original.
+references, such as BLEU, would then count every comma, price and hyphen as an error.
+
+The 4,672 development references of the E2E challenge (Novikova et al. 2017) are published in both
+forms: 3.7 % are the same in both, and 97.9 % after this function. Most of the others are unevenly
+spaced in the original.
 """
 
 import re

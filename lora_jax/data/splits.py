@@ -30,7 +30,7 @@ def split(
 ) -> dict[str, list[Record]]:
   """Returns the records of each split, in their order.
 
-  u = SHA-256(normalize(text)) / 2^256 lies in [0, 1); a record goes to the split i for which
+  u = SHA-256 of `normalise(text)` / 2^256 lies in [0, 1); a record goes to the split i for which
   fractions[0] + ... + fractions[i - 1] <= u < fractions[0] + ... + fractions[i].
 
   A split that would be empty gets the text with the nearest u from the split with the most texts.

@@ -73,7 +73,8 @@ def test_an_encoders_program_takes_where_padding_is_and_which_text_a_token_is_of
   params = model.init(jax.random.key(0), tokens)["params"]
   options = families.family_of(config).options(config)
   assert list(options) == ["mask_BT", "types_BT"]
-  artifact.save(tmp_path / "model", model.apply, params, rows=2, length=4, options=options)
+  inputs = jax.ShapeDtypeStruct(tokens.shape, jnp.int32)
+  artifact.save(tmp_path / "model", model.apply, params, inputs=inputs, options=options)
   command = [sys.executable, "-I", "-c", RUN_ENCODER, str(tmp_path / "model")]
   subprocess.run(command, check=True, cwd=tmp_path)
   found = np.load(tmp_path / "model/logits.npy")

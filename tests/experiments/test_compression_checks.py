@@ -80,7 +80,7 @@ def test_steps_in_any_sensible_order_are_taken_in_one_run_or_in_several():
     ("factorize", "factorize.method", "magic", "'magic' is unknown; choose from whitened"),
     ("factorize", "factorize.unit", "euros", "'euros' is unknown; choose from parameters"),
     ("prune", "prune.score", "magic", "'magic' is unknown; choose from wanda"),
-    ("prune", "prune.share", 1.0, "share 1.0 to prune must be above 0"),
+    ("prune", "prune.share", 1.0, "fraction 1.0 to prune must be above 0"),
     ("prune", "prune.of", 2, "2 of 2 is no pattern"),
     ("quantize", "quantize.levels", "int3", "levels 'int3' are unknown"),
     ("quantize", "quantize.block", 7, "block 7 is not an even number"),

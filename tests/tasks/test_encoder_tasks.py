@@ -14,7 +14,7 @@ from peers import peft, torch, transformers
 
 import lora_jax
 from configs import quickstart
-from experiments import methods, parts
+from experiments import methods, parts, planning
 from lora_jax import exchange, families
 from lora_jax.io import export, pretrained, safetensors
 from lora_jax.models import gpt2
@@ -22,7 +22,6 @@ from lora_jax.tasks import embedding
 from lora_jax.train import evaluation, workdir
 
 train = imported("experiments.train")
-plan = imported("experiments.plan")
 
 TASKS = ("classification", "regression", "embedding")
 PAIRS = (("a fine film, number 3", "a review"), ("dull", "number 7, a long and dull review"))
@@ -160,7 +159,7 @@ def test_a_merged_classifier_is_transformers_own(trained, tmp_path):
 @pytest.mark.parametrize("task", TASKS)
 def test_a_plan_has_the_shapes_that_a_run_has(trained, task):
   config, _, base, adapters = trained(task)
-  case = plan.read(config)
+  case = planning.read(config)
   assert jax.tree.map(lambda x: x.shape, case.params) == jax.tree.map(
     lambda x: x.shape, base.params
   )
@@ -401,6 +400,6 @@ def test_an_encoder_writes_no_text_and_a_decoder_is_no_encoder(folder, trained):
 def test_rows_of_new_tokens_train_alongside(folder):
   config = tiny_encoder.config_of(folder, "classification")
   config.model.new_tokens = ("<movie>",)
-  case = plan.read(config)
+  case = planning.read(config)
   assert "embed/embedding" in case.specs
   assert "<movie>" in case.task.model.tokenizer.vocabulary

@@ -16,14 +16,14 @@ from PIL import Image
 
 import lora_jax
 from configs import classify, images
-from experiments import methods, parts
+from experiments import methods, parts, planning
 from lora_jax import exchange
 from lora_jax.io import export, pretrained
 from lora_jax.tasks import heads
-from lora_jax.train import evaluation, report, workdir
+from lora_jax.train import evaluation, plan, report, workdir
 
 train = imported("experiments.train")
-plan = imported("experiments.plan")
+command = imported("experiments.plan")
 
 LABELS = ("dark", "green", "red")
 
@@ -50,7 +50,7 @@ def write(folder, name):
     "data.source": str(folder / "train.npz"), "data.test_source": str(folder / "test.npz"),
     "data.size": 28 if is_vit else 32, "train.steps": 12, "train.batch_size": 16,
     "train.log_every": 4, "optimizer.warmup_steps": 1, "optimizer.peak": 2e-2,
-    "evaluation.batch_size": 16, "evaluation.samples": 5,
+    "optimizer.rates": (), "evaluation.batch_size": 16, "evaluation.samples": 5,
   })  # fmt: skip
   if not is_vit:
     config.adapter.targets = ("convolutions",)
@@ -155,12 +155,13 @@ def test_a_merged_classifier_is_transformers_own(trained, tmp_path):
 
 
 def test_a_plan_knows_batches_of_images(config):
-  case = plan.read(config)
+  case = planning.read(config)
   assert case.largest == (28, 28) and case.data["examples"] == 79
-  made = plan.plan.make_plan(plan.whole_run(config, case, plan.abstract_mesh(config.mesh, 1)))
+  mesh = planning.abstract_mesh(config.mesh, 1)
+  made = plan.make_plan(planning.whole_run(config, case, mesh))
   batch = 16 * (28 * 28 * 3 + 4 + 4)
   assert made.batch == batch and made.trainable > 64 * 3 and made.flops > 1e6
-  assert "16 rows of 28 × 28 pixels" in plan.describe_data(config, case)
+  assert "16 rows of 28 × 28 pixels" in command.describe_data(config, case)
 
 
 def test_the_head_alone_and_everything_train_as_one_may_choose(config, trained):
@@ -332,7 +333,8 @@ def config_file(folder, name):
     f"  config = images.get_config('cifar,model={model}')\n"
     f"  for name, values in {fields!r}.items():\n    config[name].update(values)\n"
     f"  config.adapter.targets = {tuple(config.adapter.targets)!r}\n"
-    f"  config.optimizer.peak, config.optimizer.warmup_steps = 2e-2, 1\n  return config\n"
+    "  config.optimizer.peak, config.optimizer.warmup_steps = 2e-2, 1\n"
+    "  config.optimizer.rates = ()\n  return config\n"
   )
   return path
 
