@@ -68,7 +68,7 @@ def main(argv):
     cut = f", {example.cut:,} more are cut" if example.cut else ""
     print(
       f"\nexample {number + 1:,} of {len(examples):,}: {count:,} tokens, {learnt:,} of them "
-      f"learnt{cut}"
+      f"learned{cut}"
     )
     for line in draw(tokens):
       print(line)

@@ -109,8 +109,8 @@ class Classification(Texts):
 
   def tokens(self, example: Example) -> list[TokenText]:
     """Returns the tokens of the text, and the name of its class as the learned one."""
-    found = token_texts(self.model.tokenizer, example.inputs, learned=())
-    return [*found, TokenText(self.labels[example.targets[0]], 1, special=False, learned=True)]
+    found = token_texts(self.model.tokenizer, example.inputs, learnt=())
+    return [*found, TokenText(self.labels[example.targets[0]], 1, special=False, learnt=True)]
 
   def given(self, encoded: Sequence[Example]) -> list[dict[str, str]]:
     decode = self.model.tokenizer.decode
