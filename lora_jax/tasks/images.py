@@ -338,7 +338,7 @@ def _loss(logits_BK: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 
 def _draw(
-  examples: Sequence[Example], samples: Sequence[Mapping[str, str]], size: int, target: Any
+  examples: Sequence[Example], samples: Sequence[Mapping[str, str]], size: int, partial: Any
 ) -> None:
   from matplotlib.figure import Figure  # the import takes half a second, and few callers draw
 
@@ -358,7 +358,7 @@ def _draw(
         0.5, -0.04 - 0.12 * line, f"{when}: {answer}", transform=axes.transAxes, fontsize=9,
         color=color, ha="center", va="top",
       )  # fmt: skip
-  figure.savefig(target, format="png", bbox_inches="tight")
+  figure.savefig(partial, format="png", bbox_inches="tight")
 
 
 def _check_described(described: Mapping[str, Any]) -> None:

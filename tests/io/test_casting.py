@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+import lora_jax
 from lora_jax import exchange, families, weights
 from lora_jax.compress import storage
 from lora_jax.io import casting, export, gguf_lora, gguf_model, names, peft, pretrained
@@ -128,9 +129,9 @@ def test_adapters_and_models_for_llama_cpp_are_refused_where_they_overflow(
 def test_an_adapter_that_diverged_is_not_saved_over_one_that_did_not(tmp_path):
   flat, params = parameters()
   axes = {
-    path: dataclasses.make_dataclass("Axes", ["roles", "uses"])("io", ("dot_general",))
+    path: lora_jax.Axes("io", ("dot_general",))
     if path.endswith("kernel")
-    else dataclasses.make_dataclass("Axes", ["roles", "uses"])("", ())
+    else lora_jax.Axes("", ())
     for path in flat
   }
   adapter = weights.LowRank(w=None, a=jnp.ones((8, 2)), b=jnp.ones((2, 32)), scale=1.0)
