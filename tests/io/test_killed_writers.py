@@ -147,7 +147,7 @@ _OTHER_WRITERS = {
   "lora_jax/train/metrics.py", "lora_jax/train/workdir.py", "experiments/processes.py",
 }  # fmt: skip
 _WRITE = re.compile(r"open\([^)]*\"[rbt]*[wax+][rbt+]*\"|\.write_(text|bytes)\(|savefig\(")
-_WHOLE = re.compile(r"(outputs|workdir)\.write_(text|bytes)\(|savefig\(partial\)")
+_WHOLE = re.compile(r"(outputs|workdir)\.write_(text|bytes)\(|savefig\(partial\b")
 
 
 def test_there_is_no_other_writer():
