@@ -64,7 +64,9 @@ def test_without_another_file_the_test_split_is_a_share(data):
 
 def test_two_test_splits_are_refused(data):
   data.test, data.train = 0.3, 0.5
-  with pytest.raises(ValueError, match=r"data.test 0.3 is a share.*data.test_source names a file"):
+  with pytest.raises(
+    ValueError, match=r"data.test 0.3 is a fraction.*data.test_source names a file"
+  ):
     load_records(data)
 
 
