@@ -31,7 +31,7 @@ BASE, ONE = "base alone", "one adapter"
 PICKERS = {"gate": lora_jax.gate, "select": lora_jax.select}
 
 _MODEL = flags.DEFINE_enum("model", None, list(MODELS), "The model to run; see benchmarks.models.")
-_ADAPTERS = flags.DEFINE_list("adapters", ["8"], "Numbers of adapters; each has its own rows.")
+_ADAPTERS = flags.DEFINE_list("adapters", ["8"], "Adapter counts; each has its own rows.")
 _RANK = flags.DEFINE_integer("rank", 8, "The rank of every adapter.", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch", 32, "Rows per batch.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", 32, "Tokens per row.", lower_bound=1)

@@ -35,7 +35,7 @@ PyTree = Any
 FORMS = ("one after another", "one program")
 
 _MODEL = flags.DEFINE_enum("model", None, list(MODELS), "The model; see benchmarks.models.")
-_MEMBERS = flags.DEFINE_list("members", ["1", "4", "8", "16"], "Numbers of members, two rows each.")
+_MEMBERS = flags.DEFINE_list("members", ["1", "4", "8", "16"], "Member counts, two rows each.")
 _RANKS = flags.DEFINE_list("ranks", ["8"], "The members' ranks, in turn.")
 _BATCH = flags.DEFINE_integer("batch", 4, "Rows of a member's batch.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", 32, "Tokens per row.", lower_bound=1)

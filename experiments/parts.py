@@ -251,7 +251,7 @@ def extend(
 
 
 def task_of_model(task: tasks.Task, config: ConfigDict) -> tasks.Task:
-  """The task on a run's base, of which the configuration and the tokenizer are read."""
+  """The task on a run's base. Reads the base's configuration and tokenizer only."""
   return task.of_model(extend(read_shapes(config.model), task, config))
 
 
@@ -270,7 +270,7 @@ def load_source(source: str) -> pretrained.Pretrained:
 
 
 def check_writes(found: pretrained.Pretrained, instead: str) -> None:
-  """Raises ValueError for a model that writes no texts, of which shapes are enough; `instead` is
+  """Raises ValueError for a model that writes no texts; shapes are enough for it. `instead` is
   the remedy."""
   if found.family.init_cache is None:
     raise ValueError(f"{found.source}: a {found.config.family!r} generates no text; {instead}")

