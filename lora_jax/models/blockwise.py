@@ -40,18 +40,18 @@ class _Form:
 
 
 def blockwise(
-  query_BTNH,
-  key_BSKH,
-  value_BSKG,
+  query_BTNH: jax.Array,
+  key_BSKH: jax.Array,
+  value_BSKG: jax.Array,
   *,
   is_causal: bool,
-  window=None,
-  segments_BT=None,
-  positions_BT=None,
-  mask=None,
+  window: int | jax.Array | None = None,
+  segments_BT: jax.Array | None = None,
+  positions_BT: jax.Array | None = None,
+  mask: jax.Array | None = None,
   scale: float | None,
   softcap: float | None,
-  sinks_N=None,
+  sinks_N: jax.Array | None = None,
 ) -> jax.Array:
   """Computes `lora_jax.models.attention.attend` up to rounding."""
   batch, length, heads, features = query_BTNH.shape
@@ -164,7 +164,7 @@ def _scores(form: _Form, query, key, sight, i, j):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(form: _Form, query, key, value, sinks, sight):
+def _attention(form: _Form, query, key, value, sinks, sight) -> jax.Array:
   return _forward(form, query, key, value, sinks, sight)[0]
 
 
