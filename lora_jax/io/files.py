@@ -98,6 +98,6 @@ def read_array(
       raise ValueError(f"{path}: ends before byte {offset + size}; it was cut; write it again")
     array = np.empty(shape, dtype)
     file.seek(offset)
-    if file.readinto(array.reshape(-1).view(np.uint8)) != size:
+    if file.readinto(array.reshape(-1).view(np.uint8).data) != size:
       raise ValueError(f"{path}: was cut while it was read; write it again")
   return array

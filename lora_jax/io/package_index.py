@@ -256,7 +256,7 @@ class _Progress:
   def __enter__(self) -> "_Progress":
     return self
 
-  def __exit__(self, *_: object) -> None:
+  def __exit__(self, exc_type: object, exc_val: object, exc_tb: object) -> None:
     self._bar.close()
 
   def update(self, increment: int) -> None:

@@ -228,7 +228,7 @@ def attend(
       sight |= {"is_causal": is_causal, "positions_BT": positions_BT, "mask": mask}
       return blockwise(*arrays, sinks_N=sinks_N, scale=scale, softcap=softcap, **sight)
     case "splash":
-      return kernels.splash(*arrays, mesh=choice.mesh, **sight, **scores)
+      return kernels.splash(*arrays, mesh=choice.mesh, scale=scale, softcap=softcap, **sight)
     case name:
       mask = _mask(mask, call.length, call.slots, window, segments_BT, positions_BT)
       if softcap is not None or sinks_N is not None:
@@ -237,6 +237,7 @@ def attend(
       if missing:  # JAX's attention requires values of the keys' size
         value_BSKG = jnp.pad(value_BSKG, ((0, 0), (0, 0), (0, 0), (0, missing)))
       if name == "cudnn":
+        assert window is None or isinstance(window, int)  # it is chosen for no other
         out_BTNH = kernels.cudnn(query_BTNH, key_BSKH, value_BSKG, window=window, scale=scale)
       else:
         out_BTNH = jax.nn.dot_product_attention(

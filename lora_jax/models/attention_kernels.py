@@ -192,8 +192,8 @@ def splash(
 ) -> jax.Array:
   """JAX's kernel for TPUs, causal; each device of a mesh computes its rows and heads."""
   length, features = query_BTNH.shape[1], value_BSKG.shape[-1]
-  scale = query_BTNH.shape[-1] ** -0.5 if scale is None else scale
-  query_BTNH = (query_BTNH * scale).astype(query_BTNH.dtype)
+  factor = query_BTNH.shape[-1] ** -0.5 if scale is None else scale
+  query_BTNH = (query_BTNH * factor).astype(query_BTNH.dtype)
   inputs = [_to_lanes(x) for x in (query_BTNH, key_BSKH, value_BSKG)]
   if segments_BT is not None:
     # Queries that were added see the keys that were added.
@@ -232,13 +232,13 @@ def _splash_of_rows(query_BTNH, key_BSKH, value_BSKG, segments_BT=None, *, windo
   )  # fmt: skip
   # Of several results, as with `save_residuals`, there are none here.
   kernel = cast(Callable[..., jax.Array], made)
-  arrays = [x.transpose(0, 2, 1, 3) for x in (query_BTNH, key_BSKH, value_BSKG)]
+  query, key, value = (x.transpose(0, 2, 1, 3) for x in (query_BTNH, key_BSKH, value_BSKG))
   if segments_BT is None:
-    out = jax.vmap(kernel)(*arrays)
+    out = jax.vmap(kernel)(query, key, value)
   else:
     out = jax.vmap(
       lambda q, k, v, ids: kernel(q, k, v, segment_ids=kernels.SegmentIds(q=ids, kv=ids))
-    )(*arrays, segments_BT)
+    )(query, key, value, segments_BT)
   return out.transpose(0, 2, 1, 3)
 
 

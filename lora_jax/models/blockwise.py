@@ -13,7 +13,7 @@ c is a block.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +80,7 @@ def blockwise(
     mask = jnp.broadcast_to(mask, (*mask.shape[:3], slots))
     # A single row for all queries stays as it is.
     sight["mask"] = _padded(_padded(mask, 2, more_q if mask.shape[2] > 1 else 0), 3, more_k)
-  out = _attention(
+  made = _attention(
     form,
     _padded(query, 1, more_q),
     _padded(key_BSKH, 1, more_k),
@@ -88,6 +88,7 @@ def blockwise(
     None if sinks_N is None else sinks_N.reshape(kv_heads, -1),
     sight,
   )
+  out = cast(jax.Array, made)  # custom_vjp with arguments of its own loses the type
   return out[:, :length].reshape(batch, length, heads, value_BSKG.shape[-1])
 
 

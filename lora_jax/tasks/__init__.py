@@ -48,24 +48,10 @@ class Task(Protocol):
   the task's own datasets.
   """
 
-  FIELDS: ClassVar[tuple[str, ...]]
-  """The names of its fields in the config's `task`, in addition to `name`."""
   TRAINS: ClassVar[tuple[str, ...]]
   """Patterns of the leaves that the task adds. They train in full with every adapter."""
   UNIT: ClassVar[str]
   """The unit of the loss in messages, in the singular: "token", "image"."""
-
-  @classmethod
-  def of(cls, task: Mapping[str, Any], data: Mapping[str, Any], loss_chunk: int) -> Self:
-    """Returns the task of a config.
-
-    task: the section, with `name` and every field in `FIELDS`.
-    data: the section that describes the records.
-    loss_chunk: positions of a row whose logits are in memory at a time; 0 for all.
-
-    Raises ValueError for inconsistent values.
-    """
-    ...
 
   def open(self, path: Path, data: Mapping[str, Any], *, held_out: bool) -> list[Record]:
     """Returns the records of a file or folder, read as `data` in the config specifies.
@@ -197,7 +183,7 @@ class Task(Protocol):
     not generate."""
     ...
 
-  def check_room(self, asked: Sequence[Mapping[str, Any]], max_tokens: int, /) -> None:
+  def check_room(self, asked: Sequence[dict[str, Any]], max_tokens: int, /) -> None:
     """Raises ValueError if prompts and completions exceed the model's positions."""
     ...
 
@@ -227,7 +213,7 @@ class Task(Protocol):
     generate."""
     ...
 
-  def asked(self, given: str) -> list[Example]:
+  def asked(self, given: str, /) -> list[Example]:
     """Returns the examples of a file or a text for `predict`; raises ValueError if the task cannot
     read them, and for a task without predictions."""
     ...
@@ -266,7 +252,26 @@ class Task(Protocol):
     ...
 
 
-TASKS: Mapping[str, type[Task]] = {
+class NamedTask(Task, Protocol):
+  """A task that a config names."""
+
+  FIELDS: ClassVar[tuple[str, ...]]
+  """The names of its fields in the config's `task`, in addition to `name`."""
+
+  @classmethod
+  def of(cls, task: Mapping[str, Any], data: Mapping[str, Any], loss_chunk: int) -> Self:
+    """Returns the task of a config.
+
+    task: the section, with `name` and every field in `FIELDS`.
+    data: the section that describes the records.
+    loss_chunk: positions of a row whose logits are in memory at a time; 0 for all.
+
+    Raises ValueError for inconsistent values.
+    """
+    ...
+
+
+TASKS: Mapping[str, type[NamedTask]] = {
   "completion": Completion,
   "classification": Classification,
   "chat": Chat,
@@ -285,7 +290,7 @@ def make(
   data: Mapping[str, Any],
   *,
   loss_chunk: int,
-  known: Mapping[str, type[Task]] = TASKS,
+  known: Mapping[str, type[NamedTask]] = TASKS,
 ) -> Task:
   """Returns the task of a config.
 
