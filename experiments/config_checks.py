@@ -235,6 +235,8 @@ def check_task(config: ConfigDict) -> None:
   """
   if "task" in config and not isinstance(config.task, ConfigDict):
     raise ValueError(f"task is {checks.shown(config.task)}; it must be a section")
+  if "task" in config and "name" not in config.task:
+    raise ValueError("task.name is missing")
   name = config.task.name if "task" in config else "completion"
   rules = rules_of_task(name)
   check(config, rules, ADDED_LATER)
