@@ -19,10 +19,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 from jax.typing import DTypeLike
 
 from lora_jax.checks import shown
+from lora_jax.data import log_mel
 from lora_jax.io import (
   bert_configs,
   bert_names,
@@ -33,18 +35,32 @@ from lora_jax.io import (
   image_configs,
   image_names,
   names,
+  speech_configs,
+  speech_names,
+  whisper_files,
 )
-from lora_jax.models import bert, convolutions, gemma4, gpt2, layers, llama, mobilenet, resnet, vit
+from lora_jax.models import (
+  bert,
+  convolutions,
+  gemma4,
+  gpt2,
+  layers,
+  llama,
+  mobilenet,
+  resnet,
+  vit,
+  whisper,
+)
 
 Rules = Sequence[tuple[str, jax.P]]
 Config = Any
 """A frozen dataclass. Every family's has `family`, `num_layers`, `scan_layers`, `remat_policy`,
 `constrain`, `dtype`, `param_dtype` and `classes`, the names of the outputs of its head where that
 is no vocabulary; that of a model of texts `vocab_size` and `max_length`, that of one of images
-`channels` and `image_size`, too."""
+`channels` and `image_size`, that of one of speech `max_samples`, too."""
 
 Reader = Callable[[Any], tuple[Config, Mapping[str, Any]] | None]
-DECODER, ENCODER, IMAGES = "decoder", "encoder", "images"
+DECODER, ENCODER, IMAGES, SPEECH = "decoder", "encoder", "images", "speech"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +74,7 @@ class Family:
   init_cache: (config, rows, slots, dtype) to an empty cache; None for a family that does not
     generate.
   names: {file format: {tensor name: path}}, for "safetensors" and, if the family has such files,
-    "gguf", "torch" and "onnx"; also for "modules" if PEFT's module names differ from those in
+    "gguf", "torch", "onnx" and "ctranslate2"; also for "modules" if PEFT's module names differ from those in
     files. See `lora_jax.io.names`.
   prefix: what the names of "safetensors" begin with, the head's excepted, and files that hold no
     head may leave out; "" where they leave out nothing.
@@ -71,7 +87,8 @@ class Family:
     stacked and scanned.
   kind: DECODER, causal attention: it generates text, and its last token represents a text.
     ENCODER, bidirectional attention: the first token or all of them represent a text. IMAGES, which
-    takes no text and has no tokenizer.
+    takes no text and has no tokenizer. SPEECH, which takes audio, of which `listen` makes its
+    input.
   class_head: {tensor name: path} of a classification head if `names` does not have it.
   peft_task, class_task: PEFT's `task_type` for adapters of a model without and with a
     classification head; None if PEFT has no name for it.
@@ -86,6 +103,9 @@ class Family:
     file from the format's module in `lora_jax.io` and returns (config, tensors), or None if the
     file belongs to another family.
   statistics: a pattern of leaves that are measured rather than learned; they never train.
+  end_token: the text of the token that ends a text in folders whose files name none.
+  listen: (config, samples at 16 kHz, samples of the window) to the model's input of a clip; None
+    for a model that takes no audio.
   """
 
   parse_config: Callable[[Mapping[str, Any]], Config]
@@ -114,6 +134,8 @@ class Family:
   as_stored: Callable[[Config, Collection[str]], Config] | None = None
   of_tensors: Mapping[str, Reader] = dataclasses.field(default_factory=dict)
   statistics: str | None = None
+  end_token: str | None = None
+  listen: Callable[[Config, np.ndarray, int], np.ndarray] | None = None
 
   @property
   def has_tokenizer(self) -> bool:
@@ -246,6 +268,23 @@ def _vit(name: str, **how: Any) -> Family:
   )  # fmt: skip
 
 
+SPEECH_SHARDING = (
+  (r"(.*/)?(attn|cross_attn)/(query|key|value)/kernel", jax.P("fsdp", "tensor")),
+  (r"(.*/)?(attn|cross_attn)/out/kernel", jax.P("tensor", "fsdp")),
+  (r"(.*/)?mlp/up/kernel", jax.P("fsdp", "tensor")),
+  (r"(.*/)?mlp/down/kernel", jax.P("tensor", "fsdp")),
+  ("decoder/embed/embedding", jax.P("tensor", None)),
+  (".*", jax.P()),
+)
+"""Of models of speech."""
+
+
+def _whisper_inputs(config: Config) -> tuple[jax.ShapeDtypeStruct, ...]:
+  """Two encoder frames and, for a model with a decoder, two tokens."""
+  mels = jax.ShapeDtypeStruct((1, 4, config.mels), jnp.float32)
+  return (mels,) if config.classes else (mels, *_tokens(config))
+
+
 FAMILIES: Mapping[str, Family] = {
   **{name: _decoder(name) for name in configs.FAMILIES},
   "gpt2": Family(
@@ -297,6 +336,28 @@ FAMILIES: Mapping[str, Family] = {
     make_model=resnet.ResNet,
     layers_alike=False,
     statistics=convolutions.STATISTICS,
+  ),
+  "whisper": Family(
+    parse_config=speech_configs.whisper,
+    write_config=speech_configs.write_whisper,
+    make_model=whisper.Whisper,
+    init_cache=None,  # its cache is of a clip, `Whisper.start`
+    names={"safetensors": speech_names.WHISPER, "ctranslate2": speech_names.WHISPER_CTRANSLATE2},
+    example_inputs=_whisper_inputs,
+    inputs=lambda config, rows, length: jax.ShapeDtypeStruct(
+      (rows, length or 2 * config.max_frames, config.mels), jnp.float32
+    ),
+    sharding=SPEECH_SHARDING,
+    prefix="model.",
+    layers_alike=False,
+    kind=SPEECH,
+    class_head=speech_names.CTC_HEAD,
+    peft_task=None,
+    class_task=None,
+    with_classes=speech_configs.with_classes,
+    of_tensors={"ctranslate2": whisper_files.from_ctranslate2},
+    end_token="<|endoftext|>",
+    listen=lambda config, samples, window: log_mel.features(samples, config.mels, window),
   ),
 }
 """By `model_type`, the name that a config.json has for the family."""

@@ -1,0 +1,126 @@
+"""Converts the `config.json` of speech models to and from their configurations.
+
+    config = whisper({"model_type": "whisper", "d_model": 384, ...})
+    fields = write_whisper(config)
+
+As in `lora_jax.io.configs`, unknown and unsupported fields are refused by name.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from lora_jax.checks import shown
+from lora_jax.io import checked_fields
+from lora_jax.io.configs import check_known
+from lora_jax.models.whisper import WhisperConfig
+
+Fields = Mapping[str, Any]
+
+_FRAME_HEADS = ("ForCTC",)
+_SIZES = {
+  "vocab_size": "vocab_size", "d_model": "width", "encoder_layers": "num_layers",
+  "decoder_layers": "decoder_layers", "encoder_attention_heads": "num_heads",
+  "encoder_ffn_dim": "mlp_width",
+}  # fmt: skip
+_OPTIONAL = {
+  "num_mel_bins": "mels", "max_source_positions": "max_frames",
+  "max_target_positions": "max_length",
+}  # fmt: skip
+# Encoder and decoder have one size here, as in all published models.
+_TWINS = {
+  "decoder_attention_heads": "encoder_attention_heads", "decoder_ffn_dim": "encoder_ffn_dim",
+}  # fmt: skip
+_FIXED = {"is_encoder_decoder": True, "tie_word_embeddings": True, "use_weighted_layer_sum": False}
+_ACTIVATIONS = {
+  "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
+}  # fmt: skip
+# Fields that do not affect the logits: dropout, masks of training, other heads, generation.
+_IGNORED = (
+  "num_hidden_layers", "encoder_layerdrop", "decoder_layerdrop", "dropout", "activation_dropout",
+  "init_std", "classifier_proj_size", "apply_spec_augment", "mask_time_prob", "mask_time_length",
+  "mask_time_min_masks", "mask_feature_prob", "mask_feature_length", "mask_feature_min_masks",
+  "median_filter_width", "forced_decoder_ids", "alignment_heads", "lang_ids", "suppress_ids",
+  "suppress_ids_begin",
+)  # fmt: skip
+
+
+def whisper(fields: Fields) -> WhisperConfig:
+  """Returns the configuration of a Whisper.
+
+  Raises ValueError for a missing field, a value of another type or out of range, an unknown field
+  that is not null, empty or false, and unsupported features: a decoder of another width than the
+  encoder, an embedding that is not tied, another activation.
+  """
+  own = {*_SIZES, *_OPTIONAL, *_TWINS, *_FIXED, "activation_function", "scale_embedding"}
+  check_known("whisper", {*own, *_IGNORED}, fields)
+  found = checked_fields.sizes(fields, _SIZES)
+  for field, twin in _TWINS.items():
+    if checked_fields.required(fields, field) != fields[twin]:
+      raise ValueError(
+        f"{field} {shown(fields[field])} differs from {twin} {shown(fields[twin])}, which is not "
+        "supported"
+      )
+  for field, value in _FIXED.items():
+    if not checked_fields.is_(fields.get(field, value), value):
+      raise ValueError(f"{field}={shown(fields[field])} is not supported, only {value}")
+  activation = fields.get("activation_function", "gelu")
+  if not isinstance(activation, str) or activation not in _ACTIVATIONS:
+    raise ValueError(
+      f"activation_function={shown(activation)} is not supported; supported: "
+      f"{', '.join(map(repr, _ACTIVATIONS))}"
+    )
+  if found["width"] % found["num_heads"]:
+    raise ValueError(
+      f"d_model {found['width']} is no multiple of encoder_attention_heads {found['num_heads']}"
+    )
+  return WhisperConfig(
+    **found,
+    **{ours: fields[theirs] for theirs, ours in _OPTIONAL.items() if theirs in fields},
+    head_dim=found["width"] // found["num_heads"],
+    activation=_ACTIVATIONS[activation],
+    scale_embedding=fields.get("scale_embedding", False),
+    classes=checked_fields.classes_of(fields, _FRAME_HEADS),
+  )
+
+
+def write_whisper(config: WhisperConfig) -> dict[str, Any]:
+  """Returns the fields of a `config.json`, the inverse of `whisper`.
+
+  A model with a head on its frames is a "WhisperForCTC", which is read here and which
+  `transformers` does not have.
+
+  Raises ValueError if the heads together are not as wide as the model.
+  """
+  if config.num_heads * config.head_dim != config.width:
+    raise ValueError(
+      f"{config.num_heads} heads of {config.head_dim} features are not together as wide as the "
+      f"model, {config.width}, and config.json has no field for that"
+    )
+  spelling = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
+  sizes = {theirs: getattr(config, ours) for theirs, ours in (_SIZES | _OPTIONAL).items()}
+  return {
+    **ctc_fields("Whisper", config.classes, "WhisperForConditionalGeneration"),
+    "model_type": "whisper",
+    **sizes,
+    **{field: sizes[twin] for field, twin in _TWINS.items()},
+    **_FIXED,
+    "activation_function": spelling[config.activation],
+    "scale_embedding": config.scale_embedding,
+  }
+
+
+def ctc_fields(name: str, classes: tuple[str, ...], bare: str) -> dict[str, Any]:
+  """The fields that describe the head of a model; `bare` is its class without one."""
+  if not classes:
+    return {"architectures": [bare]}
+  return {
+    "architectures": [f"{name}ForCTC"],
+    "id2label": {str(n): each for n, each in enumerate(classes)},
+    "label2id": {each: n for n, each in enumerate(classes)},
+  }
+
+
+def with_classes(config: Any, classes: tuple[str, ...]) -> Any:
+  """Returns the configuration with a new head on the frames."""
+  return dataclasses.replace(config, classes=classes)
