@@ -74,8 +74,8 @@ class Family:
   init_cache: (config, rows, slots, dtype) to an empty cache; None for a family that does not
     generate.
   names: {file format: {tensor name: path}}, for "safetensors" and, if the family has such files,
-    "gguf", "torch", "onnx" and "ctranslate2"; also for "modules" if PEFT's module names differ from those in
-    files. See `lora_jax.io.names`.
+    "gguf", "torch", "onnx" and "ctranslate2"; also for "modules" if PEFT's module names differ from
+    those in files. See `lora_jax.io.names`.
   prefix: what the names of "safetensors" begin with, the head's excepted, and files that hold no
     head may leave out; "" where they leave out nothing.
   example_inputs: config to the argument shapes of the smallest call that uses every parameter, for

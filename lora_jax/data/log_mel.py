@@ -42,7 +42,7 @@ def features(samples: np.ndarray, mels: int, window: int) -> np.ndarray:
     raise ValueError(
       f"a clip of {len(samples) / RATE:.2f} s does not fit a window of {window / RATE:g} s"
     )
-  # A window of 30 s ends with the clip mirrored, as in transformers, and a shorter one with silence.
+  # A window of 30 s ends with the clip mirrored, as in transformers; a shorter one with silence.
   padded = np.zeros(min(window + _SIZE // 2, _WHOLE))
   padded[: len(samples)] = samples
   padded = np.pad(padded, (_SIZE // 2, _SIZE // 2 - (len(padded) - window)), mode="reflect")

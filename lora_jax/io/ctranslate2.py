@@ -5,7 +5,7 @@
     file.variables["encoder/conv1/weight"].load()   # float16
     file.scalars["encoder/num_heads"]               # 6
 
-The format, all little-endian, as the converter of CTranslate2 4 writes it (its specs/model_spec.py):
+The format, all little-endian, as CTranslate2 4 writes it (python/ctranslate2/specs/model_spec.py):
 
     u32 version; text spec; u32 revision
     u32 count, then of each variable: text name; u8 rank; u32 of each axis; u8 type; u32 bytes; data

@@ -31,7 +31,10 @@ _OPTIONAL = {
 _TWINS = {
   "decoder_attention_heads": "encoder_attention_heads", "decoder_ffn_dim": "encoder_ffn_dim",
 }  # fmt: skip
-_FIXED = {"is_encoder_decoder": True, "tie_word_embeddings": True, "use_weighted_layer_sum": False}
+_FIXED = {
+  "is_encoder_decoder": True, "tie_word_embeddings": True, "use_weighted_layer_sum": False,
+  "scale_embedding": False,
+}  # fmt: skip
 _ACTIVATIONS = {
   "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
 }  # fmt: skip
@@ -52,7 +55,7 @@ def whisper(fields: Fields) -> WhisperConfig:
   that is not null, empty or false, and unsupported features: a decoder of another width than the
   encoder, an embedding that is not tied, another activation.
   """
-  own = {*_SIZES, *_OPTIONAL, *_TWINS, *_FIXED, "activation_function", "scale_embedding"}
+  own = {*_SIZES, *_OPTIONAL, *_TWINS, *_FIXED, "activation_function"}
   check_known("whisper", {*own, *_IGNORED}, fields)
   found = checked_fields.sizes(fields, _SIZES)
   for field, twin in _TWINS.items():
@@ -79,7 +82,6 @@ def whisper(fields: Fields) -> WhisperConfig:
     **{ours: fields[theirs] for theirs, ours in _OPTIONAL.items() if theirs in fields},
     head_dim=found["width"] // found["num_heads"],
     activation=_ACTIVATIONS[activation],
-    scale_embedding=fields.get("scale_embedding", False),
     classes=checked_fields.classes_of(fields, _FRAME_HEADS),
   )
 
@@ -106,7 +108,6 @@ def write_whisper(config: WhisperConfig) -> dict[str, Any]:
     **{field: sizes[twin] for field, twin in _TWINS.items()},
     **_FIXED,
     "activation_function": spelling[config.activation],
-    "scale_embedding": config.scale_embedding,
   }
 
 

@@ -28,6 +28,7 @@ _ACTIVATIONS = {1: "gelu_tanh", 3: "gelu", 0: "relu"}  # as CTranslate2 numbers 
 # What a Whisper does, by the scalars of the file; a file may lack those of other models.
 _FIXED = {
   "decoder/pre_norm": 1, "decoder/alibi": 0, "decoder/start_from_zero_embedding": 0,
+  "decoder/scale_embeddings": 0,
 }  # fmt: skip
 
 
@@ -129,5 +130,4 @@ def _config(file: File, tensors: dict[str, Any]) -> WhisperConfig:
     max_frames=shape("encoder/position_encodings/encodings", 2)[0],
     mels=shape("encoder/conv1/weight", 3)[1],
     activation=_ACTIVATIONS[activation],
-    scale_embedding=bool(file.scalars.get("decoder/scale_embeddings", 0)),
   )

@@ -42,8 +42,7 @@ class WhisperConfig:
   max_frames: the positions of encoder frames that have an embedding, 20 ms each. A shorter window
     takes the first of them.
   mels: M.
-  activation: of the convolutions and the MLP, one of `ACTIVATIONS`.
-  scale_embedding: whether the embeddings of tokens are multiplied by the square root of D.
+  activation: of the MLP, one of `ACTIVATIONS`; that of the convolutions is always GELU.
   classes: the names of the outputs of a head on the encoder's frames; such a model has no decoder.
     () for a Whisper, whose logits are products with the embeddings of tokens.
   scan_layers: False; the layers of encoder and decoder are apart.
@@ -64,7 +63,6 @@ class WhisperConfig:
   max_frames: int = 1500
   mels: int = 80
   activation: str = "gelu"
-  scale_embedding: bool = False
   classes: tuple[str, ...] = ()
   scan_layers: bool = False
   remat_policy: Callable[..., bool] | None = None
@@ -111,12 +109,6 @@ def _norm(config: WhisperConfig, name: str | None) -> nn.LayerNorm:
   )  # fmt: skip
 
 
-def _activate(config: WhisperConfig, x):
-  if config.activation == "relu":
-    return nn.relu(x)
-  return nn.gelu(x, approximate=config.activation == "gelu_tanh")
-
-
 class Attention(nn.Module):
   """Attention of a sequence over itself, or over the encoder's frames; keys have no bias."""
 
@@ -152,7 +144,10 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x_BUD):
     c = self.config
-    return _dense(c, c.width, "down")(_activate(c, _dense(c, c.mlp_width, "up")(x_BUD)))
+    up_BUE = _dense(c, c.mlp_width, "up")(x_BUD)
+    if c.activation == "relu":
+      return _dense(c, c.width, "down")(nn.relu(up_BUE))
+    return _dense(c, c.width, "down")(nn.gelu(up_BUE, approximate=c.activation == "gelu_tanh"))
 
 
 class EncoderBlock(nn.Module):
@@ -224,7 +219,7 @@ class Encoder(nn.Module):
     c = self.config
     x_BSD = mels_BTM.astype(c.dtype)
     for conv in (self.conv1, self.conv2):
-      x_BSD = _activate(c, conv(x_BSD))
+      x_BSD = nn.gelu(conv(x_BSD), approximate=False)
     x_BSD = x_BSD + self.positions(jnp.arange(x_BSD.shape[1]))
     x_BSD = c.constrain(x_BSD) if c.constrain else x_BSD
     for block in self.block:
@@ -246,10 +241,7 @@ class Decoder(nn.Module):
 
   def __call__(self, tokens_BU, frames_BSD, positions_BU, at_BC, cache):
     c = self.config
-    x_BUD = self.embed(tokens_BU)
-    if c.scale_embedding:
-      x_BUD *= jnp.asarray(c.width**0.5, c.dtype)
-    x_BUD += self.positions(positions_BU)
+    x_BUD = self.embed(tokens_BU) + self.positions(positions_BU)
     x_BUD = c.constrain(x_BUD) if c.constrain else x_BUD
     new_cache = {}
     for block in self.block:

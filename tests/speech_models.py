@@ -1,0 +1,99 @@
+"""Tiny random models of speech as transformers writes them, with a tokenizer; and tones to hear."""
+
+import json
+import pathlib
+
+import numpy as np
+import tiny_tokenizers
+import tokenizers
+from peers import torch, transformers
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+END, START, PLAIN = "<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>"
+PROMPT = START + PLAIN
+_WORDS = ("one", "two", "three", "four")
+_SIZES = {
+  "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+  "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_mel_bins": 80,
+  "max_source_positions": 100, "max_target_positions": 64,
+}  # fmt: skip
+KINDS = {
+  "Whisper": _SIZES,
+  "Whisper of one decoder layer, as distilled": _SIZES | {"decoder_layers": 1},
+  "Whisper of 128 bands, relu": _SIZES | {"num_mel_bins": 128, "activation_function": "relu"},
+}
+
+
+def words() -> tokenizers.Tokenizer:
+  """Byte-level BPE with Whisper's special tokens, which its post-processor puts around a text."""
+  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+  found = tokenizers.Tokenizer(models.BPE(vocab={x: n for n, x in enumerate(alphabet)}, merges=[]))
+  found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  found.decoder = decoders.ByteLevel()
+  found.add_special_tokens([END, START, PLAIN])
+  ids = [(token, found.token_to_id(token)) for token in (START, PLAIN, END)]
+  found.post_processor = processors.TemplateProcessing(
+    single=[START, PLAIN, "$A", END], special_tokens=ids
+  )
+  return found
+
+
+def make(name: str = "Whisper") -> "torch.nn.Module":
+  """A random model, with the same values each time."""
+  own = words()
+  torch.manual_seed(0)
+  end = own.token_to_id(END)
+  config = transformers.WhisperConfig(
+    **KINDS[name], vocab_size=own.get_vocab_size(), pad_token_id=end, bos_token_id=end,
+    eos_token_id=end, decoder_start_token_id=end + 1, suppress_tokens=None,
+    begin_suppress_tokens=None,
+  )  # fmt: skip
+  model = transformers.WhisperForConditionalGeneration(config).eval()
+  for path, values in model.named_parameters():
+    if "norm" in path and path.endswith("weight"):
+      torch.nn.init.uniform_(values, 0.5, 1.5)
+    else:
+      torch.nn.init.normal_(values, std=0.25 if values.ndim > 1 else 0.1)
+  return model
+
+
+def write(folder: pathlib.Path, name: str = "Whisper") -> "torch.nn.Module":
+  """Saves a model with its tokenizer; returns it."""
+  model = make(name)
+  model.save_pretrained(folder)
+  words().save(str(folder / "tokenizer.json"))
+  (folder / "tokenizer_config.json").write_text(json.dumps(tiny_tokenizers.SETTINGS | {
+    "bos_token": END, "eos_token": END,
+  }))  # fmt: skip
+  return model
+
+
+def mels(name: str = "Whisper", frames: int = 200, rows: int = 2) -> np.ndarray:
+  """Random features [rows, frames, bands]."""
+  shape = (rows, frames, KINDS[name]["num_mel_bins"])
+  return np.random.default_rng(3).normal(size=shape).astype(np.float32)
+
+
+def tone(word: int, seconds: float = 0.5, rate: int = 16_000, seed: int = 0) -> np.ndarray:
+  """A clip that stands for one of a few words: a tone of its own pitch, with some noise."""
+  rng = np.random.default_rng([word, seed])
+  at = np.arange(round(seconds * rate)) / rate
+  pitch = 300 * 2 ** (word + rng.uniform(-0.1, 0.1))
+  return (0.4 * np.sin(2 * np.pi * pitch * at) + 0.01 * rng.normal(size=len(at))).astype(np.float32)
+
+
+def write_clips(folder: pathlib.Path, count: int, seed: int) -> None:
+  """Writes `count` clips and clips.jsonl with their files, texts and slots."""
+  import soundfile
+
+  rows = []
+  folder.mkdir(parents=True, exist_ok=True)
+  for n in range(count):
+    said = [n % 4, (n // 4 + seed) % 4]
+    samples = np.concatenate([tone(word, 0.4, seed=1000 * seed + n) for word in said])
+    name = f"{seed}-{n}.flac"
+    soundfile.write(folder / name, samples, 16_000)
+    text = " ".join(_WORDS[word] for word in said)
+    slots = {"first": _WORDS[said[0]], "second": _WORDS[said[1]]}
+    rows.append({"file": name, "text": text, "slots": slots})
+  (folder / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
