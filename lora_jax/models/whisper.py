@@ -87,6 +87,11 @@ class WhisperConfig:
         "scan_layers to False"
       )
 
+  @property
+  def max_samples(self) -> int:
+    """The samples at 16 kHz of the longest clip."""
+    return 2 * self.max_frames * 160
+
 
 class DecoderCache(NamedTuple):
   """What one layer of the decoder keeps: of the tokens before, and of the encoder's frames."""

@@ -32,6 +32,7 @@ from lora_jax.tasks.completion import Completion
 from lora_jax.tasks.embedding import Embedding
 from lora_jax.tasks.images import Images
 from lora_jax.tasks.regression import Regression
+from lora_jax.tasks.transcription import Transcription
 from lora_jax.tasks.writing import ChatFormat
 from lora_jax.train.step import Batch, Objective
 
@@ -219,6 +220,7 @@ TASKS: Mapping[str, type[Task]] = {
   "regression": Regression,
   "embedding": Embedding,
   "images": Images,
+  "transcribe": Transcription,
 }
 """The tasks by `task.name` of a config."""
 

@@ -20,7 +20,7 @@ peer = pytest.importorskip("ctranslate2", reason="CTranslate2 writes the files o
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-  """`quantization -> the folder that CTranslate2 writes of a tiny Whisper`; "" for transformers'."""
+  """By quantization the folder that CTranslate2 writes of a tiny Whisper; "" transformers' own."""
   from ctranslate2.converters.transformers import WhisperLoader
 
   @functools.cache
