@@ -1,7 +1,9 @@
 """Tiny random models of speech as transformers writes them, with a tokenizer; and tones to hear."""
 
+import dataclasses
 import json
 import pathlib
+from typing import Any
 
 import numpy as np
 import tiny_tokenizers
@@ -17,11 +19,24 @@ _SIZES = {
   "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_mel_bins": 80,
   "max_source_positions": 100, "max_target_positions": 64,
 }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """A shape of config: the family, and what its config says."""
+
+  family: str
+  fields: dict[str, Any]
+
+
 KINDS = {
-  "Whisper": _SIZES,
-  "Whisper of one decoder layer, as distilled": _SIZES | {"decoder_layers": 1},
-  "Whisper of 128 bands, relu": _SIZES | {"num_mel_bins": 128, "activation_function": "relu"},
+  "Whisper": Kind("whisper", _SIZES),
+  "Whisper of one decoder layer, as distilled": Kind("whisper", _SIZES | {"decoder_layers": 1}),
+  "Whisper of 128 bands, relu": Kind(
+    "whisper", _SIZES | {"num_mel_bins": 128, "activation_function": "relu"}
+  ),
 }
+"""What the tests claim of each."""
 
 
 def words() -> tokenizers.Tokenizer:
@@ -44,7 +59,7 @@ def make(name: str = "Whisper") -> "torch.nn.Module":
   torch.manual_seed(0)
   end = own.token_to_id(END)
   config = transformers.WhisperConfig(
-    **KINDS[name], vocab_size=own.get_vocab_size(), pad_token_id=end, bos_token_id=end,
+    **KINDS[name].fields, vocab_size=own.get_vocab_size(), pad_token_id=end, bos_token_id=end,
     eos_token_id=end, decoder_start_token_id=end + 1, suppress_tokens=None,
     begin_suppress_tokens=None,
   )  # fmt: skip
@@ -70,7 +85,7 @@ def write(folder: pathlib.Path, name: str = "Whisper") -> "torch.nn.Module":
 
 def mels(name: str = "Whisper", frames: int = 200, rows: int = 2) -> np.ndarray:
   """Random features [rows, frames, bands]."""
-  shape = (rows, frames, KINDS[name]["num_mel_bins"])
+  shape = (rows, frames, KINDS[name].fields["num_mel_bins"])
   return np.random.default_rng(3).normal(size=shape).astype(np.float32)
 
 

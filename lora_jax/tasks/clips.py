@@ -115,7 +115,7 @@ class OfClips:
     family, config = found.family, found.config
     if family.listen is None:
       raise ValueError(
-        f"{found.source}: a {config.family!r} takes no audio, and the task {self.NAME} gives it some"
+        f"{found.source}: a {config.family!r} takes no audio, as the task {self.NAME} gives it"
       )
     if self.window > config.max_samples:
       raise ValueError(
