@@ -174,7 +174,7 @@ _CLIPS = {
   "audio": NAME, "text": NAME, "window": POSITIVE,
 }  # fmt: skip
 # The fields of `data` for tasks that do not read texts alone.
-_DATA_OF = {"images": _IMAGES, "transcribe": _CLIPS}
+_DATA_OF = {"images": _IMAGES, "transcribe": _CLIPS, "ctc": _CLIPS}
 # The fields of `data` and of `task` that a task has.
 _OF_TASKS = {
   "completion": (
@@ -202,6 +202,10 @@ _OF_TASKS = {
   "transcribe": (
     {"slots": TEXT, "max_length": whole(4)},
     {"prompt": NAME, "normalizer": NAME},
+  ),
+  "ctc": (
+    {"join": sequence(COUNT), "per_speaker": COUNT, "join_seed": SEED},
+    {"alphabet": sequence(NAME), "normalizer": NAME, "beams": COUNT},
   ),
   "chat": (
     {

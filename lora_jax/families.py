@@ -24,7 +24,7 @@ from flax import traverse_util
 from jax.typing import DTypeLike
 
 from lora_jax.checks import shown
-from lora_jax.data import log_mel
+from lora_jax.data import log_mel, standardized
 from lora_jax.io import (
   bert_configs,
   bert_names,
@@ -49,6 +49,7 @@ from lora_jax.models import (
   mobilenet,
   resnet,
   vit,
+  wav2vec2,
   whisper,
 )
 
@@ -57,10 +58,11 @@ Config = Any
 """A frozen dataclass. Every family's has `family`, `num_layers`, `scan_layers`, `remat_policy`,
 `constrain`, `dtype`, `param_dtype` and `classes`, the names of the outputs of its head where that
 is no vocabulary; that of a model of texts `vocab_size` and `max_length`, that of one of images
-`channels` and `image_size`, that of one of speech `max_samples`, too."""
+`channels` and `image_size`, that of one of audio `max_samples` and the function `frames_of`,
+too."""
 
 Reader = Callable[[Any], tuple[Config, Mapping[str, Any]] | None]
-DECODER, ENCODER, IMAGES, SPEECH = "decoder", "encoder", "images", "speech"
+DECODER, ENCODER, IMAGES, SPEECH, SOUND = "decoder", "encoder", "images", "speech", "sound"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +90,7 @@ class Family:
   kind: DECODER, causal attention: it generates text, and its last token represents a text.
     ENCODER, bidirectional attention: the first token or all of them represent a text. IMAGES, which
     takes no text and has no tokenizer. SPEECH, which takes audio, of which `listen` makes its
-    input.
+    input, and has a tokenizer for its decoder. SOUND, which takes audio and has none.
   class_head: {tensor name: path} of a classification head if `names` does not have it.
   peft_task, class_task: PEFT's `task_type` for adapters of a model without and with a
     classification head; None if PEFT has no name for it.
@@ -140,7 +142,7 @@ class Family:
   @property
   def has_tokenizer(self) -> bool:
     """Whether the family's folders have one."""
-    return self.kind != IMAGES
+    return self.kind not in (IMAGES, SOUND)
 
 
 DECODER_SHARDING = (
@@ -285,6 +287,12 @@ def _whisper_inputs(config: Config) -> tuple[jax.ShapeDtypeStruct, ...]:
   return (mels,) if config.classes else (mels, *_tokens(config))
 
 
+def _samples(config: Config, rows: int, length: int | None) -> jax.ShapeDtypeStruct:
+  """Samples, by default as many as give two frames."""
+  least = next(n for n in range(1, config.max_samples) if config.frames_of(n) == 2)
+  return jax.ShapeDtypeStruct((rows, length or least), jnp.float32)
+
+
 FAMILIES: Mapping[str, Family] = {
   **{name: _decoder(name) for name in configs.FAMILIES},
   "gpt2": Family(
@@ -358,6 +366,25 @@ FAMILIES: Mapping[str, Family] = {
     of_tensors={"ctranslate2": whisper_files.from_ctranslate2},
     end_token="<|endoftext|>",
     listen=lambda config, samples, window: log_mel.features(samples, config.mels, window),
+  ),
+  "wav2vec2": Family(
+    parse_config=speech_configs.wav2vec2,
+    write_config=speech_configs.write_wav2vec2,
+    make_model=wav2vec2.Wav2Vec2,
+    init_cache=None,
+    names={"safetensors": speech_names.WAV2VEC2},
+    example_inputs=lambda config: (_samples(config, 1, None),),
+    inputs=_samples,
+    sharding=SPEECH_SHARDING,
+    prefix="wav2vec2.",
+    layers_alike=False,
+    kind=SOUND,
+    class_head={},
+    peft_task=None,
+    class_task=None,
+    with_classes=speech_configs.with_classes,
+    bare=True,
+    listen=lambda config, samples, window: standardized.features(samples, window),
   ),
 }
 """By `model_type`, the name that a config.json has for the family."""

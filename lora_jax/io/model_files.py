@@ -24,6 +24,7 @@ from lora_jax.io import (
   onnx_files,
   safetensors,
   torch_files,
+  weight_norm,
 )
 from lora_jax.io import tokenizer as tokenizers
 
@@ -111,6 +112,10 @@ def open_folder(folder: Path, families: Mapping[str, Family]) -> ModelFile:
   if getattr(config, "tie_embeddings", False) and not config.classes:
     tensors = _without_tied_head(folder, tensors, table)
   tensors = mxfp4.joined(tensors, folder, table)
+  try:
+    tensors = weight_norm.joined(tensors, table)
+  except ValueError as error:
+    raise ValueError(f"{folder}: {error}") from None
   return ModelFile(
     config=config,
     family=family,

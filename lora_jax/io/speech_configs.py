@@ -13,6 +13,7 @@ from typing import Any
 from lora_jax.checks import shown
 from lora_jax.io import checked_fields
 from lora_jax.io.configs import check_known
+from lora_jax.models.wav2vec2 import Wav2Vec2Config
 from lora_jax.models.whisper import WhisperConfig
 
 Fields = Mapping[str, Any]
@@ -109,6 +110,118 @@ def write_whisper(config: WhisperConfig) -> dict[str, Any]:
     **_FIXED,
     "activation_function": spelling[config.activation],
   }
+
+
+# ---- wav2vec2
+
+_W2V_SIZES = {
+  "hidden_size": "width", "intermediate_size": "mlp_width", "num_hidden_layers": "num_layers",
+  "num_attention_heads": "num_heads",
+}  # fmt: skip
+_W2V_OPTIONAL = {
+  "conv_bias": "conv_bias", "do_stable_layer_norm": "pre_norm", "layer_norm_eps": "norm_eps",
+  "num_conv_pos_embeddings": "position_window", "num_conv_pos_embedding_groups": "position_groups",
+}  # fmt: skip
+_W2V_CONVOLUTIONS = {
+  "conv_dim": "conv_channels", "conv_kernel": "conv_windows", "conv_stride": "conv_strides",
+}  # fmt: skip
+_W2V_NORMS = {"group": False, "layer": True}
+_W2V_FIXED = {
+  "hidden_act": "gelu", "feat_extract_activation": "gelu", "add_adapter": False,
+  "use_weighted_layer_sum": False, "adapter_attn_dim": None,
+}  # fmt: skip
+# Dropout, masks and quantizers of pretraining, and other heads.
+_W2V_IGNORED = (
+  "hidden_dropout", "activation_dropout", "feat_proj_dropout", "feat_quantizer_dropout",
+  "final_dropout", "layerdrop", "apply_spec_augment", "mask_time_prob", "mask_time_length",
+  "mask_time_min_masks", "mask_feature_prob", "mask_feature_length", "mask_feature_min_masks",
+  "num_codevectors_per_group", "num_codevector_groups", "contrastive_logits_temperature",
+  "num_negatives", "codevector_dim", "proj_codevector_dim", "diversity_loss_weight",
+  "ctc_loss_reduction", "ctc_zero_infinity", "classifier_proj_size", "tdnn_dim", "tdnn_kernel",
+  "tdnn_dilation", "xvector_output_dim", "adapter_kernel_size", "adapter_stride",
+  "num_adapter_layers", "output_hidden_size", "num_feat_extract_layers", "vocab_size",
+  "gradient_checkpointing",
+)  # fmt: skip
+
+
+def wav2vec2(fields: Fields) -> Wav2Vec2Config:
+  """Returns the configuration of a wav2vec2.
+
+  The names of the classes are those of `id2label` if they are as many as the vocabulary; the file
+  vocab.json of a tokenizer is not read. Otherwise they are "<0>", "<1>", …, with "<pad>" for
+  `pad_token_id`.
+
+  Raises ValueError as `whisper` does.
+  """
+  own = {*_W2V_SIZES, *_W2V_OPTIONAL, *_W2V_CONVOLUTIONS, *_W2V_FIXED, "feat_extract_norm"}
+  check_known("wav2vec2", {*own, *_W2V_IGNORED}, fields)
+  found = checked_fields.sizes(fields, _W2V_SIZES)
+  for field, value in _W2V_FIXED.items():
+    if not checked_fields.is_(fields.get(field, value), value):
+      raise ValueError(f"{field}={shown(fields[field])} is not supported, only {value}")
+  norm = fields.get("feat_extract_norm", "group")
+  if not isinstance(norm, str) or norm not in _W2V_NORMS:
+    raise ValueError(f"feat_extract_norm={shown(norm)} is not supported; group and layer are")
+  for field in _W2V_CONVOLUTIONS:
+    if not isinstance(fields.get(field, []), list):
+      raise ValueError(f"{field} must be a list of whole numbers, not {shown(fields[field])}")
+  if found["width"] % found["num_heads"]:
+    raise ValueError(
+      f"hidden_size {found['width']} is no multiple of num_attention_heads {found['num_heads']}"
+    )
+  given = {ours: fields[theirs] for theirs, ours in _W2V_OPTIONAL.items() if theirs in fields}
+  given |= {
+    ours: tuple(fields[theirs]) for theirs, ours in _W2V_CONVOLUTIONS.items() if theirs in fields
+  }
+  return Wav2Vec2Config(
+    **found,
+    **given,
+    head_dim=found["width"] // found["num_heads"],
+    layer_norms=_W2V_NORMS[norm],
+    classes=_vocabulary(fields),
+  )
+
+
+def _vocabulary(fields: Fields) -> tuple[str, ...]:
+  """The names of the outputs of a wav2vec2's head; () for a model without one."""
+  classes = checked_fields.classes_of(fields, _FRAME_HEADS)
+  if not classes:
+    return ()
+  [count] = checked_fields.sizes({"vocab_size": 32} | dict(fields), {"vocab_size": "n"}).values()
+  if count > 1 << 20:
+    raise ValueError(f"vocab_size {count} is over the limit of characters")
+  if len(classes) == count:
+    return classes
+  pad = fields.get("pad_token_id", 0)
+  return tuple("<pad>" if n == pad else f"<{n}>" for n in range(count))
+
+
+def write_wav2vec2(config: Wav2Vec2Config) -> dict[str, Any]:
+  """Returns the fields of a `config.json`, the inverse of `wav2vec2`.
+
+  Raises ValueError if the heads together are not as wide as the model.
+  """
+  if config.num_heads * config.head_dim != config.width:
+    raise ValueError(
+      f"{config.num_heads} heads of {config.head_dim} features are not together as wide as the "
+      f"model, {config.width}, and config.json has no field for that"
+    )
+  pad = {"pad_token_id": config.classes.index("<pad>")} if "<pad>" in config.classes else {}
+  return {
+    **ctc_fields("Wav2Vec2", config.classes, "Wav2Vec2Model"),
+    "model_type": "wav2vec2",
+    **{x: getattr(config, ours) for x, ours in (_W2V_SIZES | _W2V_OPTIONAL).items()},
+    **{x: list(getattr(config, ours)) for x, ours in _W2V_CONVOLUTIONS.items()},
+    "num_feat_extract_layers": len(config.conv_channels),
+    "feat_extract_norm": "layer" if config.layer_norms else "group",
+    "hidden_act": "gelu",
+    "feat_extract_activation": "gelu",
+    **({"vocab_size": len(config.classes)} if config.classes else {}),
+    **pad,
+  }
+
+
+# ---- fields of all
 
 
 def ctc_fields(name: str, classes: tuple[str, ...], bare: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@
 `WHISPER_CTRANSLATE2` has the names after `lora_jax.io.whisper_files` has split fused projections.
 """
 
-from lora_jax.io.names import Conv, Table
+from lora_jax.io.names import Conv, Table, WeightNormed
 
 
 def _leaves(name: str, path: str, *, norm: bool = False, bias: bool = True) -> Table:
@@ -108,3 +108,32 @@ WHISPER_CTRANSLATE2: Table = {
   **_half("decoder", cross=True),
 }
 """Of CTranslate2's model.bin, its fused projections split."""
+
+
+def _wav2vec2() -> Table:
+  body, layer, block = "wav2vec2", "wav2vec2.encoder.layers.{i}", "block_{i}"
+  convolution = f"{body}.feature_extractor.conv_layers.{{i}}"
+  return {
+    f"{convolution}.conv.weight": Conv("convolutions/conv_{i}/kernel"),
+    f"{convolution}.conv.bias": "convolutions/conv_{i}/bias",
+    **_leaves(f"{convolution}.layer_norm", "convolutions/norm_{i}", norm=True),
+    **_leaves(f"{body}.feature_projection.layer_norm", "project_norm", norm=True),
+    **_leaves(f"{body}.feature_projection.projection", "project"),
+    f"{body}.encoder.pos_conv_embed.conv.weight": WeightNormed("positions/kernel"),
+    f"{body}.encoder.pos_conv_embed.conv.bias": "positions/bias",
+    **_leaves(f"{body}.encoder.layer_norm", "norm", norm=True),
+    **_leaves(f"{layer}.attention.q_proj", f"{block}/attn/query"),
+    **_leaves(f"{layer}.attention.k_proj", f"{block}/attn/key"),
+    **_leaves(f"{layer}.attention.v_proj", f"{block}/attn/value"),
+    **_leaves(f"{layer}.attention.out_proj", f"{block}/attn/out"),
+    **_leaves(f"{layer}.layer_norm", f"{block}/attn_norm", norm=True),
+    **_leaves(f"{layer}.feed_forward.intermediate_dense", f"{block}/mlp/up"),
+    **_leaves(f"{layer}.feed_forward.output_dense", f"{block}/mlp/down"),
+    **_leaves(f"{layer}.final_layer_norm", f"{block}/mlp_norm", norm=True),
+    f"{body}.masked_spec_embed": None,  # masks frames in pretraining
+    **_leaves("lm_head", "head"),
+  }
+
+
+WAV2VEC2: Table = _wav2vec2()
+"""Of `transformers`' Wav2Vec2ForCTC, in files and as PEFT's modules."""

@@ -16,7 +16,9 @@ LARGEST = {
   "query_length": (1 << 31) - 1, "full_kv_heads": 1 << 14, "full_head_dim": 1 << 14,
   "shared_layers": 1 << 10, "per_layer_width": 1 << 14, "per_layer_vocab": 1 << 24,
   "image_size": 1 << 14, "patch_size": 1 << 12, "channels": 1 << 12,
-  "decoder_layers": 1 << 10, "max_frames": (1 << 31) - 1, "mels": 1 << 12,
+  "conv_channels": 1 << 14, "conv_windows": 1 << 10, "conv_strides": 1 << 10,
+  "position_window": 1 << 12, "position_groups": 1 << 14, "decoder_layers": 1 << 10,
+  "max_frames": (1 << 31) - 1, "mels": 1 << 12,
   "stem_width": 1 << 14, "divisor": 1 << 10, "least_channels": 1 << 14, "output_stride": 32,
 }  # fmt: skip
 MOST_LEARNED_POSITIONS = 1 << 24

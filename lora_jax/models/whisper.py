@@ -92,6 +92,10 @@ class WhisperConfig:
     """The samples at 16 kHz of the longest clip."""
     return 2 * self.max_frames * 160
 
+  def frames_of(self, samples: int) -> int:
+    """The encoder frames of so many samples."""
+    return -(-samples // 320)
+
 
 class DecoderCache(NamedTuple):
   """What one layer of the decoder keeps: of the tokens before, and of the encoder's frames."""

@@ -29,6 +29,7 @@ from lora_jax.io.pretrained import Pretrained
 from lora_jax.tasks.chat import Chat
 from lora_jax.tasks.classification import Classification
 from lora_jax.tasks.completion import Completion
+from lora_jax.tasks.ctc import Ctc
 from lora_jax.tasks.embedding import Embedding
 from lora_jax.tasks.images import Images
 from lora_jax.tasks.regression import Regression
@@ -221,6 +222,7 @@ TASKS: Mapping[str, type[Task]] = {
   "embedding": Embedding,
   "images": Images,
   "transcribe": Transcription,
+  "ctc": Ctc,
 }
 """The tasks by `task.name` of a config."""
 
