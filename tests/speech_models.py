@@ -21,6 +21,13 @@ _SIZES = {
 }  # fmt: skip
 
 
+_SAMPLES = {
+  "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+  "conv_dim": [16, 16, 24], "conv_kernel": [10, 4, 4], "conv_stride": [8, 8, 5],
+  "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4, "vocab_size": 9,
+}  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class Kind:
   """A shape of config: the family, and what its config says."""
@@ -35,8 +42,20 @@ KINDS = {
   "Whisper of 128 bands, relu": Kind(
     "whisper", _SIZES | {"num_mel_bins": 128, "activation_function": "relu"}
   ),
-}
+  "wav2vec2, a norm over time": Kind("wav2vec2", _SAMPLES),
+  "wav2vec2, norms of channels, before": Kind(
+    "wav2vec2",
+    _SAMPLES
+    | {
+      "feat_extract_norm": "layer", "conv_bias": True, "do_stable_layer_norm": True,
+      "num_conv_pos_embeddings": 7,
+    },
+  ),
+}  # fmt: skip
 """What the tests claim of each."""
+
+WHISPERS = [name for name, kind in KINDS.items() if kind.family == "whisper"]
+WAV2VEC2S = [name for name, kind in KINDS.items() if kind.family == "wav2vec2"]
 
 
 def words() -> tokenizers.Tokenizer:
@@ -53,29 +72,39 @@ def words() -> tokenizers.Tokenizer:
   return found
 
 
-def make(name: str = "Whisper") -> "torch.nn.Module":
-  """A random model, with the same values each time."""
-  own = words()
+def make(name: str = "Whisper", size: dict[str, Any] | None = None) -> "torch.nn.Module":
+  """A random model, with the same values each time; `size` changes what its config says."""
   torch.manual_seed(0)
+  if name in WAV2VEC2S:
+    config = transformers.Wav2Vec2Config(**KINDS[name].fields)
+    return _random(transformers.Wav2Vec2ForCTC(config))
+  own = words()
   end = own.token_to_id(END)
   config = transformers.WhisperConfig(
-    **KINDS[name].fields, vocab_size=own.get_vocab_size(), pad_token_id=end, bos_token_id=end,
+    **KINDS[name].fields | (size or {}), vocab_size=own.get_vocab_size(), pad_token_id=end, bos_token_id=end,
     eos_token_id=end, decoder_start_token_id=end + 1, suppress_tokens=None,
     begin_suppress_tokens=None,
   )  # fmt: skip
-  model = transformers.WhisperForConditionalGeneration(config).eval()
+  return _random(transformers.WhisperForConditionalGeneration(config))
+
+
+def _random(model: "torch.nn.Module") -> "torch.nn.Module":
   for path, values in model.named_parameters():
-    if "norm" in path and path.endswith("weight"):
+    if "norm" in path and path.endswith("weight") or path.endswith("original0"):
       torch.nn.init.uniform_(values, 0.5, 1.5)
     else:
       torch.nn.init.normal_(values, std=0.25 if values.ndim > 1 else 0.1)
-  return model
+  return model.eval()
 
 
-def write(folder: pathlib.Path, name: str = "Whisper") -> "torch.nn.Module":
+def write(
+  folder: pathlib.Path, name: str = "Whisper", size: dict[str, Any] | None = None
+) -> "torch.nn.Module":
   """Saves a model with its tokenizer; returns it."""
-  model = make(name)
+  model = make(name, size)
   model.save_pretrained(folder)
+  if name in WAV2VEC2S:
+    return model
   words().save(str(folder / "tokenizer.json"))
   (folder / "tokenizer_config.json").write_text(json.dumps(tiny_tokenizers.SETTINGS | {
     "bos_token": END, "eos_token": END,
@@ -87,6 +116,11 @@ def mels(name: str = "Whisper", frames: int = 200, rows: int = 2) -> np.ndarray:
   """Random features [rows, frames, bands]."""
   shape = (rows, frames, KINDS[name].fields["num_mel_bins"])
   return np.random.default_rng(3).normal(size=shape).astype(np.float32)
+
+
+def samples(rows: int = 2, length: int = 4000) -> np.ndarray:
+  """Random samples [rows, length]."""
+  return np.random.default_rng(4).normal(size=(rows, length)).astype(np.float32)
 
 
 def tone(word: int, seconds: float = 0.5, rate: int = 16_000, seed: int = 0) -> np.ndarray:

@@ -7,23 +7,25 @@ import speech_models
 from configs import speech
 
 FIELDS = {
-  "data.window": 1.28, "data.max_length": 24, "train.steps": 6, "train.batch_size": 8,
+  "data.window": 1.28, "train.steps": 6, "train.batch_size": 8,
   "train.log_every": 1, "train.checkpoint_every": 3, "optimizer.warmup_steps": 1,
   "optimizer.peak": 1e-2, "optimizer.rates": (), "evaluation.batch_size": 8,
   "evaluation.samples": 3,
 }  # fmt: skip
 
 
-def write(folder: pathlib.Path, name: str = "Whisper"):
-  """Writes the model and its data; returns the config of a transcription."""
+def write(folder: pathlib.Path, name: str = "Whisper", task: str = "transcribe"):
+  """Writes the model and its data; returns the config of a task on both."""
   speech_models.write(folder / "model", name)
   speech_models.write_clips(folder / "train", 28, seed=0)
   speech_models.write_clips(folder / "test", 10, seed=1)
-  config = speech.get_config(f"data={folder / 'train' / 'clips.jsonl'}")
+  config = speech.get_config(f"data={folder / 'train' / 'clips.jsonl'},task={task}")
+  own = {"data.max_length": 24, "data.slots": "slots"} if task == "transcribe" else {}
   config.update_from_flattened_dict(
     FIELDS
+    | own
     | {
-      "model.source": str(folder / "model"), "data.slots": "slots", "data.split_by": "file",
+      "model.source": str(folder / "model"), "data.split_by": "file",
       "data.test_source": str(folder / "test" / "clips.jsonl"), "data.train": 0.9,
       "data.validation": 0.1, "data.test": 0.0,
     }

@@ -405,9 +405,13 @@ def test_configs_say_what_they_take():
   assert speech.get_config("coffee,method=lora_all").adapter.targets == ("all-linear",)
   assert speech.get_config("coffee").adapter.targets == ("attention",)
   assert speech.get_config("coffee,method=full").adapter.method == "full"
-  for text in ("", "coffee,data=a.jsonl"):
+  for text in ("", "coffee,data=a.jsonl", "coffee,digits"):
     with pytest.raises(ValueError, match="give one of :coffee"):
       speech.get_config(text)
+  with pytest.raises(ValueError, match="a transcription has no new layer"):
+    speech.get_config("coffee,method=head")
+  with pytest.raises(ValueError, match="the task 'sing' is unknown"):
+    speech.get_config("data=a.jsonl,task=sing")
 
 
 def test_a_clip_of_a_window_is_what_the_model_hears(bound):
