@@ -90,7 +90,7 @@ def make(name: str = "Whisper", size: dict[str, Any] | None = None) -> "torch.nn
 
 def _random(model: "torch.nn.Module") -> "torch.nn.Module":
   for path, values in model.named_parameters():
-    if "norm" in path and path.endswith("weight") or path.endswith("original0"):
+    if ("norm" in path and path.endswith("weight")) or path.endswith("original0"):
       torch.nn.init.uniform_(values, 0.5, 1.5)
     else:
       torch.nn.init.normal_(values, std=0.25 if values.ndim > 1 else 0.1)

@@ -127,18 +127,9 @@ class OfClips:
 
   # ---- batches
 
-  def row(self, clip: Clip) -> dict[str, np.ndarray]:
-    """Returns the arrays of a training row; `audio` is the model's input."""
-    raise NotImplementedError
-
   def heard(self, clip: Clip, window: int) -> np.ndarray:
     """Returns the model's input of a clip."""
     return self.model.family.listen(self.model.config, clip.samples, window)
-
-  def train_batches(
-    self, examples: Sequence[Clip], batch_size: int, *, seed: int, **rows: int
-  ) -> grain.MapDataset:
-    return row_batches.train_batches(examples, batch_size, row=self.row, seed=seed, **rows)
 
   def check_stackable(self) -> None:
     """Does nothing, since all batches have the same shape."""
@@ -159,9 +150,6 @@ class OfClips:
       f"{split['longest']:g} s, in windows of {described['window']:g} s"
       for name, split in described["splits"].items()
     ]
-
-  def words_of(self, shape: tuple[int, ...]) -> str:
-    return f"{self.window / RATE:g} s of speech, {shape[-1]} tokens at most"
 
   def run(self, apply: Callable) -> Callable[[PyTree, Batch], Any]:
     raise NotImplementedError

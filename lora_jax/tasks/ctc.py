@@ -14,6 +14,7 @@ fills its window has none.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -137,47 +138,53 @@ class Ctc(clips.OfClips):
 
   # ---- batches
 
-  def row(self, clip: Clip) -> dict[str, np.ndarray]:
-    whole = self._frames(self.window)
-    labels, missing = np.zeros(whole, np.int32), np.ones(whole, np.float32)
-    labels[: len(clip.tokens)], missing[: len(clip.tokens)] = clip.tokens, 0
-    return {
-      "audio": self.heard(clip, self.window), "frames": np.int32(self._frames(len(clip.samples))),
-      "labels": labels, "missing": missing, "weights": np.float32(1),
-    }  # fmt: skip
+  def train_batches(
+    self, examples: Sequence[Clip], batch_size: int, *, seed: int, **rows: int
+  ) -> grain.MapDataset:
+    row = functools.partial(self._row, most=_most_labels(examples))
+    return row_batches.train_batches(examples, batch_size, row=row, seed=seed, **rows)
 
   def eval_batches(
     self, examples: Sequence[Clip], batch_size: int, **rows: int
   ) -> grain.MapDataset:
-    return row_batches.eval_batches(examples, batch_size, row=self.row, **rows)
+    row = functools.partial(self._row, most=_most_labels(examples))
+    return row_batches.eval_batches(examples, batch_size, row=row, **rows)
+
+  def _row(self, clip: Clip, most: int) -> dict[str, np.ndarray]:
+    """The arrays of a clip; `most` is the number of labels of a row."""
+    labels, missing = np.zeros(most, np.int32), np.ones(most, np.float32)
+    labels[: len(clip.tokens)], missing[: len(clip.tokens)] = clip.tokens, 0
+    return self._heard(clip, self.window) | {
+      "labels": labels, "missing": missing, "weights": np.float32(1),
+    }  # fmt: skip
+
+  def _heard(self, clip: Clip, window: int) -> dict[str, np.ndarray]:
+    frames = np.int32(self._frames(len(clip.samples)))
+    return {"audio": self.heard(clip, window), "frames": frames}
 
   def _windows(self, examples: Sequence[Clip], batch_size: int, window: int) -> grain.MapDataset:
-    return row_batches.eval_batches(
-      examples, batch_size,
-      row=lambda clip: {
-        "audio": self.heard(clip, window), "frames": np.int32(self._frames(len(clip.samples))),
-      },
-    )  # fmt: skip
+    row = functools.partial(self._heard, window=window)
+    return row_batches.eval_batches(examples, batch_size, row=row)
 
   def shape_of(self, batch: Batch) -> tuple[int, ...]:
     return batch["weights"].shape
 
   def summary(self, examples: Sequence[Clip], batch_size: int) -> dict[str, Any]:
-    return row_batches.summary(len(examples), batch_size, (self.window, self._frames(self.window)))
+    return row_batches.summary(len(examples), batch_size, (self.window, _most_labels(examples)))
 
   def batch_of(self, shape: tuple[int, int], rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-    window, frames = shape
+    window, labels = shape
     audio = self.model.family.listen(self.model.config, np.zeros(window, np.float32), window)
     return {
       "audio": jax.ShapeDtypeStruct((rows, *audio.shape), audio.dtype),
       "frames": jax.ShapeDtypeStruct((rows,), jnp.int32),
-      "labels": jax.ShapeDtypeStruct((rows, frames), jnp.int32),
-      "missing": jax.ShapeDtypeStruct((rows, frames), jnp.float32),
+      "labels": jax.ShapeDtypeStruct((rows, labels), jnp.int32),
+      "missing": jax.ShapeDtypeStruct((rows, labels), jnp.float32),
       "weights": jax.ShapeDtypeStruct((rows,), jnp.float32),
     }
 
   def words_of(self, shape: tuple[int, ...]) -> str:
-    return f"{shape[0] / RATE:g} s of speech, {shape[1]} frames"
+    return f"{shape[0] / RATE:g} s of speech, {shape[1]} characters at most"
 
   # ---- training and evaluation
 
@@ -256,6 +263,10 @@ class Ctc(clips.OfClips):
       f"WER {metrics['wer']:.1%}, CER {metrics['cer']:.1%}, whole clips {metrics['whole']:.1%}, "
       f"loss {metrics['loss']:.3f} on {metrics['rows']} clips"
     )
+
+
+def _most_labels(examples: Sequence[Clip]) -> int:
+  return max((len(clip.tokens) for clip in examples), default=1)
 
 
 def _absent(logits_BSK: jax.Array, batch: Batch) -> jax.Array:

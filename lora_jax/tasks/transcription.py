@@ -17,12 +17,14 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.checks import shown
 from lora_jax.data import records, row_batches
+from lora_jax.data.log_mel import RATE
 from lora_jax.data.token_texts import TokenText, token_texts
 from lora_jax.io.pretrained import Pretrained
 from lora_jax.models import decode
@@ -138,7 +140,13 @@ class Transcription(clips.OfClips):
 
   # ---- batches
 
+  def train_batches(
+    self, examples: Sequence[Clip], batch_size: int, *, seed: int, **rows: int
+  ) -> grain.MapDataset:
+    return row_batches.train_batches(examples, batch_size, row=self.row, seed=seed, **rows)
+
   def row(self, clip: Clip) -> dict[str, np.ndarray]:
+    """Returns the arrays of a training row."""
     inputs, count = clip.tokens[:-1], len(self.prompt_ids)
     tokens = np.full(self.max_length, self.model.tokenizer.eos_id, np.int32)
     tokens[: len(inputs)] = inputs
@@ -148,7 +156,9 @@ class Transcription(clips.OfClips):
     audio = self.heard(clip, self.window)
     return {"audio": audio, "tokens": tokens, "targets": targets, "weights": weights}
 
-  def eval_batches(self, examples: Sequence[Clip], batch_size: int, **rows: int) -> Any:
+  def eval_batches(
+    self, examples: Sequence[Clip], batch_size: int, **rows: int
+  ) -> grain.MapDataset:
     """As the base's, with the tokens of the phrases of each clip, `phrases` [B, K, L]."""
     encode = functools.partial(self.model.tokenizer.encode, add_special_tokens=False)
     phrases = [[encode(" " + phrase) for phrase in clip.phrases] for clip in examples]
@@ -165,6 +175,9 @@ class Transcription(clips.OfClips):
       return self.row(clip) | {"phrases": found}
 
     return row_batches.eval_batches(examples, batch_size, row=row, **rows)
+
+  def words_of(self, shape: tuple[int, ...]) -> str:
+    return f"{shape[0] / RATE:g} s of speech, {shape[1]} tokens at most"
 
   def shape_of(self, batch: Batch) -> tuple[int, ...]:
     return batch["tokens"].shape

@@ -126,10 +126,10 @@ def test_the_layer_alone_lora_and_everything_train_as_one_may_choose(bound):
 
 def test_a_plan_knows_batches_of_clips(config):
   case = planning.read(config)
-  assert case.largest == (20480, 64)
+  assert case.largest == (20480, len("three three"))
   mesh = planning.abstract_mesh(config.mesh, 1)
   made = plan.make_plan(planning.whole_run(config, case, mesh))
-  assert made.batch == 8 * 4 * (128 * 80 + 2 * 64 + 2) and made.flops > 1e6
+  assert made.batch == 8 * 4 * (128 * 80 + 2 * 11 + 2) and made.flops > 1e6
 
 
 def test_a_text_that_is_longer_than_its_frames_is_refused_by_the_clip_s_name(config, tmp_path):
