@@ -13,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 END, START, PLAIN = "<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>"
 PROMPT = START + PLAIN
-_WORDS = ("one", "two", "three", "four")
+WORDS = ("latte", "mocha", "small", "large")
 _SIZES = {
   "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
   "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_mel_bins": 80,
@@ -81,8 +81,8 @@ def make(name: str = "Whisper", size: dict[str, Any] | None = None) -> "torch.nn
   own = words()
   end = own.token_to_id(END)
   config = transformers.WhisperConfig(
-    **KINDS[name].fields | (size or {}), vocab_size=own.get_vocab_size(), pad_token_id=end, bos_token_id=end,
-    eos_token_id=end, decoder_start_token_id=end + 1, suppress_tokens=None,
+    **KINDS[name].fields | (size or {}),
+    vocab_size=own.get_vocab_size(), pad_token_id=end, bos_token_id=end, eos_token_id=end, decoder_start_token_id=end + 1, suppress_tokens=None,
     begin_suppress_tokens=None,
   )  # fmt: skip
   return _random(transformers.WhisperForConditionalGeneration(config))
@@ -142,7 +142,7 @@ def write_clips(folder: pathlib.Path, count: int, seed: int) -> None:
     samples = np.concatenate([tone(word, 0.4, seed=1000 * seed + n) for word in said])
     name = f"{seed}-{n}.flac"
     soundfile.write(folder / name, samples, 16_000)
-    text = " ".join(_WORDS[word] for word in said)
-    slots = {"first": _WORDS[said[0]], "second": _WORDS[said[1]]}
+    text = " ".join(WORDS[word] for word in said)
+    slots = {"first": WORDS[said[0]], "second": WORDS[said[1]]}
     rows.append({"file": name, "text": text, "slots": slots})
   (folder / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

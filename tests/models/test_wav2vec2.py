@@ -80,7 +80,7 @@ def test_both_names_of_weight_normed_parts_are_read(loaded, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, again.params, found.params)
   del tensors[here[1]]
   safetensors.save_file(tensors, tmp_path / "model.safetensors")
-  with pytest.raises(ValueError, match="is weight-normed, and one of its parts .* is missing"):
+  with pytest.raises(ValueError, match=r"is weight-normed, and one of its parts .* is missing"):
     pretrained.load(tmp_path)
 
 
