@@ -174,9 +174,9 @@ def share_of_a_device(config: ConfigDict, case: Case, mesh: Mesh | AbstractMesh)
   fields = [x for x in sizes if (size := getattr(model, x, None)) and size % count == 0]
   model = dataclasses.replace(model, **{x: getattr(model, x) // count for x in fields})
   alone = AbstractMesh((1, 1, count), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
-  whole_heads = () if cuts_heads else ((r"(.*/)?attn/.*", jax.P()),)
+  whole_heads = () if cuts_heads else ((r"(.*/)?(cross_)?attn/.*", jax.P()),)
   # Whole on a device of the mesh, but of a smaller model it has those of its own outputs.
-  biases = (r"(.*/)?(attn/(query|key|value|qkv)|mlp/(gate|up))/bias", jax.P("tensor"))
+  biases = (r"(.*/)?((cross_)?attn/(query|key|value|qkv)|mlp/(gate|up))/bias", jax.P("tensor"))
   # Nor are classes sizes of the model; a head of them is small.
   classes = (("head/.*", jax.P()),) if getattr(model, "classes", ()) else ()
   rules = (*whole_heads, *classes, biases, *families.family_of(model).sharding)

@@ -289,8 +289,7 @@ def _whisper_inputs(config: Config) -> tuple[jax.ShapeDtypeStruct, ...]:
 
 def _samples(config: Config, rows: int, length: int | None) -> jax.ShapeDtypeStruct:
   """Samples, by default as many as give two frames."""
-  least = next(n for n in range(1, config.max_samples) if config.frames_of(n) == 2)
-  return jax.ShapeDtypeStruct((rows, length or least), jnp.float32)
+  return jax.ShapeDtypeStruct((rows, length or config.samples_of(2)), jnp.float32)
 
 
 FAMILIES: Mapping[str, Family] = {

@@ -80,11 +80,10 @@ def make(name: str = "Whisper", size: dict[str, Any] | None = None) -> "torch.nn
     return _random(transformers.Wav2Vec2ForCTC(config))
   own = words()
   end = own.token_to_id(END)
-  config = transformers.WhisperConfig(
-    **KINDS[name].fields | (size or {}),
-    vocab_size=own.get_vocab_size(), pad_token_id=end, bos_token_id=end, eos_token_id=end, decoder_start_token_id=end + 1, suppress_tokens=None,
-    begin_suppress_tokens=None,
-  )  # fmt: skip
+  special = {"pad_token_id": end, "bos_token_id": end, "eos_token_id": end}
+  special |= {"decoder_start_token_id": end + 1, "begin_suppress_tokens": None}
+  sizes = KINDS[name].fields | {"vocab_size": own.get_vocab_size()} | (size or {})
+  config = transformers.WhisperConfig(**sizes, **special, suppress_tokens=None)
   return _random(transformers.WhisperForConditionalGeneration(config))
 
 

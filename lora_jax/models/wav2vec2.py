@@ -93,6 +93,11 @@ class Wav2Vec2Config:
         f"Wav2Vec2Config: width {self.width} is no multiple of position_groups "
         f"{self.position_groups}"
       )
+    if self.samples_of(2) > _MOST_SAMPLES:
+      raise ValueError(
+        f"Wav2Vec2Config: two frames of these convolutions take {self.samples_of(2):,} samples, "
+        f"over the limit of {_MOST_SAMPLES:,}"
+      )
 
   @property
   def max_samples(self) -> int:
@@ -104,6 +109,12 @@ class Wav2Vec2Config:
     for window, stride in zip(self.conv_windows, self.conv_strides, strict=True):
       samples = max(0, (samples - window) // stride + 1)
     return samples
+
+  def samples_of(self, frames: int) -> int:
+    """The fewest samples that give so many frames."""
+    for window, stride in zip(self.conv_windows[::-1], self.conv_strides[::-1], strict=True):
+      frames = (frames - 1) * stride + window
+    return frames
 
 
 def _dense(config: Wav2Vec2Config, features: int, name: str | None) -> nn.Dense:

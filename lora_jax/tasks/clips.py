@@ -151,7 +151,12 @@ class OfClips:
       for name, split in described["splits"].items()
     ]
 
+  def shape_of(self, batch: Batch) -> tuple[int, ...]:
+    """As the task's units are counted; of clips alone their number and length."""
+    return batch["weights"].shape if "weights" in batch else batch["audio"].shape[:2]
+
   def run(self, apply: Callable) -> Callable[[PyTree, Batch], Any]:
+    """Returns `(weights, batch) -> logits`."""
     raise NotImplementedError
 
   def mask(self, batch: Batch) -> None:

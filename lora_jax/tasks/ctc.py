@@ -166,9 +166,6 @@ class Ctc(clips.OfClips):
     row = functools.partial(self._heard, window=window)
     return row_batches.eval_batches(examples, batch_size, row=row)
 
-  def shape_of(self, batch: Batch) -> tuple[int, ...]:
-    return batch["weights"].shape
-
   def summary(self, examples: Sequence[Clip], batch_size: int) -> dict[str, Any]:
     return row_batches.summary(len(examples), batch_size, (self.window, _most_labels(examples)))
 

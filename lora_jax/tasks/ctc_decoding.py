@@ -35,7 +35,7 @@ def beam_search(log_p_SK: np.ndarray, beams: int, blank: int) -> list[int]:
     beams: prefixes that are kept at each frame; enough of them make the search exact.
     blank: the class that is left out.
   """
-  # Of each prefix the log-probabilities of the paths that end in a blank, and of those that do not.
+  # The log-probabilities of a prefix by paths that end in a blank, and by those that do not.
   found: dict[tuple[int, ...], tuple[float, float]] = {(): (0.0, -np.inf)}
   for log_p_K in np.asarray(log_p_SK, np.float64):
     after: dict[tuple[int, ...], list[float]] = {}

@@ -179,9 +179,6 @@ class Transcription(clips.OfClips):
   def words_of(self, shape: tuple[int, ...]) -> str:
     return f"{shape[0] / RATE:g} s of speech, {shape[1]} tokens at most"
 
-  def shape_of(self, batch: Batch) -> tuple[int, ...]:
-    return batch["tokens"].shape
-
   def summary(self, examples: Sequence[Clip], batch_size: int) -> dict[str, Any]:
     return row_batches.summary(len(examples), batch_size, (self.window, self.max_length))
 

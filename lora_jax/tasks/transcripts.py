@@ -31,7 +31,7 @@ NORMALIZERS: Mapping[str, Callable[[], Normalize]] = {
   name: functools.cache(make)
   for name, make in {"english": _english, "basic": _basic, "none": _words}.items()
 }
-"""What is done to texts before they are compared. english and basic are Whisper's own (Radford et
+"""The changes of texts before they are compared. english and basic are Whisper's own (Radford et
 al. 2022, appendix C): case, punctuation and fillers are taken out, and English numbers and
 spellings are made alike. none: white space alone."""
 

@@ -48,6 +48,8 @@ def test_logits_are_those_of_transformers(loaded, name):
   expected = theirs(model, samples)
   np.testing.assert_allclose(ours(found, samples), expected, atol=ATOL, rtol=0)
   assert expected.shape[1] == found.config.frames_of(samples.shape[1])
+  least = found.config.samples_of(2)
+  assert [found.config.frames_of(least + n) for n in (-1, 0)] == [1, 2]
   assert np.ptp(expected, axis=0).max() > 0.05 and found.tokenizer is None
   assert found.config.classes[0] == "<pad>" and len(found.config.classes) == 9
 
@@ -154,6 +156,7 @@ def test_what_is_not_computed_is_refused_by_name(loaded):
     ({"conv_dim": [16]}, "1 channels, 3 windows and 3 strides"),
     ({"conv_stride": [1, "2", 3]}, "conv_strides must be a positive integer"),
     ({"num_conv_pos_embedding_groups": 5}, "width 32 is no multiple of position_groups 5"),
+    ({"conv_stride": [1000, 1000, 1000]}, "over the limit of 1,048,576"),
     ({"rotary": True}, "'rotary'=True is not known"),
   ]
   for changes, words in cases:
