@@ -287,6 +287,16 @@ def _whisper_inputs(config: Config) -> tuple[jax.ShapeDtypeStruct, ...]:
   return (mels,) if config.classes else (mels, *_tokens(config))
 
 
+def _mels(config: Config, rows: int, length: int | None) -> jax.ShapeDtypeStruct:
+  """Features of the whole window, of a Whisper with a head on its frames."""
+  if not config.classes:
+    raise ValueError(
+      "a Whisper with a decoder is no program of one input, for it reads its own tokens one after "
+      "another; export it as merged"
+    )
+  return jax.ShapeDtypeStruct((rows, length or 2 * config.max_frames, config.mels), jnp.float32)
+
+
 def _samples(config: Config, rows: int, length: int | None) -> jax.ShapeDtypeStruct:
   """Samples, by default as many as give two frames."""
   return jax.ShapeDtypeStruct((rows, length or config.samples_of(2)), jnp.float32)
@@ -351,9 +361,7 @@ FAMILIES: Mapping[str, Family] = {
     init_cache=None,  # its cache is of a clip, `Whisper.start`
     names={"safetensors": speech_names.WHISPER, "ctranslate2": speech_names.WHISPER_CTRANSLATE2},
     example_inputs=_whisper_inputs,
-    inputs=lambda config, rows, length: jax.ShapeDtypeStruct(
-      (rows, length or 2 * config.max_frames, config.mels), jnp.float32
-    ),
+    inputs=_mels,
     sharding=SPEECH_SHARDING,
     prefix="model.",
     layers_alike=False,

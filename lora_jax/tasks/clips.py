@@ -39,7 +39,10 @@ class Clip:
   tokens: of the text, and what stands before them.
   phrases: normalized, that the transcript should have.
   name: of the file.
+  cut: the tokens that were left out; a text is never cut.
   """
+
+  cut: ClassVar[int] = 0
 
   samples: np.ndarray
   text: str

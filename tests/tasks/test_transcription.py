@@ -391,6 +391,12 @@ def test_a_family_is_planned_trained_evaluated_and_exported_by_commands(tmp_path
   merged = f"--output={tmp_path / 'merged'}"
   main_programs.run("export", f"--workdir={folder}", "--to=merged", merged)
   transformers.WhisperForConditionalGeneration.from_pretrained(tmp_path / "merged")
+  artifact = f"--output={tmp_path / 'artifact'}"
+  printed = main_programs.run(
+    "export", f"--workdir={folder}", "--to=artifact", artifact, fails=True
+  )
+  assert "a Whisper with a decoder is no program of one input" in printed
+  assert "learned: " in main_programs.run("preview", f"--config={path}", "--examples=1")
   printed = main_programs.run("generate", f"--workdir={folder}", "--prompt=a", fails=True)
   assert "generates no text" in printed
 
