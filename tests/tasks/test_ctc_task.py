@@ -148,7 +148,7 @@ def test_a_text_that_is_longer_than_its_frames_is_refused_by_the_clip_s_name(con
   with pytest.raises(ValueError, match=words):
     task.examples(rows)
   assert ctc_decoding.frames_needed([1] * 20) == 39
-  rows[0]["text"] = "zone"
+  rows[0]["text"] = "zoo"
   with pytest.raises(ValueError, match=r"fast\.wav: its text has 'z', which is not in the alphab"):
     task.examples(rows)
 
