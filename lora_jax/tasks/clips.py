@@ -19,6 +19,7 @@ import numpy as np
 
 from lora_jax.checks import shown
 from lora_jax.data import audio, records, row_batches, text_files
+from lora_jax.data.batches import Watch
 from lora_jax.data.log_mel import RATE
 from lora_jax.io.pretrained import Pretrained
 from lora_jax.tasks import questions, tables, transcripts
@@ -130,9 +131,21 @@ class OfClips:
 
   # ---- batches
 
+  @property
+  def known_model(self) -> Pretrained:
+    """The model, once `of_model` has set it."""
+    assert self.model is not None, "of_model gives the task its model"
+    return self.model
+
   def heard(self, clip: Clip, window: int) -> np.ndarray:
     """Returns the model's input of a clip."""
-    return self.model.family.listen(self.model.config, clip.samples, window)
+    return self.listen(clip.samples, window)
+
+  def listen(self, samples: np.ndarray, window: int) -> np.ndarray:
+    """Returns the model's input of samples."""
+    listen = self.known_model.family.listen
+    assert listen is not None, "of_model refuses a model that takes no audio"
+    return listen(self.known_model.config, samples, window)
 
   def check_stackable(self) -> None:
     """Does nothing, since all batches have the same shape."""
@@ -219,7 +232,7 @@ class OfClips:
         raise ValueError(
           f"{given}: the folder has no clips, whose names end in {', '.join(audio.ENDINGS)}"
         )
-    most = self.model.config.max_samples / RATE
+    most = self.known_model.config.max_samples / RATE
     return [
       Clip(samples=audio.read(x, min(most, _MOST)), text="", tokens=(), name=str(x)) for x in files
     ]
@@ -231,7 +244,7 @@ class OfClips:
     examples: Sequence[Clip],
     *,
     batch_size: int,
-    watch: Callable[[Sequence], Any] = iter,
+    watch: Watch = iter,
   ) -> list[questions.Answer]:
     """Returns `file`, `seconds`, `text` and `computed_in` of each, the seconds that it took.
 
@@ -274,7 +287,7 @@ class OfClips:
 
   def _window_of(self, clip: Clip) -> int:
     count = -(-len(clip.samples) // self.window)
-    return min(count * self.window, self.model.config.max_samples)
+    return min(count * self.window, self.known_model.config.max_samples)
 
   # ---- what it has no use for
 

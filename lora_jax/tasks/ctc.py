@@ -17,7 +17,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, Unpack
 
 import grain
 import jax
@@ -27,6 +27,7 @@ import optax
 
 from lora_jax.checks import shown
 from lora_jax.data import joined_words, records, row_batches
+from lora_jax.data.batches import Shard
 from lora_jax.data.log_mel import RATE
 from lora_jax.data.token_texts import TokenText
 from lora_jax.io.pretrained import Pretrained
@@ -100,10 +101,10 @@ class Ctc(clips.OfClips):
 
   @property
   def _blank(self) -> int:
-    return self.model.config.classes.index(BLANK)
+    return self.known_model.config.classes.index(BLANK)
 
   def examples(self, rows: Sequence[records.Record]) -> list[Clip]:
-    numbers = {name: n for n, name in enumerate(self.model.config.classes)}
+    numbers = {name: n for n, name in enumerate(self.known_model.config.classes)}
     found = []
     for number, row in enumerate(rows):
       where = f"record {number}, {row['name']}"
@@ -129,23 +130,23 @@ class Ctc(clips.OfClips):
 
   def _frames(self, samples: int) -> int:
     """Frames of a clip's own samples."""
-    return self.model.config.frames_of(samples)
+    return self.known_model.config.frames_of(samples)
 
   def tokens(self, example: Clip) -> list[TokenText]:
     """Returns the characters, all of them learned."""
-    names = self.model.config.classes
+    names = self.known_model.config.classes
     return [TokenText(names[x], 1, special=False, learnt=True) for x in example.tokens]
 
   # ---- batches
 
   def train_batches(
-    self, examples: Sequence[Clip], batch_size: int, *, seed: int, **rows: int
+    self, examples: Sequence[Clip], batch_size: int, *, seed: int, **rows: Unpack[Shard]
   ) -> grain.MapDataset:
     row = functools.partial(self._row, most=_most_labels(examples))
     return row_batches.train_batches(examples, batch_size, row=row, seed=seed, **rows)
 
   def eval_batches(
-    self, examples: Sequence[Clip], batch_size: int, **rows: int
+    self, examples: Sequence[Clip], batch_size: int, **rows: Unpack[Shard]
   ) -> grain.MapDataset:
     row = functools.partial(self._row, most=_most_labels(examples))
     return row_batches.eval_batches(examples, batch_size, row=row, **rows)
@@ -171,7 +172,7 @@ class Ctc(clips.OfClips):
 
   def batch_of(self, shape: tuple[int, int], rows: int) -> dict[str, jax.ShapeDtypeStruct]:
     window, labels = shape
-    audio = self.model.family.listen(self.model.config, np.zeros(window, np.float32), window)
+    audio = self.listen(np.zeros(window, np.float32), window)
     return {
       "audio": jax.ShapeDtypeStruct((rows, *audio.shape), audio.dtype),
       "frames": jax.ShapeDtypeStruct((rows,), jnp.int32),
@@ -228,7 +229,7 @@ class Ctc(clips.OfClips):
     return self._spelled(labels)
 
   def _spelled(self, labels: Sequence[int]) -> str:
-    names = self.model.config.classes
+    names = self.known_model.config.classes
     return " ".join("".join(names[label] for label in labels).replace(SPACE, " ").split())
 
   def make_eval_step(self, apply: Callable) -> Callable[[PyTree, Batch], PyTree]:

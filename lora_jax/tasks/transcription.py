@@ -15,7 +15,7 @@ phrase is found if its words stand in the transcript one after another.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, Unpack
 
 import grain
 import jax
@@ -24,9 +24,11 @@ import numpy as np
 
 from lora_jax.checks import shown
 from lora_jax.data import records, row_batches
+from lora_jax.data.batches import Shard
 from lora_jax.data.log_mel import RATE
 from lora_jax.data.token_texts import TokenText, token_texts
 from lora_jax.io.pretrained import Pretrained
+from lora_jax.io.tokenizer import Tokenizer
 from lora_jax.models import decode
 from lora_jax.tasks import clips, transcripts
 from lora_jax.tasks.clips import Clip
@@ -108,12 +110,18 @@ class Transcription(clips.OfClips):
     return bound
 
   @property
+  def tokenizer(self) -> Tokenizer:
+    """The model's tokenizer; `of_model` refuses a model without one."""
+    assert self.known_model.tokenizer is not None
+    return self.known_model.tokenizer
+
+  @property
   def prompt_ids(self) -> list[int]:
     """The tokens before every text."""
-    return self.model.tokenizer.encode(self.prompt, add_special_tokens=False)
+    return self.tokenizer.encode(self.prompt, add_special_tokens=False)
 
   def examples(self, rows: Sequence[records.Record]) -> list[Clip]:
-    tokenizer, prompt, found = self.model.tokenizer, self.prompt_ids, []
+    tokenizer, prompt, found = self.tokenizer, self.prompt_ids, []
     for number, row in enumerate(rows):
       where = f"record {number}, {row['name']}"
       # Whisper's texts begin with a space, as they do within a longer transcript.
@@ -136,19 +144,19 @@ class Transcription(clips.OfClips):
 
   def tokens(self, example: Clip) -> list[TokenText]:
     learnt = set(range(len(self.prompt_ids), len(example.tokens)))
-    return token_texts(self.model.tokenizer, example.tokens, learnt)
+    return token_texts(self.tokenizer, example.tokens, learnt)
 
   # ---- batches
 
   def train_batches(
-    self, examples: Sequence[Clip], batch_size: int, *, seed: int, **rows: int
+    self, examples: Sequence[Clip], batch_size: int, *, seed: int, **rows: Unpack[Shard]
   ) -> grain.MapDataset:
     return row_batches.train_batches(examples, batch_size, row=self.row, seed=seed, **rows)
 
   def row(self, clip: Clip) -> dict[str, np.ndarray]:
     """Returns the arrays of a training row."""
     inputs, count = clip.tokens[:-1], len(self.prompt_ids)
-    tokens = np.full(self.max_length, self.model.tokenizer.eos_id, np.int32)
+    tokens = np.full(self.max_length, self.tokenizer.eos_id, np.int32)
     tokens[: len(inputs)] = inputs
     targets, weights = np.zeros_like(tokens), np.zeros(self.max_length, np.float32)
     learnt = slice(count - 1, len(inputs))
@@ -157,10 +165,10 @@ class Transcription(clips.OfClips):
     return {"audio": audio, "tokens": tokens, "targets": targets, "weights": weights}
 
   def eval_batches(
-    self, examples: Sequence[Clip], batch_size: int, **rows: int
+    self, examples: Sequence[Clip], batch_size: int, **rows: Unpack[Shard]
   ) -> grain.MapDataset:
     """As the base's, with the tokens of the phrases of each clip, `phrases` [B, K, L]."""
-    encode = functools.partial(self.model.tokenizer.encode, add_special_tokens=False)
+    encode = functools.partial(self.tokenizer.encode, add_special_tokens=False)
     phrases = [[encode(" " + phrase) for phrase in clip.phrases] for clip in examples]
     most = (
       max(map(len, phrases), default=0),
@@ -169,7 +177,7 @@ class Transcription(clips.OfClips):
     numbers = {id(clip): n for n, clip in enumerate(examples)}
 
     def row(clip: Clip) -> dict[str, np.ndarray]:
-      found = np.full(most, self.model.tokenizer.eos_id, np.int32)
+      found = np.full(most, self.tokenizer.eos_id, np.int32)
       for n, ids in enumerate(phrases[numbers[id(clip)]]):
         found[n, : len(ids)] = ids
       return self.row(clip) | {"phrases": found}
@@ -184,8 +192,7 @@ class Transcription(clips.OfClips):
 
   def batch_of(self, shape: tuple[int, int], rows: int) -> dict[str, jax.ShapeDtypeStruct]:
     window, length = shape
-    silence = np.zeros(window, np.float32)
-    audio = self.model.family.listen(self.model.config, silence, window)
+    audio = self.listen(np.zeros(window, np.float32), window)
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     return {
       "audio": jax.ShapeDtypeStruct((rows, *audio.shape), audio.dtype), "tokens": tokens,
@@ -208,8 +215,8 @@ class Transcription(clips.OfClips):
     return jax.jit(lambda weights, batch: self._greedy(apply, weights, batch["audio"]))
 
   def _greedy(self, apply: Callable, weights: PyTree, audio: jax.Array) -> jax.Array:
-    tokenizer, prompt = self.model.tokenizer, self.prompt_ids
-    barred = np.arange(self.model.config.vocab_size) >= tokenizer.vocab_size
+    tokenizer, prompt = self.tokenizer, self.prompt_ids
+    barred = np.arange(self.known_model.config.vocab_size) >= tokenizer.vocab_size
     barred[list(set(tokenizer.special_tokens.values()) - set(tokenizer.stop_ids))] = True
 
     def choose(key: jax.Array, logits_BV: jax.Array) -> jax.Array:
@@ -226,7 +233,7 @@ class Transcription(clips.OfClips):
     )  # fmt: skip
 
   def text_of(self, output: np.ndarray) -> str:
-    tokenizer = self.model.tokenizer
+    tokenizer = self.tokenizer
     return tokenizer.decode(generation.until_end(output.tolist(), tokenizer.stop_ids))
 
   def make_eval_step(self, apply: Callable) -> Callable[[PyTree, Batch], PyTree]:
