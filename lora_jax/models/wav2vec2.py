@@ -47,7 +47,8 @@ class Wav2Vec2Config:
   position_window, position_groups: of the positional convolution.
   norm_eps: added to the variance in LayerNorm.
   classes: the names of the outputs of the head on the frames; () for a model without one.
-  scan_layers, remat_policy, constrain, dtype, param_dtype: as in `llama_config.LlamaConfig`.
+  scan_layers: False; the layers are separate.
+  remat_policy, constrain, dtype, param_dtype: as in `llama_config.LlamaConfig`.
   family: `model_type` in a config.json; it does not affect the computation.
 
   Raises ValueError for a value of another type or out of range, and for inconsistent values.
@@ -78,6 +79,9 @@ class Wav2Vec2Config:
   def __post_init__(self):
     for field in dataclasses.fields(self):
       limits.check("Wav2Vec2Config", field.name, field.type, getattr(self, field.name))
+    limits.check_separate_layers("Wav2Vec2Config", num_layers=self.num_layers)
+    if self.scan_layers:
+      raise ValueError("Wav2Vec2Config: its layers are not stacked; set scan_layers to False")
     sizes = {"channels": self.conv_channels, "windows": self.conv_windows,
              "strides": self.conv_strides}  # fmt: skip
     for name, values in sizes.items():

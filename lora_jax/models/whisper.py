@@ -75,6 +75,9 @@ class WhisperConfig:
     for field in dataclasses.fields(self):
       limits.check("WhisperConfig", field.name, field.type, getattr(self, field.name))
     limits.check_choice("WhisperConfig", "activation", self.activation, ACTIVATIONS)
+    limits.check_separate_layers(
+      "WhisperConfig", num_layers=self.num_layers, decoder_layers=self.decoder_layers
+    )
     for name in ("max_length", "max_frames"):
       if getattr(self, name) > limits.MOST_LEARNED_POSITIONS:
         raise ValueError(

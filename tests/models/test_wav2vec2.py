@@ -157,6 +157,7 @@ def test_what_is_not_computed_is_refused_by_name(loaded):
     ({"conv_stride": [1, "2", 3]}, "conv_strides must be a positive integer"),
     ({"num_conv_pos_embedding_groups": 5}, "width 32 is no multiple of position_groups 5"),
     ({"conv_stride": [1000, 1000, 1000]}, "over the limit of 1,048,576"),
+    ({"num_hidden_layers": 200}, "num_layers 200 is over the limit of 128 for layers that are not"),
     ({"rotary": True}, "'rotary'=True is not known"),
   ]
   for changes, words in cases:

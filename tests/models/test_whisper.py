@@ -156,6 +156,7 @@ def test_what_is_not_computed_is_refused_by_name(loaded):
     ({"d_model": 30}, "d_model 30 is no multiple of encoder_attention_heads 4"),
     ({"num_mel_bins": 10**9}, "mels 1000000000 is over the limit"),
     ({"max_source_positions": "many"}, "max_frames must be a positive integer"),
+    ({"decoder_layers": 200}, "decoder_layers 200 is over the limit of 128 for layers that are no"),
     ({"rotary": True}, "'rotary'=True is not known"),
   ]
   for changes, words in cases:
