@@ -166,8 +166,15 @@ _IMAGES = {
   "crop_area": Rule("above 0 and at most 1", lambda value: POSITIVE.holds(value) and value <= 1),
   "flip": SHARE,
 }  # fmt: skip
-# The fields of `data` for tasks that do not read tables.
-_DATA_OF = {"images": _IMAGES}
+_CLIPS = {
+  **{x: _DATA[x] for x in (
+    "source", "test_source", "format", "columns", "encoding", "quoted", "split_by", "train",
+    "validation", "test",
+  )},
+  "audio": NAME, "text": NAME, "window": POSITIVE,
+}  # fmt: skip
+# The fields of `data` for tasks that do not read texts alone.
+_DATA_OF = {"images": _IMAGES, "transcribe": _CLIPS, "ctc": _CLIPS}
 # The fields of `data` and of `task` that a task has.
 _OF_TASKS = {
   "completion": (
@@ -191,6 +198,14 @@ _OF_TASKS = {
   "images": (
     {},
     {"labels": sequence(NAME, empty=False)},
+  ),
+  "transcribe": (
+    {"slots": TEXT, "max_length": whole(4)},
+    {"prompt": NAME, "normalizer": NAME},
+  ),
+  "ctc": (
+    {"join": sequence(COUNT), "per_speaker": COUNT, "join_seed": SEED},
+    {"alphabet": sequence(NAME), "normalizer": NAME, "beams": COUNT},
   ),
   "chat": (
     {

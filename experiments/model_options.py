@@ -56,12 +56,13 @@ def _with_choice(model: families.Config, **changes: Any) -> families.Config:
 
 
 def attention_line(model: families.Config, data: ConfigDict) -> str:
-  """Which implementation of attention a run's training uses, for people; "" of a model without.
+  """Which implementation of attention a run's training uses, for people; "" of a model without, and
+  of data that are no texts, whose task refuses such a model.
 
   Raises:
     ValueError: when the one that the config names cannot compute it, with the reason.
   """
-  if not hasattr(model, "attention"):
+  if not hasattr(model, "attention") or "buckets" not in data:
     return ""
   packed = data.packed_length if "packed_length" in data else 0
   used: dict[str, list[int]] = {}

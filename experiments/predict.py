@@ -1,18 +1,21 @@
-r"""Answers for texts or images of one's own by a run: classes, scores or embeddings, by its task.
+r"""Answers for one's own texts, images or clips by a run: classes, scores, embeddings, transcripts.
 
     python -m experiments.predict --workdir=runs/sst2 --input="a joy from start to finish"
     python -m experiments.predict --workdir=runs/rte --input=pairs.jsonl > answers.jsonl
     python -m experiments.predict --workdir=runs/cifar --input=photographs
+    python -m experiments.predict --workdir=runs/coffee --input=clip.flac
 
 --input is a text, or the path of a file: JSONL, JSON, CSV, TSV or Parquet with the columns of the
 run's templates, or .txt with a text on each line. For a run on images it is a picture, or a folder
-of pictures, which are taken in the order of their names. Each answer is printed as a JSON object on
+of pictures, which are taken in the order of their names; for one on speech a clip, or a folder of
+clips. Each answer is printed as a JSON object on
 a line of its own, with `index`, the number of the record from 0, and by the task
 
     classification    label, and probabilities by class
     regression        score
     embedding         embedding, of length 1
     images            image, the path; label, and probabilities by class
+    transcribe, ctc   file, the path; seconds, its length; text; computed_in, the seconds it took
 """
 
 import json
@@ -27,7 +30,10 @@ from lora_jax.train import progress
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.", required=True)
 _INPUT = flags.DEFINE_string(
-  "input", None, "A text, or a file of them; an image, or a folder of them.", required=True
+  "input",
+  None,
+  "A text, or a file of them; an image or a clip, or a folder of them.",
+  required=True,
 )
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Records that are computed at once.", 1)
 _FETCH = flags.DEFINE_bool(

@@ -19,10 +19,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 from jax.typing import DTypeLike
 
 from lora_jax.checks import shown
+from lora_jax.data import log_mel, standardized
 from lora_jax.io import (
   bert_configs,
   bert_names,
@@ -33,18 +35,34 @@ from lora_jax.io import (
   image_configs,
   image_names,
   names,
+  speech_configs,
+  speech_names,
+  whisper_files,
 )
-from lora_jax.models import bert, convolutions, gemma4, gpt2, layers, llama, mobilenet, resnet, vit
+from lora_jax.models import (
+  bert,
+  convolutions,
+  gemma4,
+  gpt2,
+  layers,
+  llama,
+  mobilenet,
+  resnet,
+  vit,
+  wav2vec2,
+  whisper,
+)
 
 Rules = Sequence[tuple[str, jax.P]]
 Config = Any
 """A frozen dataclass. Every family's has `family`, `num_layers`, `scan_layers`, `remat_policy`,
 `constrain`, `dtype`, `param_dtype` and `classes`, the names of the outputs of its head where that
 is no vocabulary; that of a model of texts `vocab_size` and `max_length`, that of one of images
-`channels` and `image_size`, too."""
+`channels` and `image_size`, that of one of audio `max_samples` and the function `frames_of`,
+too."""
 
 Reader = Callable[[Any], tuple[Config, Mapping[str, Any]] | None]
-DECODER, ENCODER, IMAGES = "decoder", "encoder", "images"
+DECODER, ENCODER, IMAGES, SPEECH, SOUND = "decoder", "encoder", "images", "speech", "sound"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,8 +76,8 @@ class Family:
   init_cache: (config, rows, slots, dtype) to an empty cache; None for a family that does not
     generate.
   names: {file format: {tensor name: path}}, for "safetensors" and, if the family has such files,
-    "gguf", "torch" and "onnx"; also for "modules" if PEFT's module names differ from those in
-    files. See `lora_jax.io.names`.
+    "gguf", "torch", "onnx" and "ctranslate2"; also for "modules" if PEFT's module names differ from
+    those in files. See `lora_jax.io.names`.
   prefix: what the names of "safetensors" begin with, the head's excepted, and files that hold no
     head may leave out; "" where they leave out nothing.
   example_inputs: config to the argument shapes of the smallest call that uses every parameter, for
@@ -71,7 +89,8 @@ class Family:
     stacked and scanned.
   kind: DECODER, causal attention: it generates text, and its last token represents a text.
     ENCODER, bidirectional attention: the first token or all of them represent a text. IMAGES, which
-    takes no text and has no tokenizer.
+    takes no text and has no tokenizer. SPEECH, which takes audio, of which `listen` makes its
+    input, and has a tokenizer for its decoder. SOUND, which takes audio and has none.
   class_head: {tensor name: path} of a classification head if `names` does not have it.
   peft_task, class_task: PEFT's `task_type` for adapters of a model without and with a
     classification head; None if PEFT has no name for it.
@@ -86,6 +105,9 @@ class Family:
     file from the format's module in `lora_jax.io` and returns (config, tensors), or None if the
     file belongs to another family.
   statistics: a pattern of leaves that are measured rather than learned; they never train.
+  end_token: the text of the token that ends a text in folders whose files name none.
+  listen: (config, samples at 16 kHz, samples of the window) to the model's input of a clip; None
+    for a model that takes no audio.
   """
 
   parse_config: Callable[[Mapping[str, Any]], Config]
@@ -114,11 +136,13 @@ class Family:
   as_stored: Callable[[Config, Collection[str]], Config] | None = None
   of_tensors: Mapping[str, Reader] = dataclasses.field(default_factory=dict)
   statistics: str | None = None
+  end_token: str | None = None
+  listen: Callable[[Config, np.ndarray, int], np.ndarray] | None = None
 
   @property
   def has_tokenizer(self) -> bool:
     """Whether the family's folders have one."""
-    return self.kind != IMAGES
+    return self.kind not in (IMAGES, SOUND)
 
 
 DECODER_SHARDING = (
@@ -249,6 +273,38 @@ def _vit(name: str, **how: Any) -> Family:
   )  # fmt: skip
 
 
+SPEECH_SHARDING = (
+  (r"(.*/)?(attn|cross_attn)/(query|key|value)/kernel", jax.P("fsdp", "tensor")),
+  (r"(.*/)?(attn|cross_attn)/out/kernel", jax.P("tensor", "fsdp")),
+  (r"(.*/)?mlp/up/kernel", jax.P("fsdp", "tensor")),
+  (r"(.*/)?mlp/down/kernel", jax.P("tensor", "fsdp")),
+  ("decoder/embed/embedding", jax.P("tensor", None)),
+  (".*", jax.P()),
+)
+"""Of models of speech."""
+
+
+def _whisper_inputs(config: Config) -> tuple[jax.ShapeDtypeStruct, ...]:
+  """Two encoder frames and, for a model with a decoder, two tokens."""
+  mels = jax.ShapeDtypeStruct((1, 4, config.mels), jnp.float32)
+  return (mels,) if config.classes else (mels, *_tokens(config))
+
+
+def _mels(config: Config, rows: int, length: int | None) -> jax.ShapeDtypeStruct:
+  """Features of the whole window, of a Whisper with a head on its frames."""
+  if not config.classes:
+    raise ValueError(
+      "a Whisper with a decoder is no program of one input, for it reads its own tokens one after "
+      "another; export it as merged"
+    )
+  return jax.ShapeDtypeStruct((rows, length or 2 * config.max_frames, config.mels), jnp.float32)
+
+
+def _samples(config: Config, rows: int, length: int | None) -> jax.ShapeDtypeStruct:
+  """Samples, by default as many as give two frames."""
+  return jax.ShapeDtypeStruct((rows, length or config.samples_of(2)), jnp.float32)
+
+
 FAMILIES: Mapping[str, Family] = {
   **{name: _decoder(name) for name in configs.FAMILIES},
   "gpt2": Family(
@@ -300,6 +356,45 @@ FAMILIES: Mapping[str, Family] = {
     make_model=resnet.ResNet,
     layers_alike=False,
     statistics=convolutions.STATISTICS,
+  ),
+  "whisper": Family(
+    parse_config=speech_configs.whisper,
+    write_config=speech_configs.write_whisper,
+    make_model=whisper.Whisper,
+    init_cache=None,  # its cache is of a clip, `Whisper.start`
+    names={"safetensors": speech_names.WHISPER, "ctranslate2": speech_names.WHISPER_CTRANSLATE2},
+    example_inputs=_whisper_inputs,
+    inputs=_mels,
+    sharding=SPEECH_SHARDING,
+    prefix="model.",
+    layers_alike=False,
+    kind=SPEECH,
+    class_head=speech_names.CTC_HEAD,
+    peft_task=None,
+    class_task=None,
+    with_classes=speech_configs.with_classes,
+    of_tensors={"ctranslate2": whisper_files.from_ctranslate2},
+    end_token="<|endoftext|>",
+    listen=lambda config, samples, window: log_mel.features(samples, config.mels, window),
+  ),
+  "wav2vec2": Family(
+    parse_config=speech_configs.wav2vec2,
+    write_config=speech_configs.write_wav2vec2,
+    make_model=wav2vec2.Wav2Vec2,
+    init_cache=None,
+    names={"safetensors": speech_names.WAV2VEC2},
+    example_inputs=lambda config: (_samples(config, 1, None),),
+    inputs=_samples,
+    sharding=SPEECH_SHARDING,
+    prefix="wav2vec2.",
+    layers_alike=False,
+    kind=SOUND,
+    class_head={},
+    peft_task=None,
+    class_task=None,
+    with_classes=speech_configs.with_classes,
+    bare=True,
+    listen=lambda config, samples, window: standardized.features(samples, window),
   ),
 }
 """By `model_type`, the name that a config.json has for the family."""

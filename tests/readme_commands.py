@@ -11,7 +11,7 @@ DOCS = [
   ROOT / "docs" / f"{name}.md"
   for name in (
     "tutorials/linen", "tutorials/nnx", "tutorials/checkpoint", "tutorials/own_data",
-    "tutorials/own_images", "tutorials/colab", "tutorials/compress",
+    "tutorials/own_images", "tutorials/own_speech", "tutorials/colab", "tutorials/compress",
     "tutorials/many_adapters", "tutorials/devices",
     "guide/how_it_works", "guide/methods", "guide/quantized", "guide/commands", "guide/models",
   )
@@ -26,8 +26,10 @@ _NAMES = {
   "/shared/runs/": "runs/",
 }
 
-_FILES = ("mine.jsonl", "more.jsonl", "photographs", "more_photographs")
-_OWN = ("heal.py", "glue.py", "images.py")
+_FILES = (
+  "mine.jsonl", "more.jsonl", "photographs", "more_photographs", "clips.jsonl", "clip.flac",
+)  # fmt: skip
+_OWN = ("heal.py", "glue.py", "images.py", "speech.py")
 
 
 def blocks(language: str, page: str = README) -> list[str]:
@@ -69,8 +71,8 @@ def short(words: list[str], runs: pathlib.Path, model: pathlib.Path) -> list[str
 
   runs: takes the place of runs/.
   model: a tiny decoder's folder; next to it the same as a GGUF file, conversations in mine.jsonl
-    and more.jsonl, and pictures in photographs/ and more_photographs/. Configs of other models
-    take their own.
+    and more.jsonl, pictures in photographs/ and more_photographs/, and speech in clips.jsonl and
+    clip.flac. Configs of other models take their own.
   """
   program, *arguments = words
   made = []

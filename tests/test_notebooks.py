@@ -105,6 +105,19 @@ def test_the_notebook_on_own_data_previews_trains_talks_and_exports(tmp_path, mo
   assert "Traceback" not in printed and "Error" not in printed and errors == ""
 
 
+def test_the_notebook_on_speech_trains_and_plays_a_clip_alongside_its_transcript(
+  tmp_path, monkeypatch
+):
+  pytest.importorskip("soundfile")
+  printed, errors, folder = execute("speech_colab.ipynb", tmp_path, monkeypatch)
+  assert "held_out: " in printed and "294,912 of 37,760,256 parameters train (0.78%)" in printed
+  assert re.search(r"before: WER [\d.]+%, .*after:  WER [\d.]+%, ", printed, re.DOTALL)
+  said, read = re.search(r"^said: (.*)\nread: (.*)", printed, re.MULTILINE).groups()
+  assert set(said.split()) <= {"lungo", "ristretto"} and isinstance(read, str)
+  assert (folder / "runs/tones/adapter/adapter_model.safetensors").exists()
+  assert "Traceback" not in printed and errors == ""
+
+
 def test_the_notebook_from_scratch_builds_a_transform_that_agrees_with_the_library(
   tmp_path, monkeypatch
 ):

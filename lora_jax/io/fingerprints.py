@@ -24,7 +24,7 @@ _PIECES = 64
 # The files of a model's folder that are read, except its tensors.
 _TEXTS = ("config.json", "compressed.json", "tokenizer.json", "tokenizer_config.json",
           "tokenizer.model", "vocab.txt", "chat_template.jinja", "adapter_config.json")  # fmt: skip
-_TENSORS = ("compressed.safetensors", "adapter_model.safetensors")
+_TENSORS = ("compressed.safetensors", "adapter_model.safetensors", "model.bin")
 
 
 def of(source: str | Path) -> dict[str, str]:

@@ -30,9 +30,11 @@ from lora_jax.io.pretrained import Pretrained
 from lora_jax.tasks.chat import Chat
 from lora_jax.tasks.classification import Classification
 from lora_jax.tasks.completion import Completion
+from lora_jax.tasks.ctc import Ctc
 from lora_jax.tasks.embedding import Embedding
 from lora_jax.tasks.images import Images
 from lora_jax.tasks.regression import Regression
+from lora_jax.tasks.transcription import Transcription
 from lora_jax.tasks.writing import ChatFormat
 from lora_jax.train.step import Batch, Objective
 
@@ -278,6 +280,8 @@ TASKS: Mapping[str, type[NamedTask]] = {
   "regression": Regression,
   "embedding": Embedding,
   "images": Images,
+  "transcribe": Transcription,
+  "ctc": Ctc,
 }
 """The tasks by `task.name` of a config."""
 

@@ -15,6 +15,7 @@ from configs import (
   images,
   quickstart,
   sft,
+  speech,
   translate,
 )
 from configs import methods as methods_config
@@ -29,6 +30,8 @@ CONFIGS = {
   "classify": lambda: classify.get_config(),
   "images": lambda: images.get_config("cifar"),
   "X-rays, head alone": lambda: images.get_config("pneumonia,model=mobilenet,method=head"),
+  "spoken orders": lambda: speech.get_config("coffee"),
+  "spoken digits, head alone": lambda: speech.get_config("digits,method=head"),
   "sft": lambda: sft.get_config(),
   "sft on a file": lambda: sft.get_config("data=mine.jsonl,full"),
   "methods": lambda: methods_config.get_config(),
