@@ -166,8 +166,12 @@ _IMAGES = {
   "crop_area": Rule("above 0 and at most 1", lambda value: POSITIVE.holds(value) and value <= 1),
   "flip": SHARE,
 }  # fmt: skip
+_OF_ARRAYS = ("arrays", "test_arrays")
+_DETECTION = {name: rule for name, rule in _IMAGES.items() if name not in _OF_ARRAYS} | {
+  "annotations": NAME, "test_annotations": TEXT, "images": TEXT, "leave_out": sequence(NAME),
+}  # fmt: skip
 # The fields of `data` for tasks that do not read tables.
-_DATA_OF = {"images": _IMAGES}
+_DATA_OF = {"images": _IMAGES, "detection": _DETECTION}
 # The fields of `data` and of `task` that a task has.
 _OF_TASKS = {
   "completion": (
@@ -191,6 +195,16 @@ _OF_TASKS = {
   "images": (
     {},
     {"labels": sequence(NAME, empty=False)},
+  ),
+  "detection": (
+    {},
+    {
+      "labels": sequence(NAME, empty=False),
+      "scales": sequence(sequence(POSITIVE, empty=False), empty=False),
+      "ratios": sequence(POSITIVE, empty=False),
+      "overlap": SHARE, "negatives": whole(1, 1 << 10), "nms": SHARE, "least_score": SHARE,
+      "shown_score": SHARE, "most": whole(1, 1 << 10),
+    },
   ),
   "chat": (
     {

@@ -29,6 +29,7 @@ from lora_jax.io.pretrained import Pretrained
 from lora_jax.tasks.chat import Chat
 from lora_jax.tasks.classification import Classification
 from lora_jax.tasks.completion import Completion
+from lora_jax.tasks.detection import Detection
 from lora_jax.tasks.embedding import Embedding
 from lora_jax.tasks.images import Images
 from lora_jax.tasks.regression import Regression
@@ -193,6 +194,10 @@ class Task(Protocol):
   ) -> list[dict[str, Any]]:
     """Returns an answer for each example, as JSON values; see `EncodedTexts.predict`."""
 
+  def mark(self, example: Example) -> Callable[[Any, Any], None] | None:
+    """Returns a function `(answer of predict, PNG file)` that draws an answer into a copy of the
+    example's picture, or None for a task that draws none."""
+
   def make_show(
     self, apply: Callable, examples: Sequence[Example], put: Callable, share: int
   ) -> Callable[[PyTree], list[str]]:
@@ -219,6 +224,7 @@ TASKS: Mapping[str, type[Task]] = {
   "regression": Regression,
   "embedding": Embedding,
   "images": Images,
+  "detection": Detection,
 }
 """The tasks by `task.name` of a config."""
 
