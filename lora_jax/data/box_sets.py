@@ -4,9 +4,9 @@
       train.json      {"images": [...], "annotations": [...], "categories": [...]}
       images/1.jpg ...
 
-    records = read("cells", "train.json", "images", labels=("red", "white"), most=448)
-    records[0]      # {"picture": …, "boxes": float32 [n, 4], "labels": ["red", …], "size": (640, 480),
-                    #  "name": "1.jpg", "digest": …}
+    records = read("cells", "train.json", "images", ("red", "white"), most=448)
+    records[0]      # {"picture": …, "boxes": float32 [n, 4], "labels": ["red", …],
+                    #  "size": (640, 480), "name": "1.jpg", "digest": …}
 
 Boxes are (left, top, right, bottom), as fractions of the picture's width and height; in the file
 they are `bbox`, (x, y, width, height) in pixels. `size` is the picture's width and height in pixels
@@ -129,8 +129,8 @@ def _entries(
     label = names[each["category_id"]]
     if label not in labels:
       raise ValueError(
-        f"{where}: is a box of {shown(label)}, which is not in task.labels, {shown(tuple(labels))}; "
-        "add it, or take its boxes out"
+        f"{where}: is a box of {shown(label)}, which is not in task.labels, "
+        f"{shown(tuple(labels))}; add it, or take its boxes out"
       )
     if each.get("iscrowd", 0) not in (0, False):
       raise ValueError(
@@ -162,7 +162,7 @@ def _check_unique(entries: Sequence[Entry], name: str, *fields: str) -> None:
       first = seen.setdefault(entry[field], n)
       if first != n:
         raise ValueError(
-          f"{name}[{n}]: {field} {shown(entry[field])} is that of {name}[{first}]; give each its own"
+          f"{name}[{n}]: {field} {shown(entry[field])} is that of {name}[{first}] too; change one"
         )
 
 

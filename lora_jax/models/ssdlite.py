@@ -79,7 +79,8 @@ def check_anchors(where: str, scales: Any, ratios: Any) -> None:
     raise ValueError(f"{where}ratios are missing; give the widths of anchors over their heights")
   if max(map(len, scales)) * len(ratios) > _MOST_SHAPES:
     raise ValueError(
-      f"{where}scales and ratios make more than {_MOST_SHAPES} anchors at a position; leave some out"
+      f"{where}scales and ratios make more than {_MOST_SHAPES} anchors at a position; "
+      "leave some out"
     )
 
 

@@ -49,6 +49,7 @@ from lora_jax.transform import key_of
 PyTree = Any
 Record = dict[str, Any]
 
+_DEVIATION = 0.01  # of the kernels that make predictions
 _WHOLE_SIZE = 1 << 26  # no picture that is read has a longer side
 
 
@@ -80,13 +81,11 @@ class Detection(of_images.OfImages):
     labels = tuple(task["labels"])
     if not labels or len(set(labels)) < len(labels):
       raise ValueError(f"task.labels {shown(labels)}: give different names, at least one")
-    same = {
-      x: task[x] for x in ("overlap", "negatives", "nms", "least_score", "shown_score", "most")
-    }
+    names = ("overlap", "negatives", "nms", "least_score", "shown_score", "most")
     return cls(
       labels=labels, scales=tuple(map(tuple, task["scales"])), ratios=tuple(task["ratios"]),
       size=data["size"], mean=tuple(data["mean"]), std=tuple(data["std"]),
-      crop_area=data["crop_area"], flip=data["flip"], **same,
+      crop_area=data["crop_area"], flip=data["flip"], **{name: task[name] for name in names},
     )  # fmt: skip
 
   # ---- records and examples
@@ -213,7 +212,7 @@ class Detection(of_images.OfImages):
     return losses
 
   def _found(self, logits_BNK: jax.Array, boxes_BN4: jax.Array, least_score: float) -> jax.Array:
-    """The detections [B, D, 6]: four corners, class, score, by falling score; score 0 is padding."""
+    """The detections [B, D, 6] by falling score: corners, class, and score, 0 for padding."""
     scores_BNK = jax.nn.softmax(logits_BNK)[..., 1:]
     how = {"least_score": least_score, "overlap": self.nms, "most": self.most}
     corners_BD4, classes_BD, scores_BD = jax.vmap(functools.partial(boxes.detect, **how))(
@@ -355,9 +354,13 @@ class Detection(of_images.OfImages):
 
 
 def _start(path: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
-  """A new leaf of the head: biases 0, kernels by He et al. 2015, equation 10."""
+  """A new leaf of the head: biases 0; the kernels that make predictions small, so that all anchors
+  begin alike (Lin et al. 2017, "Focal Loss", section 4.1); others by He et al. 2015, equation 10.
+  """
   if not path.endswith("/kernel"):
     return jnp.zeros(shape)
+  if path.endswith("/pointwise/kernel") and not path.startswith("head/extra"):
+    return _DEVIATION * jax.random.normal(key_of(key, path), shape)
   return jax.nn.initializers.he_normal()(key_of(key, path), shape)
 
 
