@@ -11,7 +11,7 @@ DOCS = [
   ROOT / "docs" / f"{name}.md"
   for name in (
     "tutorials/linen", "tutorials/nnx", "tutorials/checkpoint", "tutorials/own_data",
-    "tutorials/own_images", "tutorials/colab", "tutorials/compress",
+    "tutorials/own_images", "tutorials/own_detection", "tutorials/colab", "tutorials/compress",
     "tutorials/many_adapters", "tutorials/devices",
     "guide/how_it_works", "guide/methods", "guide/quantized", "guide/commands", "guide/models",
   )
@@ -26,8 +26,8 @@ _NAMES = {
   "/shared/runs/": "runs/",
 }
 
-_FILES = ("mine.jsonl", "photographs", "more_photographs")
-_OWN = ("heal.py", "glue.py", "images.py")
+_FILES = ("mine.jsonl", "photographs", "more_photographs", "smears", "more_smears")
+_OWN = ("heal.py", "glue.py", "images.py", "detect.py")
 
 
 def blocks(language: str, page: str = README) -> list[str]:
@@ -69,7 +69,7 @@ def short(words: list[str], runs: pathlib.Path, model: pathlib.Path) -> list[str
 
   runs: takes the place of runs/.
   model: a tiny decoder's folder; next to it the same as a GGUF file, conversations in mine.jsonl,
-    and pictures in photographs/ and more_photographs/. Configs of other models take their own.
+    pictures in photographs/ and more_photographs/, and with boxes in smears/ and more_smears/. Configs of other models take their own.
   """
   program, *arguments = words
   made = []

@@ -132,8 +132,9 @@ for name, arguments in json.load(sys.stdin):
 def test_every_command_has_flags_and_a_config_that_its_program_knows(tmp_path):
   for label in ("cat", "dog"):  # a config of images takes its classes from the folder
     (tmp_path / label).mkdir()
+  (tmp_path / "annotations.json").write_text('{"categories": [{"name": "cell"}]}')
   given = [
-    [words[0], [word.replace("data=photographs", f"data={tmp_path}") for word in words[1:]]]
+    [words[0], [re.sub("data=(photographs|smears)", f"data={tmp_path}", x) for x in words[1:]]]
     for words in commands()
   ]
   assert len(given) >= 27
@@ -161,6 +162,7 @@ _NOT_HERE = ("--distributed", "--config.mesh.tensor=4", "benchmarks.")
 def tiny(tmp_path_factory):
   """A tiny model's folder, and beside it the same as a GGUF file and some conversations."""
   # Not installed everywhere that the flow above is tried.
+  import boxed_sets
   import tiny_experiment
   from PIL import Image
 
@@ -179,6 +181,9 @@ def tiny(tmp_path_factory):
     for n in range(12):
       color = (20 * n, 0, 200) if "blue" in place else (200, 20 * n, 0)
       Image.new("RGB", (40, 30), color).save(folder / place / f"{n}.png")
+  boxed_sets.write(folder / "smears", counts=(20, 4))
+  (folder / "smears" / "train.json").rename(folder / "smears" / "annotations.json")
+  (folder / "more_smears").symlink_to(folder / "smears" / "images" / "test")
   model = pretrained.load(folder / "model")
   gguf_model.save(
     f"{folder / 'model'}.gguf", model.params, model.config, model.tokenizer, dtype="q8_0"

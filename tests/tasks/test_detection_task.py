@@ -138,7 +138,7 @@ def test_a_class_that_does_not_occur_has_no_precision_and_nothing_found_is_zero(
   none = coco_metrics.Boxes(np.zeros((0, 4)), np.zeros(0, int), np.zeros(0))
   one = coco_metrics.Boxes(box, np.array([0]), np.array([0.5]))
   found = coco_metrics.average_precision([one, none], [one, none], ("a", "b"))
-  assert found["map50/a"] == found["map50"] == 1 and np.isnan(found["map50/b"])
+  assert found["map50/a"] == found["map50"] == pytest.approx(1) and np.isnan(found["map50/b"])
   assert coco_metrics.average_precision([one], [none], ("a", "b"))["map50"] == 0
 
 
