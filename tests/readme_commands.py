@@ -69,7 +69,8 @@ def short(words: list[str], runs: pathlib.Path, model: pathlib.Path) -> list[str
 
   runs: takes the place of runs/.
   model: a tiny decoder's folder; next to it the same as a GGUF file, conversations in mine.jsonl,
-    pictures in photographs/ and more_photographs/, and with boxes in smears/ and more_smears/. Configs of other models take their own.
+    pictures in photographs/ and more_photographs/, and with boxes in smears/ and more_smears/.
+    Configs of other models take their own.
   """
   program, *arguments = words
   made = []

@@ -107,8 +107,9 @@ def test_the_notebook_on_own_data_previews_trains_talks_and_exports(tmp_path, mo
 
 def test_the_notebook_on_images_learns_classes_and_boxes_and_shows_them(tmp_path, monkeypatch):
   printed, errors, folder = execute("images_colab.ipynb", tmp_path, monkeypatch)
-  before, after = numbers(r"before: accuracy [^$]*?loss ([\d.]+) on[^$]*?after:  accuracy [^$]*?loss "
-                          r"([\d.]+) on", printed)  # fmt: skip
+  before, after = numbers(
+    r"before: accuracy [^$]*?loss ([\d.]+) on[^$]*?after:  accuracy [^$]*?loss ([\d.]+) on", printed
+  )
   assert after != before
   before, after = numbers(
     r"before: mAP [^$]*?loss ([\d.]+) on[^$]*?after:  mAP [^$]*?loss ([\d.]+) on", printed

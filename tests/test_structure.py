@@ -1,6 +1,7 @@
 """The house itself: what imports what, what stays light, and what nothing may touch."""
 
 import ast
+import configparser
 import pathlib
 import re
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import warnings
 
 import pytest
+import setuptools
 
 import lora_jax
 
@@ -131,3 +133,53 @@ def test_the_public_names_are_there_and_say_what_they_are():
   }  # fmt: skip
   assert expected <= set(public)
   assert not [name for name in expected if not getattr(lora_jax, name).__doc__]
+
+
+def test_a_wheel_holds_the_library_alone_and_says_that_it_is_typed():
+  packages = setuptools.find_packages(str(ROOT), include=_wheel_packages())
+  assert {package.split(".")[0] for package in packages} == {"lora_jax"}
+  folders = {path.parent for path in (ROOT / "lora_jax").rglob("*.py")}
+  assert folders == {ROOT / package.replace(".", "/") for package in packages}
+  assert (ROOT / "lora_jax" / "py.typed").exists()
+
+
+def _wheel_packages() -> list[str]:
+  return _setup()["options.packages.find"]["include"].split()
+
+
+def _setup() -> configparser.ConfigParser:
+  setup = configparser.ConfigParser()
+  setup.read(ROOT / "setup.cfg")
+  return setup
+
+
+def test_what_is_installed_is_what_is_imported():
+  """The names of packages and modules, where they differ."""
+  modules = {
+    "absl-py": "absl", "huggingface_hub": "huggingface_hub", "orbax-checkpoint": "orbax",
+    "pillow": "PIL", "pypi-simple": "pypi_simple",
+  }  # fmt: skip
+  setup = _setup()
+  extras = setup["options.extras_require"]
+  core = _names(setup["options"]["install_requires"])
+  offered = core | {
+    name for extra in ("experiments", "vision", "eval") for name in _names(extras[extra])
+  }
+  imported = set()
+  for room in ("lora_jax", "experiments", "configs"):
+    for path in (ROOT / room).rglob("*.py"):
+      for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+          imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+          imported.add(node.module.split(".")[0])
+  imported -= {"lora_jax", "experiments", "configs", "google"} | sys.stdlib_module_names
+  installed = {modules.get(name, name) for name in offered}
+  # jax.export imports flatbuffers when it serializes.
+  assert imported == installed - {"flatbuffers"}
+
+
+def _names(requirements: str) -> set[str]:
+  return {re.split(r"[<>=;\[ ]", line)[0] for line in requirements.split("\n") if line} - {
+    "lora_jax"
+  }

@@ -1,4 +1,4 @@
-"""Files of configs for runs on images that end in seconds: classes by a ViT, boxes by a MobileNetV2.
+"""Files of configs for short runs on images: classes by a ViT, boxes by a MobileNetV2.
 
 A path is returned, for `--config=`.
 """
