@@ -29,6 +29,7 @@ from test_transformers_flax import MODELS
 from weight_table import WEIGHTS
 
 from lora_jax import families as library
+from lora_jax.models import ssdlite
 
 # What the tests of `test_adapt.py` run every day, among them.
 EVERYDAY = ("float32",)
@@ -189,6 +190,15 @@ IMAGE_COLUMNS = {
 }  # fmt: skip
 """The same of models of images."""
 
+DETECTOR = f"""\
+Detector
+
+`{ssdlite.FAMILY}` has no twin in `transformers`. Its backbone has the parameters and features of a
+`mobilenet_v2` (`test_ssdlite`). Boxes, anchors, matching and suppression are checked against cases
+worked out by hand and plain loops (`test_boxes`), average precision against `pycocotools`' own summary
+(`test_detection_task`), training, evaluation, prediction and export by commands on a tiny model
+(`test_detection_runs`)."""
+
 
 def outcome(program) -> str:
   """Whether a program stays factored, and for which weights it does not."""
@@ -207,13 +217,15 @@ def table() -> str:
   ]
   of_texts, of_images = [], []
   for name, family in library.FAMILIES.items():
-    (of_images if family.kind == library.IMAGES else of_texts).append(name)
+    if name != ssdlite.FAMILY:
+      (of_images if family.kind == library.IMAGES else of_texts).append(name)
   parts = [
     "\n".join(rows),
     "Models",
     "\n".join(models),
     FAMILIES + "\n".join(families(COLUMNS, of_texts)),
     IMAGES + "\n".join(families(IMAGE_COLUMNS, of_images)),
+    DETECTOR,
   ]
   return HEADER + "\n\n".join(parts) + "\n"
 

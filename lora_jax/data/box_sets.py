@@ -73,8 +73,8 @@ def read(
     raise ValueError(
       f"{folder}: is no folder; give the one that holds the annotations and pictures"
     )
-  path = folder / _within(annotations, "data.annotations")
-  where = folder / _within(images, "data.images") if images else folder
+  path = folder / _within(annotations, "annotations")
+  where = folder / _within(images, "images") if images else folder
   fields = json_files.read_json(path, "annotations in COCO's format", most=_MOST_BYTES)
   try:
     entries, boxes = _entries(fields, labels)

@@ -28,6 +28,7 @@ from lora_jax.checks import shown
 from lora_jax.data import image_batches, image_sets, pictures
 from lora_jax.data.image_batches import Example
 from lora_jax.io.pretrained import Pretrained
+from lora_jax.models.ssdlite import SSDLiteConfig
 from lora_jax.tasks import class_metrics, heads, of_images, questions
 from lora_jax.train.step import Batch, Objective
 
@@ -62,6 +63,10 @@ class Images(of_images.OfImages):
     return image_sets.read(path, tuple(arrays), self.labels, most=of_images.KEPT * self.size)
 
   def extend(self, found: Pretrained, key: jax.Array) -> Pretrained:
+    if isinstance(found.config, SSDLiteConfig):
+      raise ValueError(
+        f"{found.source}: is a detector, and the task images needs a classifier; use its backbone"
+      )
     return heads.add(found, key, self.labels)
 
   def examples(self, rows: Sequence[Record]) -> list[Example]:

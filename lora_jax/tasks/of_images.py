@@ -1,4 +1,4 @@
-"""What tasks on images have in common: data, normalization, and refusals of what is for texts."""
+"""The common base of tasks on images: data, normalization, and refusals of methods for texts."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
