@@ -195,9 +195,9 @@ Detector
 
 `{ssdlite.FAMILY}` has no twin in `transformers`. Its backbone has the parameters and features of a
 `mobilenet_v2` (`test_ssdlite`). Boxes, anchors, matching and suppression are checked against cases
-worked out by hand and plain loops (`test_boxes`), average precision against `pycocotools`' own summary
-(`test_detection_task`), training, evaluation, prediction and export by commands on a tiny model
-(`test_detection_runs`)."""
+worked out by hand and plain loops (`test_boxes`), average precision against the summary of
+`pycocotools` (`test_detection_task`), training, evaluation, prediction and export by commands on a
+tiny model (`test_detection_runs`)."""
 
 
 def outcome(program) -> str:

@@ -166,7 +166,7 @@ def test_missing_and_damaged_pictures_are_named(folder, tmp_path):
   with pytest.raises(ValueError, match="is no folder"):
     read(own / "train.json")
   for name in ("../train.json", "/train.json", ""):
-    with pytest.raises(ValueError, match="annotations '.*' leads out of the folder"):
+    with pytest.raises(ValueError, match=r"annotations '.*' leads out of the folder"):
       read(own, name)
 
 
