@@ -72,7 +72,7 @@ def main(argv):
     lora_jax.adapt(task.forward(model)),
     weights,
     asked,
-    batch_size=_BATCH_SIZE.value,
+    batch_size=min(_BATCH_SIZE.value, len(asked)),  # padding rows take as long as others
     watch=lambda batches: progress.watched(
       batches, "answer", compiled=set(), shape_of=task.shape_of, unit=task.UNIT
     ),
