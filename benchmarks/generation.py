@@ -4,8 +4,8 @@ r"""Tokens a second of greedy decoding: the base, a merged adapter and one that 
     python -m benchmarks.generation --model=llama1b --dtype=bfloat16 --scan_layers
 
 Every row decodes the same prompts with its cache, to the same number of new tokens, without an end
-token. The time includes reading the prompts. `transformers`, if it is installed, decodes in a process
-of its own, with its own cache. Rows take turns as in `benchmarks.step`.
+token. The time includes reading the prompts. `transformers`, if it is installed, decodes in a
+process of its own, with its own cache. Rows take turns as in `benchmarks.step`.
 """
 
 import contextlib

@@ -26,7 +26,9 @@ _NAMES = {
   "/shared/runs/": "runs/",
 }
 
-_FILES = ("mine.jsonl", "photographs", "more_photographs", "smears", "more_smears")
+_FILES = (
+  "mine.jsonl", "more.jsonl", "photographs", "more_photographs", "smears", "more_smears",
+)  # fmt: skip
 _OWN = ("heal.py", "glue.py", "images.py", "detect.py")
 
 
@@ -68,14 +70,14 @@ def short(words: list[str], runs: pathlib.Path, model: pathlib.Path) -> list[str
   """A command on a tiny model, in smoke form, below a folder of its own.
 
   runs: takes the place of runs/.
-  model: a tiny decoder's folder; next to it the same as a GGUF file, conversations in mine.jsonl,
-    pictures in photographs/ and more_photographs/, and with boxes in smears/ and more_smears/.
-    Configs of other models take their own.
+  model: a tiny decoder's folder; next to it the same as a GGUF file, conversations in mine.jsonl
+    and more.jsonl, pictures in photographs/ and more_photographs/, and with boxes in smears/ and
+    more_smears/. Configs of other models take their own.
   """
   program, *arguments = words
   made = []
   for argument in arguments:
-    own = {f"={x}": f"={model.parent / x}" for x in _FILES}
+    own = {mark + x: f"{mark}{model.parent / x}" for x in _FILES for mark in "='"}
     for old, new in (_NAMES | own).items():
       argument = argument.replace(old, new)
     name, equals, value = argument.partition("=")
