@@ -158,6 +158,9 @@ def test_missing_and_damaged_pictures_are_named(folder, tmp_path):
   file.write_text("no picture")
   with pytest.raises(ValueError, match=r"1\.png: is no picture"):
     read(own)
+  Image.new("1", (9000, 9000)).save(file)
+  with pytest.raises(ValueError, match=r"1\.png: has 9,000 × 9,000 pixels, over the limit"):
+    read(own)
   file.unlink()
   with pytest.raises(FileNotFoundError, match=r"1\.png: no such picture, and .*train\.json has it"):
     read(own)
