@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
 from jax.extend.core import primitives
 
 from lora_jax import compat, steps, tables, tree
@@ -148,7 +149,7 @@ def trace_axes(f: Callable, params: PyTree, *args: Any, **kwargs: Any) -> AxesRe
 
 def _source(argument) -> Source:
   """The source of an argument. Random keys are constants: their values may multiply a kernel."""
-  is_key = jax.dtypes.issubdtype(argument.dtype, jax.dtypes.prng_key)
+  is_key = jnp.issubdtype(argument.dtype, jax.dtypes.prng_key)
   return Source.PARAMETERS if is_key else Source.INPUTS
 
 

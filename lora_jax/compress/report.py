@@ -113,7 +113,9 @@ def latency(
   Medians of `repeats` calls, after one that compiles.
   """
   tokens = jnp.ones((rows, length), jnp.int32)
-  cache = families.family_of(config).init_cache(config, rows, length + 1, config.dtype)
+  init_cache = families.family_of(config).init_cache
+  assert init_cache is not None  # only models of texts are compressed
+  cache = init_cache(config, rows, length + 1, config.dtype)
 
   @jax.jit
   def prefill(params, tokens, cache):
@@ -230,7 +232,7 @@ def _row(fields: dict[str, Any]) -> Row:
     if not times:
       raise TypeError(f"{name} is {shown(times)}")
   accuracy = fields.pop("accuracy")
-  numbers = {
+  numbers: dict[str, Any] = {
     name: value if name in ("prefill", "token") else number(name, value)
     for name, value in fields.items()
   }

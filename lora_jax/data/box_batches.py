@@ -17,13 +17,14 @@ to it (Liu et al. 2016, "SSD", section 2.2, "Data augmentation").
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import grain
 import numpy as np
 from PIL import Image
 
 from lora_jax.data import image_batches
+from lora_jax.data.batches import Shard
 from lora_jax.data.image_batches import Batch, Draw
 
 
@@ -53,7 +54,7 @@ def train_batches(
   crop_area: float,
   flip: float,
   seed: int,
-  **rows: int,
+  **rows: Unpack[Shard],
 ) -> grain.MapDataset:
   """Returns the endless dataset of training batches; element `step` is the batch of that step.
 
@@ -82,7 +83,7 @@ def train_batches(
 
 
 def eval_batches(
-  examples: Sequence[Example], batch_size: int, *, size: int, **rows: int
+  examples: Sequence[Example], batch_size: int, *, size: int, **rows: Unpack[Shard]
 ) -> grain.MapDataset:
   """Returns the dataset of one pass over whole pictures, in order, the last batch padded."""
   most = most_boxes(examples)

@@ -27,7 +27,7 @@ import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, Unpack
 
 import grain
 import jax
@@ -37,6 +37,7 @@ import numpy as np
 from lora_jax import families
 from lora_jax.checks import shown
 from lora_jax.data import box_batches, box_sets, pictures
+from lora_jax.data.batches import Shard, Watch
 from lora_jax.data.box_batches import Example
 from lora_jax.io import ssdlite_configs
 from lora_jax.io.pretrained import Pretrained
@@ -119,7 +120,7 @@ class Detection(of_images.OfImages):
   # ---- batches
 
   def train_batches(
-    self, examples: Sequence[Example], batch_size: int, *, seed: int, **rows: int
+    self, examples: Sequence[Example], batch_size: int, *, seed: int, **rows: Unpack[Shard]
   ) -> grain.MapDataset:
     return box_batches.train_batches(
       examples, batch_size, size=self.size, crop_area=self.crop_area, flip=self.flip, seed=seed,
@@ -127,7 +128,7 @@ class Detection(of_images.OfImages):
     )  # fmt: skip
 
   def eval_batches(
-    self, examples: Sequence[Example], batch_size: int, **rows: int
+    self, examples: Sequence[Example], batch_size: int, **rows: Unpack[Shard]
   ) -> grain.MapDataset:
     return box_batches.eval_batches(examples, batch_size, size=self.size, **rows)
 
@@ -316,7 +317,7 @@ class Detection(of_images.OfImages):
     examples: Sequence[Example],
     *,
     batch_size: int,
-    watch: Callable[[Sequence], Any] = iter,
+    watch: Watch = iter,
   ) -> list[questions.Answer]:
     """Returns `image`, its `size`, and `boxes`, each with `label`, `score` and `box`: x, y, width
     and height in pixels; `watch` wraps the batches."""
@@ -376,11 +377,12 @@ def _as_text(found: Sequence[Mapping[str, Any]]) -> str:
 
 def _check_described(described: Mapping[str, Any]) -> None:
   labels, splits, images = (described.get(x) for x in ("labels", "splits", "images"))
-  whole = isinstance(labels, list) and all(isinstance(x, str) for x in labels)
-  whole = whole and isinstance(splits, dict) and isinstance(images, dict)
-  whole = whole and type(described.get("size")) is int and images.keys() == splits.keys()
-  for split, counts in splits.items() if whole else ():
-    whole = whole and isinstance(counts, list) and len(counts) == len(labels)
-    whole = whole and all(type(n) is int for n in [images[split], *counts])
+  whole = False
+  if isinstance(labels, list) and isinstance(splits, dict) and isinstance(images, dict):
+    whole = all(isinstance(x, str) for x in labels)
+    whole = whole and type(described.get("size")) is int and images.keys() == splits.keys()
+    for split, counts in splits.items():
+      whole = whole and isinstance(counts, list) and len(counts) == len(labels)
+      whole = whole and all(type(n) is int for n in [images[split], *counts])
   if not whole:
     raise ValueError(f"data is {shown(dict(described))}")
