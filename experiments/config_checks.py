@@ -173,8 +173,12 @@ _CLIPS = {
   )},
   "audio": NAME, "text": NAME, "window": POSITIVE,
 }  # fmt: skip
+_OF_ARRAYS = ("arrays", "test_arrays")
+_DETECTION = {name: rule for name, rule in _IMAGES.items() if name not in _OF_ARRAYS} | {
+  "annotations": NAME, "test_annotations": TEXT, "images": TEXT, "leave_out": sequence(NAME),
+}  # fmt: skip
 # The fields of `data` for tasks that do not read texts alone.
-_DATA_OF = {"images": _IMAGES, "transcribe": _CLIPS, "ctc": _CLIPS}
+_DATA_OF = {"images": _IMAGES, "detection": _DETECTION, "transcribe": _CLIPS, "ctc": _CLIPS}
 # The fields of `data` and of `task` that a task has.
 _OF_TASKS = {
   "completion": (
@@ -206,6 +210,16 @@ _OF_TASKS = {
   "ctc": (
     {"join": sequence(COUNT), "per_speaker": COUNT, "join_seed": SEED},
     {"alphabet": sequence(NAME), "normalizer": NAME, "beams": COUNT},
+  ),
+  "detection": (
+    {},
+    {
+      "labels": sequence(NAME, empty=False),
+      "scales": sequence(sequence(POSITIVE, empty=False), empty=False),
+      "ratios": sequence(POSITIVE, empty=False),
+      "overlap": SHARE, "negatives": whole(1, 1 << 10), "nms": SHARE, "least_score": SHARE,
+      "shown_score": SHARE, "most": whole(1, 1 << 10),
+    },
   ),
   "chat": (
     {

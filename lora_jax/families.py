@@ -37,6 +37,7 @@ from lora_jax.io import (
   names,
   speech_configs,
   speech_names,
+  ssdlite_configs,
   whisper_files,
 )
 from lora_jax.models import (
@@ -48,6 +49,7 @@ from lora_jax.models import (
   llama,
   mobilenet,
   resnet,
+  ssdlite,
   vit,
   wav2vec2,
   whisper,
@@ -244,8 +246,14 @@ def _images(config: Config, rows: int, side: int | None) -> jax.ShapeDtypeStruct
   return jax.ShapeDtypeStruct((rows, side, side, config.channels), jnp.float32)
 
 
-def _of_images(name: str, files: Mapping[str, names.Table] | None = None, **how: Any) -> Family:
-  """A family whose inputs are images; `files` has the names for further file formats."""
+def _of_images(
+  name: str, files: Mapping[str, names.Table] | None = None, prefix: str = "", **how: Any
+) -> Family:
+  """A family whose inputs are images.
+
+  files: the names for further file formats.
+  prefix: as in `Family`; "" for the family's name with a dot.
+  """
   return Family(
     init_cache=None,
     names={
@@ -256,7 +264,7 @@ def _of_images(name: str, files: Mapping[str, names.Table] | None = None, **how:
     example_inputs=lambda config: (_images(config, 1, None),),
     inputs=_images,
     sharding=IMAGE_SHARDING,
-    prefix=f"{name}.",
+    prefix=prefix or f"{name}.",
     kind=IMAGES,
     class_head={},
     peft_task=None,
@@ -346,6 +354,15 @@ FAMILIES: Mapping[str, Family] = {
     write_config=image_configs.write_mobilenet_v2,
     make_model=mobilenet.MobileNetV2,
     of_tensors={"torch": image_configs.torchvision_mobilenet},
+    layers_alike=False,
+    statistics=convolutions.STATISTICS,
+  ),
+  ssdlite.FAMILY: _of_images(
+    ssdlite.FAMILY,
+    prefix="mobilenet_v2.",
+    parse_config=ssdlite_configs.from_json,
+    write_config=ssdlite_configs.to_json,
+    make_model=ssdlite.SSDLite,
     layers_alike=False,
     statistics=convolutions.STATISTICS,
   ),

@@ -101,7 +101,7 @@ class WhisperConfig:
 
 
 class DecoderCache(NamedTuple):
-  """What one layer of the decoder keeps: of the tokens before, and of the encoder's frames."""
+  """The cache of one decoder layer: the tokens before, and the encoder's frames."""
 
   own: KVCache
   cross: KVCache
