@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from lora_jax import checks
 from lora_jax.data import chat, conversations
-from lora_jax.models import attention_kernels
+from lora_jax.models import attention_kernels, encoder_attention
 
 _TINY, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 _MOST = 2**31 - 1  # steps, rows and tokens are counted in int32
@@ -144,7 +144,11 @@ _MODEL = {
   "model.quantize": NAME,
   "model.quantize_targets": PATTERNS,
   "model.new_tokens": sequence(NAME),
-  "model.attention": either(attention_kernels.AUTO, *attention_kernels.NAMES),
+  "model.attention": either(
+    attention_kernels.AUTO, *attention_kernels.NAMES, *encoder_attention.LOW_RANK
+  ),
+  "model.attention_rank": ANY_COUNT,
+  "model.attention_iterations": ANY_COUNT,
   "model.remat": NAME,
 }
 
@@ -210,7 +214,7 @@ def _section(name: str, rules: Mapping[str, Rule]) -> dict[str, Rule]:
 ADDED_LATER = (
   "data.encoding", "data.quoted", "data.special_tokens", "task.name", "model.new_tokens",
   "task.pair",
-  "model.attention",
+  "model.attention", "model.attention_rank", "model.attention_iterations",
 )  # fmt: skip
 """Fields that the configs of earlier runs lack; `experiments.parts` has their values."""
 

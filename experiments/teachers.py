@@ -15,6 +15,7 @@ import lora_jax
 from experiments import parts
 from lora_jax.compress import storage
 from lora_jax.io.pretrained import Pretrained
+from lora_jax.models import encoder_attention
 from lora_jax.tasks import Task
 from lora_jax.train.distillation import Reading, distillation_objective, without_adapters
 from lora_jax.train.step import Batch, Objective
@@ -81,6 +82,8 @@ def load(config: ConfigDict, student: Pretrained, task: Task, mesh: Mesh) -> Tea
     return Teacher(lora_jax.adapt(task.forward(parts.make_model(student.config))), None)
   section = config.model.copy_and_resolve_references()
   section.source, section.quantize, section.remat = config.distill.teacher, "none", "none"
+  if section.get("attention") in encoder_attention.LOW_RANK:  # the teacher's own is exact
+    section.attention, section.attention_rank, section.attention_iterations = "auto", 0, 0
   section.scan_layers = not storage.is_compressed(section.source)  # whose layers may differ
   found = parts.load_model(section, mesh)
   sizes = found.config.vocab_size, student.config.vocab_size

@@ -34,7 +34,18 @@ from lora_jax.io import (
   image_names,
   names,
 )
-from lora_jax.models import bert, convolutions, gemma4, gpt2, layers, llama, mobilenet, resnet, vit
+from lora_jax.models import (
+  bert,
+  convolutions,
+  encoder_attention,
+  gemma4,
+  gpt2,
+  layers,
+  llama,
+  mobilenet,
+  resnet,
+  vit,
+)
 
 Rules = Sequence[tuple[str, jax.P]]
 Config = Any
@@ -356,6 +367,8 @@ def tensor_names(
   """The names of a model's tensors in the safetensors files that are written of it, a decoder's
   head of classes as `score`; `where` is "modules" for those in adapters."""
   family, table = family_of(config, families), stored_names(config, families, where)
+  if encoder_attention.adds_leaves(config):
+    table = {**table, **encoder_attention.NAMES}
   if not family.bare or config.classes:
     return table
   return {name.removeprefix(family.prefix): path for name, path in table.items()}
