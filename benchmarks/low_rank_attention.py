@@ -3,11 +3,11 @@ r"""Attention of low rank against exact attention: error, time and temporary mem
     python -m benchmarks.low_rank_attention --output=benchmarks/results.md
     python -m benchmarks.low_rank_attention --cases=vit-257 --landmarks=16 --rows=1 --rounds=2
 
-MiniLM-L6 on newspaper sentences joined by spaces (Hutto and Gilbert 2014), ViT-S/14 on CIFAR-10's images
-enlarged to 224 and 518 pixels; all in float32, nothing trained. The error is the distance of the
-last hidden states from those of exact attention, relative to their norm, and the cosine of what
-represents an input: the mean of a text's tokens, an image's first token. The metric of a task before
-and after healing is a run's: see docs/guide/low_rank_attention.md.
+MiniLM-L6 on newspaper sentences joined by spaces (Hutto and Gilbert 2014), ViT-S/14 on images of
+CIFAR-10 enlarged to 224 and 518 pixels; all in float32, nothing trained. The error is the distance
+of the last hidden states from those of exact attention, relative to their norm, and the cosine of
+what represents an input: the mean of a text's tokens, an image's first token. The metric of a task
+before and after healing is a run's: see docs/guide/low_rank_attention.md.
 """
 
 import dataclasses
@@ -136,7 +136,8 @@ def with_attention(case: Case, how: Any) -> tuple[Callable, PyTree]:
   model, leaves = families.family_of(config).make_model(config), flatten(case.params)
   shapes = jax.eval_shape(model.init, jax.random.key(0), case.inputs)["params"]
   params = map_with_path(
-    lambda path, x: leaves[path] if path in leaves else segment_means(None, x.shape, x.dtype), shapes
+    lambda path, x: leaves[path] if path in leaves else segment_means(None, x.shape, x.dtype),
+    shapes,
   )
   return lambda params, x: model.apply({"params": params}, x, method="hidden"), params
 

@@ -1,4 +1,4 @@
-"""Attention of low rank in the configs of encoders: `--config=file.py:attention=nystrom,landmarks=64`.
+"""Attention of low rank in the configs of encoders: `:attention=nystrom,landmarks=64`.
 
 See `lora_jax.models.low_rank_attention`.
 """

@@ -60,10 +60,7 @@ def with_attention(
 def _settings(model: ConfigDict) -> tuple[str, int, int]:
   """The fields for attention; runs from before there were any had exact attention."""
   name = model.attention if "attention" in model else AUTO
-  counts = {
-    field: model[field] if field in model else 0
-    for field in ("attention_rank", "attention_iterations")
-  }
+  counts = {field: model.get(field, 0) for field in ("attention_rank", "attention_iterations")}
   needed = {
     "attention_rank": name in encoder_attention.LOW_RANK,
     "attention_iterations": name == "nystrom",

@@ -13,7 +13,8 @@ DOCS = [
     "tutorials/linen", "tutorials/nnx", "tutorials/checkpoint", "tutorials/own_data",
     "tutorials/own_images", "tutorials/colab", "tutorials/compress",
     "tutorials/many_adapters", "tutorials/devices",
-    "guide/how_it_works", "guide/methods", "guide/quantized", "guide/commands", "guide/models",
+    "guide/how_it_works", "guide/methods", "guide/quantized", "guide/low_rank_attention",
+    "guide/commands", "guide/models",
   )
 ]  # fmt: skip
 
@@ -27,7 +28,7 @@ _NAMES = {
 }
 
 _FILES = ("mine.jsonl", "photographs", "more_photographs")
-_OWN = ("heal.py", "glue.py", "images.py")
+_OWN = ("heal.py", "glue.py", "images.py", "compress.py:model=")
 
 
 def blocks(language: str, page: str = README) -> list[str]:

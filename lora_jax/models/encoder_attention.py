@@ -46,7 +46,7 @@ def adds_leaves(config: Any) -> bool:
 
 
 def check_storable(config: Any) -> None:
-  """Raises ValueError for a model with leaves that the layouts of whole models have no place for."""
+  """Raises ValueError for a model with leaves that no folder of a whole model has a place for."""
   if adds_leaves(config):
     raise ValueError(
       f"a {config.family!r} with attention of Linformer: {', '.join(LEAVES)} of its layers have no "

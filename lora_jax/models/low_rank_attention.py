@@ -1,6 +1,7 @@
 """Attention of low rank over positions, in time and memory linear in the number of tokens.
 
-    out_BTNH = nystrom(query_BTNH, key_BTNH, value_BTNH, seen_BT, Nystrom(landmarks=64, iterations=6))
+    how = Nystrom(landmarks=64, iterations=6)
+    out_BTNH = nystrom(query_BTNH, key_BTNH, value_BTNH, seen_BT, how)
     out_BTNH = linformer(query_BTNH, key_BTNH, value_BTNH, keys_PM, values_PM, seen_BT)
 
 Both replace S = softmax(Q Kᵀ / √H), [T, T], by products of matrices with M columns or rows. The M

@@ -150,6 +150,9 @@ class Task(Protocol):
     """Returns `(weights, batch) -> logits`, or with `hidden` `(logits, hidden states)`, for
     distillation; raises ValueError for a task without logits."""
 
+  def answers(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Returns the targets of the logits of `reading` and their weights, both [rows, positions]."""
+
   def make_eval_step(self, apply: Callable) -> Callable[[PyTree, Batch], PyTree]:
     """Returns the jitted step `(weights, batch) -> outputs`, the input of `metrics`."""
 

@@ -84,9 +84,7 @@ def test_nystrom_and_its_gradients_are_those_of_the_matrices_in_full(seen_BT):
     return of_each_text(plain_nystrom, seen_BT, *x)
 
   np.testing.assert_allclose(ours(*inputs), oracle(*inputs), rtol=2e-4, atol=2e-5)
-  found, expected = (
-    jax.jit(jax.grad(lambda x, f=f: value(f, *x)))(inputs) for f in (ours, oracle)
-  )
+  found, expected = (jax.jit(jax.grad(lambda x, f=f: value(f, *x)))(inputs) for f in (ours, oracle))
   for x, y in zip(found, expected, strict=True):
     assert np.linalg.norm(x - y) <= 1e-4 * np.linalg.norm(y)
 
@@ -166,16 +164,12 @@ def test_both_are_exact_where_the_attention_matrix_has_no_more_than_their_rank(l
   for own in (value, other):
     exact = attend(query, key, own, mask=seen_BT[:, None, None])
     found = low_rank.nystrom(query, key, own, seen_BT, Nystrom(landmarks=6, iterations=24))
-    np.testing.assert_allclose(
-      jnp.where(seen_BT[..., None, None], found - exact, 0), 0, atol=2e-4
-    )
+    np.testing.assert_allclose(jnp.where(seen_BT[..., None, None], found - exact, 0), 0, atol=2e-4)
   start = low_rank.segment_means(None, (24, 6))
   for own in (value, other):  # the mean of a segment's values is all that exact attention sees
     exact = attend(query, key, own, mask=seen_BT[:, None, None])
     found = low_rank.linformer(query, key, own, start, start, seen_BT)
-    np.testing.assert_allclose(
-      jnp.where(seen_BT[..., None, None], found - exact, 0), 0, atol=1e-5
-    )
+    np.testing.assert_allclose(jnp.where(seen_BT[..., None, None], found - exact, 0), 0, atol=1e-5)
   off = low_rank.linformer(*arrays(24, 2), start, start, seen_BT)
   assert np.abs(off - attend(*arrays(24, 2), mask=seen_BT[:, None, None])).max() > 0.1
 
