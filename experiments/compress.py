@@ -241,7 +241,7 @@ class Measure:
 
   def __call__(self, model: Model) -> report.Measures:
     data, section = self._data, self._section
-    weights = merging.deployed(model.weights, resident=section.resident)
+    weights = merging.deployed(merging.without_masks(model.weights), resident=section.resident)
     runs = data.runs(model, weights)
     times, ratios = report.latencies(runs, self._first, section.repeats)
     self._first = self._first or runs

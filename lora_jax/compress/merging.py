@@ -63,20 +63,17 @@ def without_masks(weights: PyTree) -> PyTree:
 
 
 def deployed(weights: PyTree, *, resident: bool) -> PyTree:
-  """Returns the tree for inference, with all resolved that need not be computed at each use.
+  """Returns a tree for inference, with all resolved that need not be computed at each use.
 
-  Masks are left out as by `without_masks`, and factors that have as many values as their product
-  become the product.
+  Factors that have as many values as their product become the product.
 
   Args:
-    weights: a tree of arrays and Weights, without adapters.
-    resident: True to keep a dequantized copy of quantized values instead of them: as fast as a
-      dense array, and as large. False to dequantize them at each use: their own size, and slower
-      wherever the device has no product of such values.
+    weights: a tree of arrays and Weights without masks, from `keep_smaller` or `without_masks`.
+    resident: True to keep a dequantized copy of quantized values instead of them, merged with an
+      adapter alongside: as fast as a dense array, and as large. False to dequantize them at each
+      use: their own size, and slower wherever the device has no product of such values.
   """
-  return jax.tree.map(
-    lambda leaf: _resolved(leaf, resident), without_masks(weights), is_leaf=is_weight
-  )
+  return jax.tree.map(lambda leaf: _resolved(leaf, resident), weights, is_leaf=is_weight)
 
 
 def keep_smaller(weights: PyTree) -> PyTree:
@@ -122,7 +119,9 @@ def _resolved(leaf: jax.Array | Weight, resident: bool) -> jax.Array | Weight:
     leaf = dataclasses.replace(leaf, a=a, b=b)
     values = sum(math.prod(x.shape) for x in (a, b))
     return leaf if values < math.prod(leaf.shape) else materialize(leaf)
-  return materialize(leaf) if resident and isinstance(leaf, Quantized) else leaf
+  if resident and isinstance(leaf.w if isinstance(leaf, Adapted | Pruned) else leaf, Quantized):
+    return materialize(leaf)
+  return leaf
 
 
 def _is_plain(base: Weight) -> bool:

@@ -104,11 +104,15 @@ def test_masks_are_left_out_of_factors_and_of_codes_that_are_zero_under_them():
 def test_what_is_deployed_has_codes_or_their_copy_and_no_factors_as_large_as_their_product():
   coded_a = quantized(normal(8, 2), Format(levels="int8"), (-2,))
   large = Factored(normal(8, 5), normal(5, 6))
-  tree = {"codes": CODED, "factors": Factored(coded_a, B), "large": large, "array": HALF}
+  tree = {
+    "codes": CODED, "factors": Factored(coded_a, B), "large": large, "array": HALF,
+    "adapted": LowRank(CODED, A, B),
+  }  # fmt: skip
   for resident in (False, True):
     found = merging.deployed(tree, resident=resident)
     assert not is_weight(found["large"]) and found["array"] is HALF
-    assert is_weight(found["codes"]) == is_weight(found["factors"].a) == (not resident)
+    kinds = found["codes"], found["factors"].a, found["adapted"]
+    assert {is_weight(x) for x in kinds} == {not resident}
     for name, leaf in tree.items():
       np.testing.assert_array_equal(
         lora_jax.materialize(found[name]), lora_jax.materialize(leaf), err_msg=name

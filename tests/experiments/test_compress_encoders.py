@@ -11,9 +11,10 @@ import pytest
 import tiny_encoder
 from main_programs import imported
 
+import lora_jax
 from configs import compress as compress_config
 from configs import heal
-from experiments import compression, compression_data, parts
+from experiments import compression, compression_data, parts, teachers
 from lora_jax import tree
 from lora_jax.compress import storage
 from lora_jax.io import export, pretrained, tokenizer
@@ -217,3 +218,40 @@ def test_deployed_pruned_factors_have_no_masks_and_the_flag_chooses_copies(progr
   assert last["memory"] == dense["memory"] and last["disk"] < 0.8 * dense["disk"]
   small = storage.load(path / "model").params
   assert any(isinstance(x, Pruned) for x in jax.tree.leaves(small, is_leaf=is_weight))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_teachers_logits_are_learned_from_and_a_head_of_the_same_classes_is_kept(case, kind):
+  folder, _, run = case(kind)
+  config = run.copy_and_resolve_references()
+  config.model.source, config.model.scan_layers = str(folder / "trained"), False
+  found = parts.load_model(config.model)
+  task = parts.make_task(config)
+  assert parts.extend(found, task, config) is found
+  renamed = dataclasses.replace(task, labels=task.labels[::-1])
+  fresh = parts.extend(found, renamed, config)
+  assert np.abs(fresh.params["head"]["kernel"] - found.params["head"]["kernel"]).max() > 0
+
+  rows = parts.load_records(config.data, task)["test"]
+  task = task.of_model(found)
+  batch = task.eval_batches(task.examples(rows), 8)[0]
+  apply = lora_jax.adapt(task.forward(parts.make_model(found.config)))
+  other = jax.tree.map(lambda x: 1.5 * x, found.params)
+
+  def loss(hard, taught_by):
+    distill = config.distill.copy_and_resolve_references()
+    distill.hard, distill.temperature = hard, 2.0
+    teacher = teachers.Teacher(apply, taught_by)
+    objective = teachers.make_objective(distill, task, apply, teacher)
+    return float(objective(found.params, batch, taught_by)[0])
+
+  own = float(task.objective(apply)(found.params, batch)[0])
+  assert loss(1.0, other) == pytest.approx(own, rel=1e-5)
+  assert loss(0.0, found.params) == pytest.approx(0, abs=1e-5)
+  p, q = (
+    jax.nn.softmax(task.run(apply)(x, batch).astype(jnp.float32) / 2)[batch["weights"].ravel() > 0]
+    for x in (other, found.params)
+  )
+  expected = 4 * jnp.sum(p * jnp.log(p / q), axis=-1).mean()
+  assert loss(0.0, other) == pytest.approx(float(expected), rel=1e-4)
+  assert loss(0.0, other) > 1e-3
