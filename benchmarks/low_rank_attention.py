@@ -122,7 +122,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def rows_of(landmarks) -> dict[str, Any]:
-  """What is measured: exact attention first."""
+  """The kinds of attention that are measured: exact attention first."""
   rows = dict(EXACT)
   for count in landmarks:
     rows[f"nystrom, {count}"] = Nystrom(landmarks=count, iterations=ITERATIONS)

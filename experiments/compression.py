@@ -66,7 +66,7 @@ class Model(NamedTuple):
 
 
 class Calibration(Protocol):
-  """What steps calibrate by."""
+  """The data that steps calibrate by."""
 
   @property
   def tokens(self) -> int | None:

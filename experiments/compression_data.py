@@ -1,4 +1,4 @@
-"""What a compression calibrates and measures by: running text, or the batches of a task.
+"""The data that a compression calibrates and measures by: running text, or the batches of a task.
 
     data = compression_data.of(config, shapes)     # before the weights are loaded
     model = STEPS[step](config[step], model, data.calibration)
@@ -45,7 +45,7 @@ class Data(Protocol):
     """The figures of a model on what is held out."""
 
   def runs(self, model: Model, weights: PyTree) -> report.Runs:
-    """What is timed of a model."""
+    """The calls of a model that are timed."""
 
   def flops(self, model: Model, weights: PyTree) -> int:
     """The floating-point operations of its products, per unit."""

@@ -101,7 +101,7 @@ def load(config: ConfigDict, student: Pretrained, task: Task, mesh: Mesh) -> Tea
 
 
 def _vocabulary(found: Pretrained) -> tuple:
-  """What the inputs of a model are made of; nothing of a model that takes no text."""
+  """The tokens of a model's inputs; nothing for a model that takes no text."""
   if found.tokenizer is None:
     return ()
   return found.config.vocab_size, found.tokenizer.vocabulary

@@ -26,7 +26,7 @@ from lora_jax.weights import Adapted, Factored, Pruned, is_weight
 
 PyTree = Any
 Runs = Mapping[tuple[str, int], Callable[[], Any]]
-"""What is timed: {(name, rows of the batch): a call that returns its result}."""
+"""The calls that are timed: {(name, rows of the batch): a call that returns its result}."""
 
 _REPORT = "report.json"
 _LOSSES = ("perplexity", "loss")  # figures that fall as a model gets better
