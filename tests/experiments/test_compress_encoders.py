@@ -52,11 +52,11 @@ def image_model(folder):
   shapes = found.family.make_model(config)
   params = shapes.init(jax.random.key(3), jnp.zeros((1, 28, 28, 3)))["params"]
   export.save(folder / "trained", params | {"norm": found.params["norm"]}, config, None)
-  rng = np.random.default_rng(0)
   labels = np.arange(64) % 2
-  values = (rng.integers(0, 120, (64, 16, 16, 3)) + 60 * labels[:, None, None, None]).astype("u1")
-  for name in ("train", "test"):
-    np.savez(folder / f"{name}.npz", images=values, labels=labels)
+  for seed, name in enumerate(("train", "test")):
+    values = np.random.default_rng(seed).integers(0, 120, (64, 16, 16, 3))
+    values += 60 * labels[:, None, None, None]
+    np.savez(folder / f"{name}.npz", images=values.astype("u1"), labels=labels)
   run = compress_config.run_of("vit")
   run.update_from_flattened_dict({
     "task.labels": LABELS, "data.source": str(folder / "train.npz"),
