@@ -21,7 +21,7 @@ import lora_jax
 from benchmarks.circumstances import describe_circumstances
 from benchmarks.models import MODELS, Case
 from benchmarks.reporting import define_output, publish
-from benchmarks.rows import Adapters, make_adapters
+from benchmarks.rows import make_adapters, trained
 from benchmarks.turns import ratio, run_in_turns, timed
 
 PyTree = Any
@@ -109,14 +109,6 @@ def make_rows(
     for name, pick in PICKERS.items():
       add(f"{count} adapters, {name}", functools.partial(each, pick=pick), stacked, slots)
   return table, temporary
-
-
-def trained(adapters: Adapters, seed: int) -> Adapters:
-  """Fresh adapters with random changes, so that no factor is zero and no two are alike."""
-  leaves, treedef = jax.tree.flatten(adapters)
-  keys = jax.random.split(jax.random.key(seed), len(leaves))
-  noise = [0.01 * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)]
-  return jax.tree.unflatten(treedef, [x + y for x, y in zip(leaves, noise, strict=True)])
 
 
 def check_rows(table: Mapping[str, Run]) -> None:

@@ -44,7 +44,7 @@ class Case:
   floor: str
 
   @property
-  def islanguage_model(self) -> bool:
+  def is_language_model(self) -> bool:
     """True if `transformers` supports the model."""
     return hasattr(self.module.config, "vocab_size")
 

@@ -7,6 +7,7 @@ row.start()
 seconds = row.run(steps=1)
 """
 
+import dataclasses
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ from flax import traverse_util
 
 import lora_jax
 from benchmarks.models import Case
-from lora_jax import tree
+from lora_jax import compress, tree
 from lora_jax.weights import Adapted
 
 PyTree = Any
@@ -62,6 +63,14 @@ def make_adapters(
   return lora_jax.init(jax.random.key(rank), case.params, specs, axes)
 
 
+def trained(adapters: Adapters, seed: int) -> Adapters:
+  """Fresh adapters with random changes, so that no factor is zero and no two are alike."""
+  leaves, treedef = jax.tree.flatten(adapters)
+  keys = jax.random.split(jax.random.key(seed), len(leaves))
+  noise = [0.01 * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)]
+  return jax.tree.unflatten(treedef, [x + y for x, y in zip(leaves, noise, strict=True)])
+
+
 def floor(case: Case) -> Form:
   """A frozen base: forward and backward through the bare model, with few trained parameters."""
   mask = lora_jax.trainable_mask(case.params, also=[case.floor])
@@ -94,6 +103,13 @@ def dora(case: Case, adapters: Adapters) -> Form:
   """DoRA with the adapters' rank."""
   rank = next(iter(adapters.values())).rank
   return ours(case, make_adapters(case, rank, lora_jax.DoRA))
+
+
+def qlora(case: Case, adapters: Adapters) -> Form:
+  """The adapters on a base in NF4 (Dettmers et al. 2023)."""
+  axes = trace_axes(case)
+  formats = lora_jax.match(case.params, [("all-linear", compress.NF4)], axes)
+  return ours(dataclasses.replace(case, params=compress.quantize(case.params, formats)), adapters)
 
 
 def merged(case: Case, adapters: Adapters) -> Form:
@@ -143,6 +159,7 @@ ADAPTED = {
   "ours": ours,
   "ours_keeping_products": ours_keeping_products,
   "dora": dora,
+  "qlora": qlora,
   "naive": naive,
   "merged": merged,
   "qwix": qwix,

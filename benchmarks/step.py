@@ -41,6 +41,7 @@ LABELS = {
   "ours": "ours",
   "ours_keeping_products": "ours, products kept",
   "dora": "DoRA",
+  "qlora": "QLoRA, NF4",
   "naive": "hand-written layer",
   "merged": "W + sAB formed",
   "qwix": "qwix",

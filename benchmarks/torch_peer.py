@@ -39,6 +39,7 @@ class TorchSpec:
   batch: a safetensors file with `inputs` and `targets`.
   dtype: the dtype of the base, by its name.
   device: "cpu" or "cuda".
+  new_tokens: 0 to train; otherwise the number of tokens to decode after each row of the batch.
   """
 
   base: str
@@ -48,6 +49,7 @@ class TorchSpec:
   device: str
   learning_rate: float = LEARNING_RATE
   weight_decay: float = WEIGHT_DECAY
+  new_tokens: int = 0
 
 
 def write_case(case: Case, folder: Path) -> TorchSpec:
@@ -82,16 +84,24 @@ def with_adapters(spec: TorchSpec, case: Case, adapters: Adapters, folder: Path)
   return dataclasses.replace(spec, adapter=str(folder))
 
 
-class TorchRow:
-  """A model in its own process; the attributes and methods are those of a JaxRow."""
+def decoding(spec: TorchSpec, new_tokens: int) -> TorchSpec:
+  """The spec of the base that decodes this many tokens after each row of the batch."""
+  return dataclasses.replace(spec, new_tokens=new_tokens)
+
+
+class _Worker:
+  """A process of PyTorch's that answers each line with one."""
 
   def __init__(self, label: str, spec: TorchSpec):
     self.label = label
-    self.losses = []
     self._spec = spec
 
-  def start(self) -> None:
-    """Starts the process and waits until it has taken its two steps that are not timed."""
+  def close(self) -> None:
+    """Ends the process."""
+    self._process.stdin.close()
+    self._process.wait(timeout=60)
+
+  def _start(self) -> dict:
     self._process = subprocess.Popen(
       [sys.executable, "-m", "benchmarks.torch_worker", json.dumps(dataclasses.asdict(self._spec))],
       cwd=_ROOT,
@@ -99,21 +109,11 @@ class TorchRow:
       stdout=subprocess.PIPE,
       text=True,
     )
-    ready = self._answer()
-    self.trainable, self.temporary = ready["trainable"], ready["temporary"]
-    self.losses += ready["losses"]
+    return self._answer()
 
-  def run(self, steps: int) -> float:
-    """Takes steps; returns the seconds per step."""
-    print(steps, file=self._process.stdin, flush=True)
-    answer = self._answer()
-    self.losses.append(answer["loss"])
-    return answer["seconds"] / steps
-
-  def close(self) -> None:
-    """Ends the process."""
-    self._process.stdin.close()
-    self._process.wait(timeout=60)
+  def _ask(self, line: str) -> dict:
+    print(line, file=self._process.stdin, flush=True)
+    return self._answer()
 
   def _answer(self) -> dict:
     line = self._process.stdout.readline()
@@ -123,3 +123,31 @@ class TorchRow:
         "repair it, or name the other rows with --rows"
       )
     return json.loads(line)
+
+
+class TorchRow(_Worker):
+  """A model that trains in its own process; the attributes and methods are those of a JaxRow."""
+
+  def start(self) -> None:
+    """Starts the process and waits until it has taken its two steps that are not timed."""
+    ready = self._start()
+    self.trainable, self.temporary = ready["trainable"], ready["temporary"]
+    self.losses = ready["losses"]
+
+  def run(self, steps: int) -> float:
+    """Takes steps; returns the seconds per step."""
+    answer = self._ask(str(steps))
+    self.losses.append(answer["loss"])
+    return answer["seconds"] / steps
+
+
+class TorchText(_Worker):
+  """A model that decodes in its own process; `tokens` are those of its first run."""
+
+  def start(self) -> None:
+    """Starts the process and waits until it has decoded once, which is not timed."""
+    self.tokens = self._start()["tokens"]
+
+  def run(self) -> float:
+    """Decodes; returns the seconds."""
+    return self._ask("")["seconds"]

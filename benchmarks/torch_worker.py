@@ -2,7 +2,8 @@
 
 It is started with one JSON object, the fields of `TorchSpec` in benchmarks/torch_peer.py. It
 answers with a line of JSON when it is ready, and then with one for each line that it reads, a
-number of steps. It imports nothing of this library, and does not run JAX.
+number of steps. With `new_tokens`, it decodes instead of training. It imports nothing of this
+library, and does not run JAX.
 """
 
 import ctypes
@@ -36,6 +37,9 @@ def main(spec: dict) -> None:
     model = PeftModel.from_pretrained(model, spec["adapter"], is_trainable=True)
   model = model.to(spec["device"]).train()
   batch = {name: x.to(spec["device"]).long() for name, x in load_file(spec["batch"]).items()}
+  if spec["new_tokens"]:
+    generate(model.eval(), batch["inputs"], spec["new_tokens"], answers)
+    return
   trainable = [p for p in model.parameters() if p.requires_grad]
   optimizer = torch.optim.AdamW(
     trainable, lr=spec["learning_rate"], weight_decay=spec["weight_decay"], fused=True
@@ -66,6 +70,26 @@ def main(spec: dict) -> None:
   print(json.dumps(ready), file=answers)
   for line in sys.stdin:
     print(json.dumps(run(int(line))), file=answers)
+
+
+def generate(model, prompts: torch.Tensor, count: int, answers) -> None:
+  """Decodes greedily with the model's cache, once for each line that it reads, `count` tokens."""
+
+  def run() -> dict:
+    _synchronize()
+    started = time.perf_counter()
+    with torch.inference_mode():
+      tokens = model.generate(
+        prompts, attention_mask=torch.ones_like(prompts), do_sample=False, use_cache=True,
+        max_new_tokens=count, min_new_tokens=count, pad_token_id=0,
+      )  # fmt: skip
+    _synchronize()
+    seconds = time.perf_counter() - started
+    return {"seconds": seconds, "tokens": tokens[:, prompts.shape[1] :].tolist()}
+
+  print(json.dumps(run()), file=answers)
+  for _ in sys.stdin:
+    print(json.dumps(run()), file=answers)
 
 
 def _synchronize() -> None:

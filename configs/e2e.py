@@ -8,7 +8,7 @@ SmolLM2-135M-Instruct learns to write "Aromi is a cheap pub." after
 "name[Aromi], eatType[pub], priceRange[cheap]\nText:" (Novikova, Dušek and Rieser 2017, "The E2E
 Dataset"; with LoRA: Hu et al. 2021, section 5.4). 2% of the training tables is held out for
 validation. The test set is the published development set: 547 other tables with 4,672 references.
-Only experiments.evaluate reads it, and prints BLEU.
+Only experiments.evaluate reads it, and prints BLEU; this needs `pip install -e ".[eval]"`.
 
 The files come from https://github.com/tuetschek/e2e-dataset. They are read from the folder `e2e` of
 LORA_JAX_DATA, or of ../shared/data if that is not set. The training file is published tokenized

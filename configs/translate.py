@@ -7,7 +7,7 @@ r"""English to Swedish translation, by LoRA or full fine-tuning: short sentences
 SmolLM2-135M-Instruct, which was trained on English, learns to write " Kan vi prata?" after
 "English: Can we talk?\nSwedish:". 1% of the training sentences is held out for validation. The test
 set is the development set, 1,000 pairs: experiments.evaluate prints chrF (Popović 2015) and BLEU
-against all of its translations of a sentence.
+against all of its translations of a sentence. The scores need `pip install -e ".[eval]"`.
 
 The files are `tatoeba_en_sv/train.tsv.gz` and `dev.tsv.gz`, tab-separated with the columns en, sv
 and attribution (sentences of https://tatoeba.org, CC BY 2.0 FR). They are read from the folder

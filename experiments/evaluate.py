@@ -11,7 +11,8 @@ Or a model that no run has trained, a compressed one say, on the data of a confi
 Prints a line for each loss and each score of generated texts, and a JSON object with all of them,
 which is also kept in the workdir, as eval_test.json. The scores, BLEU and chrF, are those of the
 texts for the split's prompts, against all references that its records have. The texts are kept in
-the workdir too, in generated/test_adapter_beams4.jsonl for example.
+the workdir too, in generated/test_adapter_beams4.jsonl for example. The scores need the extra
+`eval`.
 """
 
 import functools
@@ -29,7 +30,7 @@ from experiments import inputs, methods, parts, programs
 from lora_jax import exchange, sharding
 from lora_jax.compress import merging
 from lora_jax.io import outputs
-from lora_jax.train import evaluation, generation, workdir
+from lora_jax.train import evaluation, workdir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.")
 _CONFIG = config_flags.DEFINE_config_file(
@@ -67,6 +68,8 @@ def main(argv):
     raise app.UsageError("--fetch is for a --workdir; a --config is fetched for as it stands")
   if _CONFIG.value and not _BASE.value:
     raise app.UsageError("--nobase leaves nothing of a --config, which has no adapter")
+  if _BEAMS.value:
+    from lora_jax.train import text_scores  # of an extra of its own; asked for before long work
   run, config = (None, _CONFIG.value) if _CONFIG.value else parts.open_run(_WORKDIR.value)
   if run:
     fields = ["model.source", "data.source", "data.test_source"]
@@ -125,7 +128,7 @@ def main(argv):
         watch=functools.partial(tqdm, desc=f"{name}, beams {beams}"),
       )
       written = [text["text"] for text in texts], [text["references"] for text in texts]
-      score = generation.bleu(*written) | generation.chrf(*written)
+      score = text_scores.bleu(*written) | text_scores.chrf(*written)
       results[name][f"beams {beams}"] = score | {"seconds": time.perf_counter() - started}
       figures = f"BLEU {score['bleu']:.2f}, chrF {score['chrf']:.2f}"
       print(f"{name:8} {figures} of {score['texts']} texts, beams {beams}")

@@ -8,6 +8,7 @@ run = whole_run(config, case, mesh)              # run.train_step.lower(run.stat
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -160,6 +161,35 @@ def whole_run(config: ConfigDict, case: Case, mesh: Mesh | AbstractMesh) -> plan
   return plan.Run(train_step, _placed(state, places), frozen, _placed(batch, rows))
 
 
+def smaller_model(model: families.Config, count: int) -> families.Config:
+  """The model with the heads, the width of the MLP and the vocabulary of one of `count` devices."""
+  heads = [x for x in ("num_heads", "num_kv_heads", "full_kv_heads") if hasattr(model, x)]
+  cuts_heads = all(getattr(model, x) % count == 0 for x in heads)
+  sizes = (*(heads if cuts_heads else ()), "mlp_width", "vocab_size", "per_layer_vocab")
+  fields = [x for x in sizes if (size := getattr(model, x, None)) and size % count == 0]
+  changes = {x: getattr(model, x) // count for x in fields}
+  experts = getattr(model, "experts", None)
+  if experts and experts.width % count == 0:
+    changes["experts"] = dataclasses.replace(experts, width=experts.width // count)
+  return dataclasses.replace(model, **changes)
+
+
+def _cuts(model: families.Config, smaller: families.Config) -> sharding.Rules:
+  """Rules that cut the leaves of a model to the shapes of a smaller one.
+
+  The rules of its family do not: they leave some leaves whole of which the smaller model has a part
+  (biases, attention sinks, the norms of all heads together).
+  """
+  if model == smaller:
+    return ((".*", jax.P()),)
+  shapes = families.param_shapes(smaller)
+  rules = []
+  for path, shape in families.param_shapes(model).items():
+    cut = [None if x == y else "tensor" for x, y in zip(shape, shapes[path], strict=True)]
+    rules.append((re.escape(path), jax.P(*cut)))
+  return (*rules, (".*", jax.P()))  # a head of classes, for example, is whole
+
+
 def share_of_a_device(config: ConfigDict, case: Case, mesh: Mesh | AbstractMesh) -> plan.Run:
   """The step as one device computes it: a smaller model, on its part of the rows.
 
@@ -167,20 +197,10 @@ def share_of_a_device(config: ConfigDict, case: Case, mesh: Mesh | AbstractMesh)
   is cut over `fsdp` it gathers where it is used.
   """
   tx, _ = methods.make_optimizer(config)
-  count, model = mesh.shape["tensor"], case.model
-  heads = [x for x in ("num_heads", "num_kv_heads", "full_kv_heads") if hasattr(model, x)]
-  cuts_heads = all(getattr(model, x) % count == 0 for x in heads)
-  sizes = (*(heads if cuts_heads else ()), "mlp_width", "vocab_size", "per_layer_vocab")
-  fields = [x for x in sizes if (size := getattr(model, x, None)) and size % count == 0]
-  model = dataclasses.replace(model, **{x: getattr(model, x) // count for x in fields})
+  count = mesh.shape["tensor"]
+  model = smaller_model(case.model, count)
   alone = AbstractMesh((1, 1, count), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
-  whole_heads = () if cuts_heads else ((r"(.*/)?attn/.*", jax.P()),)
-  # Whole on a device of the mesh, but of a smaller model it has those of its own outputs.
-  biases = (r"(.*/)?(attn/(query|key|value|qkv)|mlp/(gate|up))/bias", jax.P("tensor"))
-  # Nor are classes sizes of the model; a head of them is small.
-  classes = (("head/.*", jax.P()),) if getattr(model, "classes", ()) else ()
-  rules = (*whole_heads, *classes, biases, *families.family_of(model).sharding)
-  layout = sharding.lay_out(case.weights, alone, rules)
+  layout = sharding.lay_out(case.weights, alone, _cuts(case.model, model))
   weights = jax.tree.map(
     lambda x, place: jax.ShapeDtypeStruct(place.shard_shape(x.shape), x.dtype),
     case.weights,

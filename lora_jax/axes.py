@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
 from jax.extend.core import primitives
 
 from lora_jax import compat, steps, tables, tree
@@ -115,6 +116,10 @@ def trace_axes(f: Callable, params: PyTree, *args: Any, **kwargs: Any) -> AxesRe
       and do not close over them: an array that depends on them counts as an activation, an array
       that depends on the parameters alone as a parameter.
     **kwargs: as `args`.
+
+  Raises:
+    Exception: the error that `f` raises. An error of Linen gets a note if `params` seem to be given
+      to a module's `apply` directly, which takes {"params": params}.
   """
   params = jax.tree.map(lambda x: x.aval if is_weight(x) else x, params, is_leaf=is_weight)
   ndims = {path: len(jax.numpy.shape(x)) for path, x in tree.flatten(params).items()}
@@ -124,7 +129,17 @@ def trace_axes(f: Callable, params: PyTree, *args: Any, **kwargs: Any) -> AxesRe
     args, kwargs = tree.join(dynamic, static)
     return f(params, *args, **kwargs)
 
-  jaxpr = jax.make_jaxpr(g)(params, dynamic)
+  try:
+    jaxpr = jax.make_jaxpr(g)(params, dynamic)
+  except Exception as error:
+    whole = isinstance(params, Mapping) and "params" in params
+    # By name: the transform does not import Flax, which takes longer than the rest.
+    if type(error).__module__ == "flax.errors" and not whole:
+      error.add_note(
+        "`apply` of a Linen module takes {'params': params}: trace_axes(lambda params, x: "
+        "model.apply({'params': params}, x), params, x)"
+      )
+    raise
   views = [Value((View.whole(path, ndim),)) for path, ndim in ndims.items()]
   rest = [PLAIN[_source(v.aval)] for v in jaxpr.jaxpr.invars[len(views) :]]
   notes = Notes()
@@ -134,7 +149,7 @@ def trace_axes(f: Callable, params: PyTree, *args: Any, **kwargs: Any) -> AxesRe
 
 def _source(argument) -> Source:
   """The source of an argument. Random keys are constants: their values may multiply a kernel."""
-  is_key = jax.dtypes.issubdtype(argument.dtype, jax.dtypes.prng_key)
+  is_key = jnp.issubdtype(argument.dtype, jax.dtypes.prng_key)
   return Source.PARAMETERS if is_key else Source.INPUTS
 
 

@@ -33,9 +33,12 @@ def whole(name: str, value: Any, *, least: int | None = None, most: int | None =
     ValueError: if it is below `least` or above `most`.
   """
   try:
-    value = operator.index(_scalar(value))
+    scalar = _scalar(value)
+    if not isinstance(scalar, int):
+      raise TypeError
   except TypeError:
     raise TypeError(f"{name} {shown(value)} is not a whole number; use an int") from None
+  value = operator.index(scalar)
   if least is not None and value < least:
     positive = "a positive whole number" if least == 1 else f"{least} or more"
     raise ValueError(f"{name} {shown(value)} is below {least}; use {positive}")

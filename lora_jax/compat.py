@@ -11,6 +11,7 @@ from importlib import metadata
 from typing import Any
 
 import jax
+import jax.core
 import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import lax
@@ -36,7 +37,7 @@ def vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
   """The array marked as varying along mesh axes, inside `shard_map`."""
   if hasattr(lax, "pcast"):  # JAX 0.8.1
     return lax.pcast(x, axes, to="varying")
-  return lax.pvary(x, axes)
+  return lax.pvary(x, axes)  # pyright: ignore[reportAttributeAccessIssue]: gone in JAX 0.10
 
 
 def _on_mesh(x):
@@ -93,7 +94,12 @@ def evaluated(eqns: Sequence[jex.JaxprEqn], env: Mapping[Any, Any]) -> dict[Any,
     env: the values of the variables that they read but do not define.
   """
   defined = {v: None for eqn in eqns for v in eqn.outvars}
-  read = {v: None for eqn in eqns for v in eqn.invars if not is_literal(v) and v not in defined}
+  read = {
+    v: None
+    for eqn in eqns
+    for v in eqn.invars
+    if not isinstance(v, jex.Literal) and v not in defined
+  }
   jaxpr = jex.Jaxpr(
     constvars=(),
     invars=list(read),

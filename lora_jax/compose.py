@@ -128,7 +128,7 @@ def _combined(
   like = adapters[0]
   matrices = [_as_matrices(adapter) for adapter in adapters]
   keys = None if key is None else jax.random.split(key, len(matrices[0].a))
-  made = jax.lax.map(lambda each: method(*each, weights), (keys, matrices))
+  made = jax.lax.map(lambda each: method(each[0], each[1], weights), (keys, matrices))
   return _as_leaf(made.a, made.b * made.scale, like)
 
 

@@ -141,9 +141,11 @@ def shard_map(
     outs = evaluate(compat.closed(jaxpr), args)
     return tuple(evaluate.array(x, "the mapped function returns the weight itself") for x in outs)
 
+  names = newly_manual_axes if manual_axes is None else manual_axes  # renamed in JAX 0.8.1
+  assert names is not None
   return jax.shard_map(
     body, mesh=mesh, in_specs=tuple(specs), out_specs=tuple(out_specs), check_vma=check_vma,
-    axis_names=newly_manual_axes if manual_axes is None else manual_axes,  # renamed in JAX 0.8.1
+    axis_names=names,
   )(*args)  # fmt: skip
 
 

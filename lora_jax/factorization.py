@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from lora_jax.weights import explicit, promotion
@@ -26,10 +27,13 @@ class Svd(NamedTuple):
   vt: jax.Array
 
 
+Array = jax.Array | np.ndarray
 Factors = tuple[jax.Array, jax.Array]
 
 
-def factorized(w: jax.Array, roles: str, factorize: Callable[[jax.Array], Factors]) -> Factors:
+def factorized(
+  w: jax.Array, roles: str, factorize: Callable[[jax.Array], tuple[Array, Array]]
+) -> Factors:
   """Returns a, [*stack, *inputs, rank], and b, [*stack, rank, *outputs], of a kernel.
 
   Args:

@@ -235,8 +235,11 @@ def _of_images(name: str, files: Mapping[str, names.Table] | None = None, **how:
   """A family whose inputs are images; `files` has the names for further file formats."""
   return Family(
     init_cache=None,
-    names={"safetensors": image_names.FILES[name], "modules": image_names.MODULES[name]}
-    | (files or {}),
+    names={
+      "safetensors": image_names.FILES[name],
+      "modules": image_names.MODULES[name],
+      **(files or {}),
+    },
     example_inputs=lambda config: (_images(config, 1, None),),
     inputs=_images,
     sharding=IMAGE_SHARDING,
@@ -341,7 +344,7 @@ def param_shapes(
   else:
     model = family.make_model(config)
   variables = jax.eval_shape(model.init, jax.random.key(0), *family.example_inputs(config))
-  leaves = traverse_util.flatten_dict(variables["params"], sep="/")
+  leaves: dict[str, Any] = traverse_util.flatten_dict(variables["params"], sep="/")
   shapes = {path: leaf.shape for path, leaf in leaves.items()}
   if family.layers_alike and not config.scan_layers:
     each = [(path, layers.layer_paths(path, config.num_layers)) for path in shapes]

@@ -120,6 +120,7 @@ def largest(program: str, count: int) -> list[Value]:
 
 def _size(array: str) -> int:
   found = _ARRAY.match(array)
+  assert found is not None  # _VALUE matched it
   numbers = (int(n) for n in found["shape"].split(",") if n)
   return int(_BYTES.get(found["dtype"], 4) * math.prod(numbers))
 

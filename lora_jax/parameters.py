@@ -10,7 +10,7 @@ warning says so.
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 
 import jax.extend.core as jex
 
@@ -46,7 +46,7 @@ def _checked(primitive: jex.Primitive, rule: Callable) -> Callable:
   return with_known_parameters
 
 
-def _unknown(primitive: str, unknown: set[str], missing: set[str]) -> NotFactored:
+def _unknown(primitive: str, unknown: Set[str], missing: Set[str]) -> NotFactored:
   reasons = [f"gives {primitive} the unknown parameter {name!r}" for name in sorted(unknown)]
   reasons += [f"gives {primitive} no parameter {name!r}" for name in sorted(missing)]
   reason = f"JAX {compat.VERSION} {' and '.join(reasons)}"

@@ -7,12 +7,15 @@ recomputes the operations between them. In an adapted layer it would save three 
 rank-sized h = x A, and h B, although only their sum is needed. This policy saves the sum.
 """
 
+from typing import Any
+
 import jax
+import jax.extend.core as jex
 
 from lora_jax.weights.low_rank import PRODUCT
 
 
-def products_saveable(primitive, *args, **params) -> bool:
+def products_saveable(primitive: jex.Primitive, *args: Any, **params: Any) -> bool:
   """Saves the results of linear layers, adapted or not; for `jax.checkpoint(..., policy=...)`."""
   policies = jax.checkpoint_policies
   keep = policies.save_from_both_policies(

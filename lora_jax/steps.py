@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
+import jax.core
 import jax.extend.core as jex
 from jax.extend.core import primitives
 
@@ -29,7 +30,9 @@ def parameter(eqn: jex.JaxprEqn, name: str) -> Any:
 
 def _shapes(eqn: jex.JaxprEqn) -> tuple[tuple[int, ...], tuple[int, ...]]:
   """The shapes of the first operand and the first result."""
-  return eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+  before, after = eqn.invars[0].aval, eqn.outvars[0].aval
+  assert isinstance(before, jax.core.ShapedArray) and isinstance(after, jax.core.ShapedArray)
+  return before.shape, after.shape
 
 
 # ---- products and look-ups: a step without a return value has results that are not views

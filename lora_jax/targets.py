@@ -160,8 +160,10 @@ def match(
       )
     if not hits:
       nearest = difflib.get_close_matches(pattern, leaves, n=5, cutoff=0.0)
+      meant = difflib.get_close_matches(pattern.replace("_", "-"), PRESETS, n=1)
+      preset = f"The preset {meant[0]!r} has a similar name. " if meant else ""
       raise ValueError(
-        f"the pattern {pattern!r} matches no leaf; it must match a whole path. "
+        f"the pattern {pattern!r} matches no leaf; it must match a whole path. {preset}"
         f"The nearest paths: {', '.join(nearest)}"
       )
     for path in hits:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -139,7 +140,7 @@ def detach(
       f"{', '.join(in_full)}: trained in full, and would be dropped; pass the base as well, "
       "detach(weights, adapters, params), which returns each as a Full, or materialize(weights)"
     )
-  found = {path: leaf.detach().seal() for path, leaf in adapted.items()}
+  found: dict[str, Adapted] = {path: leaf.detach().seal() for path, leaf in adapted.items()}
   return found if params is None else found | _trained_in_full(leaves, params, in_full)
 
 
@@ -226,7 +227,7 @@ def _attached(leaf: Any, adapter: Adapted, path: str) -> Weight:
 
 def _mask(leaf: Weight, in_full: set[str]) -> Weight:
   mask = leaf.trainable()
-  if isinstance(mask, Pruned) and is_weight(mask.w):
+  if isinstance(leaf, Pruned) and is_weight(leaf.w):
     return dataclasses.replace(mask, w=_mask(leaf.w, in_full))
   if isinstance(mask, Adapted):
     return dataclasses.replace(mask, trained_beside=tuple(sorted(in_full)))
@@ -235,7 +236,7 @@ def _mask(leaf: Weight, in_full: set[str]) -> Weight:
 
 def _trained_in_full(
   leaves: Mapping[str, Any], params: PyTree, declared: Iterable[str]
-) -> dict[str, Full]:
+) -> dict[str, Adapted]:
   """The leaves that are not Weights and differ from the base, as changes of the base.
 
   In a traced function there are no values to compare, so the declaration of the mask decides.

@@ -58,9 +58,9 @@ class View:
 
   def inserted(self, position: int, axes: tuple[int, ...] = ()) -> "View":
     """The view with one more axis, a new one or one that was sliced away before."""
-    axes = (*self.axes[:position], axes, *self.axes[position:])
-    stacks = tuple(n for n in self.stacks if n not in axes[position])
-    return dataclasses.replace(self, axes=axes, stacks=stacks)
+    stacks = tuple(n for n in self.stacks if n not in axes)
+    every = (*self.axes[:position], axes, *self.axes[position:])
+    return dataclasses.replace(self, axes=every, stacks=stacks)
 
   def broadcast(self, before: Sequence[int], after: Sequence[int], places: Sequence[int]) -> "View":
     """Axis n of `before` becomes axis places[n] of `after`; one of size one that grows is new."""
@@ -166,7 +166,14 @@ class Notes:
     self.joined: dict[str, list[str]] = {}
 
   def use(
-    self, value: Value, primitive: str, inputs, stacks, rows: int, source: Source, groups: int = 1
+    self,
+    value: Value,
+    primitive: str,
+    inputs: Sequence[int],
+    stacks: Sequence[int],
+    rows: int,
+    source: Source,
+    groups: int = 1,
   ) -> None:
     """Notes a use of the leaves behind a value; a leaf that is not contracted is only joined.
 

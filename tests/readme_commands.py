@@ -27,7 +27,7 @@ _NAMES = {
   "/shared/runs/": "runs/",
 }
 
-_FILES = ("mine.jsonl", "photographs", "more_photographs")
+_FILES = ("mine.jsonl", "more.jsonl", "photographs", "more_photographs")
 _OWN = ("heal.py", "glue.py", "images.py", "compress.py:model=")
 
 
@@ -69,13 +69,14 @@ def short(words: list[str], runs: pathlib.Path, model: pathlib.Path) -> list[str
   """A command on a tiny model, in smoke form, below a folder of its own.
 
   runs: takes the place of runs/.
-  model: a tiny decoder's folder; next to it the same as a GGUF file, conversations in mine.jsonl,
-    and pictures in photographs/ and more_photographs/. Configs of other models take their own.
+  model: a tiny decoder's folder; next to it the same as a GGUF file, conversations in mine.jsonl
+    and more.jsonl, and pictures in photographs/ and more_photographs/. Configs of other models
+    take their own.
   """
   program, *arguments = words
   made = []
   for argument in arguments:
-    own = {f"={x}": f"={model.parent / x}" for x in _FILES}
+    own = {mark + x: f"{mark}{model.parent / x}" for x in _FILES for mark in "='"}
     for old, new in (_NAMES | own).items():
       argument = argument.replace(old, new)
     name, equals, value = argument.partition("=")

@@ -1,5 +1,6 @@
 """The roles of a leaf's axes, as the function that uses it says them."""
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.extend.core as jex
@@ -552,3 +553,16 @@ def test_axes_of_a_leaf_with_other_axes_are_refused():
   with pytest.raises(ValueError, match=r"w: its shape is \(3, 11, 13\), and the axes 'io' were"):
     spec = {"w": LoRA(rank=1, alpha=1.0)}
     lora_jax.init(jax.random.key(0), {"w": normal(3, 11, 13)}, spec, axes)
+
+
+@pytest.mark.parametrize("model", [nn.Dense(4), nn.Sequential([nn.Dense(4)])])
+def test_parameters_given_to_apply_directly_are_explained(model):
+  x = jnp.ones((2, 3))
+  variables = model.init(jax.random.key(0), x)
+  remedy = "trace_axes(lambda params, x: model.apply({'params': params}, x), params, x)"
+  with pytest.raises(flax.errors.FlaxError) as caught:
+    trace_axes(model.apply, variables["params"], x)
+  assert remedy in str(caught.value.__notes__)
+  with pytest.raises(flax.errors.FlaxError) as caught:
+    trace_axes(model.apply, {"params": {}}, x)
+  assert remedy not in str(caught.value.__notes__)

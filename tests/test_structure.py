@@ -1,13 +1,21 @@
 """The house itself: what imports what, what stays light, and what nothing may touch."""
 
 import ast
+import configparser
+import importlib
+import inspect
 import pathlib
+import pkgutil
 import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable, Iterator
 
+import flax.linen as nn
+import jax
 import pytest
+import setuptools
 
 import lora_jax
 
@@ -131,3 +139,125 @@ def test_the_public_names_are_there_and_say_what_they_are():
   }  # fmt: skip
   assert expected <= set(public)
   assert not [name for name in expected if not getattr(lora_jax, name).__doc__]
+
+
+def test_public_functions_are_fully_typed():
+  functions = dict(_public_functions())
+  assert len(functions) > 800
+  assert {"lora_jax.transform.attach", "lora_jax.weights.adapted.Adapted.attach"} <= set(functions)
+  lacking = {name: found for name, f in functions.items() if (found := _untyped(f))}
+  assert not lacking
+
+
+def test_a_parameter_or_a_result_without_a_type_is_found():
+  def function(typed: int, bare, *rest, **others: int):
+    del typed, bare, rest, others
+
+  assert _untyped(function) == ["bare", "rest", "return"]
+
+
+# One function per primitive of JAX; its signature is the list of the primitive's parameters.
+_OF_PRIMITIVES = ("lora_jax.rules", "lora_jax.control_flow", "lora_jax.steps")
+# Of a Weight, in addition to those of the names of `jax.lax`.
+_OPERATIONS = {"astype", "scaled", "times", "plus", "minus"}
+
+
+def _public_functions() -> Iterator[tuple[str, Callable]]:
+  """The functions of all modules, and the methods of classes that are not of a base's type."""
+  for module in pkgutil.walk_packages(lora_jax.__path__, "lora_jax."):
+    if module.name in _OF_PRIMITIVES:
+      continue
+    for name, value in vars(importlib.import_module(module.name)).items():
+      if name.startswith("_") or getattr(value, "__module__", None) != module.name:
+        continue
+      if inspect.isclass(value):
+        yield from ((f"{module.name}.{name}.{each}", f) for each, f in _methods(value))
+      elif inspect.isfunction(inspect.unwrap(value)):
+        yield f"{module.name}.{name}", inspect.unwrap(value)
+
+
+def _methods(kind: type) -> Iterator[tuple[str, Callable]]:
+  if issubclass(kind, nn.Module):  # Flax calls them; the names of the arguments have their axes
+    return
+  is_weight = issubclass(kind, lora_jax.Weight)
+  for name, value in vars(kind).items():
+    if name.startswith("_") and name not in ("__init__", "__call__"):
+      continue
+    if is_weight and (hasattr(jax.lax, name) or name in _OPERATIONS):
+      continue
+    if any(_is_typed_method(base, name) for base in kind.__mro__[1:]):
+      continue
+    f = _function(value)
+    # A Protocol adds a method, and a function may be the default of a typed field.
+    if f and f.__module__ == kind.__module__ and f.__name__ == name:
+      yield name, f
+
+
+def _is_typed_method(kind: type, name: str) -> bool:
+  f = _function(vars(kind).get(name))
+  return f is not None and not _untyped(f)
+
+
+def _function(value: object) -> Callable | None:
+  value = getattr(value, "fget", None) or getattr(value, "__func__", value)
+  value = inspect.unwrap(value) if callable(value) else value
+  return value if inspect.isfunction(value) else None
+
+
+def _untyped(f: Callable) -> list[str]:
+  """The parameters without a type, and "return" for a result without one."""
+  signature = inspect.signature(f)
+  own = [p for p in signature.parameters.values() if p.name not in ("self", "cls")]
+  found = [p.name for p in own if p.annotation is p.empty]
+  has_result = f.__name__ == "__init__" or signature.return_annotation is not signature.empty
+  return found if has_result else [*found, "return"]
+
+
+def test_a_wheel_holds_the_library_alone_and_says_that_it_is_typed():
+  packages = setuptools.find_packages(str(ROOT), include=_wheel_packages())
+  assert {package.split(".")[0] for package in packages} == {"lora_jax"}
+  folders = {path.parent for path in (ROOT / "lora_jax").rglob("*.py")}
+  assert folders == {ROOT / package.replace(".", "/") for package in packages}
+  assert (ROOT / "lora_jax" / "py.typed").exists()
+
+
+def _wheel_packages() -> list[str]:
+  return _setup()["options.packages.find"]["include"].split()
+
+
+def _setup() -> configparser.ConfigParser:
+  setup = configparser.ConfigParser()
+  setup.read(ROOT / "setup.cfg")
+  return setup
+
+
+def test_what_is_installed_is_what_is_imported():
+  """The names of packages and modules, where they differ."""
+  modules = {
+    "absl-py": "absl", "huggingface_hub": "huggingface_hub", "orbax-checkpoint": "orbax",
+    "pillow": "PIL", "pypi-simple": "pypi_simple",
+  }  # fmt: skip
+  setup = _setup()
+  extras = setup["options.extras_require"]
+  core = _names(setup["options"]["install_requires"])
+  offered = core | {
+    name for extra in ("experiments", "vision", "eval") for name in _names(extras[extra])
+  }
+  imported = set()
+  for room in ("lora_jax", "experiments", "configs"):
+    for path in (ROOT / room).rglob("*.py"):
+      for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+          imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+          imported.add(node.module.split(".")[0])
+  imported -= {"lora_jax", "experiments", "configs", "google"} | sys.stdlib_module_names
+  installed = {modules.get(name, name) for name in offered}
+  # jax.export imports flatbuffers when it serializes.
+  assert imported == installed - {"flatbuffers"}
+
+
+def _names(requirements: str) -> set[str]:
+  return {re.split(r"[<>=;\[ ]", line)[0] for line in requirements.split("\n") if line} - {
+    "lora_jax"
+  }

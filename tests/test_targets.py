@@ -57,6 +57,15 @@ def test_a_pattern_matches_whole_paths_and_the_result_is_in_the_tree_s_order():
     match(PARAMS, [("attn/query", SPEC)])
 
 
+@pytest.mark.parametrize(
+  ("written", "meant"),
+  [("all_linear", "all-linear"), ("all-liner", "all-linear"), ("atention", "attention")],
+)
+def test_a_mistyped_preset_is_answered_with_the_preset(written, meant):
+  with pytest.raises(ValueError, match=f"matches no leaf.*The preset '{meant}' has a similar name"):
+    match(PARAMS, [(written, SPEC)])
+
+
 def test_the_first_pattern_that_matches_a_leaf_decides():
   other = LoRA(rank=4, alpha=4.0)
   specs = match(PARAMS, [(r"block_1/.*", None), (r".*/query/kernel", other), ("attention", SPEC)])

@@ -76,18 +76,19 @@ class LoKr(Method):
       bound = 1 / math.sqrt(max(1, shape[0]))  # an axis of size zero has no values
       return jax.random.uniform(key, (*stack, *shape), jnp.float32, -bound, bound)
 
+    w1 = w1_a = w1_b = w2 = w2_a = w2_b = None
     if self.decompose_both and rank < max(i1, o1) / 2:
-      outer = {"w1_a": uniform(keys[0], i1, rank), "w1_b": zeros(rank, o1)}
+      w1_a, w1_b = uniform(keys[0], i1, rank), zeros(rank, o1)
     else:
-      outer = {"w1": zeros(i1, o1)}
+      w1 = zeros(i1, o1)
     if rank < max(i2, o2) / 2:
       key_a, key_b = jax.random.split(keys[1])
-      inner = {"w2_a": uniform(key_a, i2 * window, rank), "w2_b": uniform(key_b, rank, o2)}
+      w2_a, w2_b = uniform(key_a, i2 * window, rank), uniform(key_b, rank, o2)
     else:
-      inner = {"w2": uniform(keys[1], i2 * window, o2)}
+      w2 = uniform(keys[1], i2 * window, o2)
     return weights.LoKr(
-      w=None, **outer, **inner, scale=self.scale, roles=roles.lstrip("s"),
-      order=_channels_first(roles) if self.channels else (),
+      w=None, w1=w1, w1_a=w1_a, w1_b=w1_b, w2=w2, w2_a=w2_a, w2_b=w2_b, scale=self.scale,
+      roles=roles.lstrip("s"), order=_channels_first(roles) if self.channels else (),
     )  # fmt: skip
 
 

@@ -15,7 +15,9 @@ axes.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
 
 from lora_jax import checks, initializers
 from lora_jax.adapters.base import Method, sizes
@@ -42,7 +44,7 @@ class LoRA(Method):
   rslora: bool = False
   train_a: bool = True
   dropout: float = 0.0
-  initializer: Callable = initializers.kaiming_uniform
+  initializer: initializers.Initializer = initializers.kaiming_uniform
 
   def __post_init__(self):
     check_rank(self)
@@ -62,7 +64,7 @@ class LoRA(Method):
     check_rank_fits(path, self.rank, inputs, outputs)
     return self.starting_at(*self.initializer(key, stack, inputs, outputs, self.rank), roles)
 
-  def starting_at(self, a, b, roles: str) -> LowRank:
+  def starting_at(self, a: jax.Array, b: jax.Array, roles: str) -> LowRank:
     """Returns the adapter with given factors, of any rank, for a leaf of these roles."""
     return LowRank(
       w=None, a=a, b=b, scale=self.scale, dropout=self.dropout, roles=roles.lstrip("s"),
@@ -70,12 +72,25 @@ class LoRA(Method):
     )  # fmt: skip
 
 
-def check_rank(spec) -> None:
+class Scaled(Protocol):
+  """A spec whose alpha is divided by its rank or, with `rslora`, by the root of it."""
+
+  @property
+  def rank(self) -> int: ...
+
+  @property
+  def alpha(self) -> float: ...
+
+  @property
+  def rslora(self) -> bool: ...
+
+
+def check_rank(spec: Method) -> None:
   """Raises TypeError if a spec's rank is no whole number, ValueError if it is below one."""
   spec.settle("rank", checks.whole, least=1)
 
 
-def scale_of(spec) -> float:
+def scale_of(spec: Scaled) -> float:
   """alpha / rank, or alpha / sqrt(rank) with `rslora`."""
   return spec.alpha / (math.sqrt(spec.rank) if spec.rslora else spec.rank)
 
@@ -89,7 +104,7 @@ def check_rank_fits(path: str, rank: int, inputs: tuple, outputs: tuple) -> None
     raise ValueError(f"{path}: rank {rank} exceeds min({fan_in}, {fan_out}); {remedy}")
 
 
-def check_leaves_start(path: str, spec, method: str) -> None:
+def check_leaves_start(path: str, spec: Any, method: str) -> None:
   """Raises TypeError if spec is no spec, ValueError if it belongs to another method or has an
   initializer of its own."""
   checks.instance(f"{path}: has", spec, Method, "spec")

@@ -13,8 +13,10 @@ Defined for every kernel. Like PiSSA, it starts from the values of the weights.
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
+from lora_jax import factorization
 from lora_jax.adapters.recentred import FromKernel
 
 
@@ -28,7 +30,7 @@ class OLoRA(FromKernel):
     rslora: True to divide alpha by sqrt(rank) instead of rank.
   """
 
-  def factorize(self, key, matrix):
+  def factorize(self, key: jax.Array, matrix: jax.Array) -> factorization.Factors:
     q, r = jnp.linalg.qr(jnp.swapaxes(matrix, -2, -1))
     a, b = jnp.swapaxes(r, -2, -1), jnp.swapaxes(q, -2, -1)
     return a[..., : self.rank], b[..., : self.rank, :]

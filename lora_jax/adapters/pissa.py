@@ -16,6 +16,8 @@ quantized, and the principal part is subtracted in factored form.
 
 import dataclasses
 
+import jax
+
 from lora_jax import checks, factorization
 from lora_jax.adapters.recentred import FromKernel
 
@@ -40,7 +42,7 @@ class PiSSA(FromKernel):
       raise ValueError(f"PiSSA: alpha {self.alpha} is not above 0; the factors divide by its root")
     self.settle("iterations", checks.whole, least=0)
 
-  def factorize(self, key, matrix):
+  def factorize(self, key: jax.Array, matrix: jax.Array) -> factorization.Factors:
     if self.iterations is None:
       u, s, vt = factorization.svd(matrix, self.rank)
     else:

@@ -16,7 +16,7 @@ raises an error with the reason.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -92,14 +92,19 @@ def query_key(
 def _truncated(first: Matrix, second: Matrix, features: int, root: Matrix | None):
   """The first features of `first @ second`, [D, H] @ [H, M], which is not materialized."""
   whitened = first if root is None else root.T @ first
-  q_first, r_first = scipy.linalg.qr(whitened, mode="economic")
-  q_second, r_second = scipy.linalg.qr(second.T, mode="economic")
+  q_first, r_first = _qr(whitened)
+  q_second, r_second = _qr(second.T)
   u, s, vt = scipy.linalg.svd(r_first @ r_second.T, full_matrices=False)
   scale = np.sqrt(s[:features])
   a, b = q_first @ u[:, :features] * scale, scale[:, None] * (vt[:features] @ q_second.T)
   if root is not None:
-    a = scipy.linalg.solve_triangular(root, a, lower=True, trans="T")
+    a = scipy.linalg.solve_triangular(root, a, lower=True, trans=1)
   return a, b
+
+
+def _qr(matrix: Matrix) -> tuple[Matrix, Matrix]:
+  # scipy declares no types, and what it returns depends on the mode.
+  return cast(tuple[Matrix, Matrix], scipy.linalg.qr(matrix, mode="economic"))
 
 
 def _check_features(features: int, most: int) -> None:

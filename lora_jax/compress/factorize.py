@@ -16,7 +16,7 @@ et al. 2024, SVD-LLM, arXiv 2403.07378, sections 3.2 and 3.3, for whitening and 
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ from lora_jax.weights.factors import part_sizes
 from lora_jax.weights.probe import Moments
 
 PyTree = Any
+# scipy declares no types; `cast` says what it returns by these arguments.
 Matrix = np.ndarray
 Decompose = Callable[[str, Matrix, int], tuple[Matrix, Matrix]]
 
@@ -70,9 +71,10 @@ def select(
   return list(specs)
 
 
-def sizes(leaf, roles: str) -> tuple[int, int, int]:
+def sizes(leaf: Any, roles: str) -> tuple[int, int, int]:
   """The number of kernels in a leaf, and the inputs and outputs of each."""
-  return tuple(int(np.prod(part_sizes(leaf.shape, roles, role, 0))) for role in "sio")
+  stack, inputs, outputs = (int(np.prod(part_sizes(leaf.shape, roles, x, 0))) for x in "sio")
+  return stack, inputs, outputs
 
 
 # ---- decompositions
@@ -81,7 +83,8 @@ def sizes(leaf, roles: str) -> tuple[int, int, int]:
 def svd(path: str, matrix: Matrix, rank: int) -> tuple[Matrix, Matrix]:
   """The best approximation of this rank in the Frobenius norm, by an exact SVD."""
   del path
-  return _balanced(*scipy.linalg.svd(matrix, full_matrices=False), rank)
+  u, s, vt = scipy.linalg.svd(matrix, full_matrices=False)
+  return _balanced(u, s, vt, rank)
 
 
 def randomized(seed: int, iterations: int = 4) -> Decompose:
@@ -94,10 +97,11 @@ def randomized(seed: int, iterations: int = 4) -> Decompose:
 
   def decompose(path, matrix, rank):
     del path
-    u, s, vt = factorization.randomized_svd(
+    found = factorization.randomized_svd(
       jax.random.key(seed), jnp.asarray(matrix, jnp.float32), rank, iterations
     )
-    return _balanced(*(np.asarray(x, np.float64) for x in (u, s, vt)), rank)
+    u, s, vt = (np.asarray(x, np.float64) for x in found)
+    return _balanced(u, s, vt, rank)
 
   return decompose
 
@@ -110,7 +114,8 @@ def pivoted_qr(path: str, matrix: Matrix, rank: int) -> tuple[Matrix, Matrix]:
   matrix of this rank.
   """
   del path
-  q, r, pivots = scipy.linalg.qr(matrix, mode="economic", pivoting=True)
+  made = scipy.linalg.qr(matrix, mode="economic", pivoting=True)
+  q, r, pivots = cast(tuple[Matrix, Matrix, np.ndarray], made)
   b = np.empty((rank, matrix.shape[1]))
   b[:, pivots] = r[:rank]
   return q[:, :rank], b
@@ -141,15 +146,16 @@ class Whitened:
     left, right = self._roots(path, matrix)
     whitened = _between(left, matrix, right)
     squares, vectors, on_the_left = _directions(whitened)
+    assert vectors is not None
     vectors = vectors[:, :rank]
     # The matrix is projected on its first singular vectors, on its smaller side.
     a, b = (vectors, vectors.T @ whitened) if on_the_left else (whitened @ vectors, vectors.T)
     least = max(squares[0] * 1e-30, 1e-100)  # a kernel of zeros has factors of zeros
     scale = np.maximum(squares[:rank], least) ** (0.25 if on_the_left else -0.25)
     a, b = a * scale, b / scale[:, None]
-    a = scipy.linalg.solve_triangular(left, a, lower=True, trans="T")
+    a = scipy.linalg.solve_triangular(left, a, lower=True, trans=1)
     if right is not None:
-      b = scipy.linalg.solve_triangular(right, b.T, lower=True, trans="T").T
+      b = scipy.linalg.solve_triangular(right, b.T, lower=True, trans=1).T
     return a, b
 
   def values(self, path: str, matrix: Matrix) -> np.ndarray:
@@ -251,13 +257,13 @@ def tails(
 def singular_values(path: str, matrix: Matrix) -> np.ndarray:
   """The singular values of the kernel itself."""
   del path
-  return scipy.linalg.svdvals(matrix)
+  return cast(np.ndarray, scipy.linalg.svdvals(matrix))
 
 
 def pivoted_rows(path: str, matrix: Matrix) -> np.ndarray:
   """The norms of R's rows; `pivoted_qr` loses those beyond its rank."""
   del path
-  r, _ = scipy.linalg.qr(matrix, mode="r", pivoting=True)
+  r, _ = cast(tuple[Matrix, np.ndarray], scipy.linalg.qr(matrix, mode="r", pivoting=True))
   return np.linalg.norm(r[: min(matrix.shape)], axis=1)
 
 
@@ -358,19 +364,18 @@ def update(
     w = np.asarray(originals[path], np.float64)
     root = factor_root(path, np.asarray(moments[path].mean), w.shape[0], "inputs", damping)
     a = np.asarray(leaf.a, np.float64)
-    b, *_ = scipy.linalg.lstsq(root.T @ a, root.T @ w)
+    b, *_ = cast(tuple[Matrix, ...], scipy.linalg.lstsq(root.T @ a, root.T @ w))
     found[path] = dataclasses.replace(leaf, b=jnp.asarray(b, leaf.b.dtype))
   return tree.map_with_path(lambda path, leaf: found.get(path, leaf), compressed, is_leaf=is_weight)
 
 
 def _factored(path: str, leaf, roles: str, rank: int, decompose: Decompose) -> Factored:
-  def factors(matrix):
+  def factors(matrix: jax.Array) -> tuple[Matrix, Matrix]:
     matrices = np.asarray(matrix, np.float64)
     stack = matrices.shape[:-2]
     pairs = [decompose(path, each, rank) for each in matrices.reshape(-1, *matrices.shape[-2:])]
-    return tuple(
-      np.stack(side).reshape(*stack, *side[0].shape) for side in zip(*pairs, strict=True)
-    )
+    a, b = (np.stack(side).reshape(*stack, *side[0].shape) for side in zip(*pairs, strict=True))
+    return a, b
 
   a, b = factorization.factorized(leaf, roles, factors)
   return Factored(

@@ -84,7 +84,9 @@ def keep_smaller(weights: PyTree) -> PyTree:
 def _absorbed(leaf: jax.Array | Weight) -> jax.Array | Weight:
   if isinstance(leaf, Pruned) and is_weight(leaf.w):
     w = _absorbed(leaf.w)
-    return dataclasses.replace(leaf, w=w) if is_weight(w) else Pruned.of(w, leaf.mask, leaf.path)
+    if isinstance(w, Weight):
+      return dataclasses.replace(leaf, w=w)
+    return Pruned.of(w, leaf.mask, leaf.path)
   if not isinstance(leaf, Adapted):
     return leaf
   leaf = dataclasses.replace(leaf, w=_absorbed(leaf.w))

@@ -147,7 +147,7 @@ def prune(
     moved = jnp.transpose(leaf, order)
     scores = score(path, moved.reshape(stack, d, k).astype(jnp.float32))
     mask = pattern(path, scores).reshape(moved.shape)
-    found[path] = Pruned.of(leaf, jnp.transpose(mask, np.argsort(order)), path)
+    found[path] = Pruned.of(leaf, jnp.transpose(mask, np.argsort(order).tolist()), path)
   return tree.map_with_path(lambda path, leaf: found.get(path, leaf), params, is_leaf=is_weight)
 
 

@@ -102,7 +102,9 @@ def decoding(
 ) -> Runs:
   """The runs "prefill", of `rows` prompts of `length` tokens, and "token", one more of each row."""
   tokens = jnp.ones((rows, length), jnp.int32)
-  cache = families.family_of(config).init_cache(config, rows, length + 1, config.dtype)
+  init_cache = families.family_of(config).init_cache
+  assert init_cache is not None  # only models of texts are compressed
+  cache = init_cache(config, rows, length + 1, config.dtype)
 
   @jax.jit
   def prefill(params, tokens, cache):

@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from lora_jax import tree
 from lora_jax.adapt import adapt
@@ -139,7 +140,7 @@ def flops(stack: int, d: int, k: int, rows: int) -> Cost:
 
 
 def milliseconds(
-  stack: int, d: int, k: int, rows: int, *, dtype=jnp.float32, repeats: int = 10
+  stack: int, d: int, k: int, rows: int, *, dtype: DTypeLike = jnp.float32, repeats: int = 10
 ) -> Cost:
   """The time of a product on this device: measured dense and at two ranks, linear in between."""
   whole = min(d, k)

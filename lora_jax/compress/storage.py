@@ -314,7 +314,7 @@ def _read(stored: Stored, leaf: str, node: Mapping[str, Any]) -> Any:
     return jnp.asarray(_read_array(stored, node))
   settings = {name: _setting(leaf, name, x) for name, x in node["settings"].items()}
   parts = {part: _read(stored, leaf, x) for part, x in node["parts"].items()}
-  codes = _CODES.get(settings.get("levels"))
+  codes = _CODES.get(settings.get("levels", ""))
   for part, x in parts.items():
     fits = {"codes": x.dtype.name == codes, "mask": x.dtype == bool}
     if not fits.get(part, jnp.issubdtype(x.dtype, jnp.floating)):

@@ -19,15 +19,53 @@ compiles once per bucket. A batch is a pure function of the examples, the argume
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, TypedDict, TypeVar
 
 import grain
 import numpy as np
 
 from lora_jax.data.examples import Example
 
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 Batch = dict[str, np.ndarray]
+
+
+class Tokens(Protocol):
+  """What batches need to know of an example: its tokens, its targets, and how many were cut."""
+
+  @property
+  def inputs(self) -> Sequence[int]: ...
+
+  @property
+  def targets(self) -> Sequence[float]: ...
+
+  @property
+  def cut(self) -> int: ...
+
+
+class Shard(TypedDict, total=False):
+  """The rows of every batch that a process reads; see `train_batches`."""
+
+  shard_index: int
+  shard_count: int
+
+
+class Pass(Protocol[T_co]):
+  """The batches of one pass over the examples: a dataset or a list."""
+
+  def __len__(self) -> int: ...
+
+  def __iter__(self) -> Iterator[T_co]: ...
+
+
+class Watch(Protocol):
+  """Wraps the batches of a pass, e.g. with a progress bar."""
+
+  def __call__(self, batches: Pass[T], /) -> Iterable[T]: ...
+
+
 Assemble = Callable[[Sequence[Any], np.ndarray, int, int, int], Batch]
 """From examples, the numbers of those that are the rows (-1 for none), T, C and the token of
 padding to the arrays of a batch."""
@@ -41,7 +79,7 @@ class Rows(NamedTuple):
 
 
 def train_batches(
-  examples: Sequence[Example],
+  examples: Sequence[Tokens],
   batch_size: int,
   buckets: Sequence[int],
   seed: int,
@@ -75,6 +113,7 @@ def train_batches(
     raise ValueError(f"seed {seed} must be 0 or more")
   lengths = _lengths(examples, batch_size, buckets, shard_index, shard_count)
   widths = target_widths(examples, buckets)
+  make = _assemble if assemble is None else assemble
   batches_per_epoch = -(-len(examples) // batch_size)
 
   # The iterator prefetches, so two epochs can be in use at once.
@@ -88,7 +127,7 @@ def train_batches(
     epoch, number = divmod(step, batches_per_epoch)
     rows = plan(epoch)[number]
     own = block(rows.indices, batch_size, shard_index, shard_count)
-    return (assemble or _assemble)(examples, own, rows.length, widths[rows.length], pad_id)
+    return make(examples, own, rows.length, widths[rows.length], pad_id)
 
   # `repeat` would pass the map a step within the epoch. Grain's own sharding would assign whole
   # batches to shards, which would then differ in shape at the same step.
@@ -96,7 +135,7 @@ def train_batches(
 
 
 def eval_batches(
-  examples: Sequence[Example],
+  examples: Sequence[Tokens],
   batch_size: int,
   buckets: Sequence[int],
   pad_id: int,
@@ -113,12 +152,13 @@ def eval_batches(
   """
   lengths = _lengths(examples, batch_size, buckets, shard_index, shard_count)
   widths = target_widths(examples, buckets)
+  make = _assemble if assemble is None else assemble
   plan = group(lengths, np.arange(len(examples)), batch_size, buckets)
 
   def batch(number: int) -> Batch:
     rows = plan[number]
     own = block(rows.indices, batch_size, shard_index, shard_count)
-    arrays = (assemble or _assemble)(examples, own, rows.length, widths[rows.length], pad_id)
+    arrays = make(examples, own, rows.length, widths[rows.length], pad_id)
     return arrays | {"index": own.astype(np.int32)}
 
   return grain.MapDataset.range(len(plan)).map(batch)
@@ -130,14 +170,19 @@ def stacked(datasets: Sequence[grain.MapDataset]) -> grain.MapDataset:
   The batches of a step must have the same shape, as with one bucket or with packing.
   """
 
+  def of(dataset: grain.MapDataset, step: int) -> Batch:
+    batch = dataset[step]
+    assert batch is not None  # no filter leaves a gap
+    return batch
+
   def batch(step: int) -> Batch:
-    each = [dataset[step] for dataset in datasets]
+    each = [of(dataset, step) for dataset in datasets]
     return {name: np.stack([batch[name] for batch in each]) for name in each[0]}
 
   return grain.MapDataset.range(min(map(len, datasets))).map(batch)
 
 
-def summary(examples: Sequence[Example], batch_size: int, buckets: Sequence[int]) -> dict[str, Any]:
+def summary(examples: Sequence[Tokens], batch_size: int, buckets: Sequence[int]) -> dict[str, Any]:
   """Returns the size of a pass over the examples.
 
   Args:
@@ -206,7 +251,7 @@ def group(
   return batches
 
 
-def target_widths(examples: Sequence[Example], buckets: Sequence[int]) -> dict[int, int]:
+def target_widths(examples: Sequence[Tokens], buckets: Sequence[int]) -> dict[int, int]:
   """Returns {bucket: C of its batches}, the most targets of an example that may be in a bucket.
 
   An example can be in a longer bucket than its own (see `group`), so C never falls from one
@@ -229,7 +274,7 @@ def check_shards(batch_size: int, shard_index: int, shard_count: int) -> None:
 
 
 def _lengths(
-  examples: Sequence[Example],
+  examples: Sequence[Tokens],
   batch_size: int,
   buckets: Sequence[int],
   shard_index: int = 0,
@@ -258,7 +303,7 @@ def block(indices: np.ndarray, batch_size: int, shard_index: int, shard_count: i
 
 
 def _assemble(
-  examples: Sequence[Example], indices: np.ndarray, length: int, width: int, pad_id: int
+  examples: Sequence[Any], indices: np.ndarray, length: int, width: int, pad_id: int
 ) -> Batch:
   shape = (len(indices), width)
   tokens = np.full((len(indices), length), pad_id, np.int32)
@@ -267,7 +312,7 @@ def _assemble(
   for row, index in enumerate(indices):
     if index < 0:
       continue
-    example = examples[index]
+    example: Example = examples[index]
     count = len(example.targets)
     tokens[row, : len(example.inputs)] = example.inputs
     at[row, :count] = example.positions

@@ -111,6 +111,7 @@ def _cut(
   example: Example, turns: Sequence[Sequence[int]], max_length: int, left: bool, keeps_bos: bool
 ) -> Example:
   """Truncates an example to `max_length` tokens."""
+  assert example.learnt is not None  # of a conversation
   cut = len(example.tokens) - max_length
   if left:
     kept = (example.tokens[:1] if keeps_bos else ()) + example.tokens[cut + keeps_bos :]

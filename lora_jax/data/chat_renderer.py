@@ -23,6 +23,7 @@ import resource
 import signal
 import sys
 import traceback
+from typing import Any, ClassVar
 
 import jinja2
 import jinja2.ext
@@ -39,10 +40,23 @@ class TooLongError(Exception):
   """A rendered text over the limit."""
 
 
+class Environment(sandbox.ImmutableSandboxedEnvironment):
+  """Of templates that may mark what is generated.
+
+  marked: whether the template has a generation block.
+  opening, closing: the characters around such a block.
+  """
+
+  marked: bool
+  opening: str
+  closing: str
+
+
 class GenerationMarks(jinja2.ext.Extension):
   """The block `{% generation %}`, which puts its content between two marks."""
 
-  tags = frozenset({"generation"})
+  tags: ClassVar = {"generation"}
+  environment: "Environment"
 
   def parse(self, parser):
     line = next(parser.stream).lineno
@@ -57,7 +71,7 @@ class GenerationMarks(jinja2.ext.Extension):
 class Namespace(jinja2.utils.Namespace):
   """Jinja's namespace, without access to attributes of Python objects."""
 
-  def __init__(*args, **kwargs):
+  def __init__(*args: Any, **kwargs: Any):
     self, args = args[0], args[1:]
     values = dict(*args, **kwargs)
     for name in values:
@@ -74,14 +88,14 @@ def _check_name(name):
     raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}")
 
 
-def make_environment(date: datetime.datetime, marks: str) -> sandbox.ImmutableSandboxedEnvironment:
+def make_environment(date: datetime.datetime, marks: str) -> Environment:
   """Returns the environment of templates.
 
   Args:
     date: the date of `strftime_now`.
     marks: the two characters around a generation block.
   """
-  environment = sandbox.ImmutableSandboxedEnvironment(
+  environment = Environment(
     trim_blocks=True, lstrip_blocks=True, extensions=[GenerationMarks, jinja2.ext.loopcontrols]
   )
   environment.extend(marked=False, opening=marks[0], closing=marks[1])

@@ -38,6 +38,7 @@ _PLAIN, _PLAIN_END, _LEARNT, _LEARNT_END = "\ufdd1", "\ufdd2", "\ufdd3", "\ufdd4
 RESERVED = frozenset({"\ufdd0", _PLAIN, _PLAIN_END, _LEARNT, _LEARNT_END})
 """Characters that no message and no template may hold; the first is a mark of the tokenizer."""
 _MARK = re.compile(f"[{_PLAIN}-{_LEARNT_END}]")
+_MARKED = re.compile(f"{_PLAIN}(.*?){_PLAIN_END}")
 
 _DEFAULT, _OF_TOOLS = "default", "tool_use"
 _MAX_BYTES = 1 << 22  # of a file; the longest published templates have 20 kB
@@ -258,14 +259,15 @@ class Renderer:
     """
     given = [list(messages), tools]
     marked = _map_texts(given, self._mark)
-    texts = self._texts(*marked, renderings)
+    texts = self._texts(marked[0], marked[1], renderings)
     if marked != given:
-      for text, plainly in zip(texts, self._texts(*given, renderings), strict=True):
+      for text, plainly in zip(texts, self._texts(list(messages), tools, renderings), strict=True):
         if re.sub(f"[{_PLAIN}{_PLAIN_END}]", "", text) != plainly:
-          found = self._special.search(json.dumps(given, ensure_ascii=False))
+          found = _MARKED.search(json.dumps(marked, ensure_ascii=False))
+          assert found is not None
           raise TemplateError(
             "acts on the text of a special token in a message, or writes it in another way, as of "
-            f"{found[0]!r}; take it out of the message"
+            f"{found[1]!r}; take it out of the message"
           )
     return texts
 
@@ -277,6 +279,7 @@ class Renderer:
     return self._special.sub(_PLAIN + r"\g<0>" + _PLAIN_END, text)
 
   def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+    assert self._process.stdin is not None and self._process.stdout is not None  # pipes
     try:
       self._process.stdin.write(json.dumps(request).encode() + b"\n")
       self._process.stdin.flush()

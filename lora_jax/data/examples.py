@@ -141,7 +141,7 @@ def encode(
     raise ValueError("append_eos: this tokenizer has no EOS token")
   before = tokenizer.encode("")
 
-  pairs = []
+  pairs: list[tuple[list[int], list[int], bool]] = []
   for number, record in enumerate(records):
     parts = [
       [(text, own or special_tokens) for text, own in templates.pieces(template, record)]
@@ -168,7 +168,7 @@ def encode(
       f"(first: record {too_long[0]}) with {least} prompt token{'s' if least > 1 else ''}; "
       f"use max_length >= {max(shortest)} or leave these records out"
     )
-  return [_join(before, *pair, max_length) for pair in pairs]
+  return [_join(before, asked, answer, shared, max_length) for asked, answer, shared in pairs]
 
 
 def choice_ids(

@@ -5,6 +5,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from lora_jax.data.records import Record, require
 
@@ -50,7 +51,7 @@ def sign_label(
   return labelled
 
 
-def _number(value: object, where: str) -> float:
+def _number(value: Any, where: str) -> float:
   try:
     number = float(value)
   except (TypeError, ValueError, OverflowError):

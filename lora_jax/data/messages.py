@@ -122,8 +122,9 @@ def _content(where: str, content: Any) -> str:
   if isinstance(content, str):
     return content
   if isinstance(content, list) and content:
-    texts = [x.get("text") if isinstance(x, dict) else None for x in content]
-    if all(isinstance(x, str) for x in texts):
+    parts = [x.get("text") if isinstance(x, dict) else None for x in content]
+    texts = [x for x in parts if isinstance(x, str)]
+    if len(texts) == len(parts):
       return "".join(texts)
   raise ValueError(
     f"{where}: its content {shown(content)} is neither a text nor a list of "

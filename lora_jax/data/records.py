@@ -242,7 +242,9 @@ def _parse_array(path: pathlib.Path, lines: Iterable[str]) -> list[Record]:
 
 
 def _after_space(text: str, at: int) -> int:
-  return _SPACE.match(text, at).end()
+  found = _SPACE.match(text, at)
+  assert found is not None  # it matches nothing, too
+  return found.end()
 
 
 def _place_in_array(error: json.JSONDecodeError) -> str:

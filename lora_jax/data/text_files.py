@@ -43,7 +43,7 @@ def most_unpacked(size: int) -> int:
 
 
 @contextlib.contextmanager
-def lines(path: Path, encoding: str, newline: str) -> Iterator[tuple[Iterator[str], int]]:
+def lines(path: Path, encoding: str, newline: str | None) -> Iterator[tuple[Iterator[str], int]]:
   """Yields the lines of a file and their size in bytes; a byte-order mark is skipped.
 
   gzip is recognized by its content. A compressed file is read twice, first to measure its size.
@@ -87,7 +87,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
   return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _content(file: BinaryIO, packed: bool) -> BinaryIO:
+def _content(file: BinaryIO, packed: bool) -> BinaryIO | gzip.GzipFile:
   file.seek(0)
   return gzip.GzipFile(fileobj=file) if packed else file
 

@@ -177,7 +177,10 @@ def _given(table: names.Table | None) -> names.Table:
   if table is None:
     raise TypeError(
       "table: the names of the model's tensors are needed, {name: path}; for a family of lora_jax "
-      "they are lora_jax.families.tensor_names(config), or `pretrained.load(...).table`"
+      "they are lora_jax.families.tensor_names(config), or `pretrained.load(...).table`. For "
+      'a model of your own, name the tensors of its PyTorch form, {"layers.{i}.fc.weight": '
+      '"layers_{i}/fc/kernel"}; to save adapters for lora_jax alone, no table is needed: '
+      "flax.serialization.to_bytes(adapters)"
     )
   return table
 

@@ -9,9 +9,10 @@ import numpy as np
 
 from lora_jax.exchange.formats import IN_THE_HEAD, ROWS, ROWS_BESIDE, WHOLE, Format
 from lora_jax.exchange.modules import Module, module_of
-from lora_jax.weights import Adapted
+from lora_jax.weights import Full, TokenRows
 
-Adapters = Mapping[str, Adapted]
+Whole = Mapping[str, Full]
+Rows = Mapping[str, TokenRows]
 Modules = Mapping[str, Module]
 Leaves = Mapping[str, Any]
 
@@ -48,7 +49,7 @@ def endings(module: str) -> set[str]:
 
 
 def full(
-  format: Format, full: Adapters, adapted: Collection[str], modules: Modules, leaves: Leaves
+  format: Format, full: Whole, adapted: Collection[str], modules: Modules, leaves: Leaves
 ) -> Folder:
   """Leaves trained in full: biases are stored alone, for other leaves the whole module."""
   saved, biases = {}, {}  # {module: {name: (path, layer)}}
@@ -74,7 +75,7 @@ def full(
         )
   saved = _whole_heads(saved, adapted, modules)
   names = {next((x for x in HEADS if is_within(owner, x)), owner) for owner in saved}
-  config = {"modules_to_save": sorted(names) or None}
+  config: dict[str, Any] = {"modules_to_save": sorted(names) or None}
   if format.biases:
     config["bias"] = "all" if biases else "none"
   return Folder(config, _whole({**saved, **biases}.values(), full, modules, leaves))
@@ -101,7 +102,7 @@ def is_within(owner: str, module: str) -> bool:
   return f".{module}." in f".{owner}"
 
 
-def full_alone(full: Adapters, modules: Modules, leaves: Leaves) -> Folder:
+def full_alone(full: Whole, modules: Modules, leaves: Leaves) -> Folder:
   """Leaves trained in full without adapters: PEFT's LN_TUNING, which tunes any module."""
   saved = {
     owner: parameters
@@ -122,7 +123,7 @@ def _parameters(modules: Modules) -> dict[str, dict[str, tuple[str, int | None]]
   return found
 
 
-def _whole(parameters, full: Adapters, modules: Modules, leaves: Leaves) -> dict[str, np.ndarray]:
+def _whole(parameters, full: Whole, modules: Modules, leaves: Leaves) -> dict[str, np.ndarray]:
   """The values of parameters, changed or not, in float32."""
   tensors, values = {}, {}
   for name, (path, layer) in (item for each in parameters for item in each.items()):
@@ -135,7 +136,7 @@ def _whole(parameters, full: Adapters, modules: Modules, leaves: Leaves) -> dict
   return tensors
 
 
-def rows_beside(format: Format, rows: Adapters, modules: Modules, leaves: Leaves) -> Folder:
+def rows_beside(format: Format, rows: Rows, modules: Modules, leaves: Leaves) -> Folder:
   """Rows of embeddings, alongside adapters."""
   if rows and format.peft_type != "LORA":
     raise ValueError(
@@ -147,7 +148,7 @@ def rows_beside(format: Format, rows: Adapters, modules: Modules, leaves: Leaves
   return Folder({"trainable_token_indices": ids} if ids else {}, tensors)
 
 
-def rows_alone(rows: Adapters, modules: Modules, leaves: Leaves) -> Folder:
+def rows_alone(rows: Rows, modules: Modules, leaves: Leaves) -> Folder:
   """Rows of embeddings alone, which is also a kind of adapter."""
   ids = {x.ids: path for path, x in rows.items()}
   if len(ids) > 1:
@@ -163,7 +164,7 @@ def rows_alone(rows: Adapters, modules: Modules, leaves: Leaves) -> Folder:
   return Folder(config, _row_tensors(rows, modules, leaves, ROWS))
 
 
-def _row_tensors(rows: Adapters, modules: Modules, leaves: Leaves, suffix: str):
+def _row_tensors(rows: Rows, modules: Modules, leaves: Leaves, suffix: str):
   """The values of the rows."""
   tensors = {}
   for path, adapter in rows.items():

@@ -69,7 +69,8 @@ class Reader:
     masks = config["peft_type"] == "ADALORA"  # where other kinds have patterns
     patterns = [{} if masks else config.get(f"{x}_pattern", {}) for x in ("rank", "alpha")]
     shared = {part.field: file.load(part.suffix) for part in format.shared}
-    return cls(file, format, *map(peft_patterns.compiled, patterns), shared)
+    ranks, alphas = map(peft_patterns.compiled, patterns)
+    return cls(file, format, ranks, alphas, shared)
 
   def adapter(self, module: Module, leaf: Any, tensors: Mapping[Layer, Kinds]) -> Adapted:
     """The adapter of a leaf with all its layers.
@@ -201,6 +202,7 @@ class Reader:
         f"{' and '.join(', '.join(sorted(x)) for x in fields)}; load the model with "
         "scan_layers=False"
       )
+    assert module.layers is not None  # a single layer has no others
     stacked = {}
     for field in next(iter(layers.values())):
       sizes = np.max([parts[field].shape for parts in layers.values()], axis=0)

@@ -266,6 +266,7 @@ def modules(params: Any, axes: Mapping[str, Axes], table: names.Table) -> dict[s
 def _as_parameter(module: Module, table: names.Table) -> Module:
   """The module as a parameter of another one if PyTorch has no linear layer for it."""
   template = names.template_of(module.name, table)
+  assert template is not None  # its name comes from the table
   is_bare = not module.name.endswith(".weight")
   if template not in names.ROUTERS and not (is_bare and _stacks(module.name, module.roles) == 1):
     return module

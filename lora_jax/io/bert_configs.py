@@ -73,7 +73,7 @@ STYLES = {
   "roberta": dataclasses.replace(
     _BERT,
     architecture="Roberta",
-    defaults=_BERT.defaults | {"pad_token_id": 1},
+    defaults={**_BERT.defaults, "pad_token_id": 1},
     offset=True,
     pooled=False,
   ),
@@ -138,7 +138,12 @@ def from_hugging_face(fields: Fields) -> BertConfig:
       f"{', '.join(map(repr, _ACTIVATIONS))}"
     )
   return BertConfig(
-    **sizes | {"max_length": sizes["max_length"] - offset},
+    vocab_size=sizes["vocab_size"],
+    width=sizes["width"],
+    mlp_width=sizes["mlp_width"],
+    num_layers=sizes["num_layers"],
+    num_heads=sizes["num_heads"],
+    max_length=sizes["max_length"] - offset,
     head_dim=sizes["width"] // sizes["num_heads"],
     token_types=fields.get("type_vocab_size", 0),
     position_offset=offset,

@@ -46,7 +46,7 @@ def cast(arrays: Mapping[str, Array], dtype: DTypeLike) -> dict[str, Array]:
 
 def has_range_of(dtype: DTypeLike, other: DTypeLike) -> bool:
   """Whether the range of a float dtype includes that of another."""
-  return ml_dtypes.finfo(dtype).max >= ml_dtypes.finfo(other).max
+  return bool(ml_dtypes.finfo(dtype).max >= ml_dtypes.finfo(other).max)
 
 
 def check_finite(arrays: Mapping[str, Array]) -> None:

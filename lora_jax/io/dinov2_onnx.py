@@ -82,10 +82,8 @@ def backbone(graph: Graph) -> tuple[ViTConfig, Mapping[str, Any]] | None:
   for part in (token, square):
     del tensors[part.name]
   shape = (1, 1 + square.shape[1], width)
-  tensors[_POSITIONS] = _Joined(
-    name=_POSITIONS, shape=shape, dtype=square.dtype, parts=(token, square)
-  )
-  return config, tensors
+  joined = _Joined(name=_POSITIONS, shape=shape, dtype=square.dtype, parts=(token, square))
+  return config, {**tensors, _POSITIONS: joined}
 
 
 def _positions(tensors: Mapping[str, OnnxTensor], width: int, fits: Any) -> OnnxTensor:

@@ -74,7 +74,7 @@ def file_tensors(
   Raises TypeError for a leaf that is not an array, and ValueError for params that do not match the
   config.
   """
-  flat = traverse_util.flatten_dict(params, sep="/")
+  flat: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
   for path, leaf in flat.items():
     if not isinstance(leaf, jax.Array | np.ndarray):
       raise TypeError(

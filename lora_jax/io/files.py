@@ -9,11 +9,11 @@ Files are not memory-mapped, since a mapped file that shrinks ends the process b
 """
 
 import errno
+import io
 import math
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -22,7 +22,7 @@ from numpy.typing import DTypeLike
 _NO_FILE = (errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> io.BufferedReader:
   """Opens a regular file for reading bytes.
 
   Raises:
@@ -98,6 +98,6 @@ def read_array(
       raise ValueError(f"{path}: ends before byte {offset + size}; it was cut; write it again")
     array = np.empty(shape, dtype)
     file.seek(offset)
-    if file.readinto(array.reshape(-1).view(np.uint8)) != size:
+    if file.readinto(array.reshape(-1).view(np.uint8).data) != size:
       raise ValueError(f"{path}: was cut while it was read; write it again")
   return array

@@ -88,8 +88,10 @@ def architecture(config: LlamaConfig | GPT2Config) -> str:
       f"{', '.join(_OF_FAMILY)}; export the model as a folder"
     )
   if found == _GPT2:
+    assert isinstance(config, GPT2Config)
     gpt2_configs.check_gguf(config)
     return found
+  assert isinstance(config, LlamaConfig)
   wanted = dict(ARCHITECTURES[found])
   if found in _WITH_EXPERTS and config.experts is not None:
     # llama.cpp always divides a token's probabilities by their sum, regardless of the file.
@@ -194,7 +196,7 @@ def to_gguf(
   for a scaling of rotary frequencies that llama.cpp does not support in the architecture.
   """
   arch = architecture(config)
-  if arch == _GPT2:
+  if isinstance(config, GPT2Config):
     return gpt2_configs.to_gguf(config), {}
   checked_fields.check_values(config, "llama.cpp's attention has no such heads")
   metadata = {f"{arch}.{key}": getattr(config, ours) for key, ours in _SIZES.items()} | {

@@ -114,7 +114,7 @@ def read_special(metadata: Mapping[str, Any]) -> Special:
   """
   size = len(_list(metadata, "tokenizer.ggml.tokens", str))
   ids = {name: _token_id(metadata, f"tokenizer.ggml.{name}", size) for name in _IDS}
-  stops = [ids[name] for name in _STOPS if ids[name] is not None]
+  stops = [found for name in _STOPS if (found := ids[name]) is not None]
   return Special(
     bos_id=ids["bos_token_id"],
     eos_id=ids["eos_token_id"],

@@ -123,7 +123,11 @@ def from_gguf(metadata: Fields, *, tie_embeddings: bool) -> GPT2Config:
   tokens = metadata.get("tokenizer.ggml.tokens")
   found = checked_fields.sizes(metadata, _GGUF_SIZES)
   return GPT2Config(
-    **found,
+    width=found["width"],
+    mlp_width=found["mlp_width"],
+    num_layers=found["num_layers"],
+    num_heads=found["num_heads"],
+    max_length=found["max_length"],
     head_dim=_head_dim(found, f"{_GGUF}.embedding_length", f"{_GGUF}.attention.head_count"),
     vocab_size=metadata.get(f"{_GGUF}.vocab_size", len(tokens) if isinstance(tokens, list) else 0),
     norm_eps=checked_fields.required(metadata, _GGUF_EPS),

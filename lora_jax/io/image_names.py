@@ -12,7 +12,7 @@ _STATISTICS = {
 }  # fmt: skip
 
 
-def _conv_norm(conv: str, norm: str, path: str) -> Table:
+def _conv_norm(conv: str, norm: str, path: str) -> dict[str, str | None]:
   """The tensors of a `lora_jax.models.convolutions.ConvNorm`, by its two modules' names."""
   statistics = {
     f"{norm}.{name}": part and f"{path}/norm/{part}" for name, part in _STATISTICS.items()
@@ -20,22 +20,22 @@ def _conv_norm(conv: str, norm: str, path: str) -> Table:
   return {f"{conv}.weight": Conv(f"{path}/conv/kernel")} | statistics
 
 
-def _joined(*tables: Table) -> Table:
+def _joined(*tables: Table) -> dict[str, str | None]:
   return {name: path for table in tables for name, path in table.items()}
 
 
-def _linear(name: str, path: str) -> Table:
+def _linear(name: str, path: str) -> dict[str, str | None]:
   return {f"{name}.weight": f"{path}/kernel", f"{name}.bias": f"{path}/bias"}
 
 
-def _norm(name: str, path: str) -> Table:
+def _norm(name: str, path: str) -> dict[str, str | None]:
   return {f"{name}.weight": f"{path}/scale", f"{name}.bias": f"{path}/bias"}
 
 
 # ---- vision transformers
 
 
-def _embeddings(prefix: str) -> Table:
+def _embeddings(prefix: str) -> dict[str, str | None]:
   return {
     f"{prefix}.embeddings.cls_token": "class_token",
     f"{prefix}.embeddings.distillation_token": "distillation_token",
@@ -46,7 +46,7 @@ def _embeddings(prefix: str) -> Table:
   }
 
 
-def _ends(prefix: str) -> Table:
+def _ends(prefix: str) -> dict[str, str | None]:
   return _joined(
     _norm(f"{prefix}.layernorm", "norm"),
     # The bare model has it, and no classifier reads it.
@@ -54,7 +54,7 @@ def _ends(prefix: str) -> Table:
   )
 
 
-def _vit_modules(prefix: str) -> Table:
+def _vit_modules(prefix: str) -> dict[str, str | None]:
   layer, block = f"{prefix}.layers.{{i}}", "block_{i}"
   return _joined(
     _embeddings(prefix),
@@ -70,7 +70,7 @@ def _vit_modules(prefix: str) -> Table:
   )
 
 
-def _vit_files(prefix: str) -> Table:
+def _vit_files(prefix: str) -> dict[str, str | None]:
   layer, block = f"{prefix}.encoder.layer.{{i}}", "block_{i}"
   return _joined(
     _embeddings(prefix),
@@ -119,7 +119,7 @@ _DINO_FILES = _joined(
 # ---- convolutional networks
 
 
-def _mobilenet_files() -> Table:
+def _mobilenet_files() -> dict[str, str | None]:
   stem, layer = "mobilenet_v2.conv_stem", "mobilenet_v2.layer"
   parts = {"expand_1x1": "expand", "conv_3x3": "depthwise", "reduce_1x1": "project"}
   modules = {f"{stem}.first_conv": "stem", "mobilenet_v2.conv_1x1": "last"}
@@ -137,7 +137,7 @@ def _mobilenet_files() -> Table:
   )
 
 
-def _torchvision_mobilenet() -> Table:
+def _torchvision_mobilenet() -> dict[str, str | None]:
   tables = [_conv_norm("features.0.0", "features.0.1", "stem")]
   for n in range(17):
     conv, block, inner = f"features.{n + 1}.conv", f"block_{n}", ("expand", "depthwise")[n == 0 :]
@@ -149,7 +149,7 @@ def _torchvision_mobilenet() -> Table:
   return _joined(*tables, _linear("classifier.1", "head"))
 
 
-def _resnet_files() -> Table:
+def _resnet_files() -> dict[str, str | None]:
   embedder = "resnet.embedder.embedder"
   tables = [_conv_norm(f"{embedder}.convolution", f"{embedder}.normalization", "stem")]
   for stage in range(16):

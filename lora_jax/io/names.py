@@ -108,7 +108,7 @@ _EXPERTS_GGUF = {
 }
 
 
-def _without_mlp(table: "Table") -> "Table":
+def _without_mlp(table: "Table") -> dict[str, str | None]:
   return {name: path for name, path in table.items() if path is None or "/mlp/" not in path}
 
 
@@ -225,7 +225,7 @@ _GPT_OSS_GGUF = {
 }
 
 
-def _without(table: "Table", *names: str) -> "Table":
+def _without(table: "Table", *names: str) -> dict[str, str | None]:
   return {name: path for name, path in table.items() if name not in names}
 
 
@@ -335,26 +335,27 @@ def names_of(path: str, table: Table) -> list[str]:
 
 def is_transposed(name: str, table: Table) -> bool:
   """Whether a tensor is a kernel (out, in), which must be transposed."""
-  path = table[template_of(name, table)]
+  path = _path_of(name, table)
+  assert path is not None  # the tensor is one that is read
   return path.endswith("/kernel") and not isinstance(path, InOut | Conv)
 
 
 def axes_of(name: str, table: Table, ndim: int) -> tuple[int, ...]:
   """Returns the axes of a tensor in the order of its parameter's axes."""
   axes = tuple(range(ndim))
-  if ndim > 2 and isinstance(table[template_of(name, table)], Conv):
+  if ndim > 2 and isinstance(_path_of(name, table), Conv):
     return (*axes[2:], 1, 0)
   return (*axes[:-2], *axes[:-3:-1]) if is_transposed(name, table) else axes
 
 
 def is_in_out(name: str, table: Table) -> bool:
   """Whether a tensor is a kernel (in, out); False for a name that is not in the table."""
-  return isinstance(table.get(template_of(name, table)), InOut)
+  return isinstance(_path_of(name, table), InOut)
 
 
 def is_in_turn(name: str, table: Table) -> bool:
   """Whether a tensor interleaves gate and up; False for a name that is not in the table."""
-  return isinstance(table.get(template_of(name, table)), InTurn)
+  return isinstance(_path_of(name, table), InTurn)
 
 
 def with_prefix(tensors: Mapping[str, Any], table: Table, prefix: str) -> dict[str, Any]:
@@ -372,6 +373,12 @@ def with_prefix(tensors: Mapping[str, Any], table: Table, prefix: str) -> dict[s
 def template_of(name: str, table: Table) -> str | None:
   """The template of a table that matches a name."""
   return next((x for x in table if _layer(x, name) is not None), None)
+
+
+def _path_of(name: str, table: Table) -> str | None:
+  """The template of the path of a tensor; None for one that is ignored or not in the table."""
+  template = template_of(name, table)
+  return None if template is None else table[template]
 
 
 def _layer(template: str, text: str) -> str | None:

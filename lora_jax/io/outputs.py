@@ -159,7 +159,7 @@ def write_text(path: str | Path, text: str) -> None:
   write_bytes(path, text.encode())
 
 
-def write_bytes(path: str | Path, content: bytes) -> None:
+def write_bytes(path: str | Path, content: bytes | bytearray) -> None:
   """Writes a file, as with `whole_file`."""
   with whole_file(Path(path)) as partial, open(partial, "xb") as file:
     file.write(content)

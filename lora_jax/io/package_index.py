@@ -185,7 +185,8 @@ def _fetch(
 ) -> Found | str:
   """The downloaded file, or the reason for the failure."""
   sums = {kind: file.digests[kind].lower() for kind in _SUMS if kind in file.digests}
-  shown = file.filename[:200]
+  shown, what = file.filename[:200], file.package_type
+  assert what is not None  # `download` has chosen it by that
   try:
     if file.url.startswith("file:"):
       if not place.startswith("file:"):
@@ -195,7 +196,7 @@ def _fetch(
         found = {kind: hashlib.file_digest(content, kind).hexdigest() for kind in list(sums)[:1]}
       for kind, digest in found.items():
         _check_sum(shown, place, kind, sums[kind], digest)
-      return Found(file.package_type, shown, local)
+      return Found(what, shown, local)
     _check_transport(file.url, settings)
     if not sums:
       return (
@@ -212,7 +213,7 @@ def _fetch(
     _check_sum(shown, place, error.algorithm, error.expected_digest, error.actual_digest)
   except (requests.RequestException, OSError) as error:
     return f"{shown} of {pip_settings.shown(place)} cannot be fetched: {_first_words(error)}"
-  return Found(file.package_type, shown, path)
+  return Found(what, shown, path)
 
 
 def _check_sum(name: str, place: str, kind: str, expected: str, found: str) -> None:
@@ -255,11 +256,11 @@ class _Progress:
   def __enter__(self) -> "_Progress":
     return self
 
-  def __exit__(self, *_: object) -> None:
+  def __exit__(self, exc_type: object, exc_val: object, exc_tb: object) -> None:
     self._bar.close()
 
-  def update(self, size: int) -> None:
-    self._received += size
-    self._bar.update(size)
+  def update(self, increment: int) -> None:
+    self._received += increment
+    self._bar.update(increment)
     if self._received > _MAX_BYTES:
       raise ValueError(f"{self._name}: is larger than {_MAX_BYTES:,} bytes, which no package is")

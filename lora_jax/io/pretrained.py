@@ -246,7 +246,7 @@ def _params(
     _check_stored(file, name, path, expected[path])
   shapes = param_shapes(dataclasses.replace(file.config, scan_layers=scan_layers), families)
   leaves = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in shapes.items()}
-  places = dict.fromkeys(leaves)
+  places: dict[str, Any] = dict.fromkeys(leaves)
   if shardings is not None:
     places = traverse_util.flatten_dict(
       shardings(traverse_util.unflatten_dict(leaves, sep="/"), file.family.sharding), sep="/"
@@ -282,7 +282,7 @@ def _read_as(dtype: np.dtype, file: ModelFile, name: str, path: str) -> np.ndarr
   tensor = _read_tensor(file, name, path)
   if casting.has_range_of(dtype, tensor.dtype):
     return tensor
-  return casting.cast({f"{name} -> {path}": tensor}, dtype).popitem()[1]
+  return np.asarray(casting.cast({f"{name} -> {path}": tensor}, dtype).popitem()[1])
 
 
 def _read_tensor(file: ModelFile, name: str, path: str) -> np.ndarray:

@@ -29,7 +29,7 @@ def assemble(
   """
   where = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   bounds = {
-    device: tuple(slice(*x.indices(size)[:2]) for x, size in zip(index, shape, strict=True))
+    device: _bounds(index, shape)
     for device, index in where.addressable_devices_indices_map(shape).items()
   }
   # Devices that hold the same part share one buffer.
@@ -47,6 +47,12 @@ def assemble(
     return jax.numpy.asarray(buffer)
   arrays = [jax.device_put(shards[_key(part)][1], device) for device, part in bounds.items()]
   return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _bounds(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> tuple[slice, ...]:
+  """The part of an array that is on a device, with the numbers of both its ends."""
+  assert index is not None  # every device has a part
+  return tuple(slice(*x.indices(size)[:2]) for x, size in zip(index, shape, strict=True))
 
 
 def _empty(part: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:

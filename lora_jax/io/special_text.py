@@ -61,7 +61,11 @@ class SpecialText:
     joined = "".join(self._mark(text) if meant else text for text, meant in pieces)
     encoding = self._backend.encode(joined, add_special_tokens=False)
     marks = [found.start() for found in re.finditer(_MARK, joined)]
-    offsets = [tuple(at - bisect.bisect_left(marks, at) for at in x) for x in encoding.offsets]
+
+    def without_marks(at: int) -> int:
+      return at - bisect.bisect_left(marks, at)
+
+    offsets = [(without_marks(start), without_marks(end)) for start, end in encoding.offsets]
     return [self._meant.get(i, i) for i in encoding.ids], offsets
 
   def _mark(self, text: str) -> str:

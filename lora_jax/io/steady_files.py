@@ -7,6 +7,7 @@ Reading a file while it is written could mix old and new content.
 """
 
 import contextlib
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ def check(path: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def opened(path: str | Path) -> Iterator[BinaryIO]:
+def opened(path: str | Path) -> Iterator[io.BufferedReader]:
   """Opens a regular file for reading bytes.
 
   Raises:

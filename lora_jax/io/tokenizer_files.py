@@ -175,7 +175,7 @@ def make_files(
   tokenizer_json: str,
   special: Special,
   templates: Mapping[str, str],
-  id_to_token: Callable[[int], str],
+  id_to_token: Callable[[int], str | None],
 ) -> Files:
   """Returns the files of a tokenizer that did not come from a folder."""
   ids = (special.bos_id, special.eos_id, special.pad_id)

@@ -2,7 +2,7 @@
 Shapes are written as suffixes, with the letters of `lora_jax.models.llama`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,9 @@ def empty_cache(
   return {f"block_{i}": empty() for i in range(num_layers)}
 
 
-def write(cache: KVCache, positions_BT, key_BTKH, value_BTKG) -> KVCache:
+def write(
+  cache: KVCache, positions_BT: jax.Array, key_BTKH: jax.Array, value_BTKG: jax.Array
+) -> KVCache:
   """Returns the cache with the keys and values written at their positions."""
   rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
   return KVCache(
@@ -95,6 +97,7 @@ def rotation(
   features, scaling = rotary_features(config), config.rope_scaling
   query_BT, factor = None, 1.0
   if config.query_growth is not None:
+    assert config.query_length is not None  # the config has both or none
     query_BT = 1 + config.query_growth * jnp.log1p(positions_BT // config.query_length)
   if not rotated:
     frequencies_R = np.zeros(features // 2)
@@ -107,7 +110,13 @@ def rotation(
   return Rotation(factor * jnp.cos(angles_BTR), factor * jnp.sin(angles_BTR), query_BT)
 
 
-def room(config: LlamaConfig, positions_BT, segments_BT, length: int, cache: Cache | None) -> int:
+def room(
+  config: LlamaConfig,
+  positions_BT: jax.Array | None,
+  segments_BT: jax.Array | None,
+  length: int,
+  cache: Cache | None,
+) -> int:
   """Returns the longest text that a call can hold: the slots of the cache, or T.
 
   positions_BT, segments_BT: the arguments of `llama.Llama`.
@@ -153,7 +162,7 @@ def segment_positions(tokens_BT: jax.Array, segments_BT: jax.Array | None) -> ja
   return places_BT - jax.lax.cummax(jnp.where(starts_BT, places_BT, 0), axis=1)
 
 
-def visible(positions_BT: jax.Array, slots: int, window) -> jax.Array:
+def visible(positions_BT: jax.Array, slots: int, window: int | jax.Array | None) -> jax.Array:
   """The slots that a token sees, [B, 1, T, S]: the last `window` ones up to its position.
 
   window: a Python or traced integer; None: all.
@@ -213,13 +222,13 @@ def attend(
     cached=positions_BT is not None,
   )
   arrays, scores = (query_BTNH, key_BSKH, value_BSKG), {"scale": scale, "softcap": softcap}
-  sight = {"window": window, "segments_BT": segments_BT}
+  sight: dict[str, Any] = {"window": window, "segments_BT": segments_BT}
   match kernels.chosen(choice, call):
     case "blockwise":
       sight |= {"is_causal": is_causal, "positions_BT": positions_BT, "mask": mask}
-      return blockwise(*arrays, sinks_N=sinks_N, **sight, **scores)
+      return blockwise(*arrays, sinks_N=sinks_N, scale=scale, softcap=softcap, **sight)
     case "splash":
-      return kernels.splash(*arrays, mesh=choice.mesh, **sight, **scores)
+      return kernels.splash(*arrays, mesh=choice.mesh, scale=scale, softcap=softcap, **sight)
     case name:
       mask = _mask(mask, call.length, call.slots, window, segments_BT, positions_BT)
       if softcap is not None or sinks_N is not None:
@@ -228,6 +237,7 @@ def attend(
       if missing:  # JAX's attention requires values of the keys' size
         value_BSKG = jnp.pad(value_BSKG, ((0, 0), (0, 0), (0, 0), (0, missing)))
       if name == "cudnn":
+        assert window is None or isinstance(window, int)  # it is chosen for no other
         out_BTNH = kernels.cudnn(query_BTNH, key_BSKH, value_BSKG, window=window, scale=scale)
       else:
         out_BTNH = jax.nn.dot_product_attention(

@@ -16,7 +16,8 @@ Shapes have the letters of `lora_jax.models.llama`.
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -161,7 +162,14 @@ def chosen(choice: Choice, call: Call) -> str:
   return kernel if kernel and not refusal(kernel, choice, call) else "blockwise"
 
 
-def cudnn(query_BTNH, key_BSKH, value_BSKG, *, window, scale) -> jax.Array:
+def cudnn(
+  query_BTNH: jax.Array,
+  key_BSKH: jax.Array,
+  value_BSKG: jax.Array,
+  *,
+  window: int | None,
+  scale: float | None,
+) -> jax.Array:
   """cuDNN's flash attention, causal."""
   return jax.nn.dot_product_attention(
     query_BTNH,
@@ -175,12 +183,20 @@ def cudnn(query_BTNH, key_BSKH, value_BSKG, *, window, scale) -> jax.Array:
 
 
 def splash(
-  query_BTNH, key_BSKH, value_BSKG, *, window, segments_BT, scale, softcap, mesh: Mesh | None
+  query_BTNH: jax.Array,
+  key_BSKH: jax.Array,
+  value_BSKG: jax.Array,
+  *,
+  window: int | None,
+  segments_BT: jax.Array | None,
+  scale: float | None,
+  softcap: float | None,
+  mesh: Mesh | None,
 ) -> jax.Array:
   """JAX's kernel for TPUs, causal; each device of a mesh computes its rows and heads."""
   length, features = query_BTNH.shape[1], value_BSKG.shape[-1]
-  scale = query_BTNH.shape[-1] ** -0.5 if scale is None else scale
-  query_BTNH = (query_BTNH * scale).astype(query_BTNH.dtype)
+  factor = query_BTNH.shape[-1] ** -0.5 if scale is None else scale
+  query_BTNH = (query_BTNH * factor).astype(query_BTNH.dtype)
   inputs = [_to_lanes(x) for x in (query_BTNH, key_BSKH, value_BSKG)]
   if segments_BT is not None:
     # Queries that were added see the keys that were added.
@@ -204,7 +220,7 @@ def _splash_of_rows(query_BTNH, key_BSKH, value_BSKG, segments_BT=None, *, windo
   one = kernels.CausalMask(shape)
   if window is not None and window < length:
     one = kernels.LocalMask(shape, window_size=(window - 1, 0), offset=0)
-  kernel = kernels.make_splash_mha_single_device(
+  made = kernels.make_splash_mha_single_device(
     kernels.MultiHeadMask([one] * heads),
     block_sizes=kernels.BlockSizes(
       **dict.fromkeys(
@@ -217,13 +233,15 @@ def _splash_of_rows(query_BTNH, key_BSKH, value_BSKG, segments_BT=None, *, windo
     ),
     attn_logits_soft_cap=softcap,
   )  # fmt: skip
-  arrays = [x.transpose(0, 2, 1, 3) for x in (query_BTNH, key_BSKH, value_BSKG)]
+  # Of several results, as with `save_residuals`, there are none here.
+  kernel = cast(Callable[..., jax.Array], made)
+  query, key, value = (x.transpose(0, 2, 1, 3) for x in (query_BTNH, key_BSKH, value_BSKG))
   if segments_BT is None:
-    out = jax.vmap(kernel)(*arrays)
+    out = jax.vmap(kernel)(query, key, value)
   else:
     out = jax.vmap(
       lambda q, k, v, ids: kernel(q, k, v, segment_ids=kernels.SegmentIds(q=ids, kv=ids))
-    )(*arrays, segments_BT)
+    )(query, key, value, segments_BT)
   return out.transpose(0, 2, 1, 3)
 
 

@@ -13,7 +13,7 @@ c is a block.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -40,18 +40,18 @@ class _Form:
 
 
 def blockwise(
-  query_BTNH,
-  key_BSKH,
-  value_BSKG,
+  query_BTNH: jax.Array,
+  key_BSKH: jax.Array,
+  value_BSKG: jax.Array,
   *,
   is_causal: bool,
-  window=None,
-  segments_BT=None,
-  positions_BT=None,
-  mask=None,
+  window: int | jax.Array | None = None,
+  segments_BT: jax.Array | None = None,
+  positions_BT: jax.Array | None = None,
+  mask: jax.Array | None = None,
   scale: float | None,
   softcap: float | None,
-  sinks_N=None,
+  sinks_N: jax.Array | None = None,
 ) -> jax.Array:
   """Computes `lora_jax.models.attention.attend` up to rounding."""
   batch, length, heads, features = query_BTNH.shape
@@ -80,7 +80,7 @@ def blockwise(
     mask = jnp.broadcast_to(mask, (*mask.shape[:3], slots))
     # A single row for all queries stays as it is.
     sight["mask"] = _padded(_padded(mask, 2, more_q if mask.shape[2] > 1 else 0), 3, more_k)
-  out = _attention(
+  made = _attention(
     form,
     _padded(query, 1, more_q),
     _padded(key_BSKH, 1, more_k),
@@ -88,6 +88,7 @@ def blockwise(
     None if sinks_N is None else sinks_N.reshape(kv_heads, -1),
     sight,
   )
+  out = cast(jax.Array, made)  # custom_vjp with arguments of its own loses the type
   return out[:, :length].reshape(batch, length, heads, value_BSKG.shape[-1])
 
 
@@ -164,7 +165,7 @@ def _scores(form: _Form, query, key, sight, i, j):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(form: _Form, query, key, value, sinks, sight):
+def _attention(form: _Form, query, key, value, sinks, sight) -> jax.Array:
   return _forward(form, query, key, value, sinks, sight)[0]
 
 

@@ -28,7 +28,7 @@ PyTree = Any
 Choose = Callable[[jax.Array, jax.Array], jax.Array]  # (key, logits_BV) -> tokens_B
 EosId = int | Sequence[int] | None
 """The token that ends a text, or several of which each does, or None."""
-Penalty = Callable[[jax.Array], jax.Array]  # length -> divisor of a log-probability
+Penalty = Callable[[jax.Array | int], jax.Array]  # length -> divisor of a log-probability
 
 
 def greedy(key: jax.Array, logits_BV: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import flax.linen as nn
+import jax
 
 from lora_jax.models.attention import Cache
 
@@ -55,12 +56,19 @@ def scanned(block: type[nn.Module], config: Any, shared: int, own: int = 2) -> t
     block,
     variable_axes={"params": 0},
     split_rngs={"params": True},
-    in_axes=(*(nn.broadcast,) * shared, *(0,) * own),
+    # Flax declares no type, and its default is an int.
+    in_axes=(*(nn.broadcast,) * shared, *(0,) * own),  # pyright: ignore[reportArgumentType]
     length=config.num_layers,
   )
 
 
-def check_segments(segments_BT, cache: Cache | None) -> None:
+def name_of(layer: nn.Module) -> str:
+  """The name of a layer that its parent has set up."""
+  assert layer.name is not None
+  return layer.name
+
+
+def check_segments(segments_BT: jax.Array | None, cache: Cache | None) -> None:
   """Raises ValueError for rows of several texts with a cache."""
   if segments_BT is not None and cache is not None:
     raise ValueError("segments_BT: a cache holds one text a row; decode without segments")

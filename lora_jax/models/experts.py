@@ -89,9 +89,12 @@ class Experts(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTD):
-    c, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    c = self.config
     x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
-    logits_MX = nn.Dense(c.num_experts, use_bias=c.biases, name="router", **dtypes)(x_MD)
+    logits_MX = nn.Dense(
+      c.num_experts, use_bias=c.biases, dtype=self.dtype, param_dtype=self.param_dtype,
+      name="router",
+    )(x_MD)  # fmt: skip
     share_MX = jax.nn.softmax(logits_MX.astype(jnp.float32), axis=-1)
     share_MK, expert_MK = jax.lax.top_k(share_MX, c.per_token)
     if c.normalized:
@@ -101,7 +104,7 @@ class Experts(nn.Module):
     order_R = jnp.argsort(expert_R)
     expert_R = expert_R[order_R]
     sizes_X = jnp.bincount(expert_R, length=c.num_experts).astype(jnp.int32)
-    out_RD = _Mlp(c, x_BTD.shape[-1], **dtypes, name="experts")(
+    out_RD = _Mlp(c, x_BTD.shape[-1], self.dtype, self.param_dtype, name="experts")(
       x_MD[order_R // c.per_token], expert_R, sizes_X
     )
     out_MKD = out_RD[jnp.argsort(order_R)].reshape(*expert_MK.shape, -1)
@@ -120,9 +123,9 @@ class _Mlp(nn.Module):
   @nn.compact
   def __call__(self, x_RD, expert_R, sizes_X):
     c, rows = self.config, (expert_R, sizes_X)
-    stack = {"config": c, "dtype": self.dtype, "param_dtype": self.param_dtype}
-    both_R2E = Stack(2 * c.width, **stack, name="gate_up")(x_RD, *rows)
-    return Stack(self.features, **stack, name="down")(_gated(both_R2E, c.clamped), *rows)
+    dtypes = (self.dtype, self.param_dtype)
+    both_R2E = Stack(2 * c.width, c, *dtypes, name="gate_up")(x_RD, *rows)
+    return Stack(self.features, c, *dtypes, name="down")(_gated(both_R2E, c.clamped), *rows)
 
 
 def _gated(both_R2E: jax.Array, clamped: bool) -> jax.Array:

@@ -41,7 +41,7 @@ from lora_jax.models.attention import (
   write,
 )
 from lora_jax.models.attention_kernels import BY_DEVICE, Choice
-from lora_jax.models.decoder import Decoder, check_segments, rematerialized
+from lora_jax.models.decoder import Decoder, check_segments, name_of, rematerialized
 from lora_jax.models.rope import rotary_frequencies
 
 _OPTIONAL = {"logit_softcap": float, "per_layer_width": int, "per_layer_vocab": int}
@@ -262,6 +262,7 @@ class Attention(nn.Module):
         cache = write(cache, positions_BT, *seen)
 
     held = cache or seen
+    assert held is not None  # a layer without keys of its own is after their source
     out_BTNH = attend(
       query_BTNH,
       held.key_BSKH.astype(c.dtype),
@@ -310,6 +311,7 @@ class Block(nn.Module):
     mlp = Mlp(c, c.mlp_width * (1 + is_wide), name="mlp")
     x_BTD = x_BTD + _norm(c, "mlp_post_norm")(mlp(_norm(c, "mlp_norm")(x_BTD)))
     if per_layer_BTP is not None:
+      assert c.per_layer_width is not None
       gate_BTP = _gelu(_dense(c, c.per_layer_width, "per_layer_gate")(x_BTD))
       added_BTD = _dense(c, c.width, "per_layer_out")(gate_BTP * per_layer_BTP)
       x_BTD = x_BTD + _norm(c, "per_layer_norm")(added_BTD)
@@ -327,6 +329,7 @@ class Gemma4(Decoder):
     embed = functools.partial(nn.Embed, dtype=c.dtype, param_dtype=c.param_dtype)
     self.embed = embed(c.vocab_size, c.width)
     if c.per_layer_width is not None:
+      assert c.per_layer_vocab is not None  # the config has both or none
       features = c.num_layers * c.per_layer_width
       self.embed_per_layer = embed(c.per_layer_vocab, features)
       self.per_layer_model = _dense(c, features, None)
@@ -351,7 +354,7 @@ class Gemma4(Decoder):
     per_layer_BTLP = self._per_layer(tokens_BT, x_BTD)
     x_BTD = c.constrain(x_BTD) if c.constrain else x_BTD
 
-    held = {} if cache is None else {i: cache[self.block[i].name] for i in sources(c)}
+    held = {} if cache is None else {i: cache[name_of(self.block[i])] for i in sources(c)}
     for i, (block, source) in enumerate(zip(self.block, sources(c), strict=True)):
       own_BTP = None if per_layer_BTLP is None else per_layer_BTLP[:, :, i]
       of_cache, seen = (held.get(source), None) if cache else (None, held.get(source))

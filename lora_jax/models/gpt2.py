@@ -32,7 +32,7 @@ from lora_jax.models.attention import (
   write,
 )
 from lora_jax.models.attention_kernels import BY_DEVICE, Choice
-from lora_jax.models.decoder import Decoder, check_segments, rematerialized, scanned
+from lora_jax.models.decoder import Decoder, check_segments, name_of, rematerialized, scanned
 
 ACTIVATIONS = ("gelu_tanh", "gelu")
 
@@ -229,8 +229,8 @@ class GPT2(Decoder):
     else:
       new_cache = {}
       for i, block in enumerate(self.block):
-        layer = None if cache is None else cache[block.name]
-        x_BTD, new_cache[block.name] = block(x_BTD, positions_BT, segments_BT, layer, i)
+        layer = None if cache is None else cache[name_of(block)]
+        x_BTD, new_cache[name_of(block)] = block(x_BTD, positions_BT, segments_BT, layer, i)
 
     if at_BC is not None:
       x_BTD = jnp.take_along_axis(x_BTD, at_BC[..., None], axis=1)

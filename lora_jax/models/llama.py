@@ -42,7 +42,7 @@ from lora_jax.models.attention import (
   segment_positions,
   write,
 )
-from lora_jax.models.decoder import Decoder, check_segments, rematerialized, scanned
+from lora_jax.models.decoder import Decoder, check_segments, name_of, rematerialized, scanned
 from lora_jax.models.experts import ExpertConfig, Experts
 from lora_jax.models.llama_config import (
   LlamaConfig,
@@ -282,8 +282,10 @@ class Llama(Decoder):
     else:
       new_cache = {}
       for block, kind in zip(self.block, kinds_L, strict=True):
-        layer = None if cache is None else cache[block.name]
-        x_BTD, new_cache[block.name] = block(x_BTD, positions_BT, turns[kind], segments_BT, layer)
+        layer = None if cache is None else cache[name_of(block)]
+        x_BTD, new_cache[name_of(block)] = block(
+          x_BTD, positions_BT, turns[kind], segments_BT, layer
+        )
 
     if at_BC is not None:
       x_BTD = jnp.take_along_axis(x_BTD, at_BC[..., None], axis=1)

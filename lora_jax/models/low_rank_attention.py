@@ -23,6 +23,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 _MOST = 1 << 16  # landmarks; more than tokens in any text here
 _UNSEEN = float(np.finfo(np.float32).min) / 2  # a score whose weight is 0
@@ -101,7 +102,9 @@ def scaled_places(length: int, size: int, seen_BT: jax.Array | None) -> jax.Arra
   return jnp.clip(places_BT * size // jnp.maximum(counts_B1, 1), 0, size - 1)
 
 
-def segments_of(places_BT, count: int, seen_BT: jax.Array | None) -> Segments:
+def segments_of(
+  places_BT: jax.Array | np.ndarray, count: int, seen_BT: jax.Array | None
+) -> Segments:
   """The segments with these numbers, from 0 to `count` - 1."""
   member_BTM = jax.nn.one_hot(places_BT, count, dtype=jnp.float32)
   if seen_BT is not None:
@@ -109,7 +112,13 @@ def segments_of(places_BT, count: int, seen_BT: jax.Array | None) -> Segments:
   return Segments(member_BTM, jnp.sum(member_BTM, axis=-2))
 
 
-def nystrom(query_BTNH, key_BTNH, value_BTNH, seen_BT: jax.Array | None, how: Nystrom):
+def nystrom(
+  query_BTNH: jax.Array,
+  key_BTNH: jax.Array,
+  value_BTNH: jax.Array,
+  seen_BT: jax.Array | None,
+  how: Nystrom,
+) -> jax.Array:
   """Returns softmax(Q K̃ᵀ) pinv(softmax(Q̃ K̃ᵀ)) softmax(Q̃ Kᵀ) V, [B, T, N, H].
 
   Q̃ and K̃ are the segments' means; scores are divided by √H. The paper adds a convolution of V with
@@ -169,7 +178,9 @@ def pseudo_inverse(matrix: jax.Array, iterations: int) -> jax.Array:
   return jax.lax.scan(step, inverse, length=iterations)[0]
 
 
-def segment_means(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+def segment_means(
+  key: jax.Array | None, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32
+) -> jax.Array:
   """The start of a projection, [..., P, M]: column j averages segment j of the P positions.
 
   key: unused; it makes this an initializer.
@@ -180,7 +191,14 @@ def segment_means(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> 
   return jnp.broadcast_to(segments.means_BTM, shape).astype(dtype)
 
 
-def linformer(query_BTNH, key_BTNH, value_BTNH, keys_PM, values_PM, seen_BT: jax.Array | None):
+def linformer(
+  query_BTNH: jax.Array,
+  key_BTNH: jax.Array,
+  value_BTNH: jax.Array,
+  keys_PM: jax.Array,
+  values_PM: jax.Array,
+  seen_BT: jax.Array | None,
+) -> jax.Array:
   """Returns softmax(Q (Eᵀ K)ᵀ / √H) Fᵀ V, [B, T, N, H].
 
   E and F, [P, M], are shared by the heads. For a text of P tokens this is the paper's formula. The

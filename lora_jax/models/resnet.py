@@ -132,7 +132,10 @@ class ResNet(convolutions.Classifier):
   def features(self, images_BHWC):
     """[B, H / 32, W / 32, D] with four stages."""
     x_BHWD = self.stem(images_BHWC)
-    x_BHWD = nn.max_pool(x_BHWD, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+    x_BHWD = nn.max_pool(
+      # Flax declares no type, and its default is a str.
+      x_BHWD, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)),  # pyright: ignore[reportArgumentType]
+    )  # fmt: skip
     for n in range(len(self.config.widths)):
       for layer in getattr(self, f"stage{n}"):
         x_BHWD = layer(x_BHWD)

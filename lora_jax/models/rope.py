@@ -9,6 +9,7 @@ in a row, padding included. Up to `original_length` the frequencies do not depen
 R: the rotations of a head, half of its rotated features.
 """
 
+import abc
 import dataclasses
 import math
 from typing import Any, ClassVar
@@ -25,7 +26,7 @@ def rotary_frequencies(theta: float, features: int) -> np.ndarray:
   return theta ** -(np.arange(0, features, 2) / features)
 
 
-class _Fixed:
+class _Fixed(abc.ABC):
   """A scaling that does not depend on the length and does not multiply cos and sin."""
 
   attention_factor: ClassVar[float] = 1.0
@@ -34,6 +35,10 @@ class _Fixed:
   def frequencies(self, theta: float, features: int, length: int) -> np.ndarray:
     del length
     return self.scale(rotary_frequencies(theta, features))
+
+  @abc.abstractmethod
+  def scale(self, frequencies_R: np.ndarray) -> np.ndarray:
+    """Returns the frequencies as they are scaled."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

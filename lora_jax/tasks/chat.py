@@ -63,14 +63,15 @@ class Chat(Writing):
     """Does nothing, since `read` checks each conversation."""
 
   def of_model(self, found: Pretrained) -> Self:
-    template = chat_templates.find(found.tokenizer, self.template)
+    bound = super().of_model(found)
+    template = chat_templates.find(bound.tokenizer, self.template)
     with chat_templates.Renderer(template, date=self.date) as renderer:
-      ends = chat_tokens.stop_ids(renderer, found.tokenizer)
-    return dataclasses.replace(super().of_model(found), ends=ends)
+      ends = chat_tokens.stop_ids(renderer, bound.tokenizer)
+    return dataclasses.replace(bound, ends=ends)
 
   def examples(self, rows: Sequence[records.Record]) -> list[Example]:
     return chat.encode(
-      rows, self.model.tokenizer, self.template, date=self.date, learn=self.learn,
+      rows, self.tokenizer, self.template, date=self.date, learn=self.learn,
       max_length=self.max_length, too_long=self.too_long,
     )  # fmt: skip
 
@@ -80,7 +81,7 @@ class Chat(Writing):
   def describe(self, **encoded: Sequence[Example]) -> dict[str, Any]:
     return {
       "max_length": self.max_length,
-      "positions": self.model.config.max_length,
+      "positions": self.known_model.config.max_length,
       "splits": {
         name: {
           "conversations": sum(not example.continues for example in each),
@@ -119,7 +120,7 @@ class Chat(Writing):
     return self.ends
 
   def decode_prompt(self, tokens: Sequence[int]) -> str:
-    return self.model.tokenizer.decode(tokens, skip_special_tokens=False)
+    return self.tokenizer.decode(tokens, skip_special_tokens=False)
 
   def prompts(
     self, rows: Sequence[records.Record], encoded: Sequence[Example], limit: int | None
@@ -132,7 +133,7 @@ class Chat(Writing):
       tokens = example.tokens[: example.prompt_length]
       wanted = generation.until_end(example.completion, self.stop_ids)
       new = {"prompt": self.decode_prompt(tokens), "references": [], "tokens": tokens}
-      answer = self.model.tokenizer.decode(wanted, after=tokens).strip()
+      answer = self.tokenizer.decode(wanted, after=tokens).strip()
       found.setdefault(tokens, new)["references"].append(answer)
     return list(found.values())[:limit]
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from lora_jax import families
 from lora_jax.data import batches, records, templates
+from lora_jax.data.batches import Watch
 from lora_jax.data.examples import Example
 from lora_jax.data.token_texts import TokenText, token_texts
 from lora_jax.io.pretrained import Pretrained
@@ -98,7 +99,7 @@ class Classification(Texts):
     ]
 
   def _example(self, row: records.Record, where: str, label: int) -> Example:
-    ids = self.model.tokenizer.encode(templates.fill(self.text, row))
+    ids = self.tokenizer.encode(templates.fill(self.text, row))
     if not ids:
       raise ValueError(f"{where}: the text has no tokens; add some")
     kept = ids[: self.max_length - 1]
@@ -109,11 +110,11 @@ class Classification(Texts):
 
   def tokens(self, example: Example) -> list[TokenText]:
     """Returns the tokens of the text, and the name of its class as the learned one."""
-    found = token_texts(self.model.tokenizer, example.inputs, learnt=())
+    found = token_texts(self.tokenizer, example.inputs, learnt=())
     return [*found, TokenText(self.labels[example.targets[0]], 1, special=False, learnt=True)]
 
   def given(self, encoded: Sequence[Example]) -> list[dict[str, str]]:
-    decode = self.model.tokenizer.decode
+    decode = self.tokenizer.decode
     return [
       {"prompt": decode(example.inputs), "wanted": self.labels[example.targets[0]]}
       for example in encoded
@@ -126,7 +127,7 @@ class Classification(Texts):
     rows = -(-len(encoded) // share) * share
     [batch] = batches.eval_batches(
       encoded, rows, buckets=(max(len(each.inputs) for each in encoded),),
-      pad_id=self.model.tokenizer.pad_id,
+      pad_id=self.tokenizer.pad_id,
     )  # fmt: skip
     probabilities = self._probabilities(apply)
 
@@ -161,7 +162,7 @@ class Classification(Texts):
     encoded: Sequence[Example],
     *,
     batch_size: int,
-    watch: Callable[[Sequence], Any] = iter,
+    watch: Watch = iter,
   ) -> list[questions.Answer]:
     """As `EncodedTexts.predict`."""
     step = self._probabilities(apply)
@@ -170,6 +171,9 @@ class Classification(Texts):
 
   def prompts(self, *unused: Any) -> NoReturn:
     raise ValueError("the task classification writes no texts; leave --beams out")
+
+  def check_room(self, *unused: Any) -> NoReturn:
+    raise ValueError("the task classification writes no texts")
 
   def write(self, *unused: Any, **how: Any) -> NoReturn:
     raise ValueError("the task classification writes no texts")

@@ -16,7 +16,7 @@ from lora_jax.data.examples import Example
 from lora_jax.tasks.writing import Text, Writing
 
 # Values of fields that the configs of earlier runs lack.
-_BEFORE_THE_FIELD = {"special_tokens": True}
+_BEFORE_THE_FIELD: dict[str, Any] = {"special_tokens": True}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Completion(Writing):
   def of(cls, task: Mapping[str, Any], data: Mapping[str, Any], loss_chunk: int) -> Self:
     del task
     names = [field.name for field in dataclasses.fields(cls)]
-    fields = {name: data[name] for name in names if name in data}
+    fields: dict[str, Any] = {name: data[name] for name in names if name in data}
     fields |= {"choices": tuple(data["choices"]), "buckets": tuple(data["buckets"])}
     return cls(**_BEFORE_THE_FIELD | fields, loss_chunk=loss_chunk)
 
@@ -63,7 +63,7 @@ class Completion(Writing):
   def examples(self, rows: Sequence[records.Record]) -> list[Example]:
     return examples.encode(
       rows,
-      self.model.tokenizer,
+      self.tokenizer,
       prompt=self.prompt,
       completion=self.completion,
       max_length=self.max_length,
@@ -74,7 +74,7 @@ class Completion(Writing):
   def choice_ids(self) -> list[int]:
     """Returns the first tokens of the choices after the prompt."""
     return examples.choice_ids(
-      self.model.tokenizer,
+      self.tokenizer,
       self.choices,
       prompt=templates.ending(self.prompt) or "\n",
       special_tokens=self.special_tokens,
@@ -99,6 +99,6 @@ class Completion(Writing):
 
   def longest_choice(self) -> int | None:
     """Returns the number of tokens of the longest choice; None if there are no choices."""
-    encode = self.model.tokenizer.encode
+    encode = self.tokenizer.encode
     lengths = [len(encode(x, add_special_tokens=False)) for x in self.choices]
     return max(lengths, default=None)

@@ -21,7 +21,7 @@ is left out.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, Unpack
 
 import grain
 import jax
@@ -30,6 +30,7 @@ import numpy as np
 
 from lora_jax.checks import shown
 from lora_jax.data import records, templates
+from lora_jax.data.batches import Shard
 from lora_jax.data.encoded import EncodedExample
 from lora_jax.io.pretrained import Pretrained
 from lora_jax.tasks import scores
@@ -90,7 +91,7 @@ class Embedding(EncodedTexts):
     return alike
 
   def train_batches(
-    self, found: Sequence[EncodedExample], batch_size: int, *, seed: int, **rows: int
+    self, found: Sequence[EncodedExample], batch_size: int, *, seed: int, **rows: Unpack[Shard]
   ) -> grain.MapDataset:
     return super().train_batches(self._alike(found), batch_size, seed=seed, **rows)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NoReturn, Self
+from typing import Any, ClassVar, NoReturn, Self, Unpack
 
 import flax.linen as nn
 import grain
@@ -13,6 +13,7 @@ import numpy as np
 from lora_jax import families
 from lora_jax.checks import shown
 from lora_jax.data import batches, encoded, records, templates
+from lora_jax.data.batches import Shard, Watch
 from lora_jax.data.encoded import Encoded, EncodedExample
 from lora_jax.data.token_texts import TokenText, token_texts
 from lora_jax.io.pretrained import Pretrained
@@ -106,7 +107,7 @@ class EncodedTexts(tables.OfTables):
 
   def _example(self, row: records.Record, where: str, target: int | float) -> EncodedExample:
     texts = [templates.fill(x, row) for x in (self.text, self.pair) if x]
-    found, encode = [], self.model.tokenizer.encode_whole
+    found, encode = [], self.tokenizer.encode_whole
     try:
       for each in [[text] for text in texts] if self.APART else [texts]:
         found.append(encode(*each, max_length=self.max_length))
@@ -123,21 +124,21 @@ class EncodedTexts(tables.OfTables):
   @property
   def _how(self) -> dict[str, Any]:
     return {
-      "buckets": self.buckets, "pad_id": self.model.tokenizer.pad_id,
+      "buckets": self.buckets, "pad_id": self.tokenizer.pad_id,
       "with_types": self._has_types,
     }  # fmt: skip
 
   @property
   def _has_types(self) -> bool:
-    return self.model.config.token_types > 1
+    return self.known_model.config.token_types > 1
 
   def train_batches(
-    self, found: Sequence[EncodedExample], batch_size: int, *, seed: int, **rows: int
+    self, found: Sequence[EncodedExample], batch_size: int, *, seed: int, **rows: Unpack[Shard]
   ) -> grain.MapDataset:
     return encoded.train_batches(found, batch_size, seed=seed, **self._how, **rows)
 
   def eval_batches(
-    self, found: Sequence[EncodedExample], batch_size: int, **rows: int
+    self, found: Sequence[EncodedExample], batch_size: int, **rows: Unpack[Shard]
   ) -> grain.MapDataset:
     return encoded.eval_batches(found, batch_size, **self._how, **rows)
 
@@ -151,7 +152,7 @@ class EncodedTexts(tables.OfTables):
   def describe(self, **found: Sequence[EncodedExample]) -> dict[str, Any]:
     return {
       "max_length": self.max_length,
-      "positions": self.model.config.max_length,
+      "positions": self.known_model.config.max_length,
       "splits": {name: encoded.describe(each) for name, each in found.items()},
     }
 
@@ -166,7 +167,7 @@ class EncodedTexts(tables.OfTables):
 
   def tokens(self, example: EncodedExample) -> list[TokenText]:
     """Returns the tokens of the texts, and their target as the learned one."""
-    tokenizer = self.model.tokenizer
+    tokenizer = self.tokenizer
     found = [x for text in example.texts for x in token_texts(tokenizer, text.ids, learnt=())]
     return [*found, TokenText(self.words(example.target), 1, special=False, learnt=True)]
 
@@ -179,12 +180,12 @@ class EncodedTexts(tables.OfTables):
 
   def batch_of(self, shape: tuple[int, int], rows: int) -> dict[str, jax.ShapeDtypeStruct]:
     length, _ = shape
-    shape = (rows, 2, length) if self.APART else (rows, length)
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+    sizes = (rows, 2, length) if self.APART else (rows, length)
+    tokens = jax.ShapeDtypeStruct(sizes, jnp.int32)
     targets = jax.ShapeDtypeStruct((rows, 1), self.TARGET)
     weights = jax.ShapeDtypeStruct((rows, 1), jnp.float32)
     types = {"types": tokens} if self._has_types else {}
-    mask = jax.ShapeDtypeStruct(shape, jnp.bool_)
+    mask = jax.ShapeDtypeStruct(sizes, jnp.bool_)
     return {"tokens": tokens, "mask": mask, **types, "targets": targets, "weights": weights}
 
   def words_of(self, shape: tuple[int, int]) -> str:
@@ -233,7 +234,7 @@ class EncodedTexts(tables.OfTables):
 
   def _texts(self, example: EncodedExample) -> list[str]:
     """The texts of an example as tokenized and truncated, without special tokens."""
-    decode = self.model.tokenizer.decode
+    decode = self.tokenizer.decode
     return [decode(text.ids[start:end]) for text in example.texts for start, end in text.spans]
 
   def make_show(
@@ -251,7 +252,7 @@ class EncodedTexts(tables.OfTables):
     return show
 
   def _in_one_batch(self, found: Sequence[EncodedExample], rows: int) -> grain.MapDataset:
-    how = self._how | {"buckets": (max(len(each.inputs) for each in found),)}
+    how: dict[str, Any] = self._how | {"buckets": (max(len(each.inputs) for each in found),)}
     return encoded.eval_batches(found, rows, **how)
 
   def _answers(self, apply: Callable) -> Callable[[PyTree, Batch], jax.Array]:
@@ -293,7 +294,7 @@ class EncodedTexts(tables.OfTables):
     found: Sequence[EncodedExample],
     *,
     batch_size: int,
-    watch: Callable[[Sequence], Any] = iter,
+    watch: Watch = iter,
   ) -> list[Answer]:
     """Returns an answer for each example, in order.
 

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, Self
+from typing import Any, ClassVar, NoReturn, Self, Unpack
 
 import flax.linen as nn
 import grain
@@ -27,6 +27,7 @@ import optax
 
 from lora_jax.checks import shown
 from lora_jax.data import image_batches, image_sets, pictures
+from lora_jax.data.batches import Shard, Watch
 from lora_jax.data.image_batches import Example
 from lora_jax.io.pretrained import Pretrained
 from lora_jax.tasks import class_metrics, heads, questions
@@ -123,7 +124,7 @@ class Images:
   # ---- batches
 
   def train_batches(
-    self, examples: Sequence[Example], batch_size: int, *, seed: int, **rows: int
+    self, examples: Sequence[Example], batch_size: int, *, seed: int, **rows: Unpack[Shard]
   ) -> grain.MapDataset:
     return image_batches.train_batches(
       examples, batch_size, size=self.size, crop_area=self.crop_area, flip=self.flip, seed=seed,
@@ -131,7 +132,7 @@ class Images:
     )  # fmt: skip
 
   def eval_batches(
-    self, examples: Sequence[Example], batch_size: int, **rows: int
+    self, examples: Sequence[Example], batch_size: int, **rows: Unpack[Shard]
   ) -> grain.MapDataset:
     return image_batches.eval_batches(examples, batch_size, size=self.size, **rows)
 
@@ -291,7 +292,7 @@ class Images:
     examples: Sequence[Example],
     *,
     batch_size: int,
-    watch: Callable[[Sequence], Any] = iter,
+    watch: Watch = iter,
   ) -> list[questions.Answer]:
     """Returns `image`, `label` and `probabilities` of each; `watch` wraps the batches."""
     step = _probabilities(apply)
@@ -374,10 +375,11 @@ def _draw(
 
 def _check_described(described: Mapping[str, Any]) -> None:
   labels, splits = described.get("labels"), described.get("splits")
-  whole = isinstance(labels, list) and all(isinstance(x, str) for x in labels)
-  whole = whole and isinstance(splits, dict) and type(described.get("size")) is int
-  for counts in splits.values() if whole else ():
-    whole = whole and isinstance(counts, list) and len(counts) == len(labels)
-    whole = whole and all(type(n) is int for n in counts)
+  whole = False
+  if isinstance(labels, list) and isinstance(splits, dict) and type(described.get("size")) is int:
+    whole = all(isinstance(x, str) for x in labels)
+    for counts in splits.values():
+      whole = whole and isinstance(counts, list) and len(counts) == len(labels)
+      whole = whole and all(type(n) is int for n in counts)
   if not whole:
     raise ValueError(f"data is {shown(dict(described))}")

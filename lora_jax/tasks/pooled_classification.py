@@ -80,7 +80,7 @@ class PooledClassification(EncodedTexts):
   def metrics(self, outputs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     total = scores.added(outputs)
     figures = scores.of_confusion(np.rint(total["confusion"]).astype(int))
-    return {"loss": total["loss"] / total["rows"], **figures, "rows": int(total["rows"])}
+    return {"loss": float(total["loss"] / total["rows"]), **figures, "rows": int(total["rows"])}
 
   def line(self, metrics: Mapping[str, float]) -> str:
     return (

@@ -12,7 +12,10 @@ def added(outputs: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
   """Returns the sums of the outputs of all batches; raises ValueError if no row has weight."""
   if not outputs or not sum(float(each["rows"]) for each in outputs):
     raise ValueError("there is no row to evaluate on: the split is empty")
-  return {name: sum(np.asarray(x[name], np.float64) for x in outputs) for name in outputs[0]}
+  return {
+    name: sum((np.asarray(x[name], np.float64) for x in outputs), start=np.zeros(()))
+    for name in outputs[0]
+  }
 
 
 def of_confusion(counts: np.ndarray) -> dict[str, float]:
@@ -44,9 +47,14 @@ def correlations(said: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
   if len(said) < 2 or np.ptp(said) == 0 or np.ptp(wanted) == 0:
     return {"pearson": 0.0, "spearman": 0.0}
   return {
-    "pearson": float(scipy.stats.pearsonr(said, wanted).statistic),
-    "spearman": float(scipy.stats.spearmanr(said, wanted).statistic),
+    "pearson": _statistic(scipy.stats.pearsonr(said, wanted)),
+    "spearman": _statistic(scipy.stats.spearmanr(said, wanted)),
   }
+
+
+def _statistic(result: Any) -> float:
+  """The statistic of a test; scipy makes its results' classes at run time, without types."""
+  return float(result.statistic)
 
 
 def rows_of(outputs: Sequence[Mapping[str, Any]], *names: str) -> list[np.ndarray]:

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lora_jax.data import detokenise, labels, records
+from lora_jax.io.pretrained import Pretrained
+from lora_jax.io.tokenizer import Tokenizer
 
 # The format of a file by its name.
 _BY_NAME = "auto"
@@ -38,6 +40,21 @@ class OfTables:
   """The base of tasks whose records are rows of tables and whose examples are texts."""
 
   UNIT: ClassVar[str] = "token"
+
+  model: Pretrained | None
+  """The model without its weights; None until `of_model`."""
+
+  @property
+  def known_model(self) -> Pretrained:
+    """The model, once `of_model` has set it."""
+    assert self.model is not None, "of_model gives the task its model"
+    return self.model
+
+  @property
+  def tokenizer(self) -> Tokenizer:
+    """The model's tokenizer; `of_model` refuses a model without one."""
+    assert self.known_model.tokenizer is not None
+    return self.known_model.tokenizer
 
   def open(self, path: Path, data: Mapping[str, Any], *, held_out: bool) -> list[records.Record]:
     del held_out

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, Unpack
 
 import flax.linen as nn
 import grain
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from lora_jax.checks import shown
 from lora_jax.data import batches, examples, packing
+from lora_jax.data.batches import Shard
 from lora_jax.data.examples import Example
 from lora_jax.data.token_texts import TokenText, token_texts
 from lora_jax.io.pretrained import Pretrained
@@ -65,7 +66,7 @@ class Texts(tables.OfTables):
   def describe(self, **encoded: Sequence[Example]) -> dict[str, Any]:
     return {
       "max_length": self.max_length,
-      "positions": self.model.config.max_length,
+      "positions": self.known_model.config.max_length,
       "splits": {name: examples.describe(each) for name, each in encoded.items()},
     }
 
@@ -88,22 +89,26 @@ class Texts(tables.OfTables):
 
   def tokens(self, example: Example) -> list[TokenText]:
     learnt = {n + 1 for n in example.positions}
-    return token_texts(self.model.tokenizer, example.tokens, learnt)
+    return token_texts(self.tokenizer, example.tokens, learnt)
 
   # ---- batches
 
   def train_batches(
-    self, encoded: Sequence[Example], batch_size: int, *, seed: int, **rows: int
+    self, encoded: Sequence[Example], batch_size: int, *, seed: int, **rows: Unpack[Shard]
   ) -> grain.MapDataset:
-    common = {"seed": seed, "pad_id": self.model.tokenizer.pad_id, **rows}
+    pad_id = self.tokenizer.pad_id
     if self.packed_length:
-      return packing.packed_batches(encoded, batch_size, length=self.packed_length, **common)
-    return batches.train_batches(encoded, batch_size, buckets=self.buckets, **common)
+      return packing.packed_batches(
+        encoded, batch_size, length=self.packed_length, seed=seed, pad_id=pad_id, **rows
+      )
+    return batches.train_batches(
+      encoded, batch_size, buckets=self.buckets, seed=seed, pad_id=pad_id, **rows
+    )
 
   def eval_batches(
-    self, encoded: Sequence[Example], batch_size: int, **rows: int
+    self, encoded: Sequence[Example], batch_size: int, **rows: Unpack[Shard]
   ) -> grain.MapDataset:
-    pad_id = self.model.tokenizer.pad_id
+    pad_id = self.tokenizer.pad_id
     return batches.eval_batches(encoded, batch_size, buckets=self.buckets, pad_id=pad_id, **rows)
 
   def check_stackable(self) -> None:

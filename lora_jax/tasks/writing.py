@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn, Self
 
+from lora_jax.data.batches import Watch
 from lora_jax.data.examples import Example
 from lora_jax.io.pretrained import Pretrained
 from lora_jax.models import decode
@@ -40,7 +41,7 @@ class Writing(Texts):
   @property
   def stop_ids(self) -> tuple[int, ...]:
     """The tokens that end a text."""
-    return self.model.tokenizer.stop_ids
+    return self.tokenizer.stop_ids
 
   @property
   def chat_format(self) -> ChatFormat:
@@ -49,12 +50,12 @@ class Writing(Texts):
 
   def decode_prompt(self, tokens: Sequence[int]) -> str:
     """Returns a prompt as text."""
-    return self.model.tokenizer.decode(tokens)
+    return self.tokenizer.decode(tokens)
 
   # ---- what people are shown
 
   def given(self, encoded: Sequence[Example]) -> list[dict[str, str]]:
-    tokenizer = self.model.tokenizer
+    tokenizer = self.tokenizer
     return [
       {
         "prompt": self.decode_prompt(example.tokens[: example.prompt_length]),
@@ -73,7 +74,7 @@ class Writing(Texts):
 
     Completions are no longer than the longest target, nor than the model's positions allow.
     """
-    tokenizer, config = self.model.tokenizer, self.model.config
+    tokenizer, config = self.tokenizer, self.known_model.config
     prompts = [example.tokens[: example.prompt_length] for example in encoded]
     longest = max(len(example.completion) for example in encoded)
     generate_step = generation.make_generate_step(
@@ -112,7 +113,7 @@ class Writing(Texts):
 
   def check_room(self, asked: Sequence[Text], max_tokens: int) -> None:
     """Raises ValueError if prompts and completions exceed the model's positions."""
-    check_generation([each["tokens"] for each in asked], max_tokens, self.model.config)
+    check_generation([each["tokens"] for each in asked], max_tokens, self.known_model.config)
 
   def write(
     self,
@@ -124,7 +125,7 @@ class Writing(Texts):
     max_tokens: int,
     beams: int,
     length_penalty: float,
-    watch: Callable[[Sequence], Any] = iter,
+    watch: Watch = iter,
   ) -> list[Text]:
     """Returns `prompt`, `text` and `references` of each prompt.
 
@@ -136,7 +137,7 @@ class Writing(Texts):
 
     Raises ValueError if the texts exceed the model's positions.
     """
-    tokenizer, tokens = self.model.tokenizer, [each["tokens"] for each in asked]
+    tokenizer, tokens = self.tokenizer, [each["tokens"] for each in asked]
     self.check_room(asked, max_tokens)
     generate_step = generation.make_generate_step(
       apply,
@@ -165,4 +166,4 @@ class Writing(Texts):
     Beyond the model's positions there are only padding and the last token of a text, which is not
     fed to the model.
     """
-    return self.model.new_cache(rows, min(slots, self.model.config.max_length))
+    return self.known_model.new_cache(rows, min(slots, self.known_model.config.max_length))

@@ -108,7 +108,13 @@ def allocate_ranks(
       jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.copy, zeros), kept, tx.init(params)
     )
 
-  def update(grads: PyTree, state: AllocationState, params: PyTree):
+  def update(
+    updates: PyTree, state: optax.OptState, params: PyTree | None = None
+  ) -> tuple[PyTree, AllocationState]:
+    assert isinstance(state, AllocationState)
+    if params is None:
+      raise ValueError("AdaLoRA: the update needs the parameters, tx.update(grads, state, params)")
+    grads = updates
     updates, inner = tx.update(grads, state.inner, params)
     step, parts = state.step + 1, _triplets(params)
     now = jax.tree.map(lambda x, g: jnp.abs(x * g), parts, _triplets(grads))

@@ -270,7 +270,7 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 def _crc32(leaf: Any) -> int:
   if not getattr(leaf, "is_fully_addressable", True):
     leaf = multihost_utils.process_allgather(leaf, tiled=True)
-  return zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8).reshape(-1))
+  return zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8).reshape(-1).data)
 
 
 def _is_whole(record: Any) -> bool:

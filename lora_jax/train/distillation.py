@@ -120,6 +120,7 @@ def distillation_objective(
     soft = divergence(logits_BCV, said_BCV, weights_BC, temperature)
     loss = (1 - hard) * soft + hard * own
     if hidden:
+      assert student_BCD is not None and teacher_BCD is not None  # `_read` refuses others
       squares_BC = jnp.mean(jnp.square((student_BCD - teacher_BCD).astype(jnp.float32)), axis=-1)
       loss += hidden * _mean(squares_BC, weights_BC)
     return loss, tokens

@@ -1,4 +1,4 @@
-"""Generated texts for the prompts of a data set, and their BLEU.
+"""Generated texts for the prompts of a data set.
 
     generate_step = make_generate_step(
         lora_jax.adapt(model.apply), found.new_cache,
@@ -6,8 +6,6 @@
     batches = prompt_batches(prompts, batch_size=16, buckets=(32, 64), pad_id=tokenizer.pad_id)
     found = generate(generate_step, weights, batches, tokenizer.stop_ids)
     texts = [tokenizer.decode(tokens, after=prompt) for prompt, tokens in zip(prompts, found)]
-    bleu(texts, references)
-    # {"bleu": 65.2, "texts": 547, "signature": "nrefs:var|case:mixed|eff:no|tok:13a|..."}
 
 The letters are those of `lora_jax.models.decode`.
 """
@@ -18,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import sacrebleu
 
 from lora_jax.data.batches import group
 from lora_jax.models import decode
@@ -138,52 +135,3 @@ def until_end(tokens: Sequence[int], eos_id: decode.EosId) -> list[int]:
   """Returns the tokens before the first that ends a text."""
   ends = decode.end_ids(eos_id)
   return list(itertools.takewhile(lambda token: token not in ends, tokens))
-
-
-def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
-  """Returns the corpus BLEU of texts against all of their references, by `sacrebleu`'s defaults.
-
-  Args:
-    texts: one for each prompt.
-    references: one list for each text; they may differ in length.
-
-  Returns:
-    `bleu` (0 to 100), `texts` (their number) and `signature`, which describes the computation.
-
-  Raises:
-    ValueError: if there is no text, a text without a reference, or not one list for each text.
-
-  Source: Papineni et al. 2002; Post 2018, "A Call for Clarity in Reporting BLEU Scores".
-  """
-  score, signature = _corpus_score(sacrebleu.BLEU(), texts, references)
-  return {"bleu": score, "texts": len(texts), "signature": signature}
-
-
-def chrf(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
-  """Returns the corpus chrF of texts, the F-score of character n-grams, by `sacrebleu`'s defaults.
-
-  It distinguishes short sentences and highly inflected languages where BLEU is coarse.
-
-  Args, Raises: those of `bleu`.
-
-  Returns:
-    `chrf` (0 to 100) and `chrf_signature`, which describes the computation.
-
-  Source: Popović 2015, "chrF: character n-gram F-score for automatic MT evaluation".
-  """
-  score, signature = _corpus_score(sacrebleu.CHRF(), texts, references)
-  return {"chrf": score, "chrf_signature": signature}
-
-
-def _corpus_score(
-  metric: Any, texts: Sequence[str], references: Sequence[Sequence[str]]
-) -> tuple[float, str]:
-  if not texts or len(texts) != len(references) or not all(references):
-    raise ValueError(
-      f"{len(texts)} texts and {len(references)} lists of references; a score needs texts, and at "
-      "least one reference for each of them"
-    )
-  # One stream for the first references, one for the second ...; None where a text has no more.
-  streams = [list(stream) for stream in itertools.zip_longest(*references)]
-  score = metric.corpus_score(list(texts), streams).score
-  return score, str(metric.get_signature())

@@ -295,8 +295,8 @@ def _signals() -> Iterator[list[str]]:
     return
 
   def note(number: int, frame: Any) -> None:
-    name, before = signal.Signals(number).name, previous[number]
-    if name in received:
+    name, before = signal.Signals(number).name, previous[signal.Signals(number)]
+    if name in received and callable(before):
       before(number, frame)
     received.append(name)
     if not callable(before):

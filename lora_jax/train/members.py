@@ -27,6 +27,7 @@ import optax
 
 from lora_jax.axes import Axes
 from lora_jax.train import step
+from lora_jax.train.step import State
 from lora_jax.transform import attach, detach, trainable_mask
 from lora_jax.tree import join, partition
 from lora_jax.weights import Adapted, LowRank, Recentred
@@ -63,7 +64,7 @@ class Members(NamedTuple):
   """
 
   step: jax.Array
-  states: step.State
+  states: State
   diverged: jax.Array
 
 
@@ -198,7 +199,8 @@ def make_train_step(
 
   def train_step(state: Members, frozen: Frozen, batch: step.Batch):
     def of_member(own):
-      return one(*own[:-1], frozen.params, own[-1])
+      states, diverged, adapters, settings, batch = own
+      return one(states, diverged, adapters, settings, frozen.params, batch)
 
     own = (state.states, state.diverged, frozen.adapters, frozen.settings, batch)
     each = jax.lax.map(of_member, own) if in_turn else jax.vmap(of_member)(own)
@@ -221,17 +223,18 @@ def _stacked(path: str, adapters: Sequence[Adapted]) -> Adapted:
         "every member has a base of its own; train these one by one, or use LoRA instead"
       )
   if len({_form(adapter) for adapter in adapters}) > 1:
-    if any(type(adapter) is not LowRank for adapter in adapters):
+    plain = [adapter for adapter in adapters if type(adapter) is LowRank]
+    if len(plain) < len(adapters):
       kinds = "; ".join(dict.fromkeys(map(_describe, adapters)))
       raise ValueError(
         f"{path}: only LoRA can be masked to a common rank and scale, and the members have {kinds};"
         " let them differ only in the seed, the learning rate and the steps"
       )
-    if len({(adapter.dropout, adapter.frozen) for adapter in adapters}) > 1:
-      each = "; ".join(f"dropout {x.dropout}, frozen {x.frozen}" for x in adapters)
+    if len({(adapter.dropout, adapter.frozen) for adapter in plain}) > 1:
+      each = "; ".join(f"dropout {x.dropout}, frozen {x.frozen}" for x in plain)
       raise ValueError(f"{path}: members must drop and freeze alike, and these have {each}")
-    rank = max(adapter.rank for adapter in adapters)
-    adapters = [Masked.of(adapter, rank) for adapter in adapters]
+    rank = max(adapter.rank for adapter in plain)
+    adapters = [Masked.of(adapter, rank) for adapter in plain]
   return jax.tree.map(lambda *xs: jnp.stack(xs), *adapters)
 
 
@@ -239,6 +242,7 @@ def _unmasked(adapter: Adapted, like: Adapted) -> Adapted:
   """A member's adapter with its rank and scale from before masking."""
   if not isinstance(adapter, Masked):
     return adapter
+  assert isinstance(like, LowRank)  # only these are masked
   stacks = adapter.gate.ndim - 1
   before_rank = (slice(None),) * stacks
   return LowRank(

@@ -10,7 +10,7 @@ alone, so it has no moments for other leaves and applies no weight decay to them
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import jax.numpy as jnp
 import optax
@@ -117,7 +117,7 @@ def scale_rates(rules: Sequence[tuple[str, float]]) -> optax.GradientTransformat
   for pattern, factor in rules:
     checks.finite(f"the factor of the pattern {pattern!r}", factor)
 
-  def factors(paths) -> dict[str, float]:
+  def factors(paths: Collection[str]) -> dict[str, float]:
     found: dict[str, float] = {}
     for pattern, factor in rules:
       hits = tree.matching(pattern, paths)
@@ -126,7 +126,8 @@ def scale_rates(rules: Sequence[tuple[str, float]]) -> optax.GradientTransformat
           f"the pattern {pattern!r} of learning rates matches nothing that trains; there are "
           + ", ".join(list(paths)[:5])
         )
-      found = dict.fromkeys(hits, factor) | found
+      for path in hits:
+        found.setdefault(path, factor)
     return found
 
   def init(params):

@@ -13,15 +13,20 @@ letters: "sir" is [*stack, *inputs, rank]. Shape checks, sharding and stacking f
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import jax
+import jax.core
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from lora_jax.weights import base, explicit, promotion
 from lora_jax.weights.base import NotFactored, Weight
 from lora_jax.weights.factors import part_axes
+
+if TYPE_CHECKING:
+  from lora_jax.weights.low_rank import LowRank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +105,7 @@ class Adapted(Weight):
 
   # ---- attaching and detaching the base
 
-  def attach(self, w, path: str) -> Weight:
+  def attach(self, w: Any, path: str) -> Self:
     """Returns this adapter on a base.
 
     Raises:
@@ -178,12 +183,12 @@ class Adapted(Weight):
           return False
     return len(ranks) <= 1
 
-  def rescaled(self, c) -> Self:
+  def rescaled(self, c: jax.Array | float) -> "Adapted":
     """Returns this weight with its change of the base times c, which may be traced."""
     part = promotion.multiplied(getattr(self, self.LINEAR), c)
     return dataclasses.replace(self, **{self.LINEAR: part})
 
-  def as_low_rank(self) -> "Adapted":
+  def as_low_rank(self) -> "LowRank":
     """Returns the plain LoRA adapter, a LowRank without a base, that makes the same change.
 
     Raises:
@@ -225,6 +230,6 @@ class Adapted(Weight):
 def _has_value(part: Any) -> bool:
   if isinstance(part, jax.core.Tracer) or not isinstance(part, jax.Array | np.ndarray):
     return False
-  return getattr(part, "is_fully_addressable", True) and not jax.dtypes.issubdtype(
+  return getattr(part, "is_fully_addressable", True) and not jnp.issubdtype(
     part.dtype, jax.dtypes.extended
   )

@@ -26,17 +26,22 @@ and `shard_map` replace the children.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, Self
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
 
 from lora_jax.weights import promotion
 from lora_jax.weights.pytree import let_flax_serialize
 
 PyTree = Any
+Operand = Any
+"""An array or a Weight."""
 
 
 class NotFactored(Exception):
@@ -58,6 +63,9 @@ class Weight:
   """
 
   path: str
+
+  __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+  """Every kind is a dataclass."""
 
   apart: ClassVar[tuple[str, ...]] = ()
   """The names of arrays that are not leaves; see `Adapted.seal`."""
@@ -84,7 +92,7 @@ class Weight:
     """This weight with a bool in place of every array: True for those that train."""
     return jax.tree.map(lambda _: False, self)
 
-  def with_path(self, path: str) -> "Weight":
+  def with_path(self, path: str) -> Self:
     return dataclasses.replace(self, path=path)
 
   @property
@@ -147,7 +155,7 @@ def materialize(tree: PyTree) -> PyTree:
 # The functions below accept arrays and Weights alike, so that a Weight can be another's base.
 
 
-def call(op: str, operand, *args, **params):
+def call(op: str, operand: Operand, *args: Any, **params: Any) -> Operand:
   """Calls `lax.<op>` on an array, or the method of that name on a Weight.
 
   Raises:
@@ -162,7 +170,9 @@ def call(op: str, operand, *args, **params):
   return method(*args, **params)
 
 
-def dot_general(lhs, rhs, dimension_numbers, **params):
+def dot_general(
+  lhs: Operand, rhs: Operand, dimension_numbers: lax.DotDimensionNumbers, **params: Any
+) -> Operand:
   """`lax.dot_general`; a Weight's method is told which side the weight is on."""
   lhs, rhs = applied(lhs), applied(rhs)
   if is_weight(lhs) and is_weight(rhs):
@@ -174,7 +184,7 @@ def dot_general(lhs, rhs, dimension_numbers, **params):
   return lax.dot_general(lhs, rhs, dimension_numbers, **params)
 
 
-def conv_general_dilated(x, kernel, **params):
+def conv_general_dilated(x: Operand, kernel: Operand, **params: Any) -> Operand:
   """`lax.conv_general_dilated`; a Weight's method takes the input first."""
   x, kernel = applied(x), applied(kernel)
   if is_weight(x):
@@ -184,7 +194,7 @@ def conv_general_dilated(x, kernel, **params):
   return lax.conv_general_dilated(x, kernel, **params)
 
 
-def ragged_dot_general(lhs, rhs, group_sizes, **params):
+def ragged_dot_general(lhs: Operand, rhs: Operand, group_sizes: Operand, **params: Any) -> Operand:
   """`lax.ragged_dot_general`; a Weight's method takes the rows first."""
   lhs, rhs = applied(lhs), applied(rhs)
   if is_weight(lhs) or is_weight(group_sizes):
@@ -194,17 +204,17 @@ def ragged_dot_general(lhs, rhs, group_sizes, **params):
   return lax.ragged_dot_general(lhs, rhs, group_sizes, **params)
 
 
-def astype(operand, dtype):
+def astype(operand: Operand, dtype: DTypeLike) -> Operand:
   return applied(operand).astype(dtype)
 
 
-def scaled(operand, c):
+def scaled(operand: Operand, c: jax.Array | float) -> Operand:
   """The operand times a scalar."""
   operand = applied(operand)
   return operand.scaled(c) if is_weight(operand) else promotion.multiplied(operand, c)
 
 
-def resharded(operand, sharding: NamedSharding):
+def resharded(operand: Operand, sharding: NamedSharding) -> Operand:
   """`jax.sharding.reshard`; the parts of a Weight are sharded along with its array.
 
   Raises:
@@ -230,29 +240,29 @@ def aligned(weight: Weight) -> Weight:
   return weight if sharding is None else resharded(weight, sharding)
 
 
-def check_zero(value) -> None:
+def check_zero(value: Any) -> None:
   """Raises `NotFactored` if a padding value is not known to be zero."""
   if isinstance(value, jax.core.Tracer) or value != 0:
     raise NotFactored("it is padded with values that may not be zero")
 
 
-def is_stacked(operand) -> bool:
+def is_stacked(operand: Operand) -> bool:
   """True if slicing every array of the operand along its leading axis slices the operand."""
   return operand.is_stacked if is_weight(operand) else operand.ndim > 0
 
 
-def alike(operands) -> bool:
+def alike(operands: Iterable[Operand]) -> bool:
   """True if all are Weights of one kind and structure, of any sizes."""
   return len(set(map(jax.tree.structure, operands))) == 1
 
 
-def joined(f, operands):
+def joined(f: Callable[..., Any], operands: Sequence[Weight]) -> Weight:
   """`f(*leaves)` over the leaves of Weights that are `alike`; keeps the path of the first."""
   leaves = zip(*map(jax.tree.leaves, operands), strict=True)
   return jax.tree.unflatten(jax.tree.structure(operands[0]), [f(*each) for each in leaves])
 
 
-def applied(operand):
+def applied(operand: Operand) -> Operand:
   """The operand, or the Weight that `Weight.applied` replaces it by."""
   while is_weight(operand):
     simpler = operand.applied()

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lora_jax.weights import base, explicit, promotion
 from lora_jax.weights.base import Weight, is_weight
@@ -116,12 +117,12 @@ class Sum(Combined, Moved):
     return self._each(lambda part: base.call(op, part, *args, **placed))
 
 
-def added(*operands):
+def added(*operands: base.Operand) -> base.Operand:
   """The sum of arrays and Weights of one shape and dtype."""
   return functools.reduce(_plus, operands)
 
 
-def subtracted(operand, x: jax.Array):
+def subtracted(operand: base.Operand, x: jax.Array) -> base.Operand:
   """The difference between an array or Weight and an array."""
   if not is_weight(operand):
     return operand - x
@@ -138,7 +139,13 @@ def _plus(x, y):
   return Sum((x, y), path=x.path)
 
 
-def summed(product: Callable, parts: Sequence[Any], dtype, other_dtype, params) -> jax.Array:
+def summed(
+  product: Callable,
+  parts: Sequence[Any],
+  dtype: DTypeLike,
+  other_dtype: DTypeLike,
+  params: dict[str, Any],
+) -> jax.Array:
   """Sums products in at least float32; the dtype is the one that a single product would have."""
   wanted = params.get("preferred_element_type")
   if wanted is None:

@@ -9,7 +9,6 @@ keeps its own factored form. It exists only while `adapt` evaluates a function.
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -230,7 +229,7 @@ class Concatenated(Combined):
     return lax.split(x, self._sizes, axis)
 
 
-def concatenated(operands: Sequence[Any], axis: int):
+def concatenated(operands: Sequence[base.Operand], axis: int) -> base.Operand:
   """Concatenates arrays and Weights; along a stack axis, Weights of one kind stay one Weight."""
   if not any(map(is_weight, operands)):
     return lax.concatenate(operands, axis)

@@ -107,6 +107,7 @@ class DoRA(Adapted):
     The square is a sum of terms of either sign. A result smaller than their rounding error is
     noise, and is replaced by that error.
     """
+    assert self.norm is not None  # `attach` computes it
     dtype = promotion.at_least_float32(self.dtype)
     a, b, norm = (x.astype(dtype) for x in (self.a, self.b, self.norm))
     if self.constant_norm:  # keeps the norm out of the derivative's trace

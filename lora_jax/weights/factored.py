@@ -208,10 +208,10 @@ def _sharding(a, b, roles: str) -> NamedSharding | None:
   known = [sharding for sharding in shardings if sharding is not None]
   if not known:
     return None
-  axes = dict.fromkeys(range(len(roles)))
+  axes: dict[int, Any] = dict.fromkeys(range(len(roles)))
   for layout, factor, sharding in zip((A, B), (a, b), shardings, strict=True):
     names = explicit.mesh_axes(sharding, len(factor.shape))
     for n, name in zip(part_axes(roles, layout), names, strict=True):
       if n is not None and name not in axes.values():  # a mesh axis shards only one axis
         axes[n] = name
-  return explicit.with_axes(known[0], axes.values())
+  return explicit.with_axes(known[0], tuple(axes.values()))

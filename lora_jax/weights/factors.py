@@ -8,6 +8,7 @@ axis of one factor or, for a stack, on one axis of both.
 
 import string
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax import lax
@@ -111,7 +112,7 @@ def _split_and_joined(roles: str, before: Sequence[int], after: Sequence[int]) -
 
 
 def contract(
-  x: jax.Array, x_labels: Labels, y: jax.Array, y_labels: Labels, out_labels: Labels, **params
+  x: jax.Array, x_labels: Labels, y: jax.Array, y_labels: Labels, out_labels: Labels, **params: Any
 ) -> jax.Array:
   """`einsum("x_labels,y_labels->out_labels", x, y)` as one dot_general, cheaper to trace than
   einsum. Every label that only one operand has must be in the result."""

@@ -32,7 +32,7 @@ class Gated(LowRank):
     w, a, b, scale, dropout, key, roles, frozen, path: as in `LowRank`.
   """
 
-  LAYOUTS: ClassVar = LowRank.LAYOUTS | {"gate": "sr"}
+  LAYOUTS: ClassVar = {**LowRank.LAYOUTS, "gate": "sr"}
 
   gate: jax.Array = dataclasses.field(kw_only=True)
 

@@ -295,6 +295,7 @@ class LoKr(Adapted):
     s = self._stacks
     if self.w1 is not None:
       return [(self.w1, s + _I1 + _O1)]
+    assert self.w1_a is not None and self.w1_b is not None
     return [(self.w1_a, s + _I1 + _R1), (self.w1_b, s + _R1 + _O1)]
 
   @property
@@ -303,6 +304,7 @@ class LoKr(Adapted):
     s = self._stacks
     if self.w2 is not None:
       return [(self.w2, s + _I2 + _O2)]
+    assert self.w2_a is not None and self.w2_b is not None
     return [(self.w2_a, s + _I2 + _R2), (self.w2_b, s + _R2 + _O2)]
 
 

@@ -5,6 +5,7 @@ an axis of size one and starts every other axis at zero. Weights see a gather of
 one axis, with that axis collapsed.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,7 +16,13 @@ from lora_jax.weights.base import NotFactored
 
 
 def looked_up(
-  operand: Any, indices: jax.Array, *, dimension_numbers, slice_sizes, mode, **params
+  operand: Any,
+  indices: jax.Array,
+  *,
+  dimension_numbers: lax.GatherDimensionNumbers,
+  slice_sizes: Sequence[int],
+  mode: lax.GatherScatterMode,
+  **params: Any,
 ) -> Any:
   """`lax.gather` of a Weight.
 

@@ -17,12 +17,13 @@ Source: Hu et al. 2021, LoRA, arXiv 2106.09685, section 4.1.
 import dataclasses
 import string
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from lora_jax.weights import base, explicit, promotion
 from lora_jax.weights.base import NotFactored
@@ -84,7 +85,7 @@ class LowRank(Structured):
   def drops(self):
     return self.dropout > 0
 
-  def with_dropout(self, key) -> "LowRank":
+  def with_dropout(self, key: jax.Array) -> Self:
     """Returns this weight with a random key for its dropout, if it has any."""
     if not self.drops:
       return self
@@ -302,7 +303,7 @@ class LowRank(Structured):
     return dataclasses.replace(self, w=subtracted(self.w, x))
 
 
-def total(y, delta, dtype):
+def total(y: jax.Array, delta: jax.Array, dtype: DTypeLike | None) -> jax.Array:
   """`y + delta`, under a name that lets a remat policy save the sum and not its terms.
 
   Args:
@@ -313,7 +314,7 @@ def total(y, delta, dtype):
   return checkpoint_name(plus(y, delta).astype(dtype or y.dtype), PRODUCT)
 
 
-def plus(y, delta):
+def plus(y: jax.Array, delta: jax.Array) -> jax.Array:
   """`y + delta` in y's dtype; the sum is in float32 if that dtype has too little range."""
   dtype = promotion.joint(y.dtype)
   return y.astype(dtype) + delta.astype(dtype)

@@ -10,7 +10,7 @@ stacks their gradients. `lora_jax.calibration` uses this.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +78,7 @@ class Probe(Structured):
   mask_shape: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
 
   @classmethod
-  def on(cls, w, moments: Moments, mask: jax.Array | None, roles: str, path: str) -> "Probe":
+  def on(cls, w: Any, moments: Moments, mask: jax.Array | None, roles: str, path: str) -> "Probe":
     """A probe whose slots are zeros in the shape of moments, with one mask for a whole stack."""
     stack = moments.rows.shape
     flat = None if mask is None else mask.astype(jnp.float32).ravel()

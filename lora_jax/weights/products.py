@@ -19,7 +19,7 @@ from lora_jax.weights.factors import (
 
 
 def dot_labels(
-  other_ndim: int, weight_ndim: int, dimension_numbers, weight_is_lhs: bool
+  other_ndim: int, weight_ndim: int, dimension_numbers: lax.DotDimensionNumbers, weight_is_lhs: bool
 ) -> tuple[Labels, Labels]:
   """Einsum labels of the other operand and of the result of a dot_general.
 
@@ -46,7 +46,7 @@ def dot_labels(
 )
 def low_rank_product(
   x: jax.Array, x_labels: Labels, a: jax.Array, b: jax.Array, roles: str, scale: float,
-  out_labels: Labels, precision,
+  out_labels: Labels, precision: lax.PrecisionLike,
 ) -> jax.Array:  # fmt: skip
   """Contracts x with `scale * a @ b` by two thin products; no operand has the full size.
 

@@ -92,7 +92,7 @@ def register(cls: T) -> T:
       serialized_name=f"{cls.__module__}.{cls.__qualname__}",
       serialize_auxdata=to_bytes,
       deserialize_auxdata=from_bytes,
-      from_children=unflatten,
+      from_children=lambda aux_data, children: unflatten(aux_data, children),
     )
   return cls
 
@@ -230,7 +230,7 @@ def _to_json(value: Any) -> Any:
 
 
 def _from_json(value: Any, hint: Any) -> Any:
-  if dataclasses.is_dataclass(hint):
+  if isinstance(hint, type) and dataclasses.is_dataclass(hint):
     return hint(**value)
   return tuple(_from_json(x, None) for x in value) if isinstance(value, list) else value
 

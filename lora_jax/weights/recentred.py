@@ -74,7 +74,7 @@ class Recentred(Adapted):
     """
     return self._joined(None, self.b, -self.b0)
 
-  def rescaled(self, c) -> LowRank:
+  def rescaled(self, c: jax.Array | float) -> LowRank:
     """The change of W times c: a low-rank weight of twice the rank."""
     b, b0 = (
       promotion.multiplied(self.b, c),

@@ -118,7 +118,14 @@ class Structured(Adapted):
 
     return self._with(base.call("pad", self.w, value, config), padded, self.all_roles)
 
-  def stacks_picked(self, indices, *, dimension_numbers, fill_value=None, **params) -> Self:
+  def stacks_picked(
+    self,
+    indices: jax.Array,
+    *,
+    dimension_numbers: lax.GatherDimensionNumbers,
+    fill_value: Any = None,
+    **params: Any,
+  ) -> Self:
     """The weights of some layers of a stack: `w[ids]`, where the axes of ids become stacks.
 
     Args:
@@ -187,7 +194,14 @@ class Structured(Adapted):
     return dataclasses.replace(self, w=w, **parts, roles=roles.lstrip("s"))
 
 
-def take_rows(x: jax.Array, indices: jax.Array, axis: int, fill_value, slice_sizes=None, **params):
+def take_rows(
+  x: jax.Array,
+  indices: jax.Array,
+  axis: int,
+  fill_value: Any,
+  slice_sizes: Sequence[int] | None = None,
+  **params: Any,
+) -> jax.Array:
   """Gathers whole rows along an axis; the result is [*batch, *the other axes]."""
   del slice_sizes  # of the weight; those of a part follow from its shape
   rest = x.ndim - 1

@@ -131,6 +131,39 @@ def test_heads_that_do_not_divide_stay_whole(config):
   assert planned(config, mesh_of(1, 1, 8)).activations > 0
 
 
+_SIZES = {
+  "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+  "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+_EXPERTS = {"head_dim": 16, "num_experts_per_tok": 2}
+_QWEN = _EXPERTS | {"num_experts": 4, "moe_intermediate_size": 48}
+
+
+@pytest.mark.parametrize(
+  ("family", "fields"),
+  [
+    ("gpt_oss", _EXPERTS | {"num_local_experts": 4}),
+    ("qwen3_moe", _QWEN),
+    ("olmo2", {}),
+    ("qwen2", {}),
+    ("gemma2", {}),
+  ],
+)
+def test_what_the_rules_of_a_family_leave_whole_is_cut_to_the_heads_of_a_device(
+  config, smollm2, tmp_path, family, fields
+):
+  """Attention sinks, norms of all heads, biases, and the kernels and biases of experts."""
+  known = {"model_type": family, "vocab_size": smollm2.config.vocab_size}
+  (tmp_path / "config.json").write_text(json.dumps(known | _SIZES | fields))
+  smollm2.tokenizer.save(tmp_path)
+  config.model.source = str(tmp_path)
+  case = planning.read(config)
+  alone = planning.make_plan(config, case, mesh_of(1, 1, 1))
+  shared = planning.make_plan(config, case, mesh_of(1, 1, 2))
+  assert shared.base < alone.base
+  assert 0.4 * alone.activations < shared.activations < 0.8 * alone.activations
+
+
 @pytest.mark.parametrize(
   ("sizes", "devices", "expected"),
   [

@@ -1,5 +1,7 @@
 import collections
 import functools
+import importlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,8 @@ import pytest
 import sacrebleu
 
 from lora_jax.models import decode, llama
-from lora_jax.train.generation import bleu, chrf, generate, make_generate_step, prompt_batches
+from lora_jax.train.generation import generate, make_generate_step, prompt_batches
+from lora_jax.train.text_scores import bleu, chrf
 
 CONFIG = llama.LlamaConfig(
   vocab_size=31, width=16, mlp_width=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
@@ -122,3 +125,10 @@ def test_bleu_is_its_formula_on_one_text():
 def test_a_text_without_references_is_refused(references):
   with pytest.raises(ValueError, match="at least one reference"):
     bleu(["a", "b"], references)
+
+
+def test_without_sacrebleu_the_extra_that_installs_it_is_named(monkeypatch):
+  monkeypatch.setitem(sys.modules, "sacrebleu", None)
+  monkeypatch.delitem(sys.modules, "lora_jax.train.text_scores")
+  with pytest.raises(ModuleNotFoundError, match=r'pip install "lora_jax\[eval\]"'):
+    importlib.import_module("lora_jax.train.text_scores")
