@@ -7,7 +7,8 @@ r"""Compresses a model step by step, and reports the cost and gain of each step.
 The workdir then holds model/, which train, evaluate and generate take as a model's folder, the
 report (report.md, report.json, pareto.png), config.json, and, of a decoder, rest.jsonl, the text
 that was used neither for calibration nor to measure by. An encoder or a model of images is
-calibrated and measured by the batches of its task. To heal the model, and to add that to the report:
+calibrated and measured by the batches of its task. To heal the model, and to add that to the
+report:
 
     python -m experiments.train --config=configs/heal.py:compressed=runs/small --workdir=runs/healed
     python -m experiments.compress --config=configs/compress.py --workdir=runs/small \
