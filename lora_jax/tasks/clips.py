@@ -28,6 +28,7 @@ from lora_jax.train.step import Batch
 PyTree = Any
 
 _STEP = 320  # samples of an encoder frame of Whisper
+_UNTAUGHT = "distill.teacher: is for tasks on text; set it to none"
 _MOST = 3600.0  # seconds of a clip of one's own, before the model is asked
 
 
@@ -291,11 +292,17 @@ class OfClips:
 
   # ---- what it has no use for
 
+  def mark(self, example: Clip) -> None:
+    """Returns None: a clip is no picture."""
+
   def draw(self, examples: Sequence[Clip], samples: Sequence[Mapping[str, str]]) -> None:
     """Returns None: the page has a table of transcripts."""
 
   def reading(self, apply: Callable, hidden: bool) -> NoReturn:
-    raise ValueError("distill.teacher: is for tasks on text; set it to none")
+    raise ValueError(_UNTAUGHT)
+
+  def answers(self, batch: Batch) -> NoReturn:
+    raise ValueError(_UNTAUGHT)
 
   def prompts(self, *unused: Any) -> NoReturn:
     raise ValueError(f"the task {self.NAME} has no prompts; leave --beams out")
@@ -343,9 +350,10 @@ def refuse_chunks(loss_chunk: int) -> None:
 
 
 def _check_described(described: Mapping[str, Any]) -> None:
-  splits = described.get("splits")
-  whole = isinstance(splits, dict) and type(described.get("window")) is float
-  for split in splits.values() if whole else ():
+  splits, whole = described.get("splits"), type(described.get("window")) is float
+  if not isinstance(splits, dict):
+    splits, whole = {}, False
+  for split in splits.values():
     whole = whole and isinstance(split, dict) and type(split.get("clips")) is int
     whole = whole and all(type(split.get(x)) in (int, float) for x in ("seconds", "longest"))
   if not whole:

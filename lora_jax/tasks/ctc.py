@@ -15,7 +15,7 @@ fills its window has none.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self, Unpack
 
@@ -156,11 +156,11 @@ class Ctc(clips.OfClips):
     labels, missing = np.zeros(most, np.int32), np.ones(most, np.float32)
     labels[: len(clip.tokens)], missing[: len(clip.tokens)] = clip.tokens, 0
     return self._heard(clip, self.window) | {
-      "labels": labels, "missing": missing, "weights": np.float32(1),
+      "labels": labels, "missing": missing, "weights": np.ones((), np.float32),
     }  # fmt: skip
 
   def _heard(self, clip: Clip, window: int) -> dict[str, np.ndarray]:
-    frames = np.int32(self._frames(len(clip.samples)))
+    frames = np.array(self._frames(len(clip.samples)), np.int32)
     return {"audio": self.heard(clip, window), "frames": frames}
 
   def _windows(self, examples: Sequence[Clip], batch_size: int, window: int) -> grain.MapDataset:
@@ -228,7 +228,7 @@ class Ctc(clips.OfClips):
       labels = ctc_decoding.beam_search(output, self.beams, self._blank)
     return self._spelled(labels)
 
-  def _spelled(self, labels: Sequence[int]) -> str:
+  def _spelled(self, labels: Iterable[int]) -> str:
     names = self.known_model.config.classes
     return " ".join("".join(names[label] for label in labels).replace(SPACE, " ").split())
 

@@ -22,6 +22,8 @@ least a quarter of its area is enlarged."""
 
 COLORS = 3
 
+_UNTAUGHT = "distill.teacher: is for tasks on text; set it to none"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OfImages:
@@ -116,7 +118,10 @@ class OfImages:
     del batch
 
   def reading(self, apply: Callable, hidden: bool) -> NoReturn:
-    raise ValueError("distill.teacher: is for tasks on text; set it to none")
+    raise ValueError(_UNTAUGHT)
+
+  def answers(self, batch: Batch) -> NoReturn:
+    raise ValueError(_UNTAUGHT)
 
   # ---- images of one's own
 

@@ -96,6 +96,11 @@ class Transcription(clips.OfClips):
         f"{found.source}: a {found.config.family!r} without a decoder writes no text; use the task "
         "ctc"
       )
+    if found.tokenizer.eos_id is None:
+      raise ValueError(
+        f"{found.source}: the tokenizer names no token that ends a text; give eos_token in "
+        "tokenizer_config.json"
+      )
     bound = super().of_model(found)
     if self.max_length > found.config.max_length:
       raise ValueError(
@@ -122,12 +127,14 @@ class Transcription(clips.OfClips):
 
   def examples(self, rows: Sequence[records.Record]) -> list[Clip]:
     tokenizer, prompt, found = self.tokenizer, self.prompt_ids, []
+    end = tokenizer.eos_id
+    assert end is not None, "of_model refuses a tokenizer without one"
     for number, row in enumerate(rows):
       where = f"record {number}, {row['name']}"
       # Whisper's texts begin with a space, as they do within a longer transcript.
       text = " " + str(row[self.text]).strip()
       ids = tokenizer.encode(text, add_special_tokens=False, special_tokens=False)
-      tokens = (*prompt, *ids, tokenizer.eos_id)
+      tokens = (*prompt, *ids, end)
       if len(tokens) > self.max_length + 1:
         raise ValueError(
           f"{where}: its text has {len(tokens) - 1} tokens with the prompt, over data.max_length "
