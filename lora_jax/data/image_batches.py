@@ -17,7 +17,7 @@ centered square.
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from typing import Any, NamedTuple
 
 import grain
@@ -176,7 +176,7 @@ def crop(picture: np.ndarray, size: int, area: float, across: float, down: float
   return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
-def summary(examples: Sequence[Example], batch_size: int, size: int) -> dict[str, Any]:
+def summary(examples: Sized, batch_size: int, size: int) -> dict[str, Any]:
   """Returns the size of a pass over the examples, as described in `lora_jax.tasks.Task.summary`."""
   batches = -(-len(examples) // batch_size)
   return {

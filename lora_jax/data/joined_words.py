@@ -127,4 +127,6 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
         raise ValueError(f"{path}: is larger than archives of clips that are read")
       name = info.name.rpartition("/")[2]
       if info.isreg() and name.endswith(".wav"):
-        yield name, packed.extractfile(info).read(_MAX_BYTES)
+        file = packed.extractfile(info)
+        assert file is not None  # it is only for what is no regular file
+        yield name, file.read(_MAX_BYTES)

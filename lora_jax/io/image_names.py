@@ -161,7 +161,7 @@ def _resnet_files() -> dict[str, str | None]:
   return _joined(*tables)
 
 
-def _ssdlite_head() -> Table:
+def _ssdlite_head() -> dict[str, str | None]:
   """The head of an SSDLite. transformers has no such model, and the names follow the paths here."""
   tables = []
   for part in ("extra", "logits", "offsets"):

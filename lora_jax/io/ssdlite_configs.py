@@ -40,9 +40,9 @@ def of_backbone(
   ratios: tuple[float, ...],
 ) -> SSDLiteConfig:
   """Returns the configuration of a detector on a backbone; raises ValueError for bad anchors."""
-  names = [x.name for x in dataclasses.fields(MobileNetV2Config) if x.name != "family"]
-  kept = {name: getattr(body, name) for name in names} | {"classes": classes}
-  return SSDLiteConfig(**kept, scales=scales, ratios=ratios)
+  names = [field.name for field in dataclasses.fields(MobileNetV2Config)]
+  kept = {name: getattr(body, name) for name in names if name not in ("family", "classes")}
+  return SSDLiteConfig(**kept, classes=classes, scales=scales, ratios=ratios)
 
 
 def to_json(config: SSDLiteConfig) -> dict[str, Any]:

@@ -153,6 +153,7 @@ class SSDLite(mobilenet.MobileNetV2):
     """The logits [B, N, K], the offsets [B, N, 4] as `boxes.encode` has them, both in float32, and
     the anchors [N, 4]."""
     c = self.config
+    assert self.head is not None  # a detector has classes
     logits_BNK, offsets_BN4, sizes = self.head(self._maps(images_BHWC))
     anchors_N4 = jnp.asarray(boxes.anchors(sizes, c.scales, c.ratios))
     return logits_BNK.astype(jnp.float32), offsets_BN4.astype(jnp.float32), anchors_N4

@@ -17,8 +17,8 @@ vocabulary; D width; E width of the MLP; N heads of H features; K classes of a h
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -256,16 +256,20 @@ class Decoder(nn.Module):
     x_BUD = self.embed(tokens_BU) + self.positions(positions_BU)
     x_BUD = c.constrain(x_BUD) if c.constrain else x_BUD
     new_cache = {}
-    for block in self.block:
-      layer = None if cache is None else cache[block.name]
-      x_BUD, new_cache[block.name] = block(x_BUD, positions_BU, frames_BSD, layer)
+    for name, block in self._named():
+      layer = None if cache is None else cache[name]
+      x_BUD, new_cache[name] = block(x_BUD, positions_BU, frames_BSD, layer)
     if at_BC is not None:
       x_BUD = jnp.take_along_axis(x_BUD, at_BC[..., None], axis=1)
     logits_BUV = self.embed.attend(self.norm(x_BUD))
     return logits_BUV if cache is None else (logits_BUV, new_cache)
 
   def start(self, frames_BSD, slots: int) -> dict[str, DecoderCache]:
-    return {block.name: block.start(frames_BSD, slots) for block in self.block}
+    return {name: block.start(frames_BSD, slots) for name, block in self._named()}
+
+  def _named(self) -> Iterator[tuple[str, Any]]:
+    """The layers by their names in the tree and in the cache."""
+    return ((f"block_{n}", block) for n, block in enumerate(self.block))
 
 
 class Whisper(nn.Module):
@@ -290,6 +294,7 @@ class Whisper(nn.Module):
     frames_BSD = self.frames(mels_BTM)
     if self.config.classes:
       return self.head(frames_BSD)
+    assert tokens_BU is not None, "a model without a head of classes takes tokens"
     positions_BU = jnp.broadcast_to(jnp.arange(tokens_BU.shape[1]), tokens_BU.shape)
     return self.decoder(self._checked(tokens_BU), frames_BSD, positions_BU, None, None)
 

@@ -21,8 +21,8 @@ def colors(labels: Sequence[str]) -> dict[str, tuple[int, int, int]]:
   hues = [(0.98 + n * _GOLDEN) % 1 for n in range(len(labels))]
   made = [colorsys.hsv_to_rgb(hue, 0.9, 0.8) for hue in hues]
   return {
-    label: tuple(round(255 * x) for x in each)
-    for label, each in zip(labels, made, strict=True)
+    label: (round(255 * red), round(255 * green), round(255 * blue))
+    for label, (red, green, blue) in zip(labels, made, strict=True)
   }  # fmt: skip
 
 
@@ -46,13 +46,21 @@ def into(picture: np.ndarray, boxes: Sequence[Box], labels: Sequence[str]) -> Im
 def parse(text: str, labels: Sequence[str]) -> list[Box]:
   """Returns the boxes of a sample in eval.json; raises ValueError if it is damaged."""
   boxes = json_files.parse(text.encode()).get("boxes")
-  for each in boxes if isinstance(boxes, list) else [None]:
-    box, score = (each.get("box"), each.get("score", 0)) if isinstance(each, dict) else (None, 0)
-    numbers = [*box, score] if isinstance(box, list) and len(box) == 4 else [None]
-    if not all(type(x) in (int, float) for x in numbers) or each.get("label") not in labels:
-      raise ValueError(f"eval.json: a sample has the boxes {shown(boxes)}; delete it, and the same "
-                       "command measures again")  # fmt: skip
+  if not isinstance(boxes, list) or not all(_is_box(each, labels) for each in boxes):
+    raise ValueError(
+      f"eval.json: a sample has the boxes {shown(boxes)}; delete it, and the same command measures "
+      "again"
+    )
   return boxes
+
+
+def _is_box(value: Any, labels: Sequence[str]) -> bool:
+  if not isinstance(value, dict):
+    return False
+  box, score = value.get("box"), value.get("score", 0)
+  if not isinstance(box, list) or len(box) != 4:
+    return False
+  return all(type(x) in (int, float) for x in (*box, score)) and value.get("label") in labels
 
 
 def grid(
@@ -76,7 +84,7 @@ def grid(
   from matplotlib.figure import Figure  # the import takes half a second, and few callers draw
   from matplotlib.patches import Patch, Rectangle
 
-  known = {label: tuple(x / 255 for x in color) for label, color in colors(labels).items()}
+  known = {label: (r / 255, g / 255, b / 255) for label, (r, g, b) in colors(labels).items()}
   figure = Figure(figsize=(3.4 * len(columns), 2.7 * len(pictures) + 0.4), dpi=100)
   places = figure.subplots(len(pictures), len(columns), squeeze=False)
   for row, (picture, name, (width, height)) in enumerate(zip(pictures, names, sizes, strict=True)):

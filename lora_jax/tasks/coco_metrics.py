@@ -60,7 +60,8 @@ def average_precision(
   from pycocotools.cocoeval import COCOeval
 
   truth = COCO()
-  truth.dataset = {
+  # The stubs demand fields of COCO's own files (names, segmentations) that metrics do not read.
+  truth.dataset = {  # pyright: ignore[reportAttributeAccessIssue]
     "images": [{"id": n} for n in range(len(truths))],
     "categories": [{"id": n} for n in range(len(labels))],
     "annotations": [
@@ -81,7 +82,10 @@ def average_precision(
   ]
   with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
     truth.createIndex()
-    found = truth.loadRes(np.concatenate(rows)) if sum(map(len, rows)) else COCO()
+    found = COCO()
+    if sum(map(len, rows)):
+      # The stubs know the path of a file alone; it takes an array of rows as well.
+      found = truth.loadRes(np.concatenate(rows))  # pyright: ignore[reportArgumentType]
     run = COCOeval(truth, found, "bbox")
     run.params.imgIds, run.params.catIds = list(range(len(truths))), list(range(len(labels)))
     run.params.maxDets = [1, 10, _MOST]

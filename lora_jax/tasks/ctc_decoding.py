@@ -55,6 +55,6 @@ def beam_search(log_p_SK: np.ndarray, beams: int, blank: int) -> list[int]:
           add((*prefix, label), 1, blanks + log_p_K[label])
         else:
           add((*prefix, label), 1, whole + log_p_K[label])
-    best = sorted(after, key=lambda prefix: -np.logaddexp(*after[prefix]))[:beams]
-    found = {prefix: tuple(after[prefix]) for prefix in best}
+    pairs = [(prefix, (blanks, labels)) for prefix, (blanks, labels) in after.items()]
+    found = dict(sorted(pairs, key=lambda pair: -np.logaddexp(*pair[1]))[:beams])
   return list(max(found, key=lambda prefix: np.logaddexp(*found[prefix])))
