@@ -291,6 +291,9 @@ class OfClips:
 
   # ---- what it has no use for
 
+  def mark(self, example: Clip) -> None:
+    """Returns None: a clip is no picture."""
+
   def draw(self, examples: Sequence[Clip], samples: Sequence[Mapping[str, str]]) -> None:
     """Returns None: the page has a table of transcripts."""
 
