@@ -30,9 +30,8 @@ import pathlib
 from absl import app, flags, logging
 
 import lora_jax
-from experiments import inputs, methods, parts, programs
+from experiments import deployment, inputs, methods, parts, programs
 from lora_jax import exchange
-from lora_jax.compress import merging
 from lora_jax.io import outputs
 from lora_jax.train import progress
 
@@ -50,6 +49,8 @@ _DRAW = flags.DEFINE_string(
 _FETCH = flags.DEFINE_bool(
   "fetch", False, "Download what the run's config.json names, where it is not on this machine."
 )
+
+_RESIDENT = deployment.define_resident()
 
 
 def main(argv):
@@ -73,7 +74,8 @@ def main(argv):
   model = parts.make_model(base.config)
   axes = parts.trace_axes(model, base.params)
   adapters = exchange.load(run.adapter, base.params, axes, table=base.table)
-  weights = merging.keep_smaller(methods.finish(config, base.params, adapters, axes))
+  weights = methods.finish(config, base.params, adapters, axes)
+  weights = deployment.deploy(weights, _RESIDENT.value)
   answers = task.predict(
     lora_jax.adapt(task.forward(model)),
     weights,

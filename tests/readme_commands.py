@@ -14,7 +14,8 @@ DOCS = [
     "tutorials/own_images", "tutorials/own_detection", "tutorials/own_speech", "tutorials/colab",
     "tutorials/compress",
     "tutorials/many_adapters", "tutorials/devices",
-    "guide/how_it_works", "guide/methods", "guide/quantized", "guide/commands", "guide/models",
+    "guide/how_it_works", "guide/methods", "guide/quantized", "guide/low_rank_attention",
+    "guide/commands", "guide/models",
   )
 ]  # fmt: skip
 
@@ -31,7 +32,7 @@ _FILES = (
   "mine.jsonl", "more.jsonl", "photographs", "more_photographs", "smears", "more_smears",
   "clips.jsonl", "clip.flac",
 )  # fmt: skip
-_OWN = ("heal.py", "glue.py", "images.py", "detect.py", "speech.py")
+_OWN = ("heal.py", "glue.py", "images.py", "detect.py", "speech.py", "compress.py:model=")
 
 
 def blocks(language: str, page: str = README) -> list[str]:

@@ -163,6 +163,10 @@ class Task(Protocol):
     distillation; raises ValueError for a task without logits."""
     ...
 
+  def answers(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Returns the targets of the logits of `reading` and their weights, both [rows, positions]."""
+    ...
+
   def make_eval_step(self, apply: Callable) -> Callable[[PyTree, Batch], PyTree]:
     """Returns the jitted step `(weights, batch) -> outputs`, the input of `metrics`."""
     ...

@@ -35,12 +35,16 @@ def labels_of(task: Mapping[str, Any]) -> tuple[str, ...]:
 def add(found: Pretrained, key: jax.Array, classes: Sequence[str]) -> Pretrained:
   """Returns the model with a new classification head; shapes if `found` has shapes.
 
+  A model that has a head of these very classes, in this order, keeps it.
+
   Args:
     found: the model.
     key: a random key for the new leaves.
     classes: the names of the head's outputs.
   """
   config = found.family.with_classes(found.config, tuple(classes))
+  if config == found.config:
+    return found
   return replace(found, found.family, config, key, _start)
 
 

@@ -31,6 +31,7 @@ from lora_jax.data.image_batches import Example
 from lora_jax.io.pretrained import Pretrained
 from lora_jax.models.ssdlite import SSDLiteConfig
 from lora_jax.tasks import class_metrics, heads, of_images, questions
+from lora_jax.train.distillation import Reading
 from lora_jax.train.step import Batch, Objective
 
 PyTree = Any
@@ -128,6 +129,19 @@ class Images(of_images.OfImages):
       return total / jnp.where(count > 0, count, 1), count
 
     return objective
+
+  def reading(self, apply: Callable, hidden: bool) -> Callable[[PyTree, Batch], Reading]:
+    """The logits [B, 1, K]; hidden states of the families differ in form, and are not read."""
+    if hidden:
+      raise ValueError("distill.hidden: is for tasks on text; set it to 0")
+
+    def read(weights: PyTree, batch: Batch) -> jax.Array:
+      return apply({"params": weights}, batch["images"])[:, None]
+
+    return read
+
+  def answers(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    return batch["labels"][:, None], batch["weights"][:, None]
 
   def make_eval_step(self, apply: Callable) -> Callable[[PyTree, Batch], PyTree]:
     @jax.jit
