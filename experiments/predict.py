@@ -9,8 +9,8 @@ r"""Answers for one's own texts, images or clips by a run: classes, scores, embe
 --input is a text, or the path of a file: JSONL, JSON, CSV, TSV or Parquet with the columns of the
 run's templates, or .txt with a text on each line. For a run on images it is a picture, or a folder
 of pictures, which are taken in the order of their names; for one on speech a clip, or a folder of
-clips. Each answer is printed as a JSON object on
-a line of its own, with `index`, the number of the record from 0, and by the task
+clips. Each answer is printed as a JSON object on a line of its own, with `index`, the number of the
+record from 0, and by the task
 
     classification    label, and probabilities by class
     regression        score
