@@ -101,7 +101,7 @@ class WhisperConfig:
 
 
 class DecoderCache(NamedTuple):
-  """What one layer of the decoder keeps: of the tokens before, and of the encoder's frames."""
+  """Keys and values of one layer of the decoder: of the tokens before, and of the frames."""
 
   own: KVCache
   cross: KVCache
