@@ -16,6 +16,7 @@ every method. All methods of a task see the same batches for the same number of 
     stsb    how alike two sentences are, 0 to 5: Pearson and Spearman (Cer et al. 2017)
 
     :method=head    the head alone; full: all parameters; or another method of configs/adapters.py
+    :attention=nystrom,landmarks=16    or linformer: attention of low rank over positions
     :sweep          three seeds in one program, with all batches of the same length
     :smoke          a few steps on little data: everything runs, nothing is learned
 
@@ -28,7 +29,7 @@ from typing import NamedTuple
 
 import ml_collections
 
-from configs import arguments, quickstart
+from configs import arguments, attention, quickstart
 
 _DATA = arguments.data_folder() / "glue"
 MINILM = (
@@ -88,12 +89,15 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   name, _, rest = text.partition(",")
   if name not in TASKS:
     raise ValueError(f"configs/glue.py:{name}: name a task first, one of {', '.join(TASKS)}")
-  args = arguments.parse(rest, smoke=False, sweep=False, method="lora", rank=0)
+  args = arguments.parse(
+    rest, smoke=False, sweep=False, method="lora", rank=0, attention="auto", landmarks=0
+  )
   chosen = TASKS[name]
   method = "full" if args["method"] == "head" else args["method"]
   # The rest is as in the quickstart: the adapter, most of the optimizer.
   config = quickstart.get_config(f"method={method},rank={args['rank']}")
   config.model.source = MINILM
+  attention.choose(config.model, args["attention"], args["landmarks"])
   if args["method"] == "head":
     config.adapter.targets = ()  # the pooler and the head always train
 

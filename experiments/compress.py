@@ -5,8 +5,10 @@ r"""Compresses a model step by step, and reports the cost and gain of each step.
         --workdir=runs/smaller --config.factorize.budget=0.7
 
 The workdir then holds model/, which train, evaluate and generate take as a model's folder, the
-report (report.md, report.json, pareto.png), config.json, and rest.jsonl, the text that was used
-neither for calibration nor to measure by. To heal the model on it, and to add that to the report:
+report (report.md, report.json, pareto.png), config.json, and, of a decoder, rest.jsonl, the text
+that was used neither for calibration nor to measure by. An encoder or a model of images is
+calibrated and measured by the batches of its task. To heal the model, and to add that to the
+report:
 
     python -m experiments.train --config=configs/heal.py:compressed=runs/small --workdir=runs/healed
     python -m experiments.compress --config=configs/compress.py --workdir=runs/small \
@@ -24,17 +26,14 @@ Impossible or pointless settings are refused before anything is computed or writ
 """
 
 import dataclasses
-import functools
-import json
+import itertools
 import pathlib
 import shlex
 import sys
-from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
 import jax
-import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
@@ -42,6 +41,7 @@ import lora_jax
 from experiments import (
   compression,
   compression_checks,
+  compression_data,
   config_checks,
   inputs,
   methods,
@@ -49,14 +49,10 @@ from experiments import (
   programs,
 )
 from experiments.compression import Model
-from lora_jax import exchange, families, tasks, tree
-from lora_jax.compress import make_windows, merging, perplexity, report, storage
-from lora_jax.data import records
-from lora_jax.io import outputs
+from lora_jax import exchange, families, tree
+from lora_jax.compress import merging, report, storage
 from lora_jax.io.pretrained import Pretrained
-from lora_jax.io.tokenizer import Tokenizer
-from lora_jax.tasks import texts
-from lora_jax.train import evaluation, workdir
+from lora_jax.train import workdir
 from lora_jax.weights import Pruned, is_weight
 
 PyTree = Any
@@ -86,35 +82,22 @@ def compress(config: ConfigDict, folder: pathlib.Path):
   source = config.model.source
   done = storage.steps_of(source) if storage.is_compressed(source) else ()
   compression_checks.check_config(config, done)
-  parts.check_writes(
-    parts.read_shapes(config.model),
-    "a compression is measured by the text that a model goes on with: compress another by the "
-    "functions of lora_jax.compress, and save it by lora_jax.compress.storage",
-  )
+  shapes = extended(config, parts.read_shapes(config.model))
+  compression_checks.check_family(config.steps, shapes)
   if (folder / "model").exists():
     raise FileExistsError(f"{folder / 'model'}: is there already; use another workdir")
-  pretrained = parts.load_model(config.model)
-  most, prompt = pretrained.config.max_length, config.report.prompt
-  texts.check_positions(
-    pretrained.config, config.text.length, f"text.length {config.text.length}", most
-  )
-  texts.check_positions(
-    pretrained.config, prompt + 1, f"report.prompt {prompt} and a token after it", most - 1
-  )
-  task = task_on(config, pretrained)
-  calibration_NT, held_out_NT, rest_NT = read_windows(config.text, pretrained.tokenizer)
+  data = compression_data.of(config, shapes)
+  pretrained = extended(config, parts.load_model(config.model))
   model = Model(pretrained.config, pretrained.params, adapters={})
   if config.adapter:
     model = with_adapter(config, model)
-  compression_checks.check_model(config, model, calibration_NT)
+  compression_checks.check_model(config, model, data.calibration.tokens)
 
-  measure = make_measure(config, held_out_NT, task)
+  measure = Measure(data, config.report)
   rows = [report.Row("+".join(done) or "dense", measure(model))]
   print(rows[-1])
   for step in config.steps:
-    model = compression.STEPS[step](
-      config[step], model, compression.Calibration(calibration_NT, config.text.batch_size)
-    )
+    model = compression.STEPS[step](config[step], model, data.calibration)
     rows.append(report.Row(step, measure(model)))
     print(rows[-1])
   target = folder / "model"
@@ -123,11 +106,24 @@ def compress(config: ConfigDict, folder: pathlib.Path):
   if model.adapters:
     exchange.save(
       folder / "adapter", model.adapters, model.params, model.axes, base_model=str(target),
-      table=families.tensor_names(model.config),
+      table=table_of(model),
     )  # fmt: skip
-  write_rest(folder / "rest.jsonl", rest_NT, pretrained.tokenizer)
-  report.write(folder, rows, about())
+  data.write_rest(folder)
+  report.write(folder, rows, "\n".join([*remarks(rows), "", about()]))
   print(report.table(rows))
+  print("\n".join(remarks(rows)))
+
+
+def extended(config: ConfigDict, found: Pretrained) -> Pretrained:
+  """The model with the leaves of its task if an adapter has them; their start is replaced."""
+  if not config.adapter or config.text.source:
+    return found
+  return compression_data.make_task(config).extend(found, jax.random.key(0))
+
+
+def table_of(model: Model) -> dict:
+  """The tensor names of adapters."""
+  return families.tensor_names(model.config, where="modules")
 
 
 def with_adapter(config: ConfigDict, model: Model) -> Model:
@@ -152,7 +148,7 @@ def with_adapter(config: ConfigDict, model: Model) -> Model:
       f"the adapter was trained on a base in {trained.model.quantize}, whose rounding it may have "
       "compensated; here the base is not rounded"
     )
-  table = families.tensor_names(model.config)
+  table = table_of(model)
   adapters = exchange.load(run.adapter, model.params, model.axes, table=table)
   undropped = {
     path: dataclasses.replace(adapter, dropout=0.0) if adapter.drops else adapter
@@ -209,14 +205,13 @@ def add_healed(config: ConfigDict, folder: pathlib.Path, healed: str):
   trained.model.scan_layers = False
   small = methods.load_base(trained)
   model = Model(small.config, small.params, adapters={})
-  table = families.tensor_names(model.config)
+  table = table_of(model)
   adapters = exchange.load(run.adapter, model.params, model.axes, table=table)
   if methods.merge_format(trained):
     model = model._replace(params=methods.finish(trained, model.params, adapters, model.axes))
   else:
     model = absorb(model._replace(adapters=adapters))
-  _, held_out_NT, _ = read_windows(config.text, small.tokenizer)
-  measures = make_measure(config, held_out_NT, task_on(config, small))(model)
+  measures = Measure(compression_data.of(config, small), config.report)(model)
   rows = [*before, report.Row("heal", measures)]
   report.write(folder, rows, f"{written}\n\n{about()}")
   print(report.table(rows))
@@ -231,89 +226,52 @@ def about() -> str:
   )
 
 
-# ---- text
-
-
-def read_windows(text: ConfigDict, tokenizer: Tokenizer) -> tuple[np.ndarray, ...]:
-  """The windows for calibration, those to measure by, and the rest.
-
-  Raises:
-    ValueError: when there are too few.
-  """
-  rows = []
-  for source in parts.addresses(text.source):
-    found = parts.read_file(text, source)
-    records.require(found, [text.column], f"{source}: config.text.column")
-    records.check_values(found, [text.column], f"{source}: config.text.column")
-    rows += found
-  windows_NT = make_windows(
-    " ".join(str(row[text.column]) for row in rows),
-    functools.partial(tokenizer.encode, special_tokens=text.special_tokens),
-    text.length,
-  )
-  needed = text.calibration + text.held_out
-  if len(windows_NT) < needed:
-    raise ValueError(
-      f"the text has {len(windows_NT)} windows of {text.length} tokens, and config.text asks for "
-      f"{text.calibration} for calibration and {text.held_out} to measure by; give more text"
-    )
-  return tuple(np.split(windows_NT, [text.calibration, needed]))
-
-
-def write_rest(path: pathlib.Path, rest_NT: np.ndarray, tokenizer: Tokenizer):
-  """The windows that are left as records: the first token's text, and what follows it."""
-  lines = [
-    json.dumps(
-      {"first": tokenizer.decode(ids[:1]), "rest": tokenizer.decode(ids[1:], after=ids[:1])}
-    )
-    for ids in rest_NT.tolist()
-  ]
-  outputs.write_text(path, "".join(f"{line}\n" for line in lines))
-
-
 # ---- measures
 
 
-def task_on(config: ConfigDict, found: Pretrained) -> tasks.Task | None:
-  """The task that a model is measured by, on the model; None where the config asks for none."""
-  if not config.task.examples:
-    return None
-  task = tasks.make({"name": config.task.name}, config.task.data, loss_chunk=0)
-  return task.of_model(found)
+class Measure:
+  """The function from a Model to its `report.Measures`; the first model is what others are timed
+  against, in turns.
 
+  data: what is measured by.
+  section: the config's `report`.
+  """
 
-def make_measure(config: ConfigDict, held_out_NT: np.ndarray, task: tasks.Task | None) -> Callable:
-  """Makes the function from a Model to its `report.Measures`; of a task, the accuracy too."""
-  if task is not None:
-    records = parts.load_records(config.task.data, task)
-    rows = parts.pick(records, config.task.split, "task.split")
-    data = task.eval_batches(task.examples(rows)[: config.task.examples], config.task.batch_size)
+  def __init__(self, data: compression_data.Data, section: ConfigDict):
+    self._data, self._section, self._first = data, section, None
 
-  def measure(model: Model) -> report.Measures:
-    weights, accuracy = merging.without_masks(model.weights), None
-    if task is not None:
-      eval_step = task.make_eval_step(model.apply)
-      accuracy = evaluation.evaluate(eval_step, weights, data, task.metrics)["accuracy"]
-    section = config.report
-    times = {
-      rows: report.latency(
-        model.apply, weights, model.config,
-        rows=rows, length=section.prompt, repeats=section.repeats,
-      )
-      for rows in section.batches
-    }  # fmt: skip
+  def __call__(self, model: Model) -> report.Measures:
+    data, section = self._data, self._section
+    weights = merging.deployed(merging.without_masks(model.weights), resident=section.resident)
+    runs = data.runs(model, weights)
+    times, ratios = report.latencies(runs, self._first, section.repeats)
+    self._first = self._first or runs
     return report.Measures(
       parameters=report.count_parameters(model.weights),
       memory=report.count_bytes(weights),
       disk=storage.size(model.params) + report.count_bytes(model.adapters),
-      flops=report.flops_per_token(model.apply, weights, section.prompt),
-      prefill={rows: prefill for rows, (prefill, _) in times.items()},
-      token={rows: token for rows, (_, token) in times.items()},
-      perplexity=perplexity(model.apply, weights, held_out_NT, batch_size=config.text.batch_size),
-      accuracy=accuracy,
+      flops=data.flops(model, weights),
+      unit=data.UNIT,
+      times=times,
+      ratios=ratios,
+      figures=data.figures(model, weights),
     )
 
-  return measure
+
+def remarks(rows: list[report.Row]) -> list[str]:
+  """Why a step did not lower the time, for each that did not."""
+  found = []
+  for before, row in itertools.pairwise(rows):
+    slower = [
+      f"{name} × {n}"
+      for name, each in row.measures.ratios.items()
+      for n, ratio in each.items()
+      if ratio >= before.measures.ratios.get(name, {}).get(n, 1.0)
+    ]
+    reason = compression.NOT_FASTER.get(row.step)
+    if slower and reason:
+      found.append(f"- {row.step} did not lower {', '.join(slower)}: {reason}.")
+  return found
 
 
 if __name__ == "__main__":

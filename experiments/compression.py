@@ -2,7 +2,7 @@
 
 model = Model(config, params, adapters={})
 for step in config.steps:
-  model = STEPS[step](config[step], model, Calibration(windows_NT, batch_size=4))
+  model = STEPS[step](config[step], model, Windows(windows_NT, batch_size=4))
 
 `experiments.compression_checks` checks the settings and the order of the steps.
 """
@@ -10,7 +10,7 @@ for step in config.steps:
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from lora_jax.compress import (
   structured,
 )
 from lora_jax.compress.quantize import quantize_leaf
+from lora_jax.tasks import Task
 from lora_jax.weights import Factored, Pruned, is_weight
 from lora_jax.weights.quantized import Format
 
@@ -64,19 +65,36 @@ class Model(NamedTuple):
     return parts.trace_axes(parts.make_model(self.config), self.params)
 
 
+class Calibration(Protocol):
+  """The data that steps calibrate by."""
+
+  @property
+  def tokens(self) -> int | None:
+    """How many rows every kernel's input has; None: it is not known before a pass."""
+
+  def inputs(self, model: Model, paths: Sequence[str], *, diagonal: bool = False):
+    """The second moments of kernels' inputs."""
+
+  def gradients(self, model: Model, paths: Sequence[str]):
+    """The second moments of the gradients of their results."""
+
+
 @dataclasses.dataclass(frozen=True)
-class Calibration:
-  """The windows that steps calibrate by."""
+class Windows:
+  """Calibration by windows of running text."""
 
   windows_NT: np.ndarray
   batch_size: int
+
+  @property
+  def tokens(self) -> int:
+    return self.windows_NT.size
 
   def batches(self) -> list[np.ndarray]:
     starts = range(0, len(self.windows_NT), self.batch_size)
     return [self.windows_NT[n : n + self.batch_size] for n in starts]
 
   def inputs(self, model: Model, paths: Sequence[str], *, diagonal: bool = False):
-    """The second moments of kernels' inputs."""
     method = None if HEAD in paths else "hidden"
     return calibration.second_moments(
       lambda params, tokens: model.apply({"params": params}, tokens, method=method),
@@ -84,13 +102,48 @@ class Calibration:
     )  # fmt: skip
 
   def gradients(self, model: Model, paths: Sequence[str]):
-    """The second moments of the gradients of their results."""
-
     def loss(params, tokens_BT):
       logits_BTV = model.apply({"params": params}, tokens_BT[:, :-1]).astype(jnp.float32)
       return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, tokens_BT[:, 1:]).sum()
 
     return sensitivity.gradient_moments(loss, model.weights, paths, self.batches(), axes=model.axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskBatches:
+  """Calibration by batches of a task: its own inputs, without padding, and its own loss."""
+
+  task: Task
+  batches: Sequence[Mapping[str, np.ndarray]]
+  tokens: None = None
+
+  def inputs(self, model: Model, paths: Sequence[str], *, diagonal: bool = False):
+    found = calibration.second_moments(
+      self.task.run(self.forward(model)), model.weights, paths, self.batches, axes=model.axes,
+      diagonal=diagonal, mask=self.task.mask,
+    )  # fmt: skip
+    leaves = tree.flatten(model.params, is_leaf=is_weight)
+    for path, moments in found.items():
+      rows, inputs = int(jnp.min(moments.rows)), leaves[path].shape[0]
+      if not diagonal and rows < inputs:
+        raise ValueError(
+          f"{path}: the calibration examples give it {rows} rows, and it has {inputs} inputs; "
+          "raise config.task.calibration"
+        )
+    return found
+
+  def gradients(self, model: Model, paths: Sequence[str]):
+    objective = self.task.objective(self.forward(model))
+
+    def loss(params, batch):
+      mean, count = objective(params, batch)
+      return mean * count
+
+    return sensitivity.gradient_moments(loss, model.weights, paths, self.batches, axes=model.axes)
+
+  def forward(self, model: Model) -> Callable:
+    """The adapted function of the task on a model."""
+    return lora_jax.adapt(self.task.forward(parts.make_model(model.config)))
 
 
 def targets(section: ConfigDict, model: Model) -> list[str]:
@@ -282,3 +335,13 @@ STEPS: dict[str, Callable[[ConfigDict, Model, Calibration], Model]] = {
   "prune": prune_step,
   "quantize": quantize_step,
 }
+
+NOT_FASTER: dict[str, str] = {
+  "factorize": "two thin products take longer than one at these shapes; lower the budget, or let "
+  "it count milliseconds (factorize.unit)",
+  "prune": "zeros are kept in dense arrays and multiplied like other values; only their bytes on "
+  "disk fall",
+  "quantize": "the device has no product of quantized values in XLA, so they are dequantized, at "
+  "each use or once (report.resident)",
+}
+"""Why a step may not lower the time of a model, for its report."""

@@ -1,7 +1,7 @@
 """Checks a compression before its first step, with the reason for each refusal.
 
 check_config(config, done=storage.steps_of(folder))       # before the model is loaded
-check_model(config, model, windows_NT)                    # before anything is computed
+check_model(config, model, tokens)                        # before anything is computed
 
 A step is checked on the shapes that the steps before it will leave.
 """
@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
@@ -20,6 +19,8 @@ from experiments import compression, config_checks
 from experiments.compression import Model
 from lora_jax import families, tree
 from lora_jax.compress import factorize, sensitivity, structured
+from lora_jax.io.pretrained import Pretrained
+from lora_jax.models import encoder_attention
 from lora_jax.weights import DoRA, Factored, Full, Pruned, TokenRows, is_weight
 
 # ---- in which order
@@ -93,16 +94,38 @@ def check_config(config: ConfigDict, done: Sequence[str] = ()) -> None:
     )
   if config.keep_adapter and not config.adapter:
     raise ValueError("keep_adapter: there is no adapter to keep; name a run by config.adapter")
-  if min(config.text.calibration, config.text.held_out, config.text.batch_size) < 1:
-    raise ValueError("text: calibration, held_out and batch_size must be 1 or more")
-  if min(config.report.prompt, config.report.repeats, *config.report.batches) < 1:
-    raise ValueError("report: prompt, repeats and batches must be 1 or more")
+  if config.text.source:
+    if min(config.text.calibration, config.text.held_out, config.text.batch_size) < 1:
+      raise ValueError("text: calibration, held_out and batch_size must be 1 or more")
+    if config.report.prompt < 1:
+      raise ValueError(f"report.prompt {config.report.prompt} must be 1 or more")
+  if min(config.report.repeats, *config.report.batches) < 1:
+    raise ValueError("report: repeats and batches must be 1 or more")
   for step in config.steps:
     if "damping" in config[step] and config[step].damping < 0:
       raise ValueError(f"{step}.damping {config[step].damping} must be 0 or more")
     if step in _SETTINGS:
       _SETTINGS[step](config[step])
-  config_checks.check(config, config_checks.COMPRESSION)
+  config_checks.check_compression(config)
+
+
+def check_family(steps: Sequence[str], found: Pretrained) -> None:
+  """Refuses steps that a model's family has no layers for, and a model that cannot be stored.
+
+  Args:
+    steps: the config's.
+    found: the model; shapes are enough.
+
+  Raises:
+    ValueError: with the reason.
+  """
+  encoder_attention.check_storable(found.config)
+  for step in set(steps) & set(_STRUCTURED):
+    if found.family.kind != families.DECODER:
+      raise ValueError(
+        f"config.steps: {step} is for decoders, and {found.source} is a {found.config.family!r}; "
+        "use factorize, prune and quantize"
+      )
 
 
 def _check_factorize_settings(section: ConfigDict) -> None:
@@ -145,13 +168,13 @@ _SETTINGS: dict[str, Callable[[ConfigDict], None]] = {
 # ---- what only the model tells
 
 
-def check_model(config: ConfigDict, model: Model, windows_NT: np.ndarray) -> None:
-  """Refuses what this model, this text and these adapters cannot be put through.
+def check_model(config: ConfigDict, model: Model, tokens: int | None) -> None:
+  """Refuses what this model, these calibration data and these adapters cannot be put through.
 
   Args:
     config: that `check_config` took.
     model: as it is before the first step.
-    windows_NT: the calibration text.
+    tokens: of the calibration text; None: it is not known yet how many rows kernels get.
 
   Raises:
     ValueError: with the path, or the setting, and the reason.
@@ -159,7 +182,7 @@ def check_model(config: ConfigDict, model: Model, windows_NT: np.ndarray) -> Non
   _check_finite(model)
   selected: dict[str, list[str]] = {}  # by the steps before
   for step in config.steps:
-    section, tokens = config[step], windows_NT.size
+    section = config[step]
     if step in _STRUCTURED:
       structured.check_separate(model.params, step)
       _check_inputs(step, model, compression.fitted(model, step), tokens)

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from lora_jax import checks
 from lora_jax.data import chat, conversations
-from lora_jax.models import attention_kernels
+from lora_jax.models import attention_kernels, encoder_attention
 
 _TINY, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 _MOST = 2**31 - 1  # steps, rows and tokens are counted in int32
@@ -144,18 +144,23 @@ _MODEL = {
   "model.quantize": NAME,
   "model.quantize_targets": PATTERNS,
   "model.new_tokens": sequence(NAME),
-  "model.attention": either(attention_kernels.AUTO, *attention_kernels.NAMES),
+  "model.attention": either(
+    attention_kernels.AUTO, *attention_kernels.NAMES, *encoder_attention.LOW_RANK
+  ),
+  "model.attention_rank": ANY_COUNT,
+  "model.attention_iterations": ANY_COUNT,
   "model.remat": NAME,
 }
 
 
+_SOURCES_OR_NONE = Rule(
+  f"{SOURCES.words}; or '' for none", lambda value: value == "" or SOURCES.holds(value)
+)
 _DATA = {
   "source": SOURCES, "format": NAME, "columns": sequence(TEXT), "encoding": NAME,
   "quoted": optional(FLAG), "detokenise": sequence(TEXT), "sign_of": TEXT, "neutral": real(0.0),
   "split_by": NAME, "train": SHARE, "validation": SHARE, "test": SHARE,
-  "test_source": Rule(
-    f"{SOURCES.words}; or '' for none", lambda value: value == "" or SOURCES.holds(value)
-  ),
+  "test_source": _SOURCES_OR_NONE,
   "max_length": whole(2), "buckets": sequence(COUNT, empty=False),
 }  # fmt: skip
 _IMAGES = {
@@ -173,8 +178,12 @@ _CLIPS = {
   )},
   "audio": NAME, "text": NAME, "window": POSITIVE,
 }  # fmt: skip
+_OF_ARRAYS = ("arrays", "test_arrays")
+_DETECTION = {name: rule for name, rule in _IMAGES.items() if name not in _OF_ARRAYS} | {
+  "annotations": NAME, "test_annotations": TEXT, "images": TEXT, "leave_out": sequence(NAME),
+}  # fmt: skip
 # The fields of `data` for tasks that do not read texts alone.
-_DATA_OF = {"images": _IMAGES, "transcribe": _CLIPS, "ctc": _CLIPS}
+_DATA_OF = {"images": _IMAGES, "detection": _DETECTION, "transcribe": _CLIPS, "ctc": _CLIPS}
 # The fields of `data` and of `task` that a task has.
 _OF_TASKS = {
   "completion": (
@@ -207,6 +216,16 @@ _OF_TASKS = {
     {"join": sequence(COUNT), "per_speaker": COUNT, "join_seed": SEED},
     {"alphabet": sequence(NAME), "normalizer": NAME, "beams": COUNT},
   ),
+  "detection": (
+    {},
+    {
+      "labels": sequence(NAME, empty=False),
+      "scales": sequence(sequence(POSITIVE, empty=False), empty=False),
+      "ratios": sequence(POSITIVE, empty=False),
+      "overlap": SHARE, "negatives": whole(1, 1 << 10), "nms": SHARE, "least_score": SHARE,
+      "shown_score": SHARE, "most": whole(1, 1 << 10),
+    },
+  ),
   "chat": (
     {
       "conversation": either(conversations.AUTO, *conversations.READINGS),
@@ -225,7 +244,7 @@ def _section(name: str, rules: Mapping[str, Rule]) -> dict[str, Rule]:
 ADDED_LATER = (
   "data.encoding", "data.quoted", "data.special_tokens", "task.name", "model.new_tokens",
   "task.pair",
-  "model.attention",
+  "model.attention", "model.attention_rank", "model.attention_iterations",
 )  # fmt: skip
 """Fields that the configs of earlier runs lack; `experiments.parts` has their values."""
 
@@ -250,6 +269,8 @@ def check_task(config: ConfigDict) -> None:
   """
   if "task" in config and not isinstance(config.task, ConfigDict):
     raise ValueError(f"task is {checks.shown(config.task)}; it must be a section")
+  if "task" in config and "name" not in config.task:
+    raise ValueError("task.name is missing")
   name = config.task.name if "task" in config else "completion"
   rules = rules_of_task(name)
   check(config, rules, ADDED_LATER)
@@ -335,14 +356,7 @@ COMPRESSION = {
   **_MODEL,
   "adapter": TEXT,
   "keep_adapter": FLAG,
-  "text.source": SOURCES,
-  "text.format": NAME,
-  "text.columns": sequence(TEXT),
-  "text.encoding": NAME,
-  "text.quoted": optional(FLAG),
-  "text.special_tokens": FLAG,
-  "text.column": NAME,
-  "text.length": whole(2),
+  "text.source": _SOURCES_OR_NONE,
   # More than the model has, or too few, is told once it is known.
   "channels.mlp_width": ANY_COUNT,
   "heads.num_kv_heads": ANY_COUNT,
@@ -362,9 +376,42 @@ COMPRESSION = {
   "task.examples": ANY_COUNT,
   "task.batch_size": COUNT,
   "task.split": NAME,
-  **_section("task.data", _DATA | _OF_TASKS["completion"][0]),
+  "report.resident": FLAG,
   **{f"{step}.damping": real(0.0) for step in ("channels", "heads", "value_heads")},
   **{f"{step}.damping": real(0.0) for step in ("factorize", "quantize")},
 }
 """The fields of a compression; `experiments.compression_checks` checks how its steps and sizes fit
 together."""
+
+_OF_RUNNING_TEXT = {
+  "text.format": NAME,
+  "text.columns": sequence(TEXT),
+  "text.encoding": NAME,
+  "text.quoted": optional(FLAG),
+  "text.special_tokens": FLAG,
+  "text.column": NAME,
+  "text.length": whole(2),
+}
+
+
+def check_compression(config: ConfigDict) -> None:
+  """Checks the fields of a compression, by running text or by the batches of its task.
+
+  Raises:
+    ValueError: as `check` does; and for a field of `task` that the task would not read.
+  """
+  check(config, COMPRESSION)
+  check(config, _OF_RUNNING_TEXT if config.text.source else {"task.calibration": COUNT})
+  moved = {"data": "task.data", "task": "task.fields"}
+  rules, lacked = (
+    {f"{moved[section]}.{field}": rule for (section, _, field), rule in found.items()}
+    for found in (
+      {tuple(name.partition(".")): rule for name, rule in rules_of_task(config.task.name).items()},
+      {tuple(name.partition(".")): None for name in ADDED_LATER if name.split(".")[0] in moved},
+    )
+  )
+  check(config, rules, lacked)
+  for section in ("task.data", "task.fields"):
+    fields = {f"{section}.{field}" for field in _find(config, section)}
+    if unknown := sorted(fields - rules.keys()):
+      raise ValueError(f"{unknown[0]}: the task {config.task.name} reads no such field; delete it")

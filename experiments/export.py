@@ -116,6 +116,8 @@ def main(argv):
       return
     weights = methods.finish(config, found.params, adapters, axes)
 
+  if to != "artifact" and (line := model_options.exact_elsewhere(found.config)):
+    print(line)
   wider: dict[str, str] = {}
   dtype = _DTYPE.value or found.stored_dtype
   if to == "merged":

@@ -26,9 +26,8 @@ import jax
 from absl import app, flags, logging
 
 import lora_jax
-from experiments import programs, speakers
+from experiments import deployment, programs, speakers
 from lora_jax import checks
-from lora_jax.compress import merging
 from lora_jax.data import messages, records
 from lora_jax.models import decode
 from lora_jax.tasks import texts
@@ -61,6 +60,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "The seed of sampling.", 0, checks.MAX_S
 _FETCH = flags.DEFINE_bool(
   "fetch", False, "Download what the run's config.json names, where it is not on this machine."
 )
+_RESIDENT = deployment.define_resident()
 _CACHE = flags.DEFINE_bool("cache", True, "Keep keys and values; without, the same but slow.")
 
 
@@ -105,7 +105,8 @@ def main(argv):
   texts.check_generation(asked, max_tokens, speaker.shapes.config)
 
   found, adapted = speaker.load()
-  weights = merging.keep_smaller(found.params if adapted is None else adapted)
+  weights = found.params if adapted is None else adapted
+  weights = deployment.deploy(weights, _RESIDENT.value)
   model = found.family.make_model(found.config)
   cache = None
   if _CACHE.value:

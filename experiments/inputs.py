@@ -59,9 +59,9 @@ def of_import(config: ConfigDict, adapter: str) -> Inputs:
 
 
 def of_compression(config: ConfigDict) -> Inputs:
-  """The inputs of a compression: the text and the task for its measurements."""
-  sources = {"text.source": config.text.source}
-  if config.task.examples:
+  """The inputs of a compression: the text, and the task."""
+  sources = {"text.source": config.text.source} if config.text.source else {}
+  if config.task.examples or not config.text.source:
     data = config.task.data
     sources |= {"task.data.source": data.source, "task.data.test_source": data.test_source}
   return _fingerprints(sources)

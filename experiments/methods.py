@@ -20,6 +20,7 @@ from lora_jax import calibration, new_tokens, sharding, targets, tree
 from lora_jax.adapters import Method, eva
 from lora_jax.compress import FORMATS, loftq, quantize, straight_through
 from lora_jax.io import pretrained
+from lora_jax.models import encoder_attention
 from lora_jax.tasks import Task
 from lora_jax.train import adalora, optimizer, step
 from lora_jax.weights import Format, Pruned, is_weight
@@ -112,12 +113,15 @@ def specs_of(
   rules: Sequence[tuple[str, Method | None]],
   axes: Mapping[str, lora_jax.Axes],
 ) -> dict[str, Method]:
-  """The specs by path of a run's leaves: rows of `model.new_tokens` first, then by the rules.
+  """The specs by path of a run's leaves: rows of `model.new_tokens` first, then the leaves of its
+  attention, which train in full, then by the rules.
 
   Raises:
     ValueError: as `lora_jax.match` does.
   """
-  own = new_tokens.rules(base, parts.new_tokens_of(model))
+  own = [*new_tokens.rules(base, parts.new_tokens_of(model))]
+  if encoder_attention.adds_leaves(base.config):
+    own.append((encoder_attention.PATTERN, lora_jax.Full()))
   statistics = base.family.statistics
   if statistics is None:
     return lora_jax.match(base.params, [*own, *rules], axes)

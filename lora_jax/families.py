@@ -13,18 +13,24 @@ To add a family, extend the dict:
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import traverse_util
 from jax.typing import DTypeLike
 
 from lora_jax.checks import shown
 from lora_jax.data import log_mel, standardized
+from lora_jax.family import DECODER as DECODER
+from lora_jax.family import ENCODER as ENCODER
+from lora_jax.family import IMAGES as IMAGES
+from lora_jax.family import SOUND as SOUND
+from lora_jax.family import SPEECH as SPEECH
+from lora_jax.family import Config as Config
+from lora_jax.family import Family as Family
+from lora_jax.family import Rules as Rules
 from lora_jax.io import (
   bert_configs,
   bert_names,
@@ -37,113 +43,24 @@ from lora_jax.io import (
   names,
   speech_configs,
   speech_names,
+  ssdlite_configs,
   whisper_files,
 )
 from lora_jax.models import (
   bert,
   convolutions,
+  encoder_attention,
   gemma4,
   gpt2,
   layers,
   llama,
   mobilenet,
   resnet,
+  ssdlite,
   vit,
   wav2vec2,
   whisper,
 )
-
-Rules = Sequence[tuple[str, jax.P]]
-Config = Any
-"""A frozen dataclass. Every family's has `family`, `num_layers`, `scan_layers`, `remat_policy`,
-`constrain`, `dtype`, `param_dtype` and `classes`, the names of the outputs of its head where that
-is no vocabulary; that of a model of texts `vocab_size` and `max_length`, that of one of images
-`channels` and `image_size`, that of one of audio `max_samples` and the function `frames_of`,
-too."""
-
-Reader = Callable[[Any], tuple[Config, Mapping[str, Any]] | None]
-DECODER, ENCODER, IMAGES, SPEECH, SOUND = "decoder", "encoder", "images", "speech", "sound"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Family:
-  """A family of models, described by plain functions and literal tables.
-
-  parse_config: the fields of a config.json to the model's config. Raises ValueError for an unknown
-    field or value.
-  write_config: the inverse.
-  make_model: config to the Linen module.
-  init_cache: (config, rows, slots, dtype) to an empty cache; None for a family that does not
-    generate.
-  names: {file format: {tensor name: path}}, for "safetensors" and, if the family has such files,
-    "gguf", "torch", "onnx" and "ctranslate2"; also for "modules" if PEFT's module names differ from
-    those in files. See `lora_jax.io.names`.
-  prefix: what the names of "safetensors" begin with, the head's excepted, and files that hold no
-    head may leave out; "" where they leave out nothing.
-  example_inputs: config to the argument shapes of the smallest call that uses every parameter, for
-    tracing.
-  inputs: (config, rows, length) to the shape of the argument of a plain call: tokens, by default
-    128 per text, or images of `length` pixels a side, by default the config's image size.
-  sharding: (pattern, PartitionSpec) pairs, as `lora_jax.sharding.lay_out` takes them.
-  layers_alike: whether the parameters of all layers have the same shapes, so that they can be
-    stacked and scanned.
-  kind: DECODER, causal attention: it generates text, and its last token represents a text.
-    ENCODER, bidirectional attention: the first token or all of them represent a text. IMAGES, which
-    takes no text and has no tokenizer. SPEECH, which takes audio, of which `listen` makes its
-    input, and has a tokenizer for its decoder. SOUND, which takes audio and has none.
-  class_head: {tensor name: path} of a classification head if `names` does not have it.
-  peft_task, class_task: PEFT's `task_type` for adapters of a model without and with a
-    classification head; None if PEFT has no name for it.
-  with_classes: (config, names) to the config of the model with a new head of these classes.
-  bare: whether transformers stores a model without classes as the body alone, so that its tensor
-    names lack `prefix`.
-  options: config to the {name: dtype} of further per-token arguments, such as the padding mask; a
-    decoder has none.
-  as_stored: (config, names of the tensors) to the config of these tensors, for a family whose
-    config.json does not list the parts that are present; None for others.
-  of_tensors: {file format: reader}, for files without a configuration. A reader takes the parsed
-    file from the format's module in `lora_jax.io` and returns (config, tensors), or None if the
-    file belongs to another family.
-  statistics: a pattern of leaves that are measured rather than learned; they never train.
-  end_token: the text of the token that ends a text in folders whose files name none.
-  listen: (config, samples at 16 kHz, samples of the window) to the model's input of a clip; None
-    for a model that takes no audio.
-  """
-
-  parse_config: Callable[[Mapping[str, Any]], Config]
-  write_config: Callable[[Config], dict[str, Any]]
-  make_model: Callable[[Config], nn.Module]
-  init_cache: Callable[..., Any] | None
-  names: Mapping[str, names.Table]
-  example_inputs: Callable[[Config], tuple[jax.ShapeDtypeStruct, ...]]
-  sharding: Rules
-  prefix: str = ""
-  inputs: Callable[[Config, int, int | None], jax.ShapeDtypeStruct] = lambda config, rows, length: (
-    jax.ShapeDtypeStruct((rows, length or 128), jnp.int32)
-  )
-  layers_alike: bool = True
-  kind: str = DECODER
-  class_head: Mapping[str, str] = dataclasses.field(
-    default_factory=lambda: {"score.weight": "head/kernel"}
-  )
-  peft_task: str | None = "CAUSAL_LM"
-  class_task: str | None = "SEQ_CLS"
-  with_classes: Callable[[Config, tuple[str, ...]], Config] = lambda config, classes: (
-    dataclasses.replace(config, classes=classes)
-  )
-  bare: bool = False
-  options: Callable[[Config], dict[str, DTypeLike]] = lambda config: {}
-  as_stored: Callable[[Config, Collection[str]], Config] | None = None
-  of_tensors: Mapping[str, Reader] = dataclasses.field(default_factory=dict)
-  statistics: str | None = None
-  end_token: str | None = None
-  listen: Callable[[Config, np.ndarray, int], np.ndarray] | None = None
-
-  @property
-  def has_tokenizer(self) -> bool:
-    """Whether the family's folders have one."""
-    return self.kind not in (IMAGES, SOUND)
-
 
 DECODER_SHARDING = (
   (r"(.*/)?attn/(query|key|value|qkv)/kernel", jax.P("fsdp", "tensor")),
@@ -244,8 +161,14 @@ def _images(config: Config, rows: int, side: int | None) -> jax.ShapeDtypeStruct
   return jax.ShapeDtypeStruct((rows, side, side, config.channels), jnp.float32)
 
 
-def _of_images(name: str, files: Mapping[str, names.Table] | None = None, **how: Any) -> Family:
-  """A family whose inputs are images; `files` has the names for further file formats."""
+def _of_images(
+  name: str, files: Mapping[str, names.Table] | None = None, prefix: str = "", **how: Any
+) -> Family:
+  """A family whose inputs are images.
+
+  files: the names for further file formats.
+  prefix: as in `Family`; "" for the family's name with a dot.
+  """
   return Family(
     init_cache=None,
     names={
@@ -256,7 +179,7 @@ def _of_images(name: str, files: Mapping[str, names.Table] | None = None, **how:
     example_inputs=lambda config: (_images(config, 1, None),),
     inputs=_images,
     sharding=IMAGE_SHARDING,
-    prefix=f"{name}.",
+    prefix=prefix or f"{name}.",
     kind=IMAGES,
     class_head={},
     peft_task=None,
@@ -346,6 +269,15 @@ FAMILIES: Mapping[str, Family] = {
     write_config=image_configs.write_mobilenet_v2,
     make_model=mobilenet.MobileNetV2,
     of_tensors={"torch": image_configs.torchvision_mobilenet},
+    layers_alike=False,
+    statistics=convolutions.STATISTICS,
+  ),
+  ssdlite.FAMILY: _of_images(
+    ssdlite.FAMILY,
+    prefix="mobilenet_v2.",
+    parse_config=ssdlite_configs.from_json,
+    write_config=ssdlite_configs.to_json,
+    make_model=ssdlite.SSDLite,
     layers_alike=False,
     statistics=convolutions.STATISTICS,
   ),
@@ -454,6 +386,8 @@ def tensor_names(
   """The names of a model's tensors in the safetensors files that are written of it, a decoder's
   head of classes as `score`; `where` is "modules" for those in adapters."""
   family, table = family_of(config, families), stored_names(config, families, where)
+  if encoder_attention.adds_leaves(config):
+    table = {**table, **encoder_attention.NAMES}
   if not family.bare or config.classes:
     return table
   return {name.removeprefix(family.prefix): path for name, path in table.items()}

@@ -33,6 +33,7 @@ from test_transformers_flax import MODELS
 from weight_table import WEIGHTS
 
 from lora_jax import families as library
+from lora_jax.models import ssdlite
 
 # What the tests of `test_adapt.py` run every day, among them.
 EVERYDAY = ("float32",)
@@ -242,6 +243,14 @@ SPEECH_COLUMNS = {
   ),
 }
 """The same of models of speech."""
+DETECTOR = f"""\
+Detector
+
+`{ssdlite.FAMILY}` has no twin in `transformers`. Its backbone has the parameters and features of a
+`mobilenet_v2` (`test_ssdlite`). Boxes, anchors, matching and suppression are checked against cases
+worked out by hand and plain loops (`test_boxes`), average precision against the summary of
+`pycocotools` (`test_detection_task`), training, evaluation, prediction and export by commands on a
+tiny model (`test_detection_runs`)."""
 
 
 def outcome(program) -> str:
@@ -262,7 +271,8 @@ def table() -> str:
   of_texts, of_images, of_speech = [], [], []
   kinds = {library.IMAGES: of_images, library.SPEECH: of_speech, library.SOUND: of_speech}
   for name, family in library.FAMILIES.items():
-    kinds.get(family.kind, of_texts).append(name)
+    if name != ssdlite.FAMILY:
+      kinds.get(family.kind, of_texts).append(name)
   parts = [
     "\n".join(rows),
     "Models",
@@ -270,6 +280,7 @@ def table() -> str:
     FAMILIES + "\n".join(families(COLUMNS, of_texts)),
     IMAGES + "\n".join(families(IMAGE_COLUMNS, of_images)),
     SPEECH + "\n".join(families(SPEECH_COLUMNS, of_speech)),
+    DETECTOR,
   ]
   return HEADER + "\n\n".join(parts) + "\n"
 

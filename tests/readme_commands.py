@@ -11,9 +11,11 @@ DOCS = [
   ROOT / "docs" / f"{name}.md"
   for name in (
     "tutorials/linen", "tutorials/nnx", "tutorials/checkpoint", "tutorials/own_data",
-    "tutorials/own_images", "tutorials/own_speech", "tutorials/colab", "tutorials/compress",
+    "tutorials/own_images", "tutorials/own_detection", "tutorials/own_speech", "tutorials/colab",
+    "tutorials/compress",
     "tutorials/many_adapters", "tutorials/devices",
-    "guide/how_it_works", "guide/methods", "guide/quantized", "guide/commands", "guide/models",
+    "guide/how_it_works", "guide/methods", "guide/quantized", "guide/low_rank_attention",
+    "guide/commands", "guide/models",
   )
 ]  # fmt: skip
 
@@ -27,9 +29,10 @@ _NAMES = {
 }
 
 _FILES = (
-  "mine.jsonl", "more.jsonl", "photographs", "more_photographs", "clips.jsonl", "clip.flac",
+  "mine.jsonl", "more.jsonl", "photographs", "more_photographs", "smears", "more_smears",
+  "clips.jsonl", "clip.flac",
 )  # fmt: skip
-_OWN = ("heal.py", "glue.py", "images.py", "speech.py")
+_OWN = ("heal.py", "glue.py", "images.py", "detect.py", "speech.py", "compress.py:model=")
 
 
 def blocks(language: str, page: str = README) -> list[str]:
@@ -71,8 +74,8 @@ def short(words: list[str], runs: pathlib.Path, model: pathlib.Path) -> list[str
 
   runs: takes the place of runs/.
   model: a tiny decoder's folder; next to it the same as a GGUF file, conversations in mine.jsonl
-    and more.jsonl, pictures in photographs/ and more_photographs/, and speech in clips.jsonl and
-    clip.flac. Configs of other models take their own.
+    and more.jsonl, pictures in photographs/ and more_photographs/, and with boxes in smears/ and
+    more_smears/, and speech in clips.jsonl and clip.flac. Configs of other models take their own.
   """
   program, *arguments = words
   made = []

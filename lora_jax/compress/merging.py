@@ -22,6 +22,7 @@ from lora_jax.weights import (
   materialize,
 )
 from lora_jax.weights.base import astype
+from lora_jax.weights.quantized import Quantized
 
 PyTree = Any
 
@@ -53,11 +54,26 @@ def absorb(weights: PyTree) -> PyTree:
 
 
 def without_masks(weights: PyTree) -> PyTree:
-  """Returns the tree without masks of arrays, which only learning inside the mask needs."""
-  return jax.tree.map(
-    lambda x: x.w if isinstance(x, Pruned) and not is_weight(x.w) else x,
-    weights, is_leaf=is_weight,
-  )  # fmt: skip
+  """Returns the tree without masks that only learning inside them needs.
+
+  These are the masks of arrays, which have the zeros, and of quantized values that are zero where
+  the mask is; alone, in a pair of factors, or below an adapter.
+  """
+  return jax.tree.map(_unmasked, weights, is_leaf=is_weight)
+
+
+def deployed(weights: PyTree, *, resident: bool) -> PyTree:
+  """Returns a tree for inference, with all resolved that need not be computed at each use.
+
+  Factors that have as many values as their product become the product.
+
+  Args:
+    weights: a tree of arrays and Weights without masks, from `keep_smaller` or `without_masks`.
+    resident: True to keep a dequantized copy of quantized values instead of them, merged with an
+      adapter alongside: as fast as a dense array, and as large. False to dequantize them at each
+      use: their own size, and slower wherever the device has no product of such values.
+  """
+  return jax.tree.map(lambda leaf: _resolved(leaf, resident), weights, is_leaf=is_weight)
 
 
 def keep_smaller(weights: PyTree) -> PyTree:
@@ -79,6 +95,34 @@ def _absorbed(leaf: jax.Array | Weight) -> jax.Array | Weight:
   if type(leaf) is LowRank and _is_plain(leaf.w) and leaf.all_roles == leaf.w.all_roles:
     joined = _joined(leaf.w, leaf)
     return joined if joined.a.size + joined.b.size < math.prod(joined.shape) else materialize(leaf)
+  return leaf
+
+
+def _unmasked(leaf: jax.Array | Weight) -> jax.Array | Weight:
+  match leaf:
+    case Pruned():
+      inner = _unmasked(leaf.w)
+      if isinstance(inner, Adapted) or jnp.any(jnp.where(leaf.mask, 0, materialize(inner))):
+        return dataclasses.replace(leaf, w=inner)
+      return inner
+    case Factored():
+      parts = {name: _unmasked(getattr(leaf, name)) for name in "ab"}
+    case Adapted():
+      parts = {"w": _unmasked(leaf.w)}
+    case _:
+      return leaf
+  changed = any(x is not getattr(leaf, name) for name, x in parts.items())
+  return dataclasses.replace(leaf, **parts) if changed else leaf
+
+
+def _resolved(leaf: jax.Array | Weight, resident: bool) -> jax.Array | Weight:
+  if isinstance(leaf, Factored):
+    a, b = (_resolved(x, resident) for x in (leaf.a, leaf.b))
+    leaf = dataclasses.replace(leaf, a=a, b=b)
+    values = sum(math.prod(x.shape) for x in (a, b))
+    return leaf if values < math.prod(leaf.shape) else materialize(leaf)
+  if resident and isinstance(leaf.w if isinstance(leaf, Adapted | Pruned) else leaf, Quantized):
+    return materialize(leaf)
   return leaf
 
 

@@ -30,7 +30,7 @@ from lora_jax.checks import shown
 from lora_jax.io import casting, json_files, outputs, safetensors
 from lora_jax.io.pretrained import Pretrained
 from lora_jax.io.tokenizer import Tokenizer, from_folder
-from lora_jax.models import layers
+from lora_jax.models import encoder_attention, layers
 from lora_jax.weights import Factored, Pruned, is_weight, materialize
 from lora_jax.weights.quantized import Quantized
 
@@ -87,8 +87,9 @@ def save(
   Raises:
     FileExistsError: if the folder is not empty.
     TypeError: if a leaf is neither an array nor one of these Weights.
-    ValueError: if values are not finite.
+    ValueError: if values are not finite, and for Linformer's attention.
   """
+  encoder_attention.check_storable(config)
   folder = outputs.new_folder(folder)
   tensors: dict[str, np.ndarray] = {}
   leaves = traverse_util.flatten_dict(dict(params), sep="/")
@@ -193,10 +194,11 @@ def inspect(
         f"the tokenizer has ids up to {most - 1}, the embedding only {config.vocab_size} rows"
       )
     shapes = families.param_shapes(config)
+    # The norms are never compressed, so they have the dtype of the original model.
+    norm = min((path for path in shapes if path.endswith("norm/scale")), key=len)
+    _names(structure["leaves"].get(norm))
   except ValueError as error:
     raise ValueError(f"{folder}: {error}") from None
-  # The norms are never compressed, so they have the dtype of the original model.
-  norm = min((path for path in shapes if path.endswith("norm/scale")), key=len)
   leaves = {path: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for path, shape in shapes.items()}
   return Pretrained(
     config=config,

@@ -93,7 +93,8 @@ def list_zip(archive: Path) -> dict[str, zipfile.ZipInfo]:
       infos = packed.infolist()
     if len(infos) > _MAX_MEMBERS:
       raise _Refused(f"its archive has more than {_MAX_MEMBERS:,} members")
-  return {info.filename: info for info in infos if not info.is_dir()}
+  # Not `is_dir`, which raises IndexError for an empty name on Python 3.11.
+  return {info.filename: info for info in infos if not info.filename.endswith("/")}
 
 
 def _extract(archive: Path, members: Sequence[tuple[str, ...]], target: Path, limit: int) -> bool:

@@ -16,7 +16,7 @@ from flax import traverse_util
 from lora_jax import families
 from lora_jax.io import casting, expert_tensors, names, outputs, safetensors, weight_norm
 from lora_jax.io.tokenizer import Tokenizer
-from lora_jax.models import layers
+from lora_jax.models import encoder_attention, layers
 
 _OF_THE_FILE = ("dtype", "torch_dtype", "quantization_config")
 """Fields of the loaded config.json that describe how its values were stored."""
@@ -40,8 +40,9 @@ def save(
 
   Raises FileExistsError if the folder is not empty; TypeError for a leaf that is not an array; and
   ValueError for values that are not finite, for a folder that cannot be written, for params that do
-  not match the config, and for settings without a field in config.json.
+  not match the config, for settings without a field in config.json, and for Linformer's attention.
   """
+  encoder_attention.check_storable(config)
   folder = outputs.new_folder(folder)
   family = families.family_of(config)
   described = family.write_config(config)

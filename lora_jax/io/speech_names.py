@@ -58,7 +58,7 @@ WHISPER: Table = {
 """Of `transformers`, in files and as PEFT's modules."""
 
 CTC_HEAD = {"ctc_head.weight": "head/kernel", "ctc_head.bias": "head/bias"}
-"""The head on the frames of a Whisper, which `transformers` does not have."""
+"""The head of a Whisper on its frames, which `transformers` does not have."""
 
 
 def _parts(name: str, path: str) -> Table:

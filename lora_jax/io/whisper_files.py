@@ -25,7 +25,7 @@ _FUSED = {
   r"decoder/layer_\d+/attention/linear_1": ("key", "value"),
 }
 _ACTIVATIONS = {1: "gelu_tanh", 3: "gelu", 0: "relu"}  # as CTranslate2 numbers them
-# The scalars of a file of a Whisper; a file may lack those that other models use.
+# A Whisper's settings among the scalars of the file; a file may lack those of other models.
 _FIXED = {
   "decoder/pre_norm": 1, "decoder/alibi": 0, "decoder/start_from_zero_embedding": 0,
   "decoder/scale_embeddings": 0,

@@ -89,10 +89,11 @@ class Call(NamedTuple):
   cached: bool = False
 
 
-def call_of(config: Any, length: int, *, segments: bool) -> Call:
-  """The call that a decoder's layers make in training; if layers differ, the most demanding one.
+def call_of(config: Any, length: int, *, segments: bool, is_causal: bool = True) -> Call:
+  """The call that a model's layers make in training; if layers differ, the most demanding one.
 
-  config: of the decoder. length: T. segments: whether rows hold several texts.
+  config: of the model. length: T. segments: whether rows hold several texts. is_causal: True for a
+  decoder; an encoder's texts are padded.
   """
   window, local = getattr(config, "window", None), getattr(config, "local_layers", ())
   if window is not None and config.scan_layers and len(set(local)) > 1:
@@ -103,6 +104,8 @@ def call_of(config: Any, length: int, *, segments: bool) -> Call:
     features=config.head_dim,
     value_features=getattr(config, "value_dim", None) or config.head_dim,
     dtype=jnp.dtype(config.dtype),
+    is_causal=is_causal,
+    mask=not is_causal,
     segments=segments,
     softcap=getattr(config, "attn_softcap", None) is not None,
     sinks=getattr(config, "attn_sinks", False),
@@ -230,7 +233,7 @@ def _splash_of_rows(query_BTNH, key_BSKH, value_BSKG, segments_BT=None, *, windo
     ),
     attn_logits_soft_cap=softcap,
   )  # fmt: skip
-  # Of several results, as with `save_residuals`, there are none here.
+  # Without `save_residuals` it returns one array.
   kernel = cast(Callable[..., jax.Array], made)
   query, key, value = (x.transpose(0, 2, 1, 3) for x in (query_BTNH, key_BSKH, value_BSKG))
   if segments_BT is None:

@@ -27,8 +27,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lora_jax.models import limits
-from lora_jax.models.attention import attend
+from lora_jax.models import encoder_attention, limits
+from lora_jax.models.attention_kernels import BY_DEVICE
 from lora_jax.models.decoder import rematerialized, scanned
 
 ACTIVATIONS = {
@@ -57,6 +57,7 @@ class BertConfig:
     always has it.
   pooler_activation: the activation of that layer, one of `POOLER_ACTIVATIONS`.
   classes: the names of the head's outputs; () for a model without a head.
+  attention: how it is computed; see `lora_jax.models.encoder_attention`.
   scan_layers, remat_policy, constrain, dtype, param_dtype: as in `llama_config.LlamaConfig`.
   family: `model_type` in a config.json; it does not affect the computation.
 
@@ -83,6 +84,7 @@ class BertConfig:
   param_dtype: DTypeLike = jnp.float32
   family: str = "bert"
   classes: tuple[str, ...] = ()
+  attention: encoder_attention.How = BY_DEVICE
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
@@ -91,6 +93,7 @@ class BertConfig:
         limits.check("BertConfig", field.name, field.type, value)
       elif type(value) is not int or not 0 <= value <= limits.LARGEST["vocab_size"]:
         raise ValueError(f"BertConfig: {field.name} must be an integer from 0, not {value!r:.40}")
+    encoder_attention.check("BertConfig", self.attention)
     if self.max_length + self.position_offset > limits.MOST_LEARNED_POSITIONS:
       raise ValueError(
         f"BertConfig: max_length {self.max_length} is over the limit of "
@@ -138,7 +141,7 @@ class Attention(nn.Module):
   config: BertConfig
 
   @nn.compact
-  def __call__(self, x_BTD, seen_B11T):
+  def __call__(self, x_BTD, seen_BT):
     c = self.config
     query_BTNH, key_BTNH, value_BTNH = (
       _dense(c, c.num_heads * c.head_dim, name)(x_BTD).reshape(
@@ -146,7 +149,10 @@ class Attention(nn.Module):
       )
       for name in ("query", "key", "value")
     )
-    out_BTNH = attend(query_BTNH, key_BTNH, value_BTNH, mask=seen_B11T)
+    out_BTNH = encoder_attention.self_attention(
+      self, c.attention, query_BTNH, key_BTNH, value_BTNH, seen_BT=seen_BT, rows=c.max_length,
+      param_dtype=c.param_dtype,
+    )  # fmt: skip
     return _dense(c, c.width, "out")(out_BTNH.reshape(*x_BTD.shape[:2], -1))
 
 
@@ -168,9 +174,9 @@ class Block(nn.Module):
   config: BertConfig
 
   @nn.compact
-  def __call__(self, x_BTD, seen_B11T):
+  def __call__(self, x_BTD, seen_BT):
     c = self.config
-    x_BTD = _norm(c, "attn_norm")(x_BTD + Attention(c, name="attn")(x_BTD, seen_B11T))
+    x_BTD = _norm(c, "attn_norm")(x_BTD + Attention(c, name="attn")(x_BTD, seen_BT))
     x_BTD = _norm(c, "mlp_norm")(x_BTD + Mlp(c, name="mlp")(x_BTD))
     return c.constrain(x_BTD) if c.constrain else x_BTD, None
 
@@ -230,12 +236,12 @@ class Bert(nn.Module):
       raise ValueError("types_BT: the model has no embedding of token types; leave them out")
     x_BTD = self.embed_norm(x_BTD)
     x_BTD = c.constrain(x_BTD) if c.constrain else x_BTD
-    seen_B11T = None if mask_BT is None else mask_BT.astype(bool)[:, None, None]
+    seen_BT = None if mask_BT is None else mask_BT.astype(bool)
     if c.scan_layers:
-      x_BTD, _ = self.blocks(x_BTD, seen_B11T)
+      x_BTD, _ = self.blocks(x_BTD, seen_BT)
     else:
       for block in self.block:
-        x_BTD, _ = block(x_BTD, seen_B11T)
+        x_BTD, _ = block(x_BTD, seen_BT)
     return x_BTD
 
   def pooled(self, hidden_BTD):

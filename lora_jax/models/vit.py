@@ -24,8 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from lora_jax.models import limits
-from lora_jax.models.attention import attend
+from lora_jax.models import encoder_attention, limits
+from lora_jax.models.attention_kernels import BY_DEVICE
 from lora_jax.models.decoder import rematerialized
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu")
@@ -52,6 +52,7 @@ class ViTConfig:
     concatenated with the mean of the patches. "two heads": a head on the first token and one on the
     distillation token, whose logits are averaged.
   classes: the names of the head's outputs; () for a model without a head.
+  attention: how it is computed; see `lora_jax.models.encoder_attention`.
   scan_layers, remat_policy, constrain, dtype, param_dtype: as in `llama_config.LlamaConfig`.
   family: `model_type` in a config.json; it does not affect the computation.
 
@@ -79,10 +80,12 @@ class ViTConfig:
   dtype: DTypeLike = jnp.float32
   param_dtype: DTypeLike = jnp.float32
   family: str = "vit"
+  attention: encoder_attention.How = BY_DEVICE
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
       limits.check("ViTConfig", field.name, field.type, getattr(self, field.name))
+    encoder_attention.check("ViTConfig", self.attention)
     if self.image_size % self.patch_size:
       raise ValueError(
         f"ViTConfig: image_size {self.image_size} is no multiple of patch_size {self.patch_size}"
@@ -139,7 +142,11 @@ class Attention(nn.Module):
       )
       for name in ("query", "key", "value")
     )
-    out_BTNF = attend(query_BTNF, key_BTNF, value_BTNF)
+    rows = 1 + c.distillation + (c.image_size // c.patch_size) ** 2
+    out_BTNF = encoder_attention.self_attention(
+      self, c.attention, query_BTNF, key_BTNF, value_BTNF, seen_BT=None, rows=rows,
+      param_dtype=c.param_dtype,
+    )  # fmt: skip
     return _dense(c, c.width, "out")(out_BTNF.reshape(*x_BTD.shape[:2], -1))
 
 

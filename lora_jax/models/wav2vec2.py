@@ -149,7 +149,7 @@ class Convolutions(nn.Module):
       )(x_BSC)  # fmt: skip
       name = f"norm_{number}"
       if c.layer_norms:
-        # PyTorch's default; the config's value is for the other norms.
+        # PyTorch's default; the config's value is for other norms.
         x_BSC = nn.LayerNorm(
           epsilon=1e-5, dtype=c.dtype, param_dtype=c.param_dtype, use_fast_variance=False, name=name
         )(x_BSC)

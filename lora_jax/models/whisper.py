@@ -101,7 +101,7 @@ class WhisperConfig:
 
 
 class DecoderCache(NamedTuple):
-  """Keys and values of one layer of the decoder: of the tokens before, and of the frames."""
+  """The cache of one decoder layer: the tokens before, and the encoder's frames."""
 
   own: KVCache
   cross: KVCache

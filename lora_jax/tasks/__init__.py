@@ -31,6 +31,7 @@ from lora_jax.tasks.chat import Chat
 from lora_jax.tasks.classification import Classification
 from lora_jax.tasks.completion import Completion
 from lora_jax.tasks.ctc import Ctc
+from lora_jax.tasks.detection import Detection
 from lora_jax.tasks.embedding import Embedding
 from lora_jax.tasks.images import Images
 from lora_jax.tasks.regression import Regression
@@ -162,6 +163,10 @@ class Task(Protocol):
     distillation; raises ValueError for a task without logits."""
     ...
 
+  def answers(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Returns the targets of the logits of `reading` and their weights, both [rows, positions]."""
+    ...
+
   def make_eval_step(self, apply: Callable) -> Callable[[PyTree, Batch], PyTree]:
     """Returns the jitted step `(weights, batch) -> outputs`, the input of `metrics`."""
     ...
@@ -233,6 +238,11 @@ class Task(Protocol):
     """Returns an answer for each example, as JSON values; see `EncodedTexts.predict`."""
     ...
 
+  def mark(self, example: Example, /) -> Callable[[Any, Any], None] | None:
+    """Returns a function `(answer of predict, PNG file)` that draws an answer into a copy of the
+    example's picture, or None for a task that draws none."""
+    ...
+
   def make_show(
     self, apply: Callable, examples: Sequence[Example], put: Callable, share: int, /
   ) -> Callable[[PyTree], list[str]]:
@@ -282,6 +292,7 @@ TASKS: Mapping[str, type[NamedTask]] = {
   "images": Images,
   "transcribe": Transcription,
   "ctc": Ctc,
+  "detection": Detection,
 }
 """The tasks by `task.name` of a config."""
 

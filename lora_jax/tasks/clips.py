@@ -249,8 +249,8 @@ class OfClips:
     """Returns `file`, `seconds`, `text` and `computed_in` of each, the seconds that it took.
 
     Clips longer than the task's window are heard in a whole multiple of it, each of which compiles
-    once. The time of a clip is that of its batch over its clips, and that of the first batch of a window is
-    measured again without the compilation.
+    once. The time of a clip is that of its batch over the batch's clips. The first batch of a
+    window is measured again without the compilation.
     """
     step, found = self.transcribe(apply), {}
     windows = [self._window_of(clip) for clip in examples]

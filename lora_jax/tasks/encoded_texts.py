@@ -218,6 +218,9 @@ class EncodedTexts(tables.OfTables):
 
     return read
 
+  def answers(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    return batch["targets"], batch["weights"]
+
   # ---- what people are shown
 
   def given(self, found: Sequence[EncodedExample]) -> list[dict[str, str]]:

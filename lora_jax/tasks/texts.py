@@ -174,6 +174,9 @@ class Texts(tables.OfTables):
 
     return read
 
+  def answers(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    return batch["targets"], batch["weights"]
+
   def make_eval_step(self, apply: Callable) -> Callable:
     return evaluation.make_eval_step(apply, self.choice_ids(), self.loss_chunk)
 

@@ -1,4 +1,4 @@
-"""Distillation: a student learns from a teacher's distribution of every next token.
+"""Distillation: a student learns from a teacher's distribution of every next token, or class.
 
     def student(weights, batch): return apply({"params": weights}, batch["tokens"], ...)
     def teacher(weights, batch): return large({"params": weights}, batch["tokens"], ...)
@@ -77,6 +77,10 @@ def distillation_objective(
   temperature: float = 2.0,
   hard: float = 0.0,
   hidden: float = 0.0,
+  answers: Callable[[Batch], tuple[jax.Array, jax.Array]] = lambda batch: (
+    batch["targets"],
+    batch["weights"],
+  ),
 ) -> Objective:
   """Makes the objective of a student that learns from a teacher.
 
@@ -90,10 +94,11 @@ def distillation_objective(
     temperature: T, above 0, which softens both distributions.
     hard: the fraction of the loss that comes from the batch's own targets, 0 to 1.
     hidden: the weight of the hidden states' term, 0 for none.
+    answers: a batch to its targets [B, C] and their weights, 1 where a position counts. The default
+      is for the batches of `lora_jax.train.step.completion_objective`.
 
   Returns:
-    `objective(weights, batch, teacher_weights=None)`, for the batches of
-    `lora_jax.train.step.completion_objective`.
+    `objective(weights, batch, teacher_weights=None)`.
 
   Raises:
     ValueError: if a number is out of range; in the step, if hidden states are required but not
@@ -110,13 +115,14 @@ def distillation_objective(
     logits_BCV, student_BCD = _read(student(weights, batch), hidden)
     taught_by = weights if teacher_weights is None else teacher_weights
     said_BCV, teacher_BCD = _read(jax.lax.stop_gradient(teacher(taught_by, batch)), hidden)
-    own, tokens = completion_loss(logits_BCV, batch["targets"], batch["weights"])
-    soft = divergence(logits_BCV, said_BCV, batch["weights"], temperature)
+    targets_BC, weights_BC = answers(batch)
+    own, tokens = completion_loss(logits_BCV, targets_BC, weights_BC)
+    soft = divergence(logits_BCV, said_BCV, weights_BC, temperature)
     loss = (1 - hard) * soft + hard * own
     if hidden:
       assert student_BCD is not None and teacher_BCD is not None  # `_read` refuses others
       squares_BC = jnp.mean(jnp.square((student_BCD - teacher_BCD).astype(jnp.float32)), axis=-1)
-      loss += hidden * _mean(squares_BC, batch["weights"])
+      loss += hidden * _mean(squares_BC, weights_BC)
     return loss, tokens
 
   return objective

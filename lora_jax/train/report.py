@@ -188,7 +188,7 @@ def _samples(samples: Sequence[Mapping[str, str]], workdir: Workdir) -> str:
   if workdir.picture.exists():
     names = ", ".join(f"`{sample['prompt']}`" for sample in samples)
     return (
-      "## Samples\n\nHeld out, with the true and the predicted class of each.\n\n"
+      "## Samples\n\nHeld out, with the wanted answer and those of the model.\n\n"
       f"![the samples]({workdir.picture.name})\n\nFrom the upper left, row by row: {names}."
     )
   if all(sample.get("marks") == "words" for sample in samples):

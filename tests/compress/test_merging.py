@@ -82,6 +82,43 @@ def test_only_the_mask_of_an_array_is_left_out():
   assert changed == {"pruned"} and not np.asarray(kept["pruned"])[~np.asarray(MASK)].any()
 
 
+def test_masks_are_left_out_of_factors_and_of_codes_that_are_zero_under_them():
+  codes = quantized(jnp.where(MASK, HALF, 0), Format(levels="int8"), (-2,))
+  pruned_a = Pruned.of(A, jnp.abs(A) > 0.5, "")
+  tree = {
+    "codes": Pruned(codes, MASK),
+    "other codes": Pruned(CODED, MASK),  # not zero everywhere under the mask
+    "factors": Factored(pruned_a, B),
+    "below an adapter": LowRank(Factored(pruned_a, B), A, B),
+  }
+  kept = merging.without_masks(tree)
+  assert kept["codes"] is codes and isinstance(kept["other codes"], Pruned)
+  for factors_ in (kept["factors"], kept["below an adapter"].w):
+    assert factors_.a is pruned_a.w and factors_.b is B
+  for name, leaf in tree.items():
+    np.testing.assert_array_equal(
+      lora_jax.materialize(kept[name]), lora_jax.materialize(leaf), err_msg=name
+    )
+
+
+def test_what_is_deployed_has_codes_or_their_copy_and_no_factors_as_large_as_their_product():
+  coded_a = quantized(normal(8, 2), Format(levels="int8"), (-2,))
+  large = Factored(normal(8, 5), normal(5, 6))
+  tree = {
+    "codes": CODED, "factors": Factored(coded_a, B), "large": large, "array": HALF,
+    "adapted": LowRank(CODED, A, B),
+  }  # fmt: skip
+  for resident in (False, True):
+    found = merging.deployed(tree, resident=resident)
+    assert not is_weight(found["large"]) and found["array"] is HALF
+    kinds = found["codes"], found["factors"].a, found["adapted"]
+    assert {is_weight(x) for x in kinds} == {not resident}
+    for name, leaf in tree.items():
+      np.testing.assert_array_equal(
+        lora_jax.materialize(found[name]), lora_jax.materialize(leaf), err_msg=name
+      )
+
+
 @pytest.mark.parametrize(
   "roles, shape",
   [("io", (12, 10)), ("sio", (3, 12, 10)), ("ioo", (12, 2, 5)), ("iiio", (3, 3, 4, 5))],

@@ -13,9 +13,9 @@ from main_programs import imported
 
 import lora_jax
 from configs import heal
-from experiments import compression, parts
+from experiments import compression, compression_data, parts
 from lora_jax import exchange, tree
-from lora_jax.compress import storage
+from lora_jax.compress import perplexity, storage
 from lora_jax.io import names, pretrained, safetensors
 from lora_jax.train import workdir
 from lora_jax.weights import Factored, Pruned, is_weight
@@ -65,7 +65,11 @@ def test_every_step_is_done_recorded_and_stored(run):
   assert [row["step"] for row in steps] == ["dense", *STEPS.split("+")]
   for name in ("parameters", "memory", "disk"):
     assert steps[-1][name] < steps[0][name]
-  assert all(np.isfinite(row["perplexity"]) and row["accuracy"] is not None for row in steps)
+  for row in steps:
+    assert set(row["figures"]) == {"perplexity", "accuracy"}
+    assert np.isfinite(row["figures"]["perplexity"])
+    assert row["unit"] == "token" and set(row["times"]) == {"prefill", "token"}
+  assert not steps[0]["ratios"] and set(steps[-1]["ratios"]) == {"prefill", "token"}
   assert "| quantize |" in (folder / "report.md").read_text()
   assert (folder / "pareto.png").stat().st_size > 1000
   assert storage.steps_of(folder / "model") == tuple(STEPS.split("+"))
@@ -77,21 +81,25 @@ def test_every_step_is_done_recorded_and_stored(run):
   assert all(isinstance(x.w, Quantized) for x in leaves if isinstance(x, Pruned))
 
 
-def perplexity_of(program, folder, config):
+def perplexity_said(folder):
+  return steps_of(folder)[-1]["figures"]["perplexity"]
+
+
+def perplexity_of(folder, config):
   """Of what is stored in a workdir, model and adapter, on what was held out."""
   small = storage.load(folder / "model")
   model = compression.Model(small.config, small.params, adapters={})
   if (folder / "adapter").exists():
     adapters = exchange.load(folder / "adapter", model.params, model.axes, table=names.LLAMA_HF)
     model = model._replace(adapters=adapters)
-  _, held_out, _ = program.read_windows(config.text, small.tokenizer)
-  return program.perplexity(model.apply, model.weights, held_out)
+  _, held_out, _ = compression_data.read_windows(config.text, small.tokenizer)
+  return perplexity(model.apply, model.weights, held_out)
 
 
-def test_the_stored_model_computes_what_was_measured(run, program):
+def test_the_stored_model_computes_what_was_measured(run):
   folder, config = run
   last = steps_of(folder)[-1]
-  assert perplexity_of(program, folder, config) == pytest.approx(last["perplexity"])
+  assert perplexity_of(folder, config) == pytest.approx(last["figures"]["perplexity"])
 
 
 @pytest.mark.slow
@@ -192,18 +200,18 @@ def test_a_compressed_model_goes_through_a_further_step_in_a_run_of_its_own(
     assert codes.levels == levels and isinstance(codes.scale, Quantized) == double
   dense = 14 - len(pairs) if method == "gptq" else 0
   assert f"to {levels}, {dense} kernels by GPTQ, {14 + len(pairs) - dense} matrices to" in printed
-  assert perplexity_of(program, folder, config) == pytest.approx(steps_of(folder)[-1]["perplexity"])
+  assert perplexity_of(folder, config) == pytest.approx(perplexity_said(folder))
 
 
-def test_gptq_changes_what_the_kernels_compute_less_than_the_nearest_levels(tiny, program):
+def test_gptq_changes_what_the_kernels_compute_less_than_the_nearest_levels(tiny):
   """On the text that it was calibrated by, the outputs of a first layer's kernel."""
   config = tiny_compression.config(*tiny, "steps=quantize")
   config.quantize.levels, config.quantize.block = "int4", 8
   config.quantize.targets = ("block_0/attn/query/kernel",)
   found = pretrained.load(config.model.source)
-  windows, _, _ = program.read_windows(config.text, found.tokenizer)
+  windows, _, _ = compression_data.read_windows(config.text, found.tokenizer)
   model = compression.Model(found.config, found.params, adapters={})
-  data = compression.Calibration(windows, 4)
+  data = compression.Windows(windows, 4)
   (path,) = config.quantize.targets
   moments = np.asarray(data.inputs(model, [path])[path].total, np.float64)
   losses = {}
@@ -242,15 +250,15 @@ def test_an_adapter_that_is_kept_stays_as_it_is_on_a_smaller_base(program, tiny,
     np.testing.assert_allclose(after[name], x, rtol=1e-6)
   small = storage.load(folder / "model").params
   assert isinstance(small["block_0"]["mlp"]["up"]["kernel"], Pruned)
-  assert perplexity_of(program, folder, config) == pytest.approx(steps_of(folder)[-1]["perplexity"])
+  assert perplexity_of(folder, config) == pytest.approx(perplexity_said(folder))
   found = pretrained.load(config.model.source)
   config = tiny_compression.config(*tiny, "steps=quantize", adapter=str(adapted))
   bare = compression.Model(found.config, found.params, adapters={})
   merged = program.with_adapter(config, bare)
   assert not merged.adapters
-  _, held_out, _ = program.read_windows(config.text, found.tokenizer)
-  expected = program.perplexity(merged.apply, merged.weights, held_out)
-  assert steps_of(folder)[0]["perplexity"] == pytest.approx(expected, rel=1e-5)
+  _, held_out, _ = compression_data.read_windows(config.text, found.tokenizer)
+  expected = perplexity(merged.apply, merged.weights, held_out)
+  assert steps_of(folder)[0]["figures"]["perplexity"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_calibration_sees_the_inputs_that_kernels_have_under_the_adapter(program, tiny, adapted):
@@ -260,7 +268,7 @@ def test_calibration_sees_the_inputs_that_kernels_have_under_the_adapter(program
   apart = program.with_adapter(config, bare)
   merged = program.absorb(apart)
   assert not merged.adapters
-  data = compression.Calibration(np.arange(64).reshape(2, 32), 2)
+  data = compression.Windows(np.arange(64).reshape(2, 32), 2)
   path = "block_1/mlp/down/kernel"
   for moments in (data.inputs, data.gradients):
     bare_one, apart_one, merged_one = (
@@ -319,7 +327,7 @@ def test_the_adapter_beside_the_model_becomes_a_run_that_evaluates_as_the_report
   )  # fmt: skip
   run("evaluate", f"--workdir={tiny[0] / 'imported'}", "--examples=8", "--nobase")
   found = json.loads((tiny[0] / "imported/eval_test.json").read_text())
-  assert found["adapter"]["accuracy"] == steps_of(folder)[-1]["accuracy"]
+  assert found["adapter"]["accuracy"] == steps_of(folder)[-1]["figures"]["accuracy"]
 
 
 def test_a_budget_is_of_numbers_of_operations_or_of_measured_time():
