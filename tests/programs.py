@@ -296,7 +296,7 @@ PROGRAMS = {
     ),
     STACK,
     STACK_ROLES,
-    refused_for=dict.fromkeys(("factored", "adapted-factored"), "those out of bounds"),
+    refused_for=dict.fromkeys(("factored", "adapted-factored"), "indices out of bounds"),
   ),
   "embedding by a vmapped index": Program(
     lambda p, i: jnp.sin(jax.vmap(lambda i: p["embed"][i])(i[0])) @ p["embed"].T,
