@@ -33,4 +33,5 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   if not args["smoke"]:
     train.steps, config.optimizer.warmup_steps = 100, 10
   config.optimizer.peak /= 4  # the model is already trained for this
+  config.optimizer.rates = ()  # there is no head
   return config

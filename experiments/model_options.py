@@ -124,7 +124,7 @@ def attention_line(model: families.Config, data: ConfigDict) -> str:
     return ""
   if not isinstance(how, attention_kernels.Choice):
     return f"attention: of low rank, {how}"
-  if "buckets" not in data:  # images, all of one size
+  if "buckets" not in data:  # of one size, such as images
     return f"attention: {how.name} (model.attention)"
   kind = families.family_of(model).kind
   packed = data.packed_length if "packed_length" in data else 0

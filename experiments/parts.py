@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import lora_jax
-from experiments import config_checks, model_options
+from experiments import config_checks, field_rules, model_options
 from lora_jax import checks, compress, families, new_tokens, sharding, tasks, tree, weights
 from lora_jax.compress import storage
 from lora_jax.compress.quantize import quantize_leaf
@@ -42,7 +42,7 @@ _SAVED_WITH_BASE = (weights.Full, weights.TokenRows)
 
 
 def open_run(
-  path: str, rules: Mapping[str, config_checks.Rule] = config_checks.FINISHED
+  path: str, rules: Mapping[str, field_rules.Rule] = config_checks.FINISHED
 ) -> tuple[workdir.Workdir, ConfigDict]:
   """A finished run: its folder and its config, whose fields are checked by the rules.
 

@@ -25,7 +25,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags
@@ -66,6 +66,7 @@ def run(
   if resumes:
     line, code = str(loop.StoppedAtOnce()), 0
   _hear(line, code)
+  _hear_again()
   try:
     with loop.interruptible():
       app.run(functools.partial(_started, main, several))
@@ -106,6 +107,26 @@ def _hear(line: str, code: int) -> None:
           _leave(line, code)
 
   threading.Thread(target=watch, daemon=True, name="watch for signals").start()
+
+
+def _hear_again() -> None:
+  """Raises a signal's KeyboardInterrupt again where Python drops it.
+
+  In a callback of the garbage collector or a `__del__`, Python reports an exception and goes on.
+  """
+  report = sys.unraisablehook
+
+  def hook(dropped: Any) -> None:
+    if not issubclass(dropped.exc_type, KeyboardInterrupt):
+      report(dropped)
+      return
+    heeded = [x for x in _SIGNALS if signal.getsignal(x) is not signal.SIG_IGN]
+    if heeded:  # later, when the main thread has left the callback
+      again = threading.Timer(0.05, os.kill, (os.getpid(), heeded[0]))
+      again.daemon = True
+      again.start()
+
+  sys.unraisablehook = hook
 
 
 def _stops(number: int) -> bool:

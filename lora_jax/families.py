@@ -13,16 +13,24 @@ To add a family, extend the dict:
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
 from jax.typing import DTypeLike
 
 from lora_jax.checks import shown
+from lora_jax.data import log_mel, standardized
+from lora_jax.family import DECODER as DECODER
+from lora_jax.family import ENCODER as ENCODER
+from lora_jax.family import IMAGES as IMAGES
+from lora_jax.family import SOUND as SOUND
+from lora_jax.family import SPEECH as SPEECH
+from lora_jax.family import Config as Config
+from lora_jax.family import Family as Family
+from lora_jax.family import Rules as Rules
 from lora_jax.io import (
   bert_configs,
   bert_names,
@@ -33,6 +41,10 @@ from lora_jax.io import (
   image_configs,
   image_names,
   names,
+  speech_configs,
+  speech_names,
+  ssdlite_configs,
+  whisper_files,
 )
 from lora_jax.models import (
   bert,
@@ -44,93 +56,11 @@ from lora_jax.models import (
   llama,
   mobilenet,
   resnet,
+  ssdlite,
   vit,
+  wav2vec2,
+  whisper,
 )
-
-Rules = Sequence[tuple[str, jax.P]]
-Config = Any
-"""A frozen dataclass. Every family's has `family`, `num_layers`, `scan_layers`, `remat_policy`,
-`constrain`, `dtype`, `param_dtype` and `classes`, the names of the outputs of its head where that
-is no vocabulary; that of a model of texts `vocab_size` and `max_length`, that of one of images
-`channels` and `image_size`, too."""
-
-Reader = Callable[[Any], tuple[Config, Mapping[str, Any]] | None]
-DECODER, ENCODER, IMAGES = "decoder", "encoder", "images"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Family:
-  """A family of models, described by plain functions and literal tables.
-
-  parse_config: the fields of a config.json to the model's config. Raises ValueError for an unknown
-    field or value.
-  write_config: the inverse.
-  make_model: config to the Linen module.
-  init_cache: (config, rows, slots, dtype) to an empty cache; None for a family that does not
-    generate.
-  names: {file format: {tensor name: path}}, for "safetensors" and, if the family has such files,
-    "gguf", "torch" and "onnx"; also for "modules" if PEFT's module names differ from those in
-    files. See `lora_jax.io.names`.
-  prefix: what the names of "safetensors" begin with, the head's excepted, and files that hold no
-    head may leave out; "" where they leave out nothing.
-  example_inputs: config to the argument shapes of the smallest call that uses every parameter, for
-    tracing.
-  inputs: (config, rows, length) to the shape of the argument of a plain call: tokens, by default
-    128 per text, or images of `length` pixels a side, by default the config's image size.
-  sharding: (pattern, PartitionSpec) pairs, as `lora_jax.sharding.lay_out` takes them.
-  layers_alike: whether the parameters of all layers have the same shapes, so that they can be
-    stacked and scanned.
-  kind: DECODER, causal attention: it generates text, and its last token represents a text.
-    ENCODER, bidirectional attention: the first token or all of them represent a text. IMAGES, which
-    takes no text and has no tokenizer.
-  class_head: {tensor name: path} of a classification head if `names` does not have it.
-  peft_task, class_task: PEFT's `task_type` for adapters of a model without and with a
-    classification head; None if PEFT has no name for it.
-  with_classes: (config, names) to the config of the model with a new head of these classes.
-  bare: whether transformers stores a model without classes as the body alone, so that its tensor
-    names lack `prefix`.
-  options: config to the {name: dtype} of further per-token arguments, such as the padding mask; a
-    decoder has none.
-  as_stored: (config, names of the tensors) to the config of these tensors, for a family whose
-    config.json does not list the parts that are present; None for others.
-  of_tensors: {file format: reader}, for files without a configuration. A reader takes the parsed
-    file from the format's module in `lora_jax.io` and returns (config, tensors), or None if the
-    file belongs to another family.
-  statistics: a pattern of leaves that are measured rather than learned; they never train.
-  """
-
-  parse_config: Callable[[Mapping[str, Any]], Config]
-  write_config: Callable[[Config], dict[str, Any]]
-  make_model: Callable[[Config], nn.Module]
-  init_cache: Callable[..., Any] | None
-  names: Mapping[str, names.Table]
-  example_inputs: Callable[[Config], tuple[jax.ShapeDtypeStruct, ...]]
-  sharding: Rules
-  prefix: str = ""
-  inputs: Callable[[Config, int, int | None], jax.ShapeDtypeStruct] = lambda config, rows, length: (
-    jax.ShapeDtypeStruct((rows, length or 128), jnp.int32)
-  )
-  layers_alike: bool = True
-  kind: str = DECODER
-  class_head: Mapping[str, str] = dataclasses.field(
-    default_factory=lambda: {"score.weight": "head/kernel"}
-  )
-  peft_task: str | None = "CAUSAL_LM"
-  class_task: str | None = "SEQ_CLS"
-  with_classes: Callable[[Config, tuple[str, ...]], Config] = lambda config, classes: (
-    dataclasses.replace(config, classes=classes)
-  )
-  bare: bool = False
-  options: Callable[[Config], dict[str, DTypeLike]] = lambda config: {}
-  as_stored: Callable[[Config, Collection[str]], Config] | None = None
-  of_tensors: Mapping[str, Reader] = dataclasses.field(default_factory=dict)
-  statistics: str | None = None
-
-  @property
-  def has_tokenizer(self) -> bool:
-    """Whether the family's folders have one."""
-    return self.kind != IMAGES
-
 
 DECODER_SHARDING = (
   (r"(.*/)?attn/(query|key|value|qkv)/kernel", jax.P("fsdp", "tensor")),
@@ -231,8 +161,14 @@ def _images(config: Config, rows: int, side: int | None) -> jax.ShapeDtypeStruct
   return jax.ShapeDtypeStruct((rows, side, side, config.channels), jnp.float32)
 
 
-def _of_images(name: str, files: Mapping[str, names.Table] | None = None, **how: Any) -> Family:
-  """A family whose inputs are images; `files` has the names for further file formats."""
+def _of_images(
+  name: str, files: Mapping[str, names.Table] | None = None, prefix: str = "", **how: Any
+) -> Family:
+  """A family whose inputs are images.
+
+  files: the names for further file formats.
+  prefix: as in `Family`; "" for the family's name with a dot.
+  """
   return Family(
     init_cache=None,
     names={
@@ -243,7 +179,7 @@ def _of_images(name: str, files: Mapping[str, names.Table] | None = None, **how:
     example_inputs=lambda config: (_images(config, 1, None),),
     inputs=_images,
     sharding=IMAGE_SHARDING,
-    prefix=f"{name}.",
+    prefix=prefix or f"{name}.",
     kind=IMAGES,
     class_head={},
     peft_task=None,
@@ -258,6 +194,38 @@ def _vit(name: str, **how: Any) -> Family:
     name, parse_config=image_configs.vit, write_config=image_configs.write_vit,
     make_model=vit.ViT, with_classes=image_configs.with_classes, **how,
   )  # fmt: skip
+
+
+SPEECH_SHARDING = (
+  (r"(.*/)?(attn|cross_attn)/(query|key|value)/kernel", jax.P("fsdp", "tensor")),
+  (r"(.*/)?(attn|cross_attn)/out/kernel", jax.P("tensor", "fsdp")),
+  (r"(.*/)?mlp/up/kernel", jax.P("fsdp", "tensor")),
+  (r"(.*/)?mlp/down/kernel", jax.P("tensor", "fsdp")),
+  ("decoder/embed/embedding", jax.P("tensor", None)),
+  (".*", jax.P()),
+)
+"""Of models of speech."""
+
+
+def _whisper_inputs(config: Config) -> tuple[jax.ShapeDtypeStruct, ...]:
+  """Two encoder frames and, for a model with a decoder, two tokens."""
+  mels = jax.ShapeDtypeStruct((1, 4, config.mels), jnp.float32)
+  return (mels,) if config.classes else (mels, *_tokens(config))
+
+
+def _mels(config: Config, rows: int, length: int | None) -> jax.ShapeDtypeStruct:
+  """Features of the whole window, of a Whisper with a head on its frames."""
+  if not config.classes:
+    raise ValueError(
+      "a Whisper with a decoder is no program of one input, for it reads its own tokens one after "
+      "another; export it as merged"
+    )
+  return jax.ShapeDtypeStruct((rows, length or 2 * config.max_frames, config.mels), jnp.float32)
+
+
+def _samples(config: Config, rows: int, length: int | None) -> jax.ShapeDtypeStruct:
+  """Samples, by default as many as give two frames."""
+  return jax.ShapeDtypeStruct((rows, length or config.samples_of(2)), jnp.float32)
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -304,6 +272,15 @@ FAMILIES: Mapping[str, Family] = {
     layers_alike=False,
     statistics=convolutions.STATISTICS,
   ),
+  ssdlite.FAMILY: _of_images(
+    ssdlite.FAMILY,
+    prefix="mobilenet_v2.",
+    parse_config=ssdlite_configs.from_json,
+    write_config=ssdlite_configs.to_json,
+    make_model=ssdlite.SSDLite,
+    layers_alike=False,
+    statistics=convolutions.STATISTICS,
+  ),
   "resnet": _of_images(
     "resnet",
     parse_config=image_configs.resnet,
@@ -311,6 +288,45 @@ FAMILIES: Mapping[str, Family] = {
     make_model=resnet.ResNet,
     layers_alike=False,
     statistics=convolutions.STATISTICS,
+  ),
+  "whisper": Family(
+    parse_config=speech_configs.whisper,
+    write_config=speech_configs.write_whisper,
+    make_model=whisper.Whisper,
+    init_cache=None,  # its cache is of a clip, `Whisper.start`
+    names={"safetensors": speech_names.WHISPER, "ctranslate2": speech_names.WHISPER_CTRANSLATE2},
+    example_inputs=_whisper_inputs,
+    inputs=_mels,
+    sharding=SPEECH_SHARDING,
+    prefix="model.",
+    layers_alike=False,
+    kind=SPEECH,
+    class_head=speech_names.CTC_HEAD,
+    peft_task=None,
+    class_task=None,
+    with_classes=speech_configs.with_classes,
+    of_tensors={"ctranslate2": whisper_files.from_ctranslate2},
+    end_token="<|endoftext|>",
+    listen=lambda config, samples, window: log_mel.features(samples, config.mels, window),
+  ),
+  "wav2vec2": Family(
+    parse_config=speech_configs.wav2vec2,
+    write_config=speech_configs.write_wav2vec2,
+    make_model=wav2vec2.Wav2Vec2,
+    init_cache=None,
+    names={"safetensors": speech_names.WAV2VEC2},
+    example_inputs=lambda config: (_samples(config, 1, None),),
+    inputs=_samples,
+    sharding=SPEECH_SHARDING,
+    prefix="wav2vec2.",
+    layers_alike=False,
+    kind=SOUND,
+    class_head={},
+    peft_task=None,
+    class_task=None,
+    with_classes=speech_configs.with_classes,
+    bare=True,
+    listen=lambda config, samples, window: standardized.features(samples, window),
   ),
 }
 """By `model_type`, the name that a config.json has for the family."""

@@ -13,6 +13,7 @@ sys.path += [
 
 import families as shapes
 import image_families
+import speech_models
 import test_encoder_exchange
 import test_encoders
 import test_families
@@ -23,12 +24,16 @@ import test_gguf_model
 import test_image_exchange
 import test_image_models
 import test_images_task
+import test_transcription
+import test_wav2vec2
+import test_whisper
 from programs import PROGRAMS
 from test_frameworks import LINEN
 from test_transformers_flax import MODELS
 from weight_table import WEIGHTS
 
 from lora_jax import families as library
+from lora_jax.models import ssdlite
 
 # What the tests of `test_adapt.py` run every day, among them.
 EVERYDAY = ("float32",)
@@ -37,7 +42,7 @@ SOME = (
   "masked",
 )  # fmt: skip
 
-KINDS = shapes.KINDS | shapes.ENCODERS | image_families.KINDS
+KINDS = shapes.KINDS | shapes.ENCODERS | image_families.KINDS | speech_models.KINDS
 FILE = pathlib.Path(__file__).parents[1] / "COVERAGE.md"
 
 HEADER = f"""\
@@ -189,6 +194,64 @@ IMAGE_COLUMNS = {
 }  # fmt: skip
 """The same of models of images."""
 
+SPEECH = """\
+Families of models of speech
+
+Against `transformers` and `peft`, on tiny random models: logits, greedy tokens with both caches,
+shorter windows, adapters in and out, what presets find. Whisper tiny.en from CTranslate2's file has
+the greedy tokens of CTranslate2 (`test_whisper.py`); files that CTranslate2 writes of tiny models,
+and damage to them: `tests/io/test_ctranslate2.py`. Encoder and decoder of another width, quantized
+files of CTranslate2 and stacked layers are refused by name. The positional convolution of a
+wav2vec2, weight-normed in files, is one kernel here: it adapts and stays factored. Its clips have
+no mask, so that one with norms over channels hears the silence after a clip. On two devices
+(`test_transcription.test_two_devices_make_what_one_makes`): Whisper. A Whisper with a layer of
+characters is read here alone. A column's tests:
+
+"""
+SPEECH_COLUMNS = {
+  "safetensors": (
+    [
+      test_whisper.test_logits_are_those_of_transformers,
+      test_wav2vec2.test_logits_are_those_of_transformers,
+    ],
+    set(),
+  ),
+  "export merged": (
+    [
+      test_whisper.test_a_written_model_is_read_back_by_transformers_and_here,
+      test_wav2vec2.test_a_written_model_is_read_back_by_transformers_and_here,
+    ],
+    {"whisper"},
+  ),
+  "PEFT in": (
+    [
+      test_transcription.test_adapters_of_peft_give_the_same_logits_here,
+      test_wav2vec2.test_adapters_from_and_to_peft_give_the_same_logits,
+    ],
+    {"whisper"},
+  ),
+  "PEFT out": (
+    [
+      test_transcription.test_adapters_of_a_whisper_give_the_same_logits_in_peft,
+      test_wav2vec2.test_adapters_from_and_to_peft_give_the_same_logits,
+    ],
+    {"whisper"},
+  ),
+  "trained by a command": (
+    [test_transcription.test_a_family_is_planned_trained_evaluated_and_exported_by_commands],
+    {"whisper"},
+  ),
+}
+"""The same of models of speech."""
+DETECTOR = f"""\
+Detector
+
+`{ssdlite.FAMILY}` has no twin in `transformers`. Its backbone has the parameters and features of a
+`mobilenet_v2` (`test_ssdlite`). Boxes, anchors, matching and suppression are checked against cases
+worked out by hand and plain loops (`test_boxes`), average precision against the summary of
+`pycocotools` (`test_detection_task`), training, evaluation, prediction and export by commands on a
+tiny model (`test_detection_runs`)."""
+
 
 def outcome(program) -> str:
   """Whether a program stays factored, and for which weights it does not."""
@@ -205,15 +268,19 @@ def table() -> str:
     "- NNX, by split state or by `lora_jax.nnx.split`; Haiku; Equinox.",
     f'- transformers 4.57, untouched, with the preset "all-linear": {", ".join(MODELS)}.',
   ]
-  of_texts, of_images = [], []
+  of_texts, of_images, of_speech = [], [], []
+  kinds = {library.IMAGES: of_images, library.SPEECH: of_speech, library.SOUND: of_speech}
   for name, family in library.FAMILIES.items():
-    (of_images if family.kind == library.IMAGES else of_texts).append(name)
+    if name != ssdlite.FAMILY:
+      kinds.get(family.kind, of_texts).append(name)
   parts = [
     "\n".join(rows),
     "Models",
     "\n".join(models),
     FAMILIES + "\n".join(families(COLUMNS, of_texts)),
     IMAGES + "\n".join(families(IMAGE_COLUMNS, of_images)),
+    SPEECH + "\n".join(families(SPEECH_COLUMNS, of_speech)),
+    DETECTOR,
   ]
   return HEADER + "\n\n".join(parts) + "\n"
 

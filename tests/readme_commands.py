@@ -11,7 +11,8 @@ DOCS = [
   ROOT / "docs" / f"{name}.md"
   for name in (
     "tutorials/linen", "tutorials/nnx", "tutorials/checkpoint", "tutorials/own_data",
-    "tutorials/own_images", "tutorials/colab", "tutorials/compress",
+    "tutorials/own_images", "tutorials/own_detection", "tutorials/own_speech", "tutorials/colab",
+    "tutorials/compress",
     "tutorials/many_adapters", "tutorials/devices",
     "guide/how_it_works", "guide/methods", "guide/quantized", "guide/low_rank_attention",
     "guide/commands", "guide/models",
@@ -27,8 +28,11 @@ _NAMES = {
   "/shared/runs/": "runs/",
 }
 
-_FILES = ("mine.jsonl", "more.jsonl", "photographs", "more_photographs")
-_OWN = ("heal.py", "glue.py", "images.py", "compress.py:model=")
+_FILES = (
+  "mine.jsonl", "more.jsonl", "photographs", "more_photographs", "smears", "more_smears",
+  "clips.jsonl", "clip.flac",
+)  # fmt: skip
+_OWN = ("heal.py", "glue.py", "images.py", "detect.py", "speech.py", "compress.py:model=")
 
 
 def blocks(language: str, page: str = README) -> list[str]:
@@ -70,8 +74,8 @@ def short(words: list[str], runs: pathlib.Path, model: pathlib.Path) -> list[str
 
   runs: takes the place of runs/.
   model: a tiny decoder's folder; next to it the same as a GGUF file, conversations in mine.jsonl
-    and more.jsonl, and pictures in photographs/ and more_photographs/. Configs of other models
-    take their own.
+    and more.jsonl, pictures in photographs/ and more_photographs/, and with boxes in smears/ and
+    more_smears/, and speech in clips.jsonl and clip.flac. Configs of other models take their own.
   """
   program, *arguments = words
   made = []

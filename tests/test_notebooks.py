@@ -105,6 +105,37 @@ def test_the_notebook_on_own_data_previews_trains_talks_and_exports(tmp_path, mo
   assert "Traceback" not in printed and "Error" not in printed and errors == ""
 
 
+def test_the_notebook_on_speech_trains_and_plays_a_clip_alongside_its_transcript(
+  tmp_path, monkeypatch
+):
+  pytest.importorskip("soundfile")
+  printed, errors, folder = execute("speech_colab.ipynb", tmp_path, monkeypatch)
+  assert "held_out: " in printed and "294,912 of 37,760,256 parameters train (0.78%)" in printed
+  assert re.search(r"before: WER [\d.]+%, .*after:  WER [\d.]+%, ", printed, re.DOTALL)
+  said, read = re.search(r"^said: (.*)\nread: (.*)", printed, re.MULTILINE).groups()
+  assert set(said.split()) <= {"lungo", "ristretto"} and isinstance(read, str)
+  assert (folder / "runs/tones/adapter/adapter_model.safetensors").exists()
+  assert "Traceback" not in printed and errors == ""
+
+
+def test_the_notebook_on_images_learns_classes_and_boxes_and_shows_them(tmp_path, monkeypatch):
+  printed, errors, folder = execute("images_colab.ipynb", tmp_path, monkeypatch)
+  before, after = numbers(
+    r"before: accuracy [^$]*?loss ([\d.]+) on[^$]*?after:  accuracy [^$]*?loss ([\d.]+) on", printed
+  )
+  assert after != before
+  before, after = numbers(
+    r"before: mAP [^$]*?loss ([\d.]+) on[^$]*?after:  mAP [^$]*?loss ([\d.]+) on", printed
+  )
+  assert after < before
+  assert '"label": "' in printed and '"probabilities": {"circle": ' in printed
+  assert '"size": [160, 120], "boxes": [' in printed
+  for name in ("runs/shapes/samples.png", "runs/scenes/samples.png", "drawn/0_0.png"):
+    assert (folder / name).read_bytes().startswith(b"\x89PNG")
+  assert (folder / "runs/shapes_merged/model.safetensors").exists()
+  assert "Traceback" not in printed and "Error" not in printed and errors == ""
+
+
 def test_the_notebook_from_scratch_builds_a_transform_that_agrees_with_the_library(
   tmp_path, monkeypatch
 ):

@@ -132,10 +132,16 @@ for name, arguments in json.load(sys.stdin):
 def test_every_command_has_flags_and_a_config_that_its_program_knows(tmp_path):
   for label in ("cat", "dog"):  # a config of images takes its classes from the folder
     (tmp_path / label).mkdir()
-  given = [
-    [words[0], [word.replace("data=photographs", f"data={tmp_path}") for word in words[1:]]]
-    for words in commands()
-  ]
+  (tmp_path / "annotations.json").write_text('{"categories": [{"name": "cell"}]}')
+  # And a config of CTC its alphabet from the texts.
+  (tmp_path / "clips.jsonl").write_text('{"file": "a.flac", "text": "a latte"}\n')
+  own = dict.fromkeys(("data=photographs", "data=smears"), f"data={tmp_path}")
+  own["data=clips"] = f"data={tmp_path / 'clips'}"
+  given = []
+  for words in commands():
+    for old, new in own.items():
+      words = [words[0], *(word.replace(old, new) for word in words[1:])]
+    given.append([words[0], words[1:]])
   assert len(given) >= 27
   done = subprocess.run(
     [sys.executable, "-c", PARSE],
@@ -161,6 +167,8 @@ _NOT_HERE = ("--distributed", "--config.mesh.tensor=4", "benchmarks.")
 def tiny(tmp_path_factory):
   """A tiny model's folder, and beside it the same as a GGUF file and some conversations."""
   # Not installed everywhere that the flow above is tried.
+  import boxed_sets
+  import speech_models
   import tiny_experiment
   from PIL import Image
 
@@ -180,6 +188,11 @@ def tiny(tmp_path_factory):
     for n in range(12):
       color = (20 * n, 0, 200) if "blue" in place else (200, 20 * n, 0)
       Image.new("RGB", (40, 30), color).save(folder / place / f"{n}.png")
+  speech_models.write_clips(folder, 28, seed=0)
+  (folder / "clip.flac").write_bytes((folder / "0-0.flac").read_bytes())
+  boxed_sets.write(folder / "smears", counts=(20, 4))
+  (folder / "smears" / "train.json").rename(folder / "smears" / "annotations.json")
+  (folder / "more_smears").symlink_to(folder / "smears" / "images" / "test")
   model = pretrained.load(folder / "model")
   gguf_model.save(
     f"{folder / 'model'}.gguf", model.params, model.config, model.tokenizer, dtype="q8_0"

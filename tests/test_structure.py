@@ -235,13 +235,13 @@ def test_what_is_installed_is_what_is_imported():
   """The names of packages and modules, where they differ."""
   modules = {
     "absl-py": "absl", "huggingface_hub": "huggingface_hub", "orbax-checkpoint": "orbax",
-    "pillow": "PIL", "pypi-simple": "pypi_simple",
+    "pillow": "PIL", "pypi-simple": "pypi_simple", "whisper-normalizer": "whisper_normalizer",
   }  # fmt: skip
   setup = _setup()
   extras = setup["options.extras_require"]
   core = _names(setup["options"]["install_requires"])
   offered = core | {
-    name for extra in ("experiments", "vision", "eval") for name in _names(extras[extra])
+    name for extra in ("experiments", "vision", "eval", "speech") for name in _names(extras[extra])
   }
   imported = set()
   for room in ("lora_jax", "experiments", "configs"):

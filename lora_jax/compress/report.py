@@ -256,11 +256,14 @@ def _row(fields: dict[str, Any]) -> Row:
   figures = {name: _number(name, x) for name, x in dict(fields.pop("figures")).items()}
   if not set(_LOSSES) & set(figures):
     raise TypeError(f"figures is {shown(figures)}")
-  sizes = {name: _number(name, value) for name, value in fields.items()}
+  sizes: dict[str, Any] = {name: _number(name, value) for name, value in fields.items()}
   for name in ("parameters", "memory", "disk", "flops"):
     if not sizes.get(name, 0) > 0:
       raise ValueError(f"{name} is {shown(sizes.get(name))}")
-  return Row(step, Measures(**sizes, **times, unit=unit, figures=figures))
+  measures = Measures(
+    **sizes, times=times["times"], ratios=times["ratios"], unit=unit, figures=figures
+  )
+  return Row(step, measures)
 
 
 def _number(name: str, value: Any) -> float:

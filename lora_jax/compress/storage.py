@@ -194,10 +194,11 @@ def inspect(
         f"the tokenizer has ids up to {most - 1}, the embedding only {config.vocab_size} rows"
       )
     shapes = families.param_shapes(config)
+    # The norms are never compressed, so they have the dtype of the original model.
+    norm = min((path for path in shapes if path.endswith("norm/scale")), key=len)
+    _names(structure["leaves"].get(norm))
   except ValueError as error:
     raise ValueError(f"{folder}: {error}") from None
-  # The norms are never compressed, so they have the dtype of the original model.
-  norm = min((path for path in shapes if path.endswith("norm/scale")), key=len)
   leaves = {path: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for path, shape in shapes.items()}
   return Pretrained(
     config=config,

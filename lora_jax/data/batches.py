@@ -33,7 +33,7 @@ Batch = dict[str, np.ndarray]
 
 
 class Tokens(Protocol):
-  """What batches need to know of an example: its tokens, its targets, and how many were cut."""
+  """An example, as far as batches use it: its tokens, its targets, and how many were cut."""
 
   @property
   def inputs(self) -> Sequence[int]: ...
@@ -46,7 +46,7 @@ class Tokens(Protocol):
 
 
 class Shard(TypedDict, total=False):
-  """The rows of every batch that a process reads; see `train_batches`."""
+  """The block of rows that a process reads of every batch; see `train_batches`."""
 
   shard_index: int
   shard_count: int

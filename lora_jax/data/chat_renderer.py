@@ -41,7 +41,7 @@ class TooLongError(Exception):
 
 
 class Environment(sandbox.ImmutableSandboxedEnvironment):
-  """Of templates that may mark what is generated.
+  """The environment of a template that may mark the generated text.
 
   marked: whether the template has a generation block.
   opening, closing: the characters around such a block.

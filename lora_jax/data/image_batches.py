@@ -17,7 +17,7 @@ centered square.
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Sized
 from typing import Any, NamedTuple
 
 import grain
@@ -27,6 +27,7 @@ from PIL import Image
 from lora_jax.data.batches import block, check_shards, permutation
 
 Batch = dict[str, np.ndarray]
+Draw = Callable[[int], np.ndarray]
 
 _OF_CROPS = 2  # after the streams of `lora_jax.data.batches`
 
@@ -68,28 +69,56 @@ def train_batches(
   Raises:
     ValueError: for no examples, a batch size that the shards do not divide, or a negative seed.
   """
+
+  def batch(own: np.ndarray, draw: Draw) -> Batch:
+    def cut(row: int, picture: np.ndarray) -> np.ndarray:
+      area, across, down, flipped = draw(row)
+      found = crop(picture, size, crop_area + (1 - crop_area) * area, across, down)
+      return found[:, ::-1] if flipped < flip else found
+
+    return _assemble(examples, own, size, cut)
+
+  return shuffled(
+    len(examples), batch_size, batch, seed=seed, shard_index=shard_index, shard_count=shard_count
+  )
+
+
+def shuffled(
+  count: int,
+  batch_size: int,
+  make: Callable[[np.ndarray, Draw], Batch],
+  *,
+  seed: int,
+  shard_index: int = 0,
+  shard_count: int = 1,
+) -> grain.MapDataset:
+  """Returns the endless dataset of training batches of examples by their indices.
+
+  Args:
+    count: the number of examples.
+    batch_size, seed, shard_index, shard_count: as in `train_batches`.
+    make: makes a batch from the examples' indices, -1 for a padding row, and a function from a row
+      to four values in [0, 1), determined by the seed, the step and the row.
+
+  Raises:
+    ValueError: as `train_batches` does.
+  """
   if seed < 0:
     raise ValueError(f"seed {seed} must be 0 or more")
-  _check(examples, batch_size, shard_index, shard_count)
-  batches_per_epoch = -(-len(examples) // batch_size)
+  _check(count, batch_size, shard_index, shard_count)
+  batches_per_epoch = -(-count // batch_size)
 
   # The iterator prefetches, so two epochs can be in use at once.
   @functools.lru_cache(maxsize=2)
   def order(epoch: int) -> np.ndarray:
-    return permutation(len(examples), seed, epoch, 0)
+    return permutation(count, seed, epoch, 0)
 
   def batch(step: int) -> Batch:
     epoch, number = divmod(step, batches_per_epoch)
     rows = order(epoch)[number * batch_size : (number + 1) * batch_size]
     own = block(rows, batch_size, shard_index, shard_count)
     first = shard_index * len(own)
-
-    def cut(row: int, picture: np.ndarray) -> np.ndarray:
-      area, across, down, flipped = _uniform(4, seed, step, _OF_CROPS, first + row)
-      found = crop(picture, size, crop_area + (1 - crop_area) * area, across, down)
-      return found[:, ::-1] if flipped < flip else found
-
-    return _assemble(examples, own, size, cut)
+    return make(own, lambda row: _uniform(4, seed, step, _OF_CROPS, first + row))
 
   return grain.MapDataset.range(sys.maxsize).map(batch)
 
@@ -103,16 +132,31 @@ def eval_batches(
   shard_count: int = 1,
 ) -> grain.MapDataset:
   """Returns the dataset of one pass, each example once and in order, the last batch padded."""
-  _check(examples, batch_size, shard_index, shard_count)
+  cut = functools.partial(crop, size=size, area=1.0, across=0.5, down=0.5)
+
+  def batch(own: np.ndarray) -> Batch:
+    return _assemble(examples, own, size, lambda row, picture: cut(picture))
+
+  return in_order(len(examples), batch_size, batch, shard_index, shard_count)
+
+
+def in_order(
+  count: int,
+  batch_size: int,
+  make: Callable[[np.ndarray], Batch],
+  shard_index: int = 0,
+  shard_count: int = 1,
+) -> grain.MapDataset:
+  """Returns the dataset of one pass over examples by their indices, which are in `index`; arguments
+  and errors as in `shuffled`."""
+  _check(count, batch_size, shard_index, shard_count)
 
   def batch(number: int) -> Batch:
-    rows = np.arange(number * batch_size, min((number + 1) * batch_size, len(examples)))
+    rows = np.arange(number * batch_size, min((number + 1) * batch_size, count))
     own = block(rows, batch_size, shard_index, shard_count)
-    cut = functools.partial(crop, size=size, area=1.0, across=0.5, down=0.5)
-    found = _assemble(examples, own, size, lambda row, picture: cut(picture))
-    return found | {"index": own.astype(np.int32)}
+    return make(own) | {"index": own.astype(np.int32)}
 
-  return grain.MapDataset.range(-(-len(examples) // batch_size)).map(batch)
+  return grain.MapDataset.range(-(-count // batch_size)).map(batch)
 
 
 def crop(picture: np.ndarray, size: int, area: float, across: float, down: float) -> np.ndarray:
@@ -132,7 +176,7 @@ def crop(picture: np.ndarray, size: int, area: float, across: float, down: float
   return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
-def summary(examples: Sequence[Example], batch_size: int, size: int) -> dict[str, Any]:
+def summary(examples: Sized, batch_size: int, size: int) -> dict[str, Any]:
   """Returns the size of a pass over the examples, as described in `lora_jax.tasks.Task.summary`."""
   batches = -(-len(examples) // batch_size)
   return {
@@ -143,8 +187,8 @@ def summary(examples: Sequence[Example], batch_size: int, size: int) -> dict[str
   }
 
 
-def _check(examples, batch_size: int, shard_index: int, shard_count: int) -> None:
-  if not examples:
+def _check(count: int, batch_size: int, shard_index: int, shard_count: int) -> None:
+  if not count:
     raise ValueError("no examples to make batches of")
   check_shards(batch_size, shard_index, shard_count)
 

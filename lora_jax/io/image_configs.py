@@ -127,7 +127,7 @@ def write_vit(config: ViTConfig) -> dict[str, Any]:
   spelling = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
   ending = _TWO_HEADS if two_heads else _CLASSIFIER
   return {
-    **_head_fields(_NAMES[config.family], config.classes, ending),
+    **head_fields(_NAMES[config.family], config.classes, ending),
     "model_type": config.family,
     **{theirs: getattr(config, ours) for theirs, ours in _ViT_SIZES.items()},
     **mlp,
@@ -180,7 +180,7 @@ def mobilenet_v2(fields: Fields) -> MobileNetV2Config:
 def write_mobilenet_v2(config: MobileNetV2Config) -> dict[str, Any]:
   """Returns the fields of a `config.json`, the inverse of `mobilenet_v2`."""
   return {
-    **_head_fields("MobileNetV2", config.classes, _CLASSIFIER),
+    **head_fields("MobileNetV2", config.classes, _CLASSIFIER),
     "model_type": "mobilenet_v2",
     **{theirs: getattr(config, ours) for theirs, ours in _MOBILENET.items()},
     "first_layer_is_expansion": not config.stem_expands,
@@ -250,7 +250,7 @@ def write_resnet(config: ResNetConfig) -> dict[str, Any]:
     raise ValueError(f"config.json of a resnet has no field for norm_eps={config.norm_eps}")
   [layer_type] = [name for name, bottleneck in _LAYERS.items() if bottleneck == config.bottleneck]
   return {
-    **_head_fields("ResNet", config.classes, _CLASSIFIER),
+    **head_fields("ResNet", config.classes, _CLASSIFIER),
     "model_type": "resnet",
     "num_channels": config.channels,
     "embedding_size": config.stem_width,
@@ -274,7 +274,11 @@ def _classes(fields: Fields) -> tuple[str, ...]:
   return checked_fields.classes_of(fields, (_CLASSIFIER, _TWO_HEADS))
 
 
-def _head_fields(name: str, classes: tuple[str, ...], ending: str) -> dict[str, Any]:
+def head_fields(name: str, classes: tuple[str, ...], ending: str) -> dict[str, Any]:
+  """Returns the fields of a `config.json` that describe a model's head.
+
+  name, ending: of the architecture; the ending is that of a model with classes.
+  """
   if not classes:
     return {"architectures": [f"{name}Model"]}
   return {

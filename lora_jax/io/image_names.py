@@ -161,6 +161,19 @@ def _resnet_files() -> dict[str, str | None]:
   return _joined(*tables)
 
 
+def _ssdlite_head() -> dict[str, str | None]:
+  """The head of an SSDLite. transformers has no such model, and the names follow the paths here."""
+  tables = []
+  for part in ("extra", "logits", "offsets"):
+    name, path = f"head.{part}.{{i}}", f"head/{part}_{{i}}"
+    for conv in ("depthwise", "pointwise"):
+      tables.append({
+        f"{name}.{conv}.weight": Conv(f"{path}/{conv}/kernel"),
+        f"{name}.{conv}.bias": f"{path}/{conv}/bias",
+      })  # fmt: skip
+  return _joined(*tables)
+
+
 _HEAD = _linear("classifier", "head")
 # A DeiT whose two special tokens have a head each.
 _TWO_HEADS = _joined(
@@ -173,6 +186,7 @@ FILES = {
   "deit": _vit_files("deit") | _HEAD | _TWO_HEADS,
   "dinov2": _DINO_FILES | _HEAD,
   "mobilenet_v2": _mobilenet_files() | _HEAD,
+  "ssdlite_mobilenet_v2": _mobilenet_files() | _ssdlite_head(),
   "resnet": _resnet_files() | _linear("classifier.1", "head"),
 }
 """Of safetensors, by `model_type`."""

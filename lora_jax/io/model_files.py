@@ -1,7 +1,8 @@
 """Opens the files of a pretrained model, a folder or one file, without reading the tensors.
 
 A file is a GGUF file, a state dict of PyTorch's, or an ONNX file. The latter two have no
-configuration; a family that supports such files derives it from the tensors.
+configuration, and a folder of CTranslate2's has none of the model's shape; a family that supports
+such files derives it from the tensors.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import numpy as np
 
 from lora_jax.families import Config, Family, family_of, parse_config, stored_names
 from lora_jax.io import (
+  ctranslate2,
   expert_tensors,
   gguf,
   gguf_configs,
@@ -22,12 +24,14 @@ from lora_jax.io import (
   onnx_files,
   safetensors,
   torch_files,
+  weight_norm,
 )
 from lora_jax.io import tokenizer as tokenizers
 
 Tensors = Mapping[str, Any]
 """`{name: tensor}`; a tensor has `name`, `shape` and `load()`, as `safetensors.StoredTensor`."""
 
+CTRANSLATE2 = "model.bin"
 _GGUF_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -75,11 +79,18 @@ def read_config(folder: Path, families: Mapping[str, Family]) -> Config:
 
 def read_tokenizer(folder: Path, family: Family) -> tokenizers.Tokenizer | None:
   """Returns the tokenizer of a folder; None for a family without one."""
-  return tokenizers.from_folder(folder) if family.has_tokenizer else None
+  return tokenizers.from_folder(folder, end=family.end_token) if family.has_tokenizer else None
+
+
+def is_ctranslate2(folder: Path) -> bool:
+  """Whether a folder holds a model in CTranslate2's format."""
+  return (folder / CTRANSLATE2).is_file() and not any(folder.glob("*.safetensors"))
 
 
 def read_shape(folder: Path, families: Mapping[str, Family]) -> Config:
   """As `read_config`, completed by the names of the tensors if these are present."""
+  if is_ctranslate2(folder):
+    return open_folder(folder, families).config
   config = read_config(folder, families)
   family = family_of(config, families)
   if family.as_stored and any(folder.glob("*.safetensors")):
@@ -88,7 +99,12 @@ def read_shape(folder: Path, families: Mapping[str, Family]) -> Config:
 
 
 def open_folder(folder: Path, families: Mapping[str, Family]) -> ModelFile:
-  """Opens a folder with `config.json`, `*.safetensors` and a tokenizer; raises as `load` does."""
+  """Opens a folder with `config.json`, `*.safetensors` and a tokenizer, or with CTranslate2's
+  `model.bin`; raises as `load` does."""
+  if is_ctranslate2(folder):
+    path = folder / CTRANSLATE2
+    found = _open_bare(path, "ctranslate2", ctranslate2.open_file(path), families)
+    return dataclasses.replace(found, tokenizer=read_tokenizer(folder, found.family))
   config = read_shape(folder, families)
   family = family_of(config, families)
   table = stored_names(config, families)
@@ -96,6 +112,10 @@ def open_folder(folder: Path, families: Mapping[str, Family]) -> ModelFile:
   if getattr(config, "tie_embeddings", False) and not config.classes:
     tensors = _without_tied_head(folder, tensors, table)
   tensors = mxfp4.joined(tensors, folder, table)
+  try:
+    tensors = weight_norm.joined(tensors, table)
+  except ValueError as error:
+    raise ValueError(f"{folder}: {error}") from None
   return ModelFile(
     config=config,
     family=family,

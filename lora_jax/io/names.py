@@ -32,6 +32,11 @@ class Conv(str):
   in, out) here."""
 
 
+class WeightNormed(Conv):
+  """The path of a convolution's kernel that files hold as a direction and a length; see
+  `lora_jax.io.weight_norm`."""
+
+
 LLAMA_GGUF = {
   "token_embd.weight": "embed/embedding",
   "blk.{i}.attn_norm.weight": "block_{i}/attn_norm/scale",

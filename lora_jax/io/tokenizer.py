@@ -301,12 +301,14 @@ class Tokenizer:
     return json.loads(self._backend.to_str())
 
 
-def from_folder(folder: str | Path) -> Tokenizer:
+def from_folder(folder: str | Path, *, end: str | None = None) -> Tokenizer:
   """Reads the `tokenizer.json` of a model's folder, or BERT's `vocab.txt` where there is none, and
   what other files say of special tokens.
 
   These are `tokenizer_config.json`, `special_tokens_map.json`, `config.json` and
   `generation_config.json`, where they are there.
+
+  end: the token that ends a text where none of these files names one, if the tokenizer has it.
 
   Raises FileNotFoundError without either, ValueError for a file that cannot be read or
   is no tokenizer.
@@ -336,6 +338,9 @@ def from_folder(folder: str | Path) -> Tokenizer:
   special = tokenizer_files.read_special(folder, backend.token_to_id)
   templates = tokenizer_files.read_templates(folder)
   written = tokenizer_files.read_files(folder, content)
+  if end is not None and not special.stop_ids and (end_id := backend.token_to_id(end)) is not None:
+    special = special._replace(eos_id=end_id, stop_ids=(end_id,))
+    written = written._replace(config={**written.config, "eos_token_id": end_id})
   with panics.as_value_errors(f"{path}: not a tokenizer"):
     return Tokenizer(backend, special=special, chat_templates=templates, files=written)
 

@@ -233,7 +233,7 @@ def _splash_of_rows(query_BTNH, key_BSKH, value_BSKG, segments_BT=None, *, windo
     ),
     attn_logits_soft_cap=softcap,
   )  # fmt: skip
-  # Of several results, as with `save_residuals`, there are none here.
+  # Without `save_residuals` it returns one array.
   kernel = cast(Callable[..., jax.Array], made)
   query, key, value = (x.transpose(0, 2, 1, 3) for x in (query_BTNH, key_BSKH, value_BSKG))
   if segments_BT is None:

@@ -52,12 +52,13 @@ def scanned(block: type[nn.Module], config: Any, shared: int, own: int = 2) -> t
   own: the number of arguments after those, with a leading axis L; in a decoder, the layer's cache
     and the kind of the layer.
   """
+  # Flax declares no type, and its default is an int.
+  in_axes: Any = (*(nn.broadcast,) * shared, *(0,) * own)
   return nn.scan(
     block,
     variable_axes={"params": 0},
     split_rngs={"params": True},
-    # Flax declares no type, and its default is an int.
-    in_axes=(*(nn.broadcast,) * shared, *(0,) * own),  # pyright: ignore[reportArgumentType]
+    in_axes=in_axes,
     length=config.num_layers,
   )
 

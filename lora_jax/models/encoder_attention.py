@@ -82,7 +82,9 @@ def self_attention(
       return nystrom(*arrays, seen_BT, how)
     case Linformer():
       shape = (rows, how.rank)
-      along = [module.param(name, segment_means, shape, param_dtype) for name in LEAVES]
-      return linformer(*arrays, *along, seen_BT)
+      keys_PM, values_PM = (
+        module.param(name, segment_means, shape, param_dtype) for name in LEAVES
+      )
+      return linformer(*arrays, keys_PM, values_PM, seen_BT)
   mask = None if seen_BT is None else seen_BT[:, None, None]
   return attend(*arrays, mask=mask, choice=how)

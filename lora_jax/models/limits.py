@@ -16,8 +16,14 @@ LARGEST = {
   "query_length": (1 << 31) - 1, "full_kv_heads": 1 << 14, "full_head_dim": 1 << 14,
   "shared_layers": 1 << 10, "per_layer_width": 1 << 14, "per_layer_vocab": 1 << 24,
   "image_size": 1 << 14, "patch_size": 1 << 12, "channels": 1 << 12,
+  "conv_channels": 1 << 14, "conv_windows": 1 << 10, "conv_strides": 1 << 10,
+  "position_window": 1 << 12, "position_groups": 1 << 14, "decoder_layers": 1 << 10,
+  "max_frames": (1 << 31) - 1, "mels": 1 << 12,
   "stem_width": 1 << 14, "divisor": 1 << 10, "least_channels": 1 << 14, "output_stride": 32,
 }  # fmt: skip
+MOST_SEPARATE_LAYERS = 128
+"""The limit for a model whose layers are never stacked: each is traced on its own."""
+
 MOST_LEARNED_POSITIONS = 1 << 24
 """The limit for a model with learned positions, which allocates a table of this length."""
 # Outside these ranges, a rotary frequency is not a float32, or RMSNorm is another function.
@@ -59,6 +65,20 @@ def check(where: str, name: str, kind: Any, value: Any) -> None:
       raise ValueError(f"{where} must be a number from {least} to {most}, not {value!r:.40}")
   if kind is bool and type(value) is not bool:
     raise ValueError(f"{where} must be True or False, not {value!r:.40}")
+
+
+def check_separate_layers(where: str, **counts: int) -> None:
+  """Raises ValueError for more layers than a model with separate layers may have.
+
+  where: the start of the message.
+  counts: the number of layers by the name of the setting.
+  """
+  for name, count in counts.items():
+    if count > MOST_SEPARATE_LAYERS:
+      raise ValueError(
+        f"{where}: {name} {count} is over the limit of {MOST_SEPARATE_LAYERS} for layers that are "
+        "not stacked"
+      )
 
 
 def check_choice(where: str, name: str, value: Any, choices: Sequence[str]) -> None:

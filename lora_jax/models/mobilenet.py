@@ -11,6 +11,7 @@ the letters of `lora_jax.models.convolutions`.
 
 import dataclasses
 from collections.abc import Callable
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -111,6 +112,7 @@ class Bottleneck(nn.Module):
 
   expanded: channels of the depthwise convolution; None: the input's, without the expansion.
   is_residual: whether the input is added if it has the shape of the output.
+  is_tapped: whether the expansion's output is returned as well.
   """
 
   config: MobileNetV2Config
@@ -119,29 +121,36 @@ class Bottleneck(nn.Module):
   stride: int
   dilation: int
   is_residual: bool
+  is_tapped: bool = False
 
   @nn.compact
   def __call__(self, x_BHWC):
     c = self.config
     channels = x_BHWC.shape[-1]
-    y_BHWE = x_BHWC
+    expanded_BHWE = x_BHWC
     if self.expanded is not None:
-      y_BHWE = ConvNorm(c, self.expanded, 1, activation=c.activation, name="expand")(x_BHWC)
+      expanded_BHWE = ConvNorm(c, self.expanded, 1, activation=c.activation, name="expand")(x_BHWC)
     y_BHWE = ConvNorm(
-      c, y_BHWE.shape[-1], 3, stride=self.stride, dilation=self.dilation, depthwise=True,
+      c, expanded_BHWE.shape[-1], 3, stride=self.stride, dilation=self.dilation, depthwise=True,
       padding="SAME" if c.same_padding else self.dilation, activation=c.activation,
       name="depthwise",
-    )(y_BHWE)  # fmt: skip
+    )(expanded_BHWE)  # fmt: skip
     y_BHWD = ConvNorm(c, self.features, 1, name="project")(y_BHWE)
     if self.is_residual and self.stride == 1 and channels == self.features:
       y_BHWD = x_BHWC + y_BHWD
-    return c.constrain(y_BHWD) if c.constrain else y_BHWD
+    y_BHWD = c.constrain(y_BHWD) if c.constrain else y_BHWD
+    return (y_BHWD, expanded_BHWE) if self.is_tapped else y_BHWD
 
 
 class MobileNetV2(convolutions.Classifier):
-  """A MobileNetV2 with the interface of `convolutions.Classifier`."""
+  """A MobileNetV2 with the interface of `convolutions.Classifier`.
+
+  tapped: the index of the bottleneck that returns its expansion's output as well; of a subclass.
+  """
 
   config: MobileNetV2Config
+
+  tapped: ClassVar[int | None] = None
 
   def setup(self):
     c = self.config
@@ -158,10 +167,10 @@ class MobileNetV2(convolutions.Classifier):
         expanded = _divisible(c, round(channels[n - 1] * c.expansion))
       if stride == c.output_stride:
         # Each omitted stride dilates the windows of the layers after it.
-        blocks.append(block(c, width, expanded, 1, dilation, n > 0))
+        blocks.append(block(c, width, expanded, 1, dilation, n > 0, n == self.tapped))
         dilation *= own
       else:
-        blocks.append(block(c, width, expanded, own, 1, n > 0))
+        blocks.append(block(c, width, expanded, own, 1, n > 0, n == self.tapped))
         stride *= own
     self.block = blocks
     self.last = ConvNorm(c, last, 1, activation=c.activation)

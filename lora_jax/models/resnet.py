@@ -11,6 +11,7 @@ letters of `lora_jax.models.convolutions`.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -132,10 +133,8 @@ class ResNet(convolutions.Classifier):
   def features(self, images_BHWC):
     """[B, H / 32, W / 32, D] with four stages."""
     x_BHWD = self.stem(images_BHWC)
-    x_BHWD = nn.max_pool(
-      # Flax declares no type, and its default is a str.
-      x_BHWD, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)),  # pyright: ignore[reportArgumentType]
-    )  # fmt: skip
+    padding: Any = ((1, 1), (1, 1))  # Flax declares no type, and its default is a str
+    x_BHWD = nn.max_pool(x_BHWD, (3, 3), strides=(2, 2), padding=padding)
     for n in range(len(self.config.widths)):
       for layer in getattr(self, f"stage{n}"):
         x_BHWD = layer(x_BHWD)

@@ -30,9 +30,12 @@ from lora_jax.io.pretrained import Pretrained
 from lora_jax.tasks.chat import Chat
 from lora_jax.tasks.classification import Classification
 from lora_jax.tasks.completion import Completion
+from lora_jax.tasks.ctc import Ctc
+from lora_jax.tasks.detection import Detection
 from lora_jax.tasks.embedding import Embedding
 from lora_jax.tasks.images import Images
 from lora_jax.tasks.regression import Regression
+from lora_jax.tasks.transcription import Transcription
 from lora_jax.tasks.writing import ChatFormat
 from lora_jax.train.step import Batch, Objective
 
@@ -235,6 +238,11 @@ class Task(Protocol):
     """Returns an answer for each example, as JSON values; see `EncodedTexts.predict`."""
     ...
 
+  def mark(self, example: Example, /) -> Callable[[Any, Any], None] | None:
+    """Returns a function `(answer of predict, PNG file)` that draws an answer into a copy of the
+    example's picture, or None for a task that draws none."""
+    ...
+
   def make_show(
     self, apply: Callable, examples: Sequence[Example], put: Callable, share: int, /
   ) -> Callable[[PyTree], list[str]]:
@@ -282,6 +290,9 @@ TASKS: Mapping[str, type[NamedTask]] = {
   "regression": Regression,
   "embedding": Embedding,
   "images": Images,
+  "transcribe": Transcription,
+  "ctc": Ctc,
+  "detection": Detection,
 }
 """The tasks by `task.name` of a config."""
 

@@ -5,7 +5,7 @@ initializer_range; biases from zero.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from lora_jax.io.pretrained import Pretrained
 from lora_jax.transform import key_of
 
 PyTree = Any
+Start = Callable[[str, tuple[int, ...], jax.Array], jax.Array]
 
 HEAD = "head/kernel"
 _DEVIATION = 0.02
@@ -44,24 +45,36 @@ def add(found: Pretrained, key: jax.Array, classes: Sequence[str]) -> Pretrained
   config = found.family.with_classes(found.config, tuple(classes))
   if config == found.config:
     return found
-  known = {config.family: found.family}
+  return replace(found, found.family, config, key, _start)
+
+
+def replace(
+  found: Pretrained, family: families.Family, config: families.Config, key: jax.Array, start: Start
+) -> Pretrained:
+  """Returns the model as one of another configuration, whose head is new.
+
+  Args:
+    found: the model, or its shapes.
+    family, config: of the result; its parameters outside of the head are those of `found`.
+    key: a random key for the new leaves.
+    start: `(path, shape, key) -> values` of a new leaf.
+  """
+  known = {config.family: family}
   body = families.param_shapes(dataclasses.replace(config, classes=()), known)
   shapes = families.param_shapes(config, known)
   new = {
     path: shape for path, shape in shapes.items() if path.startswith("head/") or path not in body
   }
 
-  def start() -> dict[str, jax.Array]:
-    return {
-      path: _start(path, shape, key).astype(config.param_dtype) for path, shape in new.items()
-    }
+  def make() -> dict[str, jax.Array]:
+    return {path: start(path, shape, key).astype(config.param_dtype) for path, shape in new.items()}
 
   is_shape = isinstance(jax.tree.leaves(found.params)[0], jax.ShapeDtypeStruct)
-  leaves = jax.eval_shape(start) if is_shape else start()
+  leaves = jax.eval_shape(make) if is_shape else make()
   added = traverse_util.unflatten_dict(leaves, sep="/")
   wanted = {path.partition("/")[0] for path in shapes}  # a model may have had two heads
   kept = {name: x for name, x in found.params.items() if name in wanted and name not in added}
-  return dataclasses.replace(found, config=config, params=kept | added)
+  return dataclasses.replace(found, family=family, config=config, params=kept | added)
 
 
 def _start(path: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:

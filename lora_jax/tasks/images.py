@@ -16,9 +16,8 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, Self, Unpack
+from typing import Any, ClassVar, Self, Unpack
 
-import flax.linen as nn
 import grain
 import jax
 import jax.numpy as jnp
@@ -30,55 +29,30 @@ from lora_jax.data import image_batches, image_sets, pictures
 from lora_jax.data.batches import Shard, Watch
 from lora_jax.data.image_batches import Example
 from lora_jax.io.pretrained import Pretrained
-from lora_jax.tasks import class_metrics, heads, questions
+from lora_jax.models.ssdlite import SSDLiteConfig
+from lora_jax.tasks import class_metrics, heads, of_images, questions
 from lora_jax.train.distillation import Reading
 from lora_jax.train.step import Batch, Objective
 
 PyTree = Any
 Record = dict[str, Any]
 
-# A larger picture is shrunk on reading to this multiple of the model's size, so that no crop of at
-# least a quarter of its area is enlarged.
-_KEPT = 2
-_COLORS = 3
 _COLUMNS = 6  # of the grid of pictures that is drawn
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Images:
-  """See the module, and `lora_jax.tasks.Task` for the methods.
+class Images(of_images.OfImages):
+  """See the module, `of_images.OfImages` for the fields, and `lora_jax.tasks.Task` for the methods.
 
-  labels: the names of the classes.
-  size: pixels per side.
-  mean, std: of each color, for normalization.
   crop_area, flip: as in `image_batches.train_batches`.
-  model: the model without its weights; None until `of_model`.
   """
 
   FIELDS: ClassVar[tuple[str, ...]] = ("labels",)
-  TRAINS: ClassVar[tuple[str, ...]] = ("head/.*",)
-  UNIT: ClassVar[str] = "image"
-
-  labels: tuple[str, ...]
-  size: int
-  mean: tuple[float, ...]
-  std: tuple[float, ...]
-  crop_area: float
-  flip: float
-  model: Pretrained | None = None
+  NAME: ClassVar[str] = "images"
 
   @classmethod
   def of(cls, task: Mapping[str, Any], data: Mapping[str, Any], loss_chunk: int) -> Self:
-    if loss_chunk:
-      raise ValueError(
-        f"train.loss_chunk {loss_chunk}: is for logits of many tokens, and an image has those of "
-        "its class; set it to 0"
-      )
-    for field in ("mean", "std"):
-      if len(data[field]) != _COLORS:
-        raise ValueError(
-          f"data.{field} has {len(data[field])} values; give one for each of red, green and blue"
-        )
+    cls.check_fields(data, loss_chunk)
     return cls(
       labels=heads.labels_of(task), size=data["size"], mean=tuple(data["mean"]),
       std=tuple(data["std"]), crop_area=data["crop_area"], flip=data["flip"],
@@ -88,34 +62,14 @@ class Images:
 
   def open(self, path: Path, data: Mapping[str, Any], *, held_out: bool) -> list[Record]:
     arrays = data["test_arrays" if held_out else "arrays"]
-    return image_sets.read(path, tuple(arrays), self.labels, most=_KEPT * self.size)
-
-  def read(self, rows: Sequence[Record]) -> tuple[list[Record], str]:
-    return list(rows), ""
-
-  def derive(self, rows: Sequence[Record], data: Mapping[str, Any]) -> list[Record]:
-    del data
-    return list(rows)
-
-  def check(self, rows: Sequence[Record]) -> None:
-    del rows  # `image_sets.read` has checked them
+    return image_sets.read(path, tuple(arrays), self.labels, most=of_images.KEPT * self.size)
 
   def extend(self, found: Pretrained, key: jax.Array) -> Pretrained:
+    if isinstance(found.config, SSDLiteConfig):
+      raise ValueError(
+        f"{found.source}: is a detector, and the task images needs a classifier; use its backbone"
+      )
     return heads.add(found, key, self.labels)
-
-  def of_model(self, found: Pretrained) -> Self:
-    config = found.config
-    if getattr(config, "channels", None) != _COLORS:
-      raise ValueError(
-        f"{found.source}: a {config.family!r} takes no images of {_COLORS} colors, and the task "
-        "images gives it some"
-      )
-    if self.size % getattr(config, "patch_size", 1):
-      raise ValueError(
-        f"data.size {self.size} is no multiple of the model's patches of {config.patch_size} pixels"
-      )
-    # The weights stay with the caller.
-    return dataclasses.replace(self, model=dataclasses.replace(found, params={}))
 
   def examples(self, rows: Sequence[Record]) -> list[Example]:
     numbers = {label: number for number, label in enumerate(self.labels)}
@@ -136,25 +90,12 @@ class Images:
   ) -> grain.MapDataset:
     return image_batches.eval_batches(examples, batch_size, size=self.size, **rows)
 
-  def check_stackable(self) -> None:
-    """Does nothing, since all batches have the same shape."""
-
   def describe(self, **examples: Sequence[Example]) -> dict[str, Any]:
     counts = {
       split: np.bincount([each.label for each in own], minlength=len(self.labels)).tolist()
       for split, own in examples.items()
     }
-    for split, own in counts.items():
-      unseen = [
-        label
-        for label, count, seen in zip(self.labels, own, counts.get("training", own), strict=True)
-        if count and not seen
-      ]
-      if unseen:
-        raise ValueError(
-          f"{split}: has images of {', '.join(unseen)}, of which there are none to train on; add "
-          "some, or take the class out of task.labels"
-        )
+    of_images.check_seen(self.labels, counts, "images")
     return {"size": self.size, "labels": list(self.labels), "splits": counts}
 
   def lines(self, described: Mapping[str, Any]) -> list[str]:
@@ -167,18 +108,12 @@ class Images:
       found.append(f"{split}: {sum(counts):,} images of {described['size']} pixels a side: {each}")
     return found
 
-  def tokens(self, example: Example) -> NoReturn:
-    raise ValueError("the task images reads no texts, and has no tokens to show")
-
-  def shape_of(self, batch: Batch) -> tuple[int, ...]:
-    return batch["weights"].shape
-
   def summary(self, examples: Sequence[Example], batch_size: int) -> dict[str, Any]:
     return image_batches.summary(examples, batch_size, self.size)
 
   def batch_of(self, shape: tuple[int, int], rows: int) -> dict[str, jax.ShapeDtypeStruct]:
     return {
-      "images": jax.ShapeDtypeStruct((rows, *shape, _COLORS), jnp.uint8),
+      "images": jax.ShapeDtypeStruct((rows, *shape, of_images.COLORS), jnp.uint8),
       "labels": jax.ShapeDtypeStruct((rows,), jnp.int32),
       "weights": jax.ShapeDtypeStruct((rows,), jnp.float32),
     }
@@ -187,22 +122,6 @@ class Images:
     return f"{' × '.join(map(str, shape))} pixels"
 
   # ---- training and evaluation
-
-  def forward(self, model: nn.Module) -> Callable:
-    """Returns `(variables, uint8 images) -> logits`, including the normalization."""
-    mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
-
-    def apply(variables: PyTree, images_BHWC: jax.Array, **options: Any) -> Any:
-      return model.apply(variables, (images_BHWC / np.float32(255) - mean) / std, **options)
-
-    return apply
-
-  def run(self, apply: Callable) -> Callable[[PyTree, Batch], jax.Array]:
-    return lambda weights, batch: apply({"params": weights}, batch["images"])
-
-  def mask(self, batch: Batch) -> None:
-    """Returns None: patches and window positions have no padding."""
-    del batch
 
   def objective(self, apply: Callable) -> Objective:
     def objective(weights: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -275,15 +194,8 @@ class Images:
 
   def asked(self, given: str) -> list[Example]:
     """Returns the image of a file, or the images of a folder in the order of their names."""
-    path = Path(given)
-    files = [path]
-    if path.is_dir():
-      files = sorted(x for x in path.iterdir() if x.suffix.lower() in pictures.ENDINGS)
-      if not files:
-        raise ValueError(
-          f"{given}: the folder has no pictures, whose names end in {', '.join(pictures.ENDINGS)}"
-        )
-    return [Example(pictures.read(x, _KEPT * self.size), 0, str(x)) for x in files]
+    most = of_images.KEPT * self.size
+    return [Example(pictures.read(x, most), 0, str(x)) for x in self.files_of(given)]
 
   def predict(
     self,
@@ -300,6 +212,9 @@ class Images:
     found = questions.answers(lambda batch: step(weights, batch), data, self._answer)
     return [{"image": example.name} | each for example, each in zip(examples, found, strict=True)]
 
+  def mark(self, example: Example) -> None:
+    """Returns None: an answer has no place in the picture."""
+
   def _answer(self, probabilities: np.ndarray) -> questions.Answer:
     return {
       "label": self.labels[int(probabilities.argmax())],
@@ -313,22 +228,6 @@ class Images:
     if not examples:
       return None
     return functools.partial(_draw, examples, samples, self.size)
-
-  def prompts(self, *unused: Any) -> NoReturn:
-    raise ValueError("the task images writes no texts; leave --beams out")
-
-  def check_room(self, *unused: Any) -> NoReturn:
-    raise ValueError("the task images writes no texts")
-
-  @property
-  def chat_format(self) -> NoReturn:
-    raise ValueError("the task images writes no texts; use experiments.predict")
-
-  def write(self, *unused: Any, **how: Any) -> NoReturn:
-    raise ValueError("the task images writes no texts")
-
-  def longest_choice(self) -> NoReturn:
-    raise ValueError("the task images writes no texts; use experiments.evaluate")
 
 
 def _probabilities(apply: Callable) -> Callable[[PyTree, Batch], jax.Array]:

@@ -2,7 +2,7 @@
 
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -11,6 +11,8 @@ from lora_jax.train.step import Batch
 
 Answer = dict[str, Any]
 """As JSON has it."""
+
+T = TypeVar("T")
 
 
 def records_of(given: str, wanted: Sequence[str]) -> list[records.Record]:
@@ -57,8 +59,8 @@ def records_of(given: str, wanted: Sequence[str]) -> list[records.Record]:
 def answers(
   step: Callable[[Batch], Any],
   batches: Iterable[Batch],
-  answer: Callable[[np.ndarray], Answer],
-) -> list[Answer]:
+  answer: Callable[[np.ndarray], T],
+) -> list[T]:
   """Returns an answer for each example, ordered by the `index` of the batches' rows.
 
   Args:

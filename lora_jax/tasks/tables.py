@@ -63,6 +63,9 @@ class OfTables:
   def derive(self, rows: Sequence[records.Record], data: Mapping[str, Any]) -> list[records.Record]:
     return derive(rows, data)
 
+  def mark(self, example: Any) -> None:
+    """Returns None: a text is no picture."""
+
   def draw(self, encoded: Sequence[Any], samples: Sequence[Mapping[str, str]]) -> None:
     """Returns None, since texts have no pictures."""
 

@@ -18,6 +18,7 @@ import jax
 
 from lora_jax.checks import shown
 from lora_jax.io import files, json_files
+from lora_jax.train import word_marks
 from lora_jax.train.metrics import read_metrics
 from lora_jax.train.plot import plot_loss
 from lora_jax.train.workdir import Workdir, read_config, write_text, writing
@@ -187,14 +188,32 @@ def _samples(samples: Sequence[Mapping[str, str]], workdir: Workdir) -> str:
   if workdir.picture.exists():
     names = ", ".join(f"`{sample['prompt']}`" for sample in samples)
     return (
-      "## Samples\n\nHeld out, with the true and the predicted class of each.\n\n"
+      "## Samples\n\nHeld out, with the wanted answer and those of the model.\n\n"
       f"![the samples]({workdir.picture.name})\n\nFrom the upper left, row by row: {names}."
     )
+  if all(sample.get("marks") == "words" for sample in samples):
+    return _transcripts(samples)
   shown = []
   for number, sample in enumerate(samples, start=1):
     answers = [f"{name + ':':8} {text}" for name, text in sample.items() if name != "prompt"]
     shown.append(f"{number}.\n\n" + _fenced("\n".join([sample["prompt"], "", *answers]), "text"))
   return "## Samples\n\nHeld out, with the texts that the model writes.\n\n" + "\n\n".join(shown)
+
+
+def _transcripts(samples: Sequence[Mapping[str, str]]) -> str:
+  """A table of clips, with the words that differ from the reference marked."""
+  whens = [when for when in ("before", "after") if when in samples[0]]
+  rows = [
+    [word_marks.plain(sample["prompt"]), word_marks.plain(sample["wanted"])]
+    + [word_marks.marked(sample["wanted"], sample[when]) for when in whens]
+    for sample in samples
+  ]
+  lines = [["clip", "reference", *whens], ["---"] * (2 + len(whens)), *rows]
+  table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+  return (
+    "## Samples\n\nHeld out, with what the model writes: wrong words are bold, and missing ones "
+    f"struck through.\n\n{table}"
+  )
 
 
 def _circumstances() -> str:

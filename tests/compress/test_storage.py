@@ -182,6 +182,8 @@ DOWN = "block_0/mlp/down/kernel"
       "does not hold 1000000000 bits",
     ),
     (lambda s: s["leaves"]["norm/scale"].update(dtype="int8"), "says int8"),
+    (lambda s: s["leaves"].pop("norm/scale"), "None describes no leaf"),
+    (lambda s: s["leaves"].update({"norm/scale": 2}), "2 describes no leaf"),
   ],
 )
 def test_a_hostile_structure_is_refused(folder, change, words):

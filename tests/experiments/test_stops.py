@@ -149,6 +149,24 @@ def test_a_signal_is_heeded_wherever_a_program_is(body, number, tmp_path):
 
 
 @pytest.mark.parametrize("number", NUMBERS)
+def test_a_signal_that_arrives_in_a_callback_is_not_lost(number, tmp_path):
+  body = f"""
+import gc, os
+armed = [{int(number)}]
+def callback(*_):
+  if armed:
+    os.kill(os.getpid(), armed.pop())
+    time.sleep(0.1)
+gc.callbacks.append(callback)
+gc.collect()
+time.sleep(2)
+print("went on to its end")"""
+  code, printed, errors = ended(tmp_path, body)
+  words = "stopped before its end; the same command starts over\n"
+  assert (code, printed, errors) == (STOPPED, "", words)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
 def test_a_signal_after_the_end_changes_nothing(number, tmp_path):
   late = "import atexit, os\natexit.register(lambda: (time.sleep(1), print('last')))"
   process = started(program(tmp_path, f"{late}\nprint('written')"))

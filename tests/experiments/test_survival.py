@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny_encoder
 import tiny_experiment
+import tiny_pictures
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lora_jax.io import pretrained
@@ -25,7 +26,8 @@ from lora_jax.train.metrics import read_metrics
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 36
 AHEAD = 2  # steps that a run may make while it is watched
-ENCODER = "encoder"  # in the place of arguments: a classification of pairs by a BERT
+# In the place of arguments: a classification of pairs by a BERT, one of pictures, and boxes.
+ENCODER, IMAGES, BOXES = "encoder", "images", "boxes"
 ENDLESS = 2e9  # a limit that lets a run come to its end
 
 
@@ -39,12 +41,16 @@ def start(tmp_path_factory):
     data={"buckets": (24,)},
     train={"steps": STEPS, "checkpoint_every": 3, "evaluate_every": 12},
   )
-  (folder / "encoder").mkdir()
+  for name in (ENCODER, IMAGES, BOXES):
+    (folder / name).mkdir()
   tiny_encoder.write(folder / "encoder")
   train = {"steps": STEPS, "log_every": 1, "checkpoint_every": 3, "evaluate_every": 12}
-  encoder = tiny_encoder.write_config(
-    folder / "encoder", "classification", {f"train.{name}": x for name, x in train.items()}
-  )
+  train = {f"train.{name}": x for name, x in train.items()}
+  files = {
+    ENCODER: tiny_encoder.write_config(folder / "encoder", "classification", train),
+    IMAGES: tiny_pictures.write_classes(folder / IMAGES, train),
+    BOXES: tiny_pictures.write_boxes(folder / BOXES, train),
+  }
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "PYTHONPATH": str(ROOT),
@@ -56,7 +62,7 @@ def start(tmp_path_factory):
 
   def start(workdir, arguments, limit=ENDLESS):
     limits(workdir).write_text(str(limit))
-    file = f"{config}:{arguments}" if arguments != ENCODER else str(encoder)
+    file = str(files.get(arguments, f"{config}:{arguments}"))
     with open(workdir.with_suffix(".log"), "a") as log:
       return subprocess.Popen(
         [
@@ -215,12 +221,12 @@ MOMENTS = (while_loading, in_a_step, in_a_save, in_a_step, in_a_save, after_the_
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("arguments", ["", "method=adalora,rank=12", ENCODER])
+@pytest.mark.parametrize("arguments", ["", "method=adalora,rank=12", ENCODER, IMAGES, BOXES])
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_run_killed_many_times_is_the_same_to_the_last_bit(
   start, uninterrupted, tmp_path, arguments, seed
 ):
-  """6 kills and a SIGTERM in each of the 6 cases."""
+  """6 kills and a SIGTERM in each of the 10 cases."""
   whole, workdir = uninterrupted(arguments), tmp_path / "run"
   for moment in MOMENTS:
     live(start, workdir, arguments, moment, random.Random(seed))

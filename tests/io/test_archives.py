@@ -57,6 +57,12 @@ def test_a_member_is_copied_whole(extract, pack):
   assert extract(data, "a") is None
 
 
+def test_a_member_of_a_zip_may_have_no_name(tmp_path):
+  content = zip_bytes({"x": b"1", "y/": b"", "y/z": b"2"})
+  (tmp_path / "archive").write_bytes(content.replace(b"x", b"\0"))  # names end at a zero
+  assert set(archives.list_zip(tmp_path / "archive")) == {"", "y/z"}
+
+
 @pytest.mark.parametrize("inner", [zip_bytes, tar_bytes])
 @pytest.mark.parametrize("outer", [zip_bytes, tar_bytes])
 def test_a_path_leads_through_archives_within_archives(extract, outer, inner):

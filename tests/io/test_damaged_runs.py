@@ -206,6 +206,7 @@ def test_programs_that_use_a_run_name_its_damaged_config(damage, copied):
     ("model.dtype", 5, "model.dtype is 5; it must be one of float32"),
     ("model", 3, "model.source is missing"),
     ("adapter", "lora", "adapter.method is missing"),
+    ("task", {"name of it": "completion"}, "task.name is missing"),
     ("data.buckets", [], "data.buckets is []; it must be a tuple"),
     ("data.max_length", 2**64, "data.max_length is 18446744073709551616; it must be 2 or more"),
     ("evaluation.batch_size", True, "evaluation.batch_size is True; it must be 1 or more"),
