@@ -103,7 +103,7 @@ def _unmasked(leaf: jax.Array | Weight) -> jax.Array | Weight:
     case Pruned():
       inner = _unmasked(leaf.w)
       if isinstance(inner, Adapted) or jnp.any(jnp.where(leaf.mask, 0, materialize(inner))):
-        return dataclasses.replace(leaf, w=inner)
+        return leaf if inner is leaf.w else dataclasses.replace(leaf, w=inner)
       return inner
     case Factored():
       parts = {name: _unmasked(getattr(leaf, name)) for name in "ab"}
