@@ -21,6 +21,7 @@ from absl import app, flags
 
 import lora_jax
 from benchmarks.circumstances import describe_circumstances
+from benchmarks.models import EDITORIALS
 from benchmarks.reporting import define_output, publish
 from lora_jax import compress, tree
 from lora_jax.compress import gptq, loftq
@@ -30,10 +31,6 @@ from lora_jax.weights import Format, GGUFBlocks, is_weight
 
 PyTree = Any
 
-EDITORIALS = (
-  "pypi://vaderSentiment==3.3.2/vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz/"
-  "hutto_ICWSM_2014/nytEditorialSnippets_GroundTruth.txt"
-)
 PLAIN_NF4 = Format(levels="nf4", block=64)
 
 _CALIBRATION = flags.DEFINE_integer("calibration", 64, "Windows for calibration.", 1)

@@ -22,7 +22,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks.circumstances import describe_circumstances
-from benchmarks.compression import EDITORIALS
+from benchmarks.models import EDITORIALS
 from benchmarks.reporting import define_output, publish
 from benchmarks.turns import ratio, run_in_turns, timed
 from configs import glue, images

@@ -23,6 +23,12 @@ from lora_jax.models import llama
 
 PyTree = Any
 
+EDITORIALS = (
+  "pypi://vaderSentiment==3.3.2/vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz/"
+  "hutto_ICWSM_2014/nytEditorialSnippets_GroundTruth.txt"
+)
+"""Running text to measure on: snippets of editorials, with the columns id, rating and text."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:

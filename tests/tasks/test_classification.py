@@ -156,8 +156,8 @@ def test_the_end_of_a_long_text_is_cut_and_counted(config, trained):
     ),
     ({"train.loss_chunk": 8}, "loss_chunk 8: is for logits of many tokens"),
     (
-      {"task.name": "detection"},
-      "task.name 'detection' is unknown; use completion, classification",
+      {"task.name": "segmentation"},
+      "task.name 'segmentation' is unknown; use completion, classification",
     ),
     ({"task.text": "{body}"}, "no column 'body'"),
   ],
