@@ -38,9 +38,11 @@ def main(argv: Sequence[str]) -> None:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
   ends = time.monotonic() + 60 * _MINUTES.value
   common = [
-    f"--model={_MODEL.value}", f"--dtype={_DTYPE.value}", f"--rounds={_ROUNDS.value}",
+    f"--model={_MODEL.value}",
+    f"--dtype={_DTYPE.value}",
+    f"--rounds={_ROUNDS.value}",
     "--scan_layers",
-  ]  # fmt: skip
+  ]
   sections, left_out = [], []
   with tempfile.TemporaryDirectory() as folder:
     for name, arguments in parts():

@@ -73,9 +73,11 @@ def calibrated(case: Case) -> PyTree:
   formats = case.formats(compress.NF4)
   moments = lora_jax.second_moments(
     lambda params, tokens_BT: case.model.apply({"params": params}, tokens_BT, method="hidden"),
-    case.params, formats, np.split(case.calibration, range(8, len(case.calibration), 8)),
+    case.params,
+    formats,
+    np.split(case.calibration, range(8, len(case.calibration), 8)),
     axes=case.axes,
-  )  # fmt: skip
+  )
   return gptq.quantize(case.params, formats, moments, case.axes)
 
 
@@ -119,14 +121,16 @@ def main(argv: Sequence[str]) -> None:
     found = compress.perplexity(apply, params, held_out)
     table.append((name, found, *kernel_bytes(case, params), made))
     print(format_table(table[-1:])[-1], flush=True)
-  report = "\n".join([
-    "## Quantization: perplexity and bytes, SmolLM2-135M-Instruct",
-    "",
-    *describe_circumstances("benchmarks.compression", ["jax", "flax"]),
-    f"- {len(case.calibration)} windows of 256 tokens for calibration, {len(held_out)} held out.",
-    "",
-    *format_table(table),
-  ])  # fmt: skip
+  report = "\n".join(
+    [
+      "## Quantization: perplexity and bytes, SmolLM2-135M-Instruct",
+      "",
+      *describe_circumstances("benchmarks.compression", ["jax", "flax"]),
+      f"- {len(case.calibration)} windows of 256 tokens for calibration, {len(held_out)} held out.",
+      "",
+      *format_table(table),
+    ]
+  )
   publish(report, _OUTPUT.value)
 
 
@@ -136,8 +140,9 @@ def load(source: str, calibration: int, held_out: int) -> tuple[Case, np.ndarray
   model = found.family.make_model(found.config)
   axes = lora_jax.trace_axes(
     lambda params, tokens: model.apply({"params": params}, tokens),
-    found.params, jax.ShapeDtypeStruct((1, 2), jnp.int32),
-  )  # fmt: skip
+    found.params,
+    jax.ShapeDtypeStruct((1, 2), jnp.int32),
+  )
   rows = records.read(assets.resolve(EDITORIALS), format="tsv", columns=("id", "rating", "text"))
   text = " ".join(row["text"] for row in rows)
   windows_NT = compress.make_windows(text, found.tokenizer.encode, length=256)

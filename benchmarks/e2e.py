@@ -107,7 +107,7 @@ def describe(runs: Sequence[Run]) -> str:
       "",
       *(f"| {' | '.join(row)} |" for row in table),
     ]
-  )  # fmt: skip
+  )
 
 
 def scores_of(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -80,14 +80,16 @@ def main(argv: Sequence[str]) -> None:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
   cells = [measure(name, _RANK.value, _ROUNDS.value) for name in tqdm(_FAMILIES.value)]
   header = ("family", "floor, ms", "LoRA, ms", "LoRA / floor", "base", "trains")
-  report = "\n".join([
-    f"## A step of each family, {BATCH} × {LENGTH}, float32, rank {_RANK.value}",
-    "",
-    *describe_circumstances("benchmarks.families", ["jax", "flax", "optax"]),
-    f"- {_ROUNDS.value} rounds. Ratios: medians over the rounds, with quartiles.",
-    "",
-    tables.markdown(header, cells),
-  ])  # fmt: skip
+  report = "\n".join(
+    [
+      f"## A step of each family, {BATCH} × {LENGTH}, float32, rank {_RANK.value}",
+      "",
+      *describe_circumstances("benchmarks.families", ["jax", "flax", "optax"]),
+      f"- {_ROUNDS.value} rounds. Ratios: medians over the rounds, with quartiles.",
+      "",
+      tables.markdown(header, cells),
+    ]
+  )
   publish(report, _OUTPUT.value)
 
 
@@ -111,9 +113,12 @@ def measure(name: str, rank: int, rounds: int) -> tuple[str, ...]:
   size = sum(leaf.size for leaf in jax.tree.leaves(case.params))
   times = (f"{1e3 * statistics.median(seconds[row]):,.1f}" for row in (floor, ours))
   return (
-    name, *times, ratio(seconds[ours], seconds[floor]), f"{size / 1e6:,.1f}M",
+    name,
+    *times,
+    ratio(seconds[ours], seconds[floor]),
+    f"{size / 1e6:,.1f}M",
     f"{ours.trainable:,}",
-  )  # fmt: skip
+  )
 
 
 if __name__ == "__main__":

@@ -165,10 +165,16 @@ def measure(case: Case, rows: Mapping[str, Any], rounds: int) -> str:
     own = case.pooled(hidden[name])
     norms = jnp.linalg.norm(own, axis=-1) * jnp.linalg.norm(pooled, axis=-1)
     cosine = jnp.mean(jnp.sum(own * pooled, axis=-1) / norms)
-    cells.append((
-      name, f"{off:.3f}", f"{cosine:.4f}", f"{1e3 * statistics.median(seconds[name]):,.1f}",
-      ratio(seconds[name], seconds[first]), *(f"{x:,.1f}" for x in memory[name]),
-    ))  # fmt: skip
+    cells.append(
+      (
+        name,
+        f"{off:.3f}",
+        f"{cosine:.4f}",
+        f"{1e3 * statistics.median(seconds[name]):,.1f}",
+        ratio(seconds[name], seconds[first]),
+        *(f"{x:,.1f}" for x in memory[name]),
+      )
+    )
   header = ("attention", "error", "cosine", "ms", "/ exact", "forward, MB", "gradient, MB")
   return tables.markdown(header, cells)
 

@@ -158,9 +158,15 @@ def measure(config: ConfigDict, shared: Shared) -> dict[str, Any]:
   specs = lora_jax.match(shared.params, methods.rules_of(config.adapter), shared.axes)
   dataset = shared.task.train_batches(shared.examples, config.train.batch_size, seed=config.seed)
   base, adapters = methods.start(
-    config.adapter, jax.random.key(config.seed), shared.params, specs, shared.axes,
-    shared.task.run(shared.model.apply), shared.task.mask, dataset,
-  )  # fmt: skip
+    config.adapter,
+    jax.random.key(config.seed),
+    shared.params,
+    specs,
+    shared.axes,
+    shared.task.run(shared.model.apply),
+    shared.task.mask,
+    dataset,
+  )
   weights = lora_jax.attach(base, adapters)
   trainable, frozen = lora_jax.partition(weights, lora_jax.trainable_mask(weights))
   state = step.init_state(trainable, tx)
@@ -278,7 +284,7 @@ def describe_run() -> str:
       f"{', '.join(_SEEDS.value)}. Step: the median. Peak memory: that of the compiled step, with "
       "its arguments and results.",
     ]
-  )  # fmt: skip
+  )
 
 
 if __name__ == "__main__":

@@ -65,16 +65,18 @@ def main(argv: Sequence[str]) -> None:
     run(data)
   turns = {name: timed(functools.partial(run, data)) for name, data in ways.items()}
   seconds = run_in_turns(turns, _ROUNDS.value)
-  report = "\n".join([
-    "## Packing short examples: SmolLM2-135M, LoRA of rank 8, layers scanned",
-    "",
-    *describe_circumstances("benchmarks.packing", ["jax", "flax", "optax"]),
-    f"- {len(examples):,} sentences of {mean:.1f} tokens on average. {_ROUNDS.value} rounds of "
-    f"{_STEPS.value} steps. Tokens: those of the examples, without padding. Ratios: medians over "
-    "the rounds, with quartiles.",
-    "",
-    format_table(ways, seconds),
-  ])  # fmt: skip
+  report = "\n".join(
+    [
+      "## Packing short examples: SmolLM2-135M, LoRA of rank 8, layers scanned",
+      "",
+      *describe_circumstances("benchmarks.packing", ["jax", "flax", "optax"]),
+      f"- {len(examples):,} sentences of {mean:.1f} tokens on average. {_ROUNDS.value} rounds of "
+      f"{_STEPS.value} steps. Tokens: those of the examples, without padding. Ratios: medians over "
+      "the rounds, with quartiles.",
+      "",
+      format_table(ways, seconds),
+    ]
+  )
   publish(report, _OUTPUT.value)
 
 

@@ -80,9 +80,14 @@ def generate(model, prompts: torch.Tensor, count: int, answers) -> None:
     started = time.perf_counter()
     with torch.inference_mode():
       tokens = model.generate(
-        prompts, attention_mask=torch.ones_like(prompts), do_sample=False, use_cache=True,
-        max_new_tokens=count, min_new_tokens=count, pad_token_id=0,
-      )  # fmt: skip
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        do_sample=False,
+        use_cache=True,
+        max_new_tokens=count,
+        min_new_tokens=count,
+        pad_token_id=0,
+      )
     _synchronize()
     seconds = time.perf_counter() - started
     return {"seconds": seconds, "tokens": tokens[:, prompts.shape[1] :].tolist()}

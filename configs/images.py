@@ -53,9 +53,19 @@ CONVOLUTIONS = ((".*/depthwise/conv/kernel", {"rank": 1, "alpha": 2.0}), "convol
 
 def get_config(text: str = "") -> ml_collections.ConfigDict:
   args = arguments.parse(
-    text, cifar=False, pneumonia=False, data="", model="vit", method="lora", rank=0, smoke=False,
-    sweep=False, attention="auto", landmarks=0, size=0,
-  )  # fmt: skip
+    text,
+    cifar=False,
+    pneumonia=False,
+    data="",
+    model="vit",
+    method="lora",
+    rank=0,
+    smoke=False,
+    sweep=False,
+    attention="auto",
+    landmarks=0,
+    size=0,
+  )
   if args["cifar"] + args["pneumonia"] + bool(args["data"]) != 1:
     raise ValueError("give one of :cifar, :pneumonia and :data=folder")
   if args["model"] not in _MODELS:

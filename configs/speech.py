@@ -43,9 +43,16 @@ _METHODS = {"head": "full", "lora_all": "lora"}  # as configs/adapters.py names 
 
 def get_config(text: str = "") -> ml_collections.ConfigDict:
   args = arguments.parse(
-    text, coffee=False, digits=False, data="", task="transcribe", method="lora", rank=0,
-    smoke=False, sweep=False,
-  )  # fmt: skip
+    text,
+    coffee=False,
+    digits=False,
+    data="",
+    task="transcribe",
+    method="lora",
+    rank=0,
+    smoke=False,
+    sweep=False,
+  )
   if args["coffee"] + args["digits"] + bool(args["data"]) != 1:
     raise ValueError("give one of :coffee, :digits and :data=clips.jsonl")
   if args["task"] not in ("transcribe", "ctc"):

@@ -105,9 +105,13 @@ def compress(config: ConfigDict, folder: pathlib.Path):
   storage.save(target, model.params, model.config, pretrained.tokenizer, steps=steps)
   if model.adapters:
     exchange.save(
-      folder / "adapter", model.adapters, model.params, model.axes, base_model=str(target),
+      folder / "adapter",
+      model.adapters,
+      model.params,
+      model.axes,
+      base_model=str(target),
       table=table_of(model),
-    )  # fmt: skip
+    )
   data.write_rest(folder)
   report.write(folder, rows, "\n".join([*remarks(rows), "", about()]))
   print(report.table(rows))

@@ -98,8 +98,12 @@ class Windows:
     method = None if HEAD in paths else "hidden"
     return calibration.second_moments(
       lambda params, tokens: model.apply({"params": params}, tokens, method=method),
-      model.weights, paths, self.batches(), axes=model.axes, diagonal=diagonal,
-    )  # fmt: skip
+      model.weights,
+      paths,
+      self.batches(),
+      axes=model.axes,
+      diagonal=diagonal,
+    )
 
   def gradients(self, model: Model, paths: Sequence[str]):
     def loss(params, tokens_BT):
@@ -119,9 +123,14 @@ class TaskBatches:
 
   def inputs(self, model: Model, paths: Sequence[str], *, diagonal: bool = False):
     found = calibration.second_moments(
-      self.task.run(self.forward(model)), model.weights, paths, self.batches, axes=model.axes,
-      diagonal=diagonal, mask=self.task.mask,
-    )  # fmt: skip
+      self.task.run(self.forward(model)),
+      model.weights,
+      paths,
+      self.batches,
+      axes=model.axes,
+      diagonal=diagonal,
+      mask=self.task.mask,
+    )
     leaves = tree.flatten(model.params, is_leaf=is_weight)
     for path, moments in found.items():
       rows, inputs = int(jnp.min(moments.rows)), leaves[path].shape[0]
@@ -268,9 +277,11 @@ def quantize_step(section: ConfigDict, model: Model, data: Calibration) -> Model
   opened = factors.open_factors(params)
   leaves = tree.flatten(opened, is_leaf=is_weight)
   names = {
-    name for path in paths if path not in calibrated
+    name
+    for path in paths
+    if path not in calibrated
     for name in ([path] if path in leaves else [f"{path}/a", f"{path}/b"])
-  }  # fmt: skip
+  }
 
   def smaller(name, leaf):
     if name not in names:

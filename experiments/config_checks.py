@@ -121,8 +121,11 @@ _CLIPS = {
 }  # fmt: skip
 _OF_ARRAYS = ("arrays", "test_arrays")
 _DETECTION = {name: rule for name, rule in _IMAGES.items() if name not in _OF_ARRAYS} | {
-  "annotations": NAME, "test_annotations": TEXT, "images": TEXT, "leave_out": sequence(NAME),
-}  # fmt: skip
+  "annotations": NAME,
+  "test_annotations": TEXT,
+  "images": TEXT,
+  "leave_out": sequence(NAME),
+}
 # The fields of `data` for tasks that do not read texts alone.
 _DATA_OF = {"images": _IMAGES, "detection": _DETECTION, "transcribe": _CLIPS, "ctc": _CLIPS}
 # The fields of `data` and of `task` that a task has.

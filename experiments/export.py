@@ -161,9 +161,14 @@ def export_adapters(output, adapters, found: pretrained.Pretrained, axes, *, bas
       worst = max(lost, key=lambda path: lost[path].max())
       print(f"of the change of a kernel at most {lost[worst].max():.2%} is lost ({worst})")
     exchange.save(
-      output, adapters, found.params, axes, base_model=base_model, table=found.table,
+      output,
+      adapters,
+      found.params,
+      axes,
+      base_model=base_model,
+      table=found.table,
       task_type=found.peft_task,
-    )  # fmt: skip
+    )
   print(f"wrote the adapters of {len(adapters)} leaves to {output}, {size(output):,} bytes")
 
 

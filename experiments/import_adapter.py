@@ -51,9 +51,14 @@ def import_into(run: workdir.Workdir, config: ConfigDict, file: peft.AdapterFile
   if base != config.model.source:
     print(f"the adapter was trained on {base!r}, and its base here is {config.model.source!r}")
   exchange.save(
-    run.adapter, adapters, params, axes, base_model=config.model.source, table=table,
+    run.adapter,
+    adapters,
+    params,
+    axes,
+    base_model=config.model.source,
+    table=table,
     task_type=pretrained.peft_task,
-  )  # fmt: skip
+  )
   print(f"imported the adapters of {len(adapters)} leaves into {run.path}")
 
 

@@ -109,10 +109,15 @@ def make_case(
     lambda key, params: lora_jax.init(key, params, specs, axes), jax.random.key(0), params
   )
   return Case(
-    task=task, model=base.config, params=params, axes=axes, specs=specs, adapters=adapters,
+    task=task,
+    model=base.config,
+    params=params,
+    axes=axes,
+    specs=specs,
+    adapters=adapters,
     data=task.summary(examples, config.train.batch_size),
     lines=task.lines(task.describe(training=examples)),
-  )  # fmt: skip
+  )
 
 
 def make_plan(config: ConfigDict, case: Case, mesh: Mesh | AbstractMesh) -> plan.Plan:

@@ -115,9 +115,14 @@ class Case:
   ) -> dict[str, float]:
     """The figures of weights on batches, with a bar of progress."""
     shown = progress.watched(
-      data, what, compiled=set(), shape_of=self.task.shape_of, unit=self.task.UNIT,
-      disable=self.quiet, **bar,
-    )  # fmt: skip
+      data,
+      what,
+      compiled=set(),
+      shape_of=self.task.shape_of,
+      unit=self.task.UNIT,
+      disable=self.quiet,
+      **bar,
+    )
     return evaluation.evaluate(eval_step, weights, shown, self.task.metrics)
 
 
@@ -222,6 +227,11 @@ def _settings(
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
     bound = defaults.bound_of(config, base.config, base.params, batch, shares)
   return defaults.choose(
-    member, make_case, mesh, planning.own_memory(), members=count, bound=bound,
+    member,
+    make_case,
+    mesh,
+    planning.own_memory(),
+    members=count,
+    bound=bound,
     agree=processes.agree,
-  )  # fmt: skip
+  )

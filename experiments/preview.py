@@ -30,9 +30,11 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config.", l
 _EXAMPLES = flags.DEFINE_integer("examples", 3, "How many examples to show.", 1)
 _SPLIT = flags.DEFINE_string("split", "train", "The split: train, validation or test.")
 _COLOR = flags.DEFINE_enum(
-  "color", "auto", ["auto", "always", "never"],
+  "color",
+  "auto",
+  ["auto", "always", "never"],
   "Colors or marks; auto: colors in a terminal, unless NO_COLOR is set.",
-)  # fmt: skip
+)
 
 # ECMA-48's "select graphic rendition"; 256 colors, as xterm has them.
 _GROUNDS, _GREYS = ("48;5;22;97", "48;5;28;97"), ("38;5;252", "38;5;245")

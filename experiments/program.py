@@ -80,9 +80,15 @@ def start(case: Case, run: workdir.Workdir) -> Program:
   tx, learning_rate = methods.make_optimizer(config)
   with progress.stage("start the adapters", disable=case.quiet):
     base, adapters = methods.start(
-      config.adapter, jax.random.key(config.seed), case.base.params, specs, case.axes,
-      case.task.run(case.forward), case.task.mask, case.train_batches(config.seed),
-    )  # fmt: skip
+      config.adapter,
+      jax.random.key(config.seed),
+      case.base.params,
+      specs,
+      case.axes,
+      case.task.run(case.forward),
+      case.task.mask,
+      case.train_batches(config.seed),
+    )
   exchange.check(adapters, base, case.axes, table=case.table)  # that it can end with an adapter/
   weights = lora_jax.attach(base, adapters)
   layout = parts.lay_out(weights, case.base.config, case.mesh)
@@ -104,9 +110,13 @@ def start(case: Case, run: workdir.Workdir) -> Program:
   def write_report() -> None:
     if processes.is_first():
       report.write_report(
-        run, targets=case.tables[0], command=processes.command(), lines=case.task.lines,
-        unit=case.task.UNIT, how=case.how,
-      )  # fmt: skip
+        run,
+        targets=case.tables[0],
+        command=processes.command(),
+        lines=case.task.lines,
+        unit=case.task.UNIT,
+        how=case.how,
+      )
 
   def finish(measure: Measure, state: step.State, frozen: PyTree, results: Results) -> None:
     weights = lora_jax.join(state.trainable, frozen)

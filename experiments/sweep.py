@@ -48,11 +48,17 @@ def start(
   with progress.stage("start the adapters", disable=case.quiet):
     starts = [
       methods.start(
-        each.adapter, jax.random.key(each.seed), base.params, specs, case.axes,
-        case.task.run(case.forward), case.task.mask, case.train_batches(each.seed),
+        each.adapter,
+        jax.random.key(each.seed),
+        base.params,
+        specs,
+        case.axes,
+        case.task.run(case.forward),
+        case.task.mask,
+        case.train_batches(each.seed),
       )[1]
       for each, specs in zip(configs, case.specs, strict=True)
-    ]  # fmt: skip
+    ]
     starts = [with_own_start(case, *each) for each in zip(configs, starts, strict=True)]
   exchange.check(starts[0], base.params, case.axes, table=case.table)  # that the run can end so
   adapters = members.stack(starts)
@@ -111,9 +117,13 @@ def start(
           command = sweep_results.command_of(fields[n])
           samples.draw(case, results["samples"], folder)
           report.write_report(
-            folder, targets=case.tables[n], command=command, lines=case.task.lines,
-            unit=case.task.UNIT, how=case.how,
-          )  # fmt: skip
+            folder,
+            targets=case.tables[n],
+            command=command,
+            lines=case.task.lines,
+            unit=case.task.UNIT,
+            how=case.how,
+          )
     if processes.is_first():
       sweep_results.write_results(run, fields, common, rows, case.task)
     table = sweep_results.format_rows(rows, tables.rendered)
@@ -125,8 +135,10 @@ def start(
     frozen=frozen,
     apply=apply,
     train_step=members.make_train_step(
-      methods.make_objective(case.config, case.task, apply), make_tx,
-      parts=case.config.train.accumulate, shardings=shardings[0],
+      methods.make_objective(case.config, case.task, apply),
+      make_tx,
+      parts=case.config.train.accumulate,
+      shardings=shardings[0],
       in_turn=members.in_turn(case.axes),
     ),
     steps=settings.rates.shape[1],
@@ -137,7 +149,7 @@ def start(
     validate=validate,
     write_report=lambda: None,  # there is one for each member, at the end
     finish=finish,
-  )  # fmt: skip
+  )
 
 
 def with_own_start(

@@ -23,10 +23,20 @@ from lora_jax.weights.low_rank import PRODUCT
 
 
 def jit(
-  *args, evaluate, jaxpr, name, in_shardings=(), out_shardings=(), in_layouts=None,
-  out_layouts=None, donated_invars=None, ctx_mesh=None, keep_unused=None, inline=None,
+  *args,
+  evaluate,
+  jaxpr,
+  name,
+  in_shardings=(),
+  out_shardings=(),
+  in_layouts=None,
+  out_layouts=None,
+  donated_invars=None,
+  ctx_mesh=None,
+  keep_unused=None,
+  inline=None,
   compiler_options_kvs=None,
-):  # fmt: skip
+):
   # Not wrapped in a new jit: it would be compiled again at every eager call, and inside another jit
   # it would make no difference. So the parameters for compilation have no effect.
   del in_layouts, out_layouts, donated_invars, ctx_mesh, keep_unused, inline, compiler_options_kvs
@@ -58,8 +68,9 @@ def remat(*args, evaluate, jaxpr, policy, prevent_cse, differentiated):
 def cond(index, *args, evaluate, branches):
   if is_weight(index):
     index = evaluate.array(index, "it chooses the branch")
-  returned = [jax.eval_shape(lambda args, jaxpr=jaxpr: evaluate(jaxpr, args), args)
-              for jaxpr in branches]  # fmt: skip
+  returned = [
+    jax.eval_shape(lambda args, jaxpr=jaxpr: evaluate(jaxpr, args), args) for jaxpr in branches
+  ]
   kept = [all(map(is_weight, outs)) and _same(outs) for outs in zip(*returned, strict=True)]
 
   def branch(jaxpr):
@@ -92,9 +103,19 @@ def while_loop(*args, evaluate, cond_jaxpr, cond_nconsts, body_jaxpr, body_ncons
 
 
 def scan(
-  *args, evaluate, jaxpr, length, reverse, unroll, num_consts=None, num_carry=None, ft_in=None,
-  ft_out=None, linear=None, _split_transpose=None,
-):  # fmt: skip
+  *args,
+  evaluate,
+  jaxpr,
+  length,
+  reverse,
+  unroll,
+  num_consts=None,
+  num_carry=None,
+  ft_in=None,
+  ft_out=None,
+  linear=None,
+  _split_transpose=None,
+):
   del ft_out, linear, _split_transpose  # the first follows from the rest; the others affect speed
   try:
     num_consts, num_carry = compat.scan_counts(num_consts, num_carry, ft_in)
@@ -126,9 +147,16 @@ def scan(
 
 
 def shard_map(
-  *args, evaluate, jaxpr, mesh, in_specs, out_specs, check_vma, manual_axes=None,
+  *args,
+  evaluate,
+  jaxpr,
+  mesh,
+  in_specs,
+  out_specs,
+  check_vma,
+  manual_axes=None,
   newly_manual_axes=None,
-):  # fmt: skip
+):
   args, specs = list(args), list(in_specs)
   for n, x in enumerate(args):
     if is_weight(x):
@@ -144,9 +172,13 @@ def shard_map(
   names = newly_manual_axes if manual_axes is None else manual_axes  # renamed in JAX 0.8.1
   assert names is not None
   return jax.shard_map(
-    body, mesh=mesh, in_specs=tuple(specs), out_specs=tuple(out_specs), check_vma=check_vma,
+    body,
+    mesh=mesh,
+    in_specs=tuple(specs),
+    out_specs=tuple(out_specs),
+    check_vma=check_vma,
     axis_names=names,
-  )(*args)  # fmt: skip
+  )(*args)
 
 
 class _Carry:

@@ -42,45 +42,93 @@ def dot_general(
   if is_weight(lhs) and is_weight(rhs):
     rhs = evaluate.array(rhs, "both operands of the product are weights")
   return base.dot_general(
-    lhs, rhs, dimension_numbers, precision=precision, out_sharding=out_sharding,
+    lhs,
+    rhs,
+    dimension_numbers,
+    precision=precision,
+    out_sharding=out_sharding,
     preferred_element_type=preferred_element_type,
-  )  # fmt: skip
+  )
 
 
 def conv_general_dilated(
-  x, kernel, *, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers,
-  feature_group_count, batch_group_count, precision, preferred_element_type, out_sharding=None,
-):  # fmt: skip
+  x,
+  kernel,
+  *,
+  window_strides,
+  padding,
+  lhs_dilation,
+  rhs_dilation,
+  dimension_numbers,
+  feature_group_count,
+  batch_group_count,
+  precision,
+  preferred_element_type,
+  out_sharding=None,
+):
   return base.conv_general_dilated(
-    x, kernel, window_strides=window_strides, padding=padding, lhs_dilation=lhs_dilation,
-    rhs_dilation=rhs_dilation, dimension_numbers=dimension_numbers, precision=precision,
-    feature_group_count=feature_group_count, batch_group_count=batch_group_count,
-    preferred_element_type=preferred_element_type, **_placed(out_sharding),
-  )  # fmt: skip
+    x,
+    kernel,
+    window_strides=window_strides,
+    padding=padding,
+    lhs_dilation=lhs_dilation,
+    rhs_dilation=rhs_dilation,
+    dimension_numbers=dimension_numbers,
+    precision=precision,
+    feature_group_count=feature_group_count,
+    batch_group_count=batch_group_count,
+    preferred_element_type=preferred_element_type,
+    **_placed(out_sharding),
+  )
 
 
 def ragged_dot_general(
-  lhs, rhs, group_sizes, *, ragged_dot_dimension_numbers, precision, preferred_element_type,
-  group_offset=None, out_sharding=None,
-):  # fmt: skip
+  lhs,
+  rhs,
+  group_sizes,
+  *,
+  ragged_dot_dimension_numbers,
+  precision,
+  preferred_element_type,
+  group_offset=None,
+  out_sharding=None,
+):
   if group_offset is not None:
     raise NotFactored("the groups have an offset")
   return base.ragged_dot_general(
-    lhs, rhs, group_sizes, ragged_dot_dimension_numbers=ragged_dot_dimension_numbers,
-    precision=precision, preferred_element_type=preferred_element_type, **_placed(out_sharding),
-  )  # fmt: skip
+    lhs,
+    rhs,
+    group_sizes,
+    ragged_dot_dimension_numbers=ragged_dot_dimension_numbers,
+    precision=precision,
+    preferred_element_type=preferred_element_type,
+    **_placed(out_sharding),
+  )
 
 
 def gather(
-  operand, indices, *, dimension_numbers, slice_sizes, indices_are_sorted, unique_indices, mode,
+  operand,
+  indices,
+  *,
+  dimension_numbers,
+  slice_sizes,
+  indices_are_sorted,
+  unique_indices,
+  mode,
   fill_value,
-):  # fmt: skip
+):
   if is_weight(indices):
     raise NotFactored("the weight is used as an index", indices)
   return looked_up(
-    operand, indices, dimension_numbers=dimension_numbers, slice_sizes=slice_sizes, mode=mode,
-    indices_are_sorted=indices_are_sorted, unique_indices=unique_indices, fill_value=fill_value,
-  )  # fmt: skip
+    operand,
+    indices,
+    dimension_numbers=dimension_numbers,
+    slice_sizes=slice_sizes,
+    mode=mode,
+    indices_are_sorted=indices_are_sorted,
+    unique_indices=unique_indices,
+    fill_value=fill_value,
+  )
 
 
 # ---- the same array, with another dtype or on other devices

@@ -23,10 +23,16 @@ def make(count: int, seed: int) -> tuple[list[np.ndarray], dict]:
       y = int(rng.integers(0, HEIGHT - height + 1))
       kind = int(rng.integers(2))
       picture[y : y + height, x : x + width, kind] = 220
-      annotations.append({
-        "id": len(annotations), "image_id": 10 + n, "category_id": 5 + kind,
-        "bbox": [x, y, width, height], "area": width * height, "iscrowd": 0,
-      })  # fmt: skip
+      annotations.append(
+        {
+          "id": len(annotations),
+          "image_id": 10 + n,
+          "category_id": 5 + kind,
+          "bbox": [x, y, width, height],
+          "area": width * height,
+          "iscrowd": 0,
+        }
+      )
     pictures.append(picture)
   categories = [{"id": 5 + n, "name": label} for n, label in enumerate(LABELS)]
   return pictures, {"images": images, "annotations": annotations, "categories": categories}

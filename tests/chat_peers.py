@@ -66,9 +66,12 @@ FORGETTING = r"""{% for message in messages %}<|im_start|>{{ message.role }}
 {% endif %}"""
 
 OWN = {
-  "chatml": CHATML, "marked": MARKED, "closing": CLOSING, "alternating": ALTERNATING,
+  "chatml": CHATML,
+  "marked": MARKED,
+  "closing": CLOSING,
+  "alternating": ALTERNATING,
   "forgetting": FORGETTING,
-}  # fmt: skip
+}
 
 # Of the wheel trl==1.16.0, in `trl/chat_templates`; the others are tested on request.
 STOCK = (

@@ -181,7 +181,8 @@ tests:
 IMAGE_COLUMNS = {
   "safetensors": ([test_image_models.test_logits_are_those_of_transformers], set()),
   "export merged": (
-    [test_image_models.test_a_written_model_is_read_back_by_transformers_and_here], set(),
+    [test_image_models.test_a_written_model_is_read_back_by_transformers_and_here],
+    set(),
   ),
   "PEFT in": ([test_image_exchange.test_an_adapter_of_peft_with_its_classifier_is_read], set()),
   "PEFT out": (
@@ -189,9 +190,10 @@ IMAGE_COLUMNS = {
     set(),
   ),
   "trained by a command": (
-    [test_images_task.test_a_family_is_planned_trained_evaluated_and_exported_by_commands], set(),
+    [test_images_task.test_a_family_is_planned_trained_evaluated_and_exported_by_commands],
+    set(),
   ),
-}  # fmt: skip
+}
 """The same of models of images."""
 
 SPEECH = """\

@@ -57,8 +57,10 @@ def jit_with_the_kernel_sharded_by_its_outputs_and_the_rows_by_data():
   on = mesh(2, 2)
   specs = W.partition_specs(jax.P(None, "tensor"))
   assert (specs.w, specs.a, specs.b) == (
-    jax.P(None, "tensor"), jax.P(None, None), jax.P(None, "tensor"),
-  )  # fmt: skip
+    jax.P(None, "tensor"),
+    jax.P(None, None),
+    jax.P(None, "tensor"),
+  )
   shardings = jax.tree.map(lambda spec: NamedSharding(on, spec), specs)
   rows = NamedSharding(on, jax.P("data"))
   step = jax.jit(jax.grad(loss(adapt(f, strict=True))), in_shardings=(shardings, rows))
@@ -72,9 +74,11 @@ def shard_map_inside_with_the_contracted_axis_sharded():
     return jax.lax.psum(x @ w, "tensor")
 
   mapped = jax.shard_map(
-    partial_products, mesh=mesh(2, 2), in_specs=(jax.P("tensor", None), jax.P("data", "tensor")),
+    partial_products,
+    mesh=mesh(2, 2),
+    in_specs=(jax.P("tensor", None), jax.P("data", "tensor")),
     out_specs=jax.P("data", None),
-  )  # fmt: skip
+  )
   assert_close(adapt(mapped, strict=True)(W, X), X @ materialize(W))
   gradient = jax.grad(loss(adapt(mapped, strict=True)))(W, X)
   assert_close(gradient, jax.grad(loss(lambda w, x: x @ materialize(w)))(W, X))

@@ -100,9 +100,13 @@ def broadcast(w, x, at):
 
 def convolved(w, x, at):
   return lax.conv_general_dilated(
-    x, w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"),
+    x,
+    w,
+    (1,),
+    "SAME",
+    dimension_numbers=("NWC", "WIO", "NWC"),
     out_sharding=at(P("data", None, "model")),
-  )  # fmt: skip
+  )
 
 
 def experts(w, x, at):

@@ -14,13 +14,16 @@ _SIZES = {
 _LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1_000_000.0}
 _GEMMA = {"head_dim": 16, "sliding_window": 7, "query_pre_attn_scalar": 24}
 _FACTORS = {  # of heads of 8 features of which 6 are rotated
-  "short_factor": [1.0, 1.1, 1.3], "long_factor": [1.0, 2.5, 4.0],
-}  # fmt: skip
+  "short_factor": [1.0, 1.1, 1.3],
+  "long_factor": [1.0, 2.5, 4.0],
+}
 _LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75} | _FACTORS
 _YARN = {
-  "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+  "rope_type": "yarn",
+  "rope_theta": 10000.0,
+  "factor": 4.0,
   "original_max_position_embeddings": 32,
-}  # fmt: skip
+}
 
 _EXPERTS = {"head_dim": 16, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _GPT_OSS = {

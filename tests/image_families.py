@@ -11,9 +11,13 @@ from torch_models import Twins
 from lora_jax.io import pretrained
 
 _VIT = {
-  "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
-  "image_size": 28, "patch_size": 7,
-}  # fmt: skip
+  "hidden_size": 32,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 4,
+  "intermediate_size": 48,
+  "image_size": 28,
+  "patch_size": 7,
+}
 _DINO = {x: y for x, y in _VIT.items() if x != "intermediate_size"} | {"mlp_ratio": 2}
 _MOBILENET = {"depth_multiplier": 0.35, "image_size": 64}
 _RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [2, 1], "layer_type": "basic"}

@@ -25,26 +25,52 @@ from lora_jax.train import optimizer, parallel, step
 
 # No two kernels have the same axes, whole or cut in 2, 4 or 8.
 CONFIG = llama.LlamaConfig(
-  vocab_size=112, width=64, mlp_width=160, num_layers=2, num_heads=12, num_kv_heads=4, head_dim=8,
-  max_length=32, scan_layers=True, tie_embeddings=True,
-)  # fmt: skip
+  vocab_size=112,
+  width=64,
+  mlp_width=160,
+  num_layers=2,
+  num_heads=12,
+  num_kv_heads=4,
+  head_dim=8,
+  max_length=32,
+  scan_layers=True,
+  tie_embeddings=True,
+)
 STEPS, ROWS, LENGTH, TARGETS, RANK = 20, 16, 12, 4, 4
 UNTIED = dataclasses.replace(CONFIG, tie_embeddings=False, scan_layers=False)
 # What the relatives of Llama have, all at once.
 RELATIVE = dataclasses.replace(
-  CONFIG, qkv_bias=True, qk_norm=True, window=5, local_layers=(True, False),
-  local_rope_theta=500.0, activation="gelu_tanh", unit_offset=True, post_norms=True,
-  scale_embeddings=True, query_divisor=12.0, attn_softcap=20.0, logit_softcap=10.0,
-)  # fmt: skip
+  CONFIG,
+  qkv_bias=True,
+  qk_norm=True,
+  window=5,
+  local_layers=(True, False),
+  local_rope_theta=500.0,
+  activation="gelu_tanh",
+  unit_offset=True,
+  post_norms=True,
+  scale_embeddings=True,
+  query_divisor=12.0,
+  attn_softcap=20.0,
+  logit_softcap=10.0,
+)
 EXPERTS = dataclasses.replace(
-  CONFIG, qk_norm=True,
+  CONFIG,
+  qk_norm=True,
   experts=llama.ExpertConfig(num_experts=6, per_token=2, width=80, normalized=True),
-)  # fmt: skip
+)
 OF_EXPERTS = {(6, 64, 160), (6, 80, 64), (6, 64, 80), (6, 160, 64)}
 FUSED = dataclasses.replace(
-  CONFIG, fused=True, rotary_dim=6, rotated_layers=(True, False), pre_norms=False, post_norms=True,
-  residual_multiplier=0.5, query_growth=0.1, query_length=4,
-)  # fmt: skip
+  CONFIG,
+  fused=True,
+  rotary_dim=6,
+  rotated_layers=(True, False),
+  pre_norms=False,
+  post_norms=True,
+  residual_multiplier=0.5,
+  query_growth=0.1,
+  query_length=4,
+)
 OLMO = dataclasses.replace(
   CONFIG,
   pre_norms=False,
@@ -64,20 +90,47 @@ GPT_OSS = dataclasses.replace(
   experts=llama.ExpertConfig(num_experts=6, per_token=2, width=80, clamped=True, biases=True),
 )
 GPT2 = gpt2.GPT2Config(
-  vocab_size=112, width=64, mlp_width=160, num_layers=2, num_heads=8, head_dim=8, max_length=32,
+  vocab_size=112,
+  width=64,
+  mlp_width=160,
+  num_layers=2,
+  num_heads=8,
+  head_dim=8,
+  max_length=32,
   scan_layers=True,
-)  # fmt: skip
+)
 # Two layers have keys and values, two see theirs; MLPs of two widths.
 GEMMA4 = gemma4.Gemma4Config(
-  vocab_size=112, width=64, mlp_width=160, num_layers=4, num_heads=12, num_kv_heads=4, head_dim=8,
-  full_kv_heads=4, full_head_dim=16, rotary_dim=4, max_length=32, window=5, shared_layers=2,
-  local_layers=(True, False, True, False), wide_shared_mlp=True, per_layer_width=24,
-  per_layer_vocab=112, logit_softcap=10.0,
-)  # fmt: skip
+  vocab_size=112,
+  width=64,
+  mlp_width=160,
+  num_layers=4,
+  num_heads=12,
+  num_kv_heads=4,
+  head_dim=8,
+  full_kv_heads=4,
+  full_head_dim=16,
+  rotary_dim=4,
+  max_length=32,
+  window=5,
+  shared_layers=2,
+  local_layers=(True, False, True, False),
+  wide_shared_mlp=True,
+  per_layer_width=24,
+  per_layer_vocab=112,
+  logit_softcap=10.0,
+)
 BERT = bert.BertConfig(
-  vocab_size=112, width=64, mlp_width=160, num_layers=2, num_heads=8, head_dim=8, max_length=32,
-  scan_layers=True, classes=("even", "odd"),
-)  # fmt: skip
+  vocab_size=112,
+  width=64,
+  mlp_width=160,
+  num_layers=2,
+  num_heads=8,
+  head_dim=8,
+  max_length=32,
+  scan_layers=True,
+  classes=("even", "odd"),
+)
 BERT_KERNELS = {(64, 64), (64, 160)}
 KERNELS = {(64, 96), (32, 64), (64, 160), (64, 112)}
 GEMMA4_KERNELS = KERNELS | {(64, 192), (64, 320), (24, 64)}

@@ -47,11 +47,13 @@ KINDS = {
     "wav2vec2",
     _SAMPLES
     | {
-      "feat_extract_norm": "layer", "conv_bias": True, "do_stable_layer_norm": True,
+      "feat_extract_norm": "layer",
+      "conv_bias": True,
+      "do_stable_layer_norm": True,
       "num_conv_pos_embeddings": 7,
     },
   ),
-}  # fmt: skip
+}
 """What the tests claim of each."""
 
 WHISPERS = [name for name, kind in KINDS.items() if kind.family == "whisper"]
@@ -105,9 +107,15 @@ def write(
   if name in WAV2VEC2S:
     return model
   words().save(str(folder / "tokenizer.json"))
-  (folder / "tokenizer_config.json").write_text(json.dumps(tiny_tokenizers.SETTINGS | {
-    "bos_token": END, "eos_token": END,
-  }))  # fmt: skip
+  (folder / "tokenizer_config.json").write_text(
+    json.dumps(
+      tiny_tokenizers.SETTINGS
+      | {
+        "bos_token": END,
+        "eos_token": END,
+      }
+    )
+  )
   return model
 
 

@@ -57,8 +57,11 @@ def test_leaves_that_are_never_contracted_have_no_roles():
   params = {"kernel": normal(11, 13), "bias": normal(13), "scale": normal(11), "unused": X}
   axes = trace_axes(lambda p, x: (x * p["scale"]) @ p["kernel"] + p["bias"], params, X)
   assert {path: a.roles for path, a in axes.items()} == {
-    "bias": "", "kernel": "io", "scale": "", "unused": "",
-  }  # fmt: skip
+    "bias": "",
+    "kernel": "io",
+    "scale": "",
+    "unused": "",
+  }
   assert axes["bias"].uses == ()
 
 
@@ -125,8 +128,11 @@ def test_linen_s_attention_tells_heads_from_inputs():
   params = jax.eval_shape(model.init, jax.random.key(0), normal(1, 4, 5))["params"]
   axes = trace_axes(lambda p, x: model.apply({"params": p}, x), params, normal(1, 4, 5))
   assert {path: a.roles for path, a in axes.items() if path.endswith("kernel")} == {
-    "query/kernel": "ioo", "key/kernel": "ioo", "value/kernel": "ioo", "out/kernel": "iio",
-  }  # fmt: skip
+    "query/kernel": "ioo",
+    "key/kernel": "ioo",
+    "value/kernel": "ioo",
+    "out/kernel": "iio",
+  }
 
 
 @pytest.mark.parametrize(
@@ -511,8 +517,9 @@ def test_convolutions_with_a_bias_need_no_trace_and_get_the_roles_that_it_finds(
     jax.tree.map(jnp.array_equal, without, lora_jax.init(key, params, specs, traced))
   )
   assert {path: a.roles for path, a in without.items()} == {
-    "params/Conv_0/kernel": "iiio", "params/conv_depthwise/kernel": "iiio",
-  }  # fmt: skip
+    "params/Conv_0/kernel": "iiio",
+    "params/conv_depthwise/kernel": "iiio",
+  }
 
 
 @pytest.mark.parametrize(

@@ -262,9 +262,17 @@ def test_several_fresh_adapters_are_stacked_as_they_are_for_training():
 def language_model(request):
   """A small Llama and two adapters of it."""
   config = llama.LlamaConfig(
-    vocab_size=97, width=16, mlp_width=40, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6,
-    max_length=32, tie_embeddings=True, scan_layers=request.param,
-  )  # fmt: skip
+    vocab_size=97,
+    width=16,
+    mlp_width=40,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    max_length=32,
+    tie_embeddings=True,
+    scan_layers=request.param,
+  )
   module = llama.Llama(config)
   tokens = jnp.zeros((1, 2), jnp.int32)
   params = jax.jit(module.init)(jax.random.key(0), tokens)["params"]
@@ -304,9 +312,16 @@ def test_texts_are_decoded_together_each_with_its_own_adapter(language_model):
   def text(params, prompt, length):
     cache = llama.init_cache(module.config, 1, 10)
     return decode.decode(
-      adapt(module.apply, strict=True), params, prompt[None], length[None], steps=6,
-      choose=decode.greedy, key=jax.random.key(0), eos_id=None, cache=cache,
-    )[0]  # fmt: skip
+      adapt(module.apply, strict=True),
+      params,
+      prompt[None],
+      length[None],
+      steps=6,
+      choose=decode.greedy,
+      key=jax.random.key(0),
+      eos_id=None,
+      cache=cache,
+    )[0]
 
   def row(stacked, slot, prompt, length):
     return text(attach(params, gate(stacked, slot)), prompt, length)

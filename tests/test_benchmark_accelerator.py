@@ -70,9 +70,16 @@ def test_parts_that_fail_or_have_no_time_are_named_with_the_reason(tmp_path):
 def test_every_part_runs_on_a_cpu_and_writes_its_section(tmp_path):
   output = tmp_path / "results.md"
   done = run(
-    "accelerator", "--model=tiny", "--dtype=float32", "--batch=2", "--length=16", "--ranks=2",
-    "--rounds=2", "--minutes=18", f"--output={output}",
-  )  # fmt: skip
+    "accelerator",
+    "--model=tiny",
+    "--dtype=float32",
+    "--batch=2",
+    "--length=16",
+    "--ranks=2",
+    "--rounds=2",
+    "--minutes=18",
+    f"--output={output}",
+  )
   assert done.returncode == 0, done.stderr
   report = output.read_text()
   for title in (

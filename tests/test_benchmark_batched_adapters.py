@@ -19,9 +19,14 @@ def test_each_number_of_adapters_has_its_rows_beside_the_one_adapter(tmp_path):
   output = tmp_path / "results.md"
   output.write_text("# Results\n")
   done = run_benchmark(
-    "--scan_layers", "--batch=4", "--length=3", "--adapters=2,3", "--rank=2", "--rounds=2",
+    "--scan_layers",
+    "--batch=4",
+    "--length=3",
+    "--adapters=2,3",
+    "--rank=2",
+    "--rounds=2",
     f"--output={output}",
-  )  # fmt: skip
+  )
   assert done.returncode == 0, done.stderr
   assert output.read_text() == f"# Results\n\n{done.stdout}"
   assert "`python -m benchmarks.batched_adapters --model=tiny --scan_layers" in done.stdout

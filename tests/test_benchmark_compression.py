@@ -15,9 +15,17 @@ compression = imported("benchmarks.compression")
 @pytest.fixture(scope="module")
 def case():
   config = llama.LlamaConfig(
-    vocab_size=61, width=64, mlp_width=128, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32,
-    max_length=64, tie_embeddings=True, scan_layers=True,
-  )  # fmt: skip
+    vocab_size=61,
+    width=64,
+    mlp_width=128,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=32,
+    max_length=64,
+    tie_embeddings=True,
+    scan_layers=True,
+  )
   model = llama.Llama(config)
   tokens = np.random.default_rng(0).integers(0, 61, size=(20, 32)).astype(np.int32)
   params = model.init(jax.random.key(0), tokens)["params"]

@@ -16,8 +16,9 @@ def test_every_family_has_a_model_of_four_layers_of_width_512():
     assert config.family == name and config.num_layers == 4
     shapes = families.param_shapes(config)
     assert {shapes["embed/embedding"], shapes["block_3/attn/out/kernel"]} == {
-      (4096, 512), (512, 512)
-    }  # fmt: skip
+      (4096, 512),
+      (512, 512),
+    }
     assert 14e6 < sum(np.prod(shape) for shape in shapes.values()) < 24e6
 
 

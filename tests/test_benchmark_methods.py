@@ -20,9 +20,16 @@ def get_config(tmp_path_factory, smollm2):
   """From a method and a seed to a config of a tiny Llama on 120 records."""
   folder = tmp_path_factory.mktemp("tiny")
   shape = llama.LlamaConfig(
-    vocab_size=smollm2.config.vocab_size, width=16, mlp_width=24, num_layers=2, num_heads=2,
-    num_kv_heads=2, head_dim=8, max_length=64, tie_embeddings=True,
-  )  # fmt: skip
+    vocab_size=smollm2.config.vocab_size,
+    width=16,
+    mlp_width=24,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=8,
+    max_length=64,
+    tie_embeddings=True,
+  )
   params = llama.Llama(shape).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
   export.save(folder / "model", params, shape, smollm2.tokenizer)
   rows = [
@@ -37,8 +44,11 @@ def get_config(tmp_path_factory, smollm2):
     config.model.source = str(folder / "model")
     data = config.data
     data.source, data.format, data.columns, data.sign_of = (
-      str(folder / "data.jsonl"), "jsonl", (), ""
-    )  # fmt: skip
+      str(folder / "data.jsonl"),
+      "jsonl",
+      (),
+      "",
+    )
     data.train, data.validation, data.test = 0.6, 0.2, 0.2
     return config
 

@@ -19,9 +19,14 @@ def test_each_number_of_members_has_both_forms(tmp_path):
   output = tmp_path / "results.md"
   output.write_text("# Results\n")
   done = run_benchmark(
-    "--scan_layers", "--batch=2", "--length=3", "--members=1,3", "--ranks=1,2", "--rounds=2",
+    "--scan_layers",
+    "--batch=2",
+    "--length=3",
+    "--members=1,3",
+    "--ranks=1,2",
+    "--rounds=2",
     f"--output={output}",
-  )  # fmt: skip
+  )
   assert done.returncode == 0, done.stderr
   assert output.read_text() == f"# Results\n\n{done.stdout}"
   assert "`python -m benchmarks.sweep --model=tiny --scan_layers" in done.stdout

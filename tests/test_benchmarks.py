@@ -90,9 +90,15 @@ def test_the_report_names_the_command_the_versions_and_every_cell_of_the_baselin
 @pytest.mark.slow
 def test_pytorch_s_rows_are_left_out_of_a_model_that_it_does_not_have():
   done = run_benchmark(
-    "--model=small", "--scan_layers", "--batch=1", "--length=8", "--ranks=1",
-    "--rows=naive,torch_peft", "--rounds=2", "--compilations=1",
-  )  # fmt: skip
+    "--model=small",
+    "--scan_layers",
+    "--batch=1",
+    "--length=8",
+    "--ranks=1",
+    "--rows=naive,torch_peft",
+    "--rounds=2",
+    "--compilations=1",
+  )
   assert done.returncode == 0, done.stderr
   has_torch = importlib.util.find_spec("torch") is not None
   reason = "for the language models only" if has_torch else "torch, peft not installed"

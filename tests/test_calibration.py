@@ -69,9 +69,15 @@ def test_the_moments_of_a_linen_model_are_those_of_its_captured_activations():
 
 
 CONFIG = llama.LlamaConfig(
-  vocab_size=31, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4,
+  vocab_size=31,
+  width=16,
+  mlp_width=24,
+  num_layers=2,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=4,
   max_length=16,
-)  # fmt: skip
+)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 31, (2, 4, 7)))
 
 
@@ -209,8 +215,11 @@ def test_rows_in_groups_count_for_the_matrix_that_they_meet(diagonal):
     second_moments(f, params, ["w"], [x], axes=axes, mask=lambda _: jnp.ones(5))
 
 
-@pytest.mark.parametrize("index", [lambda p, n: p["w"][n], lambda p, n: lax.dynamic_index_in_dim(
-  p["w"], n, keepdims=False)], ids=["slice", "dynamic_slice"])  # fmt: skip
+@pytest.mark.parametrize(
+  "index",
+  [lambda p, n: p["w"][n], lambda p, n: lax.dynamic_index_in_dim(p["w"], n, keepdims=False)],
+  ids=["slice", "dynamic_slice"],
+)
 def test_layers_that_are_picked_by_index_have_moments_of_their_own(index):
   def f(p, x):
     for n in (0, 2):
@@ -238,8 +247,11 @@ def test_a_convolution_s_rows_are_what_it_covers_at_each_position(groups, stride
   moments = second_moments(f, {"w": w}, ["w"], [x], axes=axes)["w"]
   windows = [
     x[n, i : i + 3, j : j + 2, 4 * g : 4 * g + 4].ravel()
-    for n in range(2) for g in range(groups) for i in range(0, 3, stride) for j in range(6)
-  ]  # fmt: skip
+    for n in range(2)
+    for g in range(groups)
+    for i in range(0, 3, stride)
+    for j in range(6)
+  ]
   check(moments, gram(np.stack(windows)), len(windows))
 
 

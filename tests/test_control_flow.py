@@ -172,9 +172,10 @@ def test_a_while_loop_whose_condition_needs_the_weight_runs_as_often_as_the_dens
 
   def counted(p, x):
     return lax.while_loop(
-      lambda s: jnp.sum(abs(s[1] @ p["up"])) < 500, lambda s: (s[0] + 1, s[1] + up_down(p, s[1])),
+      lambda s: jnp.sum(abs(s[1] @ p["up"])) < 500,
+      lambda s: (s[0] + 1, s[1] + up_down(p, s[1])),
       (0, x),
-    )  # fmt: skip
+    )
 
   weights = {name: low_rank(w, "io") for name, w in program.params.items()}
   steps, _ = adapt(counted, strict=True)(weights, X)

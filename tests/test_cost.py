@@ -79,9 +79,16 @@ def test_flops_are_two_for_each_multiply_and_add(f, args, expected):
 
 def test_the_forward_pass_of_a_model_is_the_rows_that_meet_each_matrix_and_attention():
   config = llama.LlamaConfig(
-    vocab_size=61, width=24, mlp_width=40, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=4,
-    max_length=64, scan_layers=True,
-  )  # fmt: skip
+    vocab_size=61,
+    width=24,
+    mlp_width=40,
+    num_layers=3,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=4,
+    max_length=64,
+    scan_layers=True,
+  )
   model, tokens = llama.Llama(config), shape(2, 9, dtype=jnp.int32)
   params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
 

@@ -71,11 +71,13 @@ BY_NAME = {
 def test_a_classifier_of_peft_is_read_with_its_modules_to_save(twins, tmp_path, name, targets):
   model = twins(name)
   config = peft.LoraConfig(
-    r=3, lora_alpha=2.0, task_type="SEQ_CLS",
+    r=3,
+    lora_alpha=2.0,
+    task_type="SEQ_CLS",
     target_modules=BY_NAME[name] if targets == "by name" else "all-linear",
     # PEFT adds `classifier`, by whose ending it would save what it has adapted already.
     modules_to_save=["pre_classifier"] if name == "DistilBERT" else None,
-  )  # fmt: skip
+  )
   expected = made_by_peft(model, config, tmp_path)
   adapters = model.load(tmp_path)
   assert {"head/kernel", "head/bias"} <= {

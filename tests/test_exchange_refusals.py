@@ -380,8 +380,9 @@ def test_a_stack_of_experts_is_refused(tmp_path):
   params = {"block_0": {"experts": {"kernel": jnp.ones((4, 6, 5))}}}
   axes = lora_jax.trace_axes(
     lambda p, x: jnp.einsum("end,edk->enk", x, p["block_0"]["experts"]["kernel"]),
-    params, jnp.ones((4, 2, 6)),
-  )  # fmt: skip
+    params,
+    jnp.ones((4, 2, 6)),
+  )
   adapters = lora_jax.init(
     jax.random.key(0), params, lora_jax.match(params, [(".*", LORA)], axes), axes
   )

@@ -131,8 +131,9 @@ def test_experts_of_one_layer_are_adapted_alone(twins, tmp_path):
   config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
   assert config["target_modules"] == []
   assert config["target_parameters"] == [
-    "model.layers.1.mlp.experts.down_proj", "model.layers.1.mlp.experts.gate_up_proj"
-  ]  # fmt: skip
+    "model.layers.1.mlp.experts.down_proj",
+    "model.layers.1.mlp.experts.gate_up_proj",
+  ]
   np.testing.assert_allclose(
     in_peft(model, tmp_path / "adapter"), model.logits(adapters), atol=1e-4
   )
@@ -144,9 +145,11 @@ def test_the_factors_lie_as_peft_nests_its_wrappers(twins, tmp_path):
   model.save(tmp_path / "adapter", adapters)
   tensors = safetensors.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
   assert {name: x.shape for name, x in tensors.items() if name.startswith(PREFIX)} == {
-    f"{PREFIX}.base_layer.lora_A.weight": (15, 32), f"{PREFIX}.base_layer.lora_B.weight": (48, 15),
-    f"{PREFIX}.lora_A.weight": (15, 24), f"{PREFIX}.lora_B.weight": (32, 15),
-  }  # fmt: skip
+    f"{PREFIX}.base_layer.lora_A.weight": (15, 32),
+    f"{PREFIX}.base_layer.lora_B.weight": (48, 15),
+    f"{PREFIX}.lora_A.weight": (15, 24),
+    f"{PREFIX}.lora_B.weight": (32, 15),
+  }
   adapter = adapters["block_0/mlp/experts/down/kernel"]
   a = tensors[f"{PREFIX}.lora_A.weight"].reshape(5, 3, 24)
   b = tensors[f"{PREFIX}.lora_B.weight"].reshape(32, 3, 5)
@@ -197,7 +200,7 @@ def rewrite(folder, fields=None, drop=(), change=None):
       "PEFT has no DoRA of model.layers.0.mlp.experts.down_proj, a parameter",
     ),
   ],
-)  # fmt: skip
+)
 def test_a_folder_that_does_not_fit_is_refused(twins, adapter, changes, words):
   rewrite(adapter, **changes)
   with pytest.raises(ValueError, match=words):

@@ -15,9 +15,13 @@ from lora_jax import adapt, cost, materialize
 from lora_jax.weights import Factored
 
 A_FEW = (
-  "jit", "scan over layers", "vmap over a stack", "convolution, the channels first",
-  "experts by ragged_dot", "one of a stack, traced",
-)  # fmt: skip
+  "jit",
+  "scan over layers",
+  "vmap over a stack",
+  "convolution, the channels first",
+  "experts by ragged_dot",
+  "one of a stack, traced",
+)
 
 
 @pytest.mark.parametrize("name", A_FEW)

@@ -73,9 +73,12 @@ LORA = lora_jax.LoRA(rank=3, alpha=2.0)
 def test_an_adapter_of_peft_on_all_linear_layers_and_biases_is_read(twins, tmp_path, family, name):
   model = twins(name)
   config = peft.LoraConfig(
-    r=3, lora_alpha=2.0, target_modules="all-linear", task_type="CAUSAL_LM",
+    r=3,
+    lora_alpha=2.0,
+    target_modules="all-linear",
+    task_type="CAUSAL_LM",
     bias="all" if family in ("qwen2", "gpt2") else "none",
-  )  # fmt: skip
+  )
   expected = made_by_peft(model, config, tmp_path)
   adapters = model.load(tmp_path)
   own = families.num_kernels(name, families.projections(family))

@@ -111,9 +111,13 @@ def test_adapters_of_peft_by_the_names_of_conv1d_are_read_and_written_back(
   twins, tmp_path, use_dora
 ):
   config = peft.LoraConfig(
-    r=3, lora_alpha=2.0, target_modules=CONV1D, fan_in_fan_out=True, use_dora=use_dora,
+    r=3,
+    lora_alpha=2.0,
+    target_modules=CONV1D,
+    fan_in_fan_out=True,
+    use_dora=use_dora,
     task_type="CAUSAL_LM",
-  )  # fmt: skip
+  )
   expected = made_by_peft(twins, config, tmp_path / "theirs")
   adapters = twins.load(tmp_path / "theirs")
   assert {type(x) for x in adapters.values()} == {DoRA if use_dora else LowRank}

@@ -24,9 +24,10 @@ def haiku_model():
   transformed = hk.without_apply_rng(hk.transform(attention_and_mlp))
   x = normal(2, 4, 11)
   expected = {
-    "mlp/~/linear_0/w": "io", "mlp/~/linear_1/w": "io",
+    "mlp/~/linear_0/w": "io",
+    "mlp/~/linear_1/w": "io",
     **{f"multi_head_attention/{name}/w": "io" for name in ("key", "query", "value", "linear")},
-  }  # fmt: skip
+  }
   return transformed.apply, transformed.init(KEY, x), x, expected
 
 
@@ -45,8 +46,10 @@ def equinox_model():
     return jax.vmap(eqx.combine(params, static))(x)
 
   expected = {
-    "layers/0/weight": "oi", "layers/3/layers/0/weight": "oi", "layers/3/layers/1/weight": "oi",
-  }  # fmt: skip
+    "layers/0/weight": "oi",
+    "layers/3/layers/0/weight": "oi",
+    "layers/3/layers/1/weight": "oi",
+  }
   return f, params, normal(3, 11), expected
 
 

@@ -22,8 +22,10 @@ def run(reader: str, seed: int, count: int, folder: pathlib.Path, seconds: int =
   done = subprocess.run(
     [sys.executable, TESTS / "hostile_worker.py", *arguments],
     env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(TESTS.parent)},
-    capture_output=True, text=True, timeout=1100,
-  )  # fmt: skip
+    capture_output=True,
+    text=True,
+    timeout=1100,
+  )
   assert done.returncode == 0, done.stderr[-2000:]
   return json.loads(done.stdout.splitlines()[-1])
 

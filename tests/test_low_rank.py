@@ -104,8 +104,12 @@ def structural_operations(draw, w):
 
 
 def shapes_of_size(size: int) -> list[tuple[int, ...]]:
-  return [s for n in range(1, 6) for s in itertools.product(range(1, 10), repeat=n)
-          if math.prod(s) == size]  # fmt: skip
+  return [
+    s
+    for n in range(1, 6)
+    for s in itertools.product(range(1, 10), repeat=n)
+    if math.prod(s) == size
+  ]
 
 
 class Sized:

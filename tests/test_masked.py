@@ -24,11 +24,13 @@ PROGRAMS = {
   "heads": (lambda w, x: jnp.einsum("bd,dhk->bhk", x, w), (16, 4, 3), "ioo", normal(5, 16)),
   "scan": (
     lambda w, x: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0],
-    (3, 16, 16), "sio", normal(5, 16),
+    (3, 16, 16),
+    "sio",
+    normal(5, 16),
   ),
   "convolution": (convolve, (3, 4, 6), "iio", normal(2, 7, 4)),
   "embedding": (lambda w, ids: w[ids], (16, 12), "io", jnp.array([3, 0, 3])),
-}  # fmt: skip
+}
 
 
 def pair(shape, roles, rank=2, filled=5):

@@ -84,8 +84,10 @@ def test_the_quickstart_notebook_trains_a_real_model_and_keeps_the_adapter(tmp_p
   assert difference < 1e-6
   assert len(re.findall(r"^ *\d+% → +\d+%  ", printed, re.MULTILINE)) == 4
   assert {path.name for path in (folder / "runs/notebook").rglob("*.*")} == {
-    "adapter_config.json", "adapter_model.safetensors", "loss.png"
-  }  # fmt: skip
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "loss.png",
+  }
   assert "arning" not in errors
 
 
@@ -100,8 +102,9 @@ def test_the_notebook_on_own_data_previews_trains_talks_and_exports(tmp_path, mo
   assert adapted.startswith("Arr") and not base.startswith("Arr")
   assert "> /base\n(the base, without the adapter)\n" in printed
   assert {path.name for path in (folder / "runs/adapter").iterdir()} == {
-    "adapter_config.json", "adapter_model.safetensors"
-  }  # fmt: skip
+    "adapter_config.json",
+    "adapter_model.safetensors",
+  }
   assert "Traceback" not in printed and "Error" not in printed and errors == ""
 
 

@@ -145,9 +145,13 @@ def test_every_command_has_flags_and_a_config_that_its_program_knows(tmp_path):
   assert len(given) >= 27
   done = subprocess.run(
     [sys.executable, "-c", PARSE],
-    input=json.dumps(given), text=True, capture_output=True, cwd=ROOT, timeout=600,
+    input=json.dumps(given),
+    text=True,
+    capture_output=True,
+    cwd=ROOT,
+    timeout=600,
     env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
-  )  # fmt: skip
+  )
   assert done.returncode == 0, done.stderr
 
 
@@ -210,9 +214,13 @@ def test_every_command_runs_to_its_end_in_the_order_of_the_page(tiny, tmp_path):
   for words in run:
     done = subprocess.run(
       [sys.executable, "-m", *short(words, tmp_path, tiny)],
-      cwd=ROOT, text=True, capture_output=True, timeout=600, input="Hello!\n",
+      cwd=ROOT,
+      text=True,
+      capture_output=True,
+      timeout=600,
+      input="Hello!\n",
       env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
+    )
     if done.returncode:
       failed.append(f"{words}\n{done.stdout}\n{done.stderr}")
     elif words[0] == "experiments.generate":

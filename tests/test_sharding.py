@@ -116,9 +116,16 @@ def test_the_factors_of_a_kernel_are_cut_as_the_axes_that_they_share_with_it(sta
 
 def test_every_adapter_method_of_a_llama_can_be_laid_out():
   config = llama.LlamaConfig(
-    vocab_size=24, width=16, mlp_width=32, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=4,
-    max_length=8, scan_layers=True,
-  )  # fmt: skip
+    vocab_size=24,
+    width=16,
+    mlp_width=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=4,
+    max_length=8,
+    scan_layers=True,
+  )
   params = jax.eval_shape(llama.Llama(config).init, jax.random.key(0), jnp.zeros((1, 2), int))[
     "params"
   ]
@@ -212,8 +219,10 @@ def test_what_an_optimiser_keeps_lies_where_its_parameter_lies():
 def test_the_mesh_takes_all_devices_or_says_why_not():
   devices = jax.device_count()
   assert sharding.make_mesh(data=-1, fsdp=1, tensor=1).shape == {
-    "data": devices, "fsdp": 1, "tensor": 1,
-  }  # fmt: skip
+    "data": devices,
+    "fsdp": 1,
+    "tensor": 1,
+  }
   with pytest.raises(ValueError, match=f"mesh data 7 x fsdp 11 x tensor 1 .* {devices} devices"):
     sharding.make_mesh(data=7, fsdp=11, tensor=1)
   with pytest.raises(ValueError, match="at least 1; one may be -1"):

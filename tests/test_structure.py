@@ -234,9 +234,13 @@ def _setup() -> configparser.ConfigParser:
 def test_what_is_installed_is_what_is_imported():
   """The names of packages and modules, where they differ."""
   modules = {
-    "absl-py": "absl", "huggingface_hub": "huggingface_hub", "orbax-checkpoint": "orbax",
-    "pillow": "PIL", "pypi-simple": "pypi_simple", "whisper-normalizer": "whisper_normalizer",
-  }  # fmt: skip
+    "absl-py": "absl",
+    "huggingface_hub": "huggingface_hub",
+    "orbax-checkpoint": "orbax",
+    "pillow": "PIL",
+    "pypi-simple": "pypi_simple",
+    "whisper-normalizer": "whisper_normalizer",
+  }
   setup = _setup()
   extras = setup["options.extras_require"]
   core = _names(setup["options"]["install_requires"])

@@ -251,8 +251,9 @@ def test_other_collections_than_the_parameters_hold_no_kernels():
 @pytest.mark.parametrize("of", ["match", "init", "summary"])
 def test_axes_of_another_tree_are_refused_with_both_trees_first_paths(of):
   params = {"dense": {"kernel": jnp.ones((8, 6))}}
-  axes = lora_jax.trace_axes(lambda v, x: x @ v["params"]["dense"]["kernel"], {"params": params},
-                             jnp.ones((3, 8)))  # fmt: skip
+  axes = lora_jax.trace_axes(
+    lambda v, x: x @ v["params"]["dense"]["kernel"], {"params": params}, jnp.ones((3, 8))
+  )
   specs = {"dense/kernel": SPEC}
   call = {
     "match": lambda: match(params, [(".*", SPEC)], axes),
@@ -286,13 +287,19 @@ def test_kernels_that_cannot_be_followed_are_a_warning_that_names_them_and_says_
   assert specs.left_out == {"kernel": "not followed: scatter"}
 
 
-@pytest.mark.parametrize("rules", [
-  [("kernel", None), ("all-linear", SPEC)], [("kernel|dense/kernel", SPEC)], [("mlp", None)],
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "rules",
+  [
+    [("kernel", None), ("all-linear", SPEC)],
+    [("kernel|dense/kernel", SPEC)],
+    [("mlp", None)],
+  ],
+)
 def test_what_a_rule_decides_is_no_warning(rules):
   params = LOST | {"mlp": {"kernel": jnp.ones((4, 6))}}
-  axes = lora_jax.trace_axes(lambda p, x: lossy(p, x) + x @ p["mlp"]["kernel"], params,
-                             jnp.ones((3, 4)))  # fmt: skip
+  axes = lora_jax.trace_axes(
+    lambda p, x: lossy(p, x) + x @ p["mlp"]["kernel"], params, jnp.ones((3, 4))
+  )
   with warnings.catch_warnings():
     warnings.simplefilter("error")
     assert match(params, rules, axes).left_out == {}

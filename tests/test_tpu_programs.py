@@ -34,9 +34,18 @@ pytestmark = [
 
 LAYERS, ROWS, LENGTH, RANK = 7, 6, 160, 8
 CONFIG = llama.LlamaConfig(
-  vocab_size=1000, width=256, mlp_width=640, num_layers=LAYERS, num_heads=6, num_kv_heads=2,
-  head_dim=64, max_length=256, scan_layers=True, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16,
-)  # fmt: skip
+  vocab_size=1000,
+  width=256,
+  mlp_width=640,
+  num_layers=LAYERS,
+  num_heads=6,
+  num_kv_heads=2,
+  head_dim=64,
+  max_length=256,
+  scan_layers=True,
+  dtype=jnp.bfloat16,
+  param_dtype=jnp.bfloat16,
+)
 KERNELS = {(256, 384), (256, 128), (256, 640), (384, 256), (640, 256)}
 # What a device has of one where two devices share its inputs or its outputs.
 CUT = {(a // x, b // y) for a, b in KERNELS for x in (1, 2) for y in (1, 2)}

@@ -161,7 +161,7 @@ def test_words_that_are_read_twice_are_not_used():
     ('raise ValueError(\n  f"{x} is optimised"\n)', ["x:2: 'optimised': write US spelling, -ize"]),
     ('print("What is it?")\n', []),
   ],
-)  # fmt: skip
+)
 def test_a_word_is_found_in_prose_and_not_in_code(source, expected, tmp_path):
   path = tmp_path / "x.py"
   path.write_text(source)

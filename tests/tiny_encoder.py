@@ -60,9 +60,14 @@ def write(folder: pathlib.Path) -> None:
   """Writes `model`, of BERT's body, and `data.jsonl` into a folder."""
   words = write_tokenizer(folder / "words")
   config = bert.BertConfig(
-    vocab_size=words.vocab_size, width=32, mlp_width=64, num_layers=2, num_heads=4, head_dim=8,
+    vocab_size=words.vocab_size,
+    width=32,
+    mlp_width=64,
+    num_layers=2,
+    num_heads=4,
+    head_dim=8,
     max_length=64,
-  )  # fmt: skip
+  )
   params = bert.Bert(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
   export.save(folder / "model", params, config, words)
   rows = [

@@ -43,9 +43,16 @@ def write(
     **sections: fields of the config that are to be others, by section: `train={"steps": 20}`.
   """
   config = llama.LlamaConfig(
-    vocab_size=tokenizer.vocab_size, width=32, mlp_width=64, num_layers=2, num_heads=4,
-    num_kv_heads=2, head_dim=8, max_length=max_length, tie_embeddings=True,
-  )  # fmt: skip
+    vocab_size=tokenizer.vocab_size,
+    width=32,
+    mlp_width=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_length=max_length,
+    tie_embeddings=True,
+  )
   params = llama.Llama(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
   export.save(folder / "model", params, config, tokenizer)
   rows = [

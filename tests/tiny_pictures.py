@@ -25,9 +25,12 @@ def write_classes(folder: pathlib.Path, fields: dict[str, Any]) -> pathlib.Path:
     place.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture.astype(np.uint8)).save(place / f"{n}.png")
   own = {
-    "model.source": str(folder / "model"), "data.size": 14, "optimizer.warmup_steps": 1,
-    "train.batch_size": 8, "evaluation.samples": 2,
-  }  # fmt: skip
+    "model.source": str(folder / "model"),
+    "data.size": 14,
+    "optimizer.warmup_steps": 1,
+    "train.batch_size": 8,
+    "evaluation.samples": 2,
+  }
   return _write(folder, f"images.get_config('data={folder / 'pictures'},model=vit')", own | fields)
 
 

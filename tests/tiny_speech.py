@@ -25,11 +25,14 @@ def write(folder: pathlib.Path, name: str = "Whisper", task: str = "transcribe")
     FIELDS
     | own
     | {
-      "model.source": str(folder / "model"), "data.split_by": "file",
-      "data.test_source": str(folder / "test" / "clips.jsonl"), "data.train": 0.9,
-      "data.validation": 0.1, "data.test": 0.0,
+      "model.source": str(folder / "model"),
+      "data.split_by": "file",
+      "data.test_source": str(folder / "test" / "clips.jsonl"),
+      "data.train": 0.9,
+      "data.validation": 0.1,
+      "data.test": 0.0,
     }
-  )  # fmt: skip
+  )
   return config
 
 

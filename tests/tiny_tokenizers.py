@@ -95,9 +95,13 @@ def write(
   words = words or byte_level()
   torch.manual_seed(0)
   fields = {
-    "vocab_size": words.get_vocab_size(), "hidden_size": 32, "intermediate_size": 16,
-    "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
-  }  # fmt: skip
+    "vocab_size": words.get_vocab_size(),
+    "hidden_size": 32,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+  }
   model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).to(dtype)
   for parameter in model.parameters() if std else ():
     torch.nn.init.normal_(parameter, std=std)

@@ -114,20 +114,34 @@ def shaken(params, adapters):
 
 def llama_twins(tie: bool = False, scan: bool = False) -> Twins:
   config = llama.LlamaConfig(
-    vocab_size=40, width=16, mlp_width=24, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=4,
-    max_length=64, norm_eps=1e-6, tie_embeddings=tie, scan_layers=scan,
-  )  # fmt: skip
+    vocab_size=40,
+    width=16,
+    mlp_width=24,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    max_length=64,
+    norm_eps=1e-6,
+    tie_embeddings=tie,
+    scan_layers=scan,
+  )
 
   def make():
     return _filled(
       transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-          vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=3,
-          num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+          vocab_size=40,
+          hidden_size=16,
+          intermediate_size=24,
+          num_hidden_layers=3,
+          num_attention_heads=4,
+          num_key_value_heads=2,
+          max_position_embeddings=64,
           tie_word_embeddings=tie,
         )
       )
-    )  # fmt: skip
+    )
 
   table = {x: path for x, path in names.LLAMA_HF.items() if not (tie and x == "lm_head.weight")}
   params = _params(make(), table)
@@ -168,11 +182,17 @@ def gpt2_twins() -> Twins:
     return _filled(
       transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
-          vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=16, bos_token_id=0,
-          eos_token_id=0, tie_word_embeddings=False,
+          vocab_size=40,
+          n_embd=16,
+          n_layer=2,
+          n_head=2,
+          n_positions=16,
+          bos_token_id=0,
+          eos_token_id=0,
+          tie_word_embeddings=False,
         )
       )
-    )  # fmt: skip
+    )
 
   params = _params(make(), GPT2)
   return Twins(make, params, _gpt2, np.array([[5, 6, 7, 8, 9, 10]]), {"table": GPT2})

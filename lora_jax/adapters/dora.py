@@ -70,6 +70,12 @@ class DoRA(Method):
     a, b = self.initializer(key, stack, inputs, outputs, self.rank)
     norm = weights.input_norms(w, roles)
     return weights.DoRA(
-      w=None, a=a, b=b, magnitude=jnp.array(norm), norm=norm, scale=self.scale,
-      constant_norm=self.constant_norm, roles=roles.lstrip("s"),
-    )  # fmt: skip
+      w=None,
+      a=a,
+      b=b,
+      magnitude=jnp.array(norm),
+      norm=norm,
+      scale=self.scale,
+      constant_norm=self.constant_norm,
+      roles=roles.lstrip("s"),
+    )

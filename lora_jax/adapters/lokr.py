@@ -87,9 +87,17 @@ class LoKr(Method):
     else:
       w2 = uniform(keys[1], i2 * window, o2)
     return weights.LoKr(
-      w=None, w1=w1, w1_a=w1_a, w1_b=w1_b, w2=w2, w2_a=w2_a, w2_b=w2_b, scale=self.scale,
-      roles=roles.lstrip("s"), order=_channels_first(roles) if self.channels else (),
-    )  # fmt: skip
+      w=None,
+      w1=w1,
+      w1_a=w1_a,
+      w1_b=w1_b,
+      w2=w2,
+      w2_a=w2_a,
+      w2_b=w2_b,
+      scale=self.scale,
+      roles=roles.lstrip("s"),
+      order=_channels_first(roles) if self.channels else (),
+    )
 
 
 def factorization(size: int, factor: int | None = None) -> tuple[int, int]:

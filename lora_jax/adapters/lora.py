@@ -67,9 +67,14 @@ class LoRA(Method):
   def starting_at(self, a: jax.Array, b: jax.Array, roles: str) -> LowRank:
     """Returns the adapter with given factors, of any rank, for a leaf of these roles."""
     return LowRank(
-      w=None, a=a, b=b, scale=self.scale, dropout=self.dropout, roles=roles.lstrip("s"),
+      w=None,
+      a=a,
+      b=b,
+      scale=self.scale,
+      dropout=self.dropout,
+      roles=roles.lstrip("s"),
       frozen=() if self.train_a else ("a",),
-    )  # fmt: skip
+    )
 
 
 class Scaled(Protocol):

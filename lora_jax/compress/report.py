@@ -283,9 +283,10 @@ def plot_pareto(rows: Sequence[Row], path: Path) -> None:
   for row, point in zip(rows, points, strict=True):
     axes.annotate(row.step, point, xytext=(5, 5), textcoords="offset points", fontsize=8)
   best = [
-    point for point in points
+    point
+    for point in points
     if not any(x <= point[0] and y <= point[1] and (x, y) != point for x, y in points)
-  ]  # fmt: skip
+  ]
   axes.plot(*zip(*sorted(best), strict=True), color="#d9541e", linewidth=1.5)
   axes.set(xlabel="MB in memory", ylabel=figure_of, yscale="log")
   axes.grid(alpha=0.3)

@@ -149,11 +149,14 @@ def milliseconds(
   dense = _time(lambda x, w: x @ w, x, jnp.ones((d, k), dtype), repeats=repeats)
   low, high = (
     _time(
-      lambda x, a, b: (x @ a) @ b, x, jnp.ones((d, r), dtype), jnp.ones((r, k), dtype),
+      lambda x, a, b: (x @ a) @ b,
+      x,
+      jnp.ones((d, r), dtype),
+      jnp.ones((r, k), dtype),
       repeats=repeats,
     )
     for r in ranks
-  )  # fmt: skip
+  )
   per_rank = max((high - low) / (ranks[1] - ranks[0]), 0.0)
   fixed = max(low - per_rank * ranks[0], 0.0)
   return Cost(dense=stack * dense, per_rank=stack * per_rank, fixed=stack * fixed)

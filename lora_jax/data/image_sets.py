@@ -87,10 +87,13 @@ def _of_arrays(
       f"{len(classes) - 1}"
     )
   return [
-    _record(pictures.shrunk(np.broadcast_to(image, (*image.shape[:2], 3)), most),
-            classes[int(label)], f"{names[0]}[{n}]")
+    _record(
+      pictures.shrunk(np.broadcast_to(image, (*image.shape[:2], 3)), most),
+      classes[int(label)],
+      f"{names[0]}[{n}]",
+    )
     for n, (image, label) in enumerate(zip(images, labels.tolist(), strict=True))
-  ]  # fmt: skip
+  ]
 
 
 def _of_folder(folder: Path, classes: Sequence[str], most: int) -> list[Record]:

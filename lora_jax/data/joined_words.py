@@ -95,8 +95,11 @@ def _sequence(
     parts += [np.zeros(pause, np.float32), samples]
     length += pause + len(samples)
   return {
-    "samples": np.concatenate(parts), "text": " ".join(words), "speaker": speaker, "name": name,
-  }  # fmt: skip
+    "samples": np.concatenate(parts),
+    "text": " ".join(words),
+    "speaker": speaker,
+    "name": name,
+  }
 
 
 def _bits(*seeds: int) -> list[int]:

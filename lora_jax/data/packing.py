@@ -186,5 +186,9 @@ def _assemble(
       weights[n, count:total] = 1
       start, count = end, total
   return {
-    "tokens": tokens, "segments": segments, "at": at, "targets": targets, "weights": weights,
-  }  # fmt: skip
+    "tokens": tokens,
+    "segments": segments,
+    "at": at,
+    "targets": targets,
+    "weights": weights,
+  }

@@ -111,8 +111,10 @@ def save(
   """
   config, tensors = _written(folder, adapters, params, axes, table)
   common = {
-    "base_model_name_or_path": base_model, "task_type": task_type, "inference_mode": True,
-  }  # fmt: skip
+    "base_model_name_or_path": base_model,
+    "task_type": task_type,
+    "inference_mode": True,
+  }
   peft.write(folder, config | common, tensors)
 
 

@@ -85,9 +85,15 @@ _FACTORS = (Part("lora_A.weight", "a", "ri"), Part("lora_B.weight", "b", "or"))
 _OF_EXPERTS = (Part("lora_A.weight", "a", "sri"), Part("lora_B.weight", "b", "ors"))
 _IN_AN_EMBEDDING = {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B"}
 _LORA = Format(
-  peft_type="LORA", kind=LowRank, parts=_FACTORS, alpha="lora_alpha", scaled=("b",), window=True,
-  layers=("conv", "embedding", "conv1d"), biases=True,
-)  # fmt: skip
+  peft_type="LORA",
+  kind=LowRank,
+  parts=_FACTORS,
+  alpha="lora_alpha",
+  scaled=("b",),
+  window=True,
+  layers=("conv", "embedding", "conv1d"),
+  biases=True,
+)
 
 FORMATS = {
   "LORA": _LORA,

@@ -47,9 +47,12 @@ def order(module: Module) -> Shape:
 
 
 def parts(
-  module: Module, kinds: Mapping[str, str], shapes: Mapping[str, Shape], rank: int,
+  module: Module,
+  kinds: Mapping[str, str],
+  shapes: Mapping[str, Shape],
+  rank: int,
   load: Callable[[str, Shape], np.ndarray],
-) -> Parts:  # fmt: skip
+) -> Parts:
   """The parts of one layer's adapter.
 
   Args:
@@ -110,9 +113,13 @@ def tensors(module: Module, adapter: LoKr, parts: Parts) -> dict[str, np.ndarray
       "adapter with LoKr(channels=True)"
     )
   names = {
-    "w1": "lokr_w1", "w1_a": "lokr_w1_b", "w1_b": "lokr_w1_a",
-    "w2": "lokr_w2", "w2_a": "lokr_w2_b", "w2_b": "lokr_w2_a",
-  }  # fmt: skip
+    "w1": "lokr_w1",
+    "w1_a": "lokr_w1_b",
+    "w1_b": "lokr_w1_a",
+    "w2": "lokr_w2",
+    "w2_a": "lokr_w2_b",
+    "w2_b": "lokr_w2_a",
+  }
   found = {names[field]: part.T for field, part in parts.items()}
   if "w2" in parts:
     out_2, joined = found["lokr_w2"].shape

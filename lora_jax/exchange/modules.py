@@ -252,10 +252,15 @@ def modules(params: Any, axes: Mapping[str, Axes], table: names.Table) -> dict[s
     name, *others = names.names_of(path, table) or [None]
     if name is not None:
       module = Module(
-        path=path, name=name, shape=tuple(leaf.shape), roles=axes[path].roles,
-        uses=axes[path].uses, tied=None,
-        fan_in_fan_out=names.is_in_out(name, table), groups=axes[path].groups,
-      )  # fmt: skip
+        path=path,
+        name=name,
+        shape=tuple(leaf.shape),
+        roles=axes[path].roles,
+        uses=axes[path].uses,
+        tied=None,
+        fan_in_fan_out=names.is_in_out(name, table),
+        groups=axes[path].groups,
+      )
       module = _as_parameter(module, table)
       if module.is_head_too:
         module = dataclasses.replace(module, tied=(*others, *absent, None)[0])

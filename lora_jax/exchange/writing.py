@@ -240,8 +240,11 @@ def _numbers(
     alphas = stabilized if fields["use_rslora"] else alphas
   alpha, alpha_pattern = _with_exceptions(alphas)
   return fields | {
-    "r": rank, format.alpha: alpha, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern,
-  }  # fmt: skip
+    "r": rank,
+    format.alpha: alpha,
+    "rank_pattern": rank_pattern,
+    "alpha_pattern": alpha_pattern,
+  }
 
 
 def _adalora_fields(
@@ -259,9 +262,12 @@ def _adalora_fields(
     if own < rank
   }
   return {
-    "init_r": rank, "target_r": rank, "rank_pattern": masks or None, "total_step": 1,
+    "init_r": rank,
+    "target_r": rank,
+    "rank_pattern": masks or None,
+    "total_step": 1,
     "lora_alpha": scale * (rank + ADALORA_EPSILON),
-  }  # fmt: skip
+  }
 
 
 def _are_whole(alphas: Mapping[str, float]) -> bool:

@@ -50,9 +50,12 @@ class Style:
 
 
 _SIZES = {
-  "vocab_size": "vocab_size", "hidden_size": "width", "intermediate_size": "mlp_width",
-  "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads",
-}  # fmt: skip
+  "vocab_size": "vocab_size",
+  "hidden_size": "width",
+  "intermediate_size": "mlp_width",
+  "num_hidden_layers": "num_layers",
+  "num_attention_heads": "num_heads",
+}
 _BERT = Style(
   architecture="Bert",
   sizes=_SIZES,
@@ -80,26 +83,36 @@ STYLES = {
   "distilbert": Style(
     architecture="DistilBert",
     sizes={
-      "vocab_size": "vocab_size", "dim": "width", "hidden_dim": "mlp_width",
-      "n_layers": "num_layers", "n_heads": "num_heads",
+      "vocab_size": "vocab_size",
+      "dim": "width",
+      "hidden_dim": "mlp_width",
+      "n_layers": "num_layers",
+      "n_heads": "num_heads",
     },
     activation="activation",
     defaults={"activation": "gelu", "pad_token_id": 0},
     fixed={"is_decoder": False, "add_cross_attention": False},
     ignored=(
-      "dropout", "qa_dropout", "seq_classif_dropout", "tie_weights_", "tie_word_embeddings",
+      "dropout",
+      "qa_dropout",
+      "seq_classif_dropout",
+      "tie_weights_",
+      "tie_word_embeddings",
       "sinusoidal_pos_embds",  # initializes a new table; files contain the table
     ),
     pooled=False,
     pooler_activation="relu",
   ),
-}  # fmt: skip
+}
 """By `model_type`."""
 
 _ACTIVATIONS = {
-  "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
-  "gelu_fast": "gelu_tanh", "relu": "relu",
-}  # fmt: skip
+  "gelu": "gelu",
+  "gelu_new": "gelu_tanh",
+  "gelu_pytorch_tanh": "gelu_tanh",
+  "gelu_fast": "gelu_tanh",
+  "relu": "relu",
+}
 
 
 def from_hugging_face(fields: Fields) -> BertConfig:

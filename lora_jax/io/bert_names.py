@@ -86,8 +86,10 @@ HUGGING_FACE: dict[str, Table] = {
     }
   )
   | _unread(
-    "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm",
-    "cls.predictions.decoder", "cls.seq_relationship",
+    "cls.predictions.transform.dense",
+    "cls.predictions.transform.LayerNorm",
+    "cls.predictions.decoder",
+    "cls.seq_relationship",
   )
   | {
     "cls.predictions.bias": None,
@@ -109,5 +111,5 @@ HUGGING_FACE: dict[str, Table] = {
     **_dense("classifier", "head"),
     **_unread("vocab_transform", "vocab_layer_norm", "vocab_projector"),
   },
-}  # fmt: skip
+}
 """By `BertConfig.family`: of safetensors and of PEFT's adapters."""

@@ -92,9 +92,11 @@ def _positions(tensors: Mapping[str, OnnxTensor], width: int, fits: Any) -> Onnx
   found = [
     tensor
     for name, tensor in tensors.items()
-    if named.fullmatch(name) and len(tensor.shape) == 3 and tensor.shape[::2] == (1, width)
+    if named.fullmatch(name)
+    and len(tensor.shape) == 3
+    and tensor.shape[::2] == (1, width)
     and fits(tensor.shape[1])
-  ]  # fmt: skip
+  ]
   if len(found) != 1:
     raise ValueError(f"{len(found)} tensors in {_EMBEDDINGS} may be its positions, and one must be")
   return found[0]

@@ -15,8 +15,11 @@ _COUNTS = ("num_experts", "num_local_experts")
 _PER_TOKEN, _NORMALIZED, _DENSE = "num_experts_per_tok", "norm_topk_prob", "mlp_only_layers"
 # The router loss is not computed. The last two are in files, but transformers does not read them.
 _IGNORED = (
-  "output_router_logits", "router_aux_loss_coef", "experts_per_token", "initial_context_length",
-)  # fmt: skip
+  "output_router_logits",
+  "router_aux_loss_coef",
+  "experts_per_token",
+  "initial_context_length",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,11 +50,13 @@ CLAMPED = {"swiglu_limit": 7.0, "swiglu_alpha": 1.702}
 QWEN3_MOE = ExpertStyle(
   width="moe_intermediate_size",
   defaults={
-    "num_local_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+    "num_local_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
     "norm_topk_prob": False,
   },
   says_normalized=True,
-)  # fmt: skip
+)
 GPT_OSS = ExpertStyle(
   width="intermediate_size",
   defaults={"num_local_experts": 128, "num_experts_per_tok": 4},

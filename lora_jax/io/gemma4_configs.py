@@ -46,9 +46,12 @@ _DEFAULTS = {
 }  # fmt: skip
 """Of fields that may be absent, as transformers' configuration has them."""
 _FIXED = {
-  "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "enable_moe_block": False,
-  "use_bidirectional_attention": None, "quantization_config": None,
-}  # fmt: skip
+  "hidden_activation": "gelu_pytorch_tanh",
+  "attention_bias": False,
+  "enable_moe_block": False,
+  "use_bidirectional_attention": None,
+  "quantization_config": None,
+}
 """By these a file may ask for more than the model does; the one value of each that is accepted."""
 _READ = ("layer_types", "rope_parameters", "num_global_key_value_heads", "per_layer_config")
 _NOT_THERE = ("num_experts", "top_k_experts", "moe_intermediate_size")
@@ -57,8 +60,10 @@ _ROPE = {
   LOCAL: {"rope_type": "default", "rope_theta": 10000.0},
   FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
 }
-_ROPE_KEYS = {LOCAL: {"rope_type", "rope_theta"},
-              FULL: {"rope_type", "rope_theta", "partial_rotary_factor"}}  # fmt: skip
+_ROPE_KEYS = {
+  LOCAL: {"rope_type", "rope_theta"},
+  FULL: {"rope_type", "rope_theta", "partial_rotary_factor"},
+}
 _OF_A_LAYER = ("head_dim", "num_key_value_heads")
 
 

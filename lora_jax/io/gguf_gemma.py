@@ -46,8 +46,13 @@ KNOWN = {
 
 
 COMPLETED = (
-  "window", "local_layers", "local_rope_theta", "query_divisor", "attn_softcap", "logit_softcap",
-)  # fmt: skip
+  "window",
+  "local_layers",
+  "local_rope_theta",
+  "query_divisor",
+  "attn_softcap",
+  "logit_softcap",
+)
 """The fields of a configuration that `completed` sets."""
 
 
@@ -95,9 +100,11 @@ def described(arch: str, config: LlamaConfig) -> dict[str, Any]:
       "the model as a folder"
     )
   values = {
-    WINDOW: config.window, _ATTENTION_CAP: config.attn_softcap, _LOGIT_CAP: config.logit_softcap,
+    WINDOW: config.window,
+    _ATTENTION_CAP: config.attn_softcap,
+    _LOGIT_CAP: config.logit_softcap,
     _LOCAL_THETA: config.local_rope_theta,
-  }  # fmt: skip
+  }
   if config.local_rope_theta == KNOWN[arch].local_theta:
     del values[_LOCAL_THETA]  # older readers do not read it
   return {

@@ -235,8 +235,9 @@ def _set_spaces(backend: tokenizers.Tokenizer, kind: str, spaces: Spaces) -> Non
   words = kind == "t5" and spaces.prefix and spaces.fewer  # as in T5's own
   if spaces.fewer and not words:
     steps += [
-      normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " "),
-    ]  # fmt: skip
+      normalizers.Replace(Regex(r"\A +| +\z"), ""),
+      normalizers.Replace(Regex(" {2,}"), " "),
+    ]
   if words:
     backend.pre_tokenizer = pre_tokenizers.Sequence(
       [

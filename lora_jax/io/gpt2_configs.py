@@ -36,9 +36,11 @@ _DEFAULTS = {
 """Of fields that may be absent, as transformers' configuration has them."""
 
 _ACTIVATIONS = {
-  "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
+  "gelu_new": "gelu_tanh",
+  "gelu_pytorch_tanh": "gelu_tanh",
+  "gelu_fast": "gelu_tanh",
   "gelu": "gelu",
-}  # fmt: skip
+}
 # Ignored fields, in addition to those ignored for every family. The softmax is always in float32,
 # so upcasting has no effect; summaries belong to other heads; n_ctx was the size of a mask.
 _IGNORED = (
@@ -58,8 +60,11 @@ _GGUF_SIZES = {
 }
 _GGUF_EPS = f"{_GGUF}.attention.layer_norm_epsilon"
 _AS_LLAMA_CPP = {
-  "activation": "gelu_tanh", "scale_scores": True, "scale_by_layer": False, "classes": (),
-}  # fmt: skip
+  "activation": "gelu_tanh",
+  "scale_scores": True,
+  "scale_by_layer": False,
+  "classes": (),
+}
 """The only settings that llama.cpp supports."""
 
 

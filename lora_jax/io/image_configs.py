@@ -23,8 +23,11 @@ Fields = Mapping[str, Any]
 
 _CLASSIFIER, _TWO_HEADS = "ForImageClassification", "ForImageClassificationWithTeacher"
 _ACTIVATIONS = {
-  "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
-}  # fmt: skip
+  "gelu": "gelu",
+  "gelu_new": "gelu_tanh",
+  "gelu_pytorch_tanh": "gelu_tanh",
+  "relu": "relu",
+}
 # Fields that do not affect the logits: dropout, settings of other heads, and the features that a
 # backbone returns.
 _IGNORED = (
@@ -37,11 +40,17 @@ _IGNORED = (
 # ---- vision transformers
 
 _ViT_SIZES = {
-  "hidden_size": "width", "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads",
-}  # fmt: skip
+  "hidden_size": "width",
+  "num_hidden_layers": "num_layers",
+  "num_attention_heads": "num_heads",
+}
 _ViT_DEFAULTS = {
-  "hidden_act": "gelu", "image_size": 224, "patch_size": 16, "num_channels": 3, "qkv_bias": True,
-}  # fmt: skip
+  "hidden_act": "gelu",
+  "image_size": 224,
+  "patch_size": 16,
+  "num_channels": 3,
+  "qkv_bias": True,
+}
 _NAMES = {"vit": "ViT", "deit": "DeiT", "dinov2": "Dinov2"}
 _TRAITS: dict[str, dict[str, Any]] = {
   "vit": {},
@@ -211,8 +220,9 @@ def torchvision_mobilenet(tensors: Mapping[str, Any]) -> tuple[MobileNetV2Config
 
 
 _RESNET_SWITCHES = {
-  "downsample_in_first_stage": "first_stage_strides", "downsample_in_bottleneck": "stride_first",
-}  # fmt: skip
+  "downsample_in_first_stage": "first_stage_strides",
+  "downsample_in_bottleneck": "stride_first",
+}
 _RESNET_DEFAULTS = {
   "num_channels": 3, "embedding_size": 64, "hidden_sizes": [256, 512, 1024, 2048],
   "depths": [3, 4, 6, 3], "layer_type": "bottleneck", "hidden_act": "relu",

@@ -7,9 +7,12 @@ have other names. A table of files has both, and a table of modules has only the
 from lora_jax.io.names import Conv, InOut, Table
 
 _STATISTICS = {
-  "weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var",
+  "weight": "scale",
+  "bias": "bias",
+  "running_mean": "mean",
+  "running_var": "var",
   "num_batches_tracked": None,  # counts training batches
-}  # fmt: skip
+}
 
 
 def _conv_norm(conv: str, norm: str, path: str) -> dict[str, str | None]:
@@ -167,10 +170,12 @@ def _ssdlite_head() -> dict[str, str | None]:
   for part in ("extra", "logits", "offsets"):
     name, path = f"head.{part}.{{i}}", f"head/{part}_{{i}}"
     for conv in ("depthwise", "pointwise"):
-      tables.append({
-        f"{name}.{conv}.weight": Conv(f"{path}/{conv}/kernel"),
-        f"{name}.{conv}.bias": f"{path}/{conv}/bias",
-      })  # fmt: skip
+      tables.append(
+        {
+          f"{name}.{conv}.weight": Conv(f"{path}/{conv}/kernel"),
+          f"{name}.{conv}.bias": f"{path}/{conv}/bias",
+        }
+      )
   return _joined(*tables)
 
 
@@ -204,8 +209,9 @@ TORCHVISION_MOBILENET = _torchvision_mobilenet()
 _SALIENCY = (
   *(f"upconv{n}.{x}" for n in (1, 2, 3) for x in ("weight", "bias")),
   *(f"bn{n}.{x}" for n in (1, 2, 3) for x in _STATISTICS if x != "num_batches_tracked"),
-  "final_conv.weight", "final_conv.bias",
-)  # fmt: skip
+  "final_conv.weight",
+  "final_conv.bias",
+)
 DINO_ONNX = _joined(
   {
     name.replace("dinov2.", "backbone.", 1): (

@@ -20,25 +20,35 @@ Fields = Mapping[str, Any]
 
 _FRAME_HEADS = ("ForCTC",)
 _SIZES = {
-  "vocab_size": "vocab_size", "d_model": "width", "encoder_layers": "num_layers",
-  "decoder_layers": "decoder_layers", "encoder_attention_heads": "num_heads",
+  "vocab_size": "vocab_size",
+  "d_model": "width",
+  "encoder_layers": "num_layers",
+  "decoder_layers": "decoder_layers",
+  "encoder_attention_heads": "num_heads",
   "encoder_ffn_dim": "mlp_width",
-}  # fmt: skip
+}
 _OPTIONAL = {
-  "num_mel_bins": "mels", "max_source_positions": "max_frames",
+  "num_mel_bins": "mels",
+  "max_source_positions": "max_frames",
   "max_target_positions": "max_length",
-}  # fmt: skip
+}
 # Encoder and decoder have one size here, as in all published models.
 _TWINS = {
-  "decoder_attention_heads": "encoder_attention_heads", "decoder_ffn_dim": "encoder_ffn_dim",
-}  # fmt: skip
+  "decoder_attention_heads": "encoder_attention_heads",
+  "decoder_ffn_dim": "encoder_ffn_dim",
+}
 _FIXED = {
-  "is_encoder_decoder": True, "tie_word_embeddings": True, "use_weighted_layer_sum": False,
+  "is_encoder_decoder": True,
+  "tie_word_embeddings": True,
+  "use_weighted_layer_sum": False,
   "scale_embedding": False,
-}  # fmt: skip
+}
 _ACTIVATIONS = {
-  "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
-}  # fmt: skip
+  "gelu": "gelu",
+  "gelu_new": "gelu_tanh",
+  "gelu_pytorch_tanh": "gelu_tanh",
+  "relu": "relu",
+}
 # Fields that do not affect the logits: dropout, masks of training, other heads, generation.
 _IGNORED = (
   "num_hidden_layers", "encoder_layerdrop", "decoder_layerdrop", "dropout", "activation_dropout",
@@ -115,21 +125,31 @@ def write_whisper(config: WhisperConfig) -> dict[str, Any]:
 # ---- wav2vec2
 
 _W2V_SIZES = {
-  "hidden_size": "width", "intermediate_size": "mlp_width", "num_hidden_layers": "num_layers",
+  "hidden_size": "width",
+  "intermediate_size": "mlp_width",
+  "num_hidden_layers": "num_layers",
   "num_attention_heads": "num_heads",
-}  # fmt: skip
+}
 _W2V_OPTIONAL = {
-  "conv_bias": "conv_bias", "do_stable_layer_norm": "pre_norm", "layer_norm_eps": "norm_eps",
-  "num_conv_pos_embeddings": "position_window", "num_conv_pos_embedding_groups": "position_groups",
-}  # fmt: skip
+  "conv_bias": "conv_bias",
+  "do_stable_layer_norm": "pre_norm",
+  "layer_norm_eps": "norm_eps",
+  "num_conv_pos_embeddings": "position_window",
+  "num_conv_pos_embedding_groups": "position_groups",
+}
 _W2V_CONVOLUTIONS = {
-  "conv_dim": "conv_channels", "conv_kernel": "conv_windows", "conv_stride": "conv_strides",
-}  # fmt: skip
+  "conv_dim": "conv_channels",
+  "conv_kernel": "conv_windows",
+  "conv_stride": "conv_strides",
+}
 _W2V_NORMS = {"group": False, "layer": True}
 _W2V_FIXED = {
-  "hidden_act": "gelu", "feat_extract_activation": "gelu", "add_adapter": False,
-  "use_weighted_layer_sum": False, "adapter_attn_dim": None,
-}  # fmt: skip
+  "hidden_act": "gelu",
+  "feat_extract_activation": "gelu",
+  "add_adapter": False,
+  "use_weighted_layer_sum": False,
+  "adapter_attn_dim": None,
+}
 # Dropout, masks and quantizers of pretraining, and other heads.
 _W2V_IGNORED = (
   "hidden_dropout", "activation_dropout", "feat_proj_dropout", "feat_quantizer_dropout",

@@ -33,9 +33,14 @@ class _Global(NamedTuple):
 _DICT = _Global("collections", "OrderedDict")
 _TENSOR = _Global("torch._utils", "_rebuild_tensor_v2")
 _PARAMETER = _Global("torch._utils", "_rebuild_parameter")
-ADMITTED = frozenset({
-  _DICT, _TENSOR, _PARAMETER, *(_Global("torch", name) for name in _STORAGES),
-})  # fmt: skip
+ADMITTED = frozenset(
+  {
+    _DICT,
+    _TENSOR,
+    _PARAMETER,
+    *(_Global("torch", name) for name in _STORAGES),
+  }
+)
 """All names that a file may use."""
 
 

@@ -27,9 +27,11 @@ _FUSED = {
 _ACTIVATIONS = {1: "gelu_tanh", 3: "gelu", 0: "relu"}  # as CTranslate2 numbers them
 # A Whisper's settings among the scalars of the file; a file may lack those of other models.
 _FIXED = {
-  "decoder/pre_norm": 1, "decoder/alibi": 0, "decoder/start_from_zero_embedding": 0,
+  "decoder/pre_norm": 1,
+  "decoder/alibi": 0,
+  "decoder/start_from_zero_embedding": 0,
   "decoder/scale_embeddings": 0,
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

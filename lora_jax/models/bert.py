@@ -100,8 +100,9 @@ class BertConfig:
         f"{limits.MOST_LEARNED_POSITIONS:,} learned positions"
       )
     for name, known in (
-      ("activation", ACTIVATIONS), ("pooler_activation", POOLER_ACTIVATIONS),
-    ):  # fmt: skip
+      ("activation", ACTIVATIONS),
+      ("pooler_activation", POOLER_ACTIVATIONS),
+    ):
       if (value := getattr(self, name)) not in known:
         raise ValueError(f"BertConfig: {name} {value!r:.40} is not one of {', '.join(known)}")
 
@@ -150,9 +151,15 @@ class Attention(nn.Module):
       for name in ("query", "key", "value")
     )
     out_BTNH = encoder_attention.self_attention(
-      self, c.attention, query_BTNH, key_BTNH, value_BTNH, seen_BT=seen_BT, rows=c.max_length,
+      self,
+      c.attention,
+      query_BTNH,
+      key_BTNH,
+      value_BTNH,
+      seen_BT=seen_BT,
+      rows=c.max_length,
       param_dtype=c.param_dtype,
-    )  # fmt: skip
+    )
     return _dense(c, c.width, "out")(out_BTNH.reshape(*x_BTD.shape[:2], -1))
 
 

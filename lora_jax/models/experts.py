@@ -92,9 +92,12 @@ class Experts(nn.Module):
     c = self.config
     x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
     logits_MX = nn.Dense(
-      c.num_experts, use_bias=c.biases, dtype=self.dtype, param_dtype=self.param_dtype,
+      c.num_experts,
+      use_bias=c.biases,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
       name="router",
-    )(x_MD)  # fmt: skip
+    )(x_MD)
     share_MX = jax.nn.softmax(logits_MX.astype(jnp.float32), axis=-1)
     share_MK, expert_MK = jax.lax.top_k(share_MX, c.per_token)
     if c.normalized:

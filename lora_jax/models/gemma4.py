@@ -121,8 +121,11 @@ class Gemma4Config:
           f"Gemma4Config: num_heads {self.num_heads} is not a multiple of {name} "
           f"{getattr(self, name)}"
         )
-    for name, most in (("head_dim", self.head_dim), ("full_head_dim", self.full_head_dim),
-                       ("rotary_dim", self.full_head_dim)):  # fmt: skip
+    for name, most in (
+      ("head_dim", self.head_dim),
+      ("full_head_dim", self.full_head_dim),
+      ("rotary_dim", self.full_head_dim),
+    ):
       if (size := getattr(self, name)) % 2 or size > most:
         raise ValueError(f"Gemma4Config: {name} {size} must be even and up to {most}")
     if self.scan_layers:
@@ -200,9 +203,12 @@ def _dense(config: Gemma4Config, features: int, name: str | None) -> nn.Dense:
 
 def _norm(config: Gemma4Config, name: str | None, use_scale: bool = True) -> nn.RMSNorm:
   return nn.RMSNorm(
-    epsilon=config.norm_eps, dtype=config.dtype, param_dtype=config.param_dtype,
-    use_scale=use_scale, name=name,
-  )  # fmt: skip
+    epsilon=config.norm_eps,
+    dtype=config.dtype,
+    param_dtype=config.param_dtype,
+    use_scale=use_scale,
+    name=name,
+  )
 
 
 def _gelu(x: jax.Array) -> jax.Array:
@@ -215,8 +221,9 @@ def _rotation(config: Gemma4Config, positions_BT: jax.Array, local: bool) -> Rot
     frequencies_R = rotary_frequencies(config.local_rope_theta, config.head_dim)
   else:
     frequencies_R = rotary_frequencies(config.rope_theta, config.full_head_dim)
-    frequencies_R = np.where(np.arange(len(frequencies_R)) < config.rotary_dim // 2,
-                             frequencies_R, 0)  # fmt: skip
+    frequencies_R = np.where(
+      np.arange(len(frequencies_R)) < config.rotary_dim // 2, frequencies_R, 0
+    )
   angles_BTR = positions_BT[..., None] * jnp.asarray(frequencies_R, jnp.float32)
   return Rotation(jnp.cos(angles_BTR), jnp.sin(angles_BTR))
 

@@ -194,8 +194,9 @@ class LlamaConfig:
     if (self.query_growth is None) != (self.query_length is None):
       raise ValueError("LlamaConfig: query_growth and query_length are given both or neither")
     for one, other in (
-      ("query_divisor", "attention_multiplier"), ("scale_embeddings", "embedding_multiplier"),
-    ):  # fmt: skip
+      ("query_divisor", "attention_multiplier"),
+      ("scale_embeddings", "embedding_multiplier"),
+    ):
       if getattr(self, one) and getattr(self, other) is not None:
         raise ValueError(f"LlamaConfig: {one} and {other} set the same factor; give one of them")
     if self.whole_qk_norm and not self.qk_norm:

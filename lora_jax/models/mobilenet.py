@@ -131,10 +131,16 @@ class Bottleneck(nn.Module):
     if self.expanded is not None:
       expanded_BHWE = ConvNorm(c, self.expanded, 1, activation=c.activation, name="expand")(x_BHWC)
     y_BHWE = ConvNorm(
-      c, expanded_BHWE.shape[-1], 3, stride=self.stride, dilation=self.dilation, depthwise=True,
-      padding="SAME" if c.same_padding else self.dilation, activation=c.activation,
+      c,
+      expanded_BHWE.shape[-1],
+      3,
+      stride=self.stride,
+      dilation=self.dilation,
+      depthwise=True,
+      padding="SAME" if c.same_padding else self.dilation,
+      activation=c.activation,
       name="depthwise",
-    )(expanded_BHWE)  # fmt: skip
+    )(expanded_BHWE)
     y_BHWD = ConvNorm(c, self.features, 1, name="project")(y_BHWE)
     if self.is_residual and self.stride == 1 and channels == self.features:
       y_BHWD = x_BHWC + y_BHWD

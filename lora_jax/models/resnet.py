@@ -106,9 +106,14 @@ class Layer(nn.Module):
     y_BHWD = x_BHWC
     for n, (width, window, stride) in enumerate(windows):
       y_BHWD = ConvNorm(
-        c, width, window, stride=stride, padding=window // 2, name=f"conv_{n}",
+        c,
+        width,
+        window,
+        stride=stride,
+        padding=window // 2,
+        name=f"conv_{n}",
         activation="relu" if n + 1 < len(windows) else None,
-      )(y_BHWD)  # fmt: skip
+      )(y_BHWD)
     if x_BHWC.shape[-1] != self.features or self.stride != 1:
       x_BHWC = ConvNorm(c, self.features, 1, stride=self.stride, name="shortcut")(x_BHWC)
     y_BHWD = convolutions.ACTIVATIONS[c.activation](x_BHWC + y_BHWD)

@@ -101,9 +101,14 @@ class Separable(nn.Module):
     c, channels = self.config, x_BHWC.shape[-1]
     how = {"dtype": c.dtype, "param_dtype": c.param_dtype}
     y_BHWC = nn.Conv(
-      channels, (3, 3), strides=self.stride, padding=1, feature_group_count=channels,
-      name="depthwise", **how,
-    )(x_BHWC)  # fmt: skip
+      channels,
+      (3, 3),
+      strides=self.stride,
+      padding=1,
+      feature_group_count=channels,
+      name="depthwise",
+      **how,
+    )(x_BHWC)
     return nn.Conv(self.features, (1, 1), name="pointwise", **how)(nn.relu6(y_BHWC))
 
 

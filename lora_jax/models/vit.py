@@ -122,10 +122,12 @@ def _dense(config: ViTConfig, features: int, name: str | None, use_bias: bool = 
 
 def _norm(config: ViTConfig, name: str | None) -> nn.LayerNorm:
   return nn.LayerNorm(
-    epsilon=config.norm_eps, dtype=config.dtype, param_dtype=config.param_dtype,
+    epsilon=config.norm_eps,
+    dtype=config.dtype,
+    param_dtype=config.param_dtype,
     use_fast_variance=False,  # some features of DINOv2 are much larger than others
     name=name,
-  )  # fmt: skip
+  )
 
 
 class Attention(nn.Module):
@@ -144,9 +146,15 @@ class Attention(nn.Module):
     )
     rows = 1 + c.distillation + (c.image_size // c.patch_size) ** 2
     out_BTNF = encoder_attention.self_attention(
-      self, c.attention, query_BTNF, key_BTNF, value_BTNF, seen_BT=None, rows=rows,
+      self,
+      c.attention,
+      query_BTNF,
+      key_BTNF,
+      value_BTNF,
+      seen_BT=None,
+      rows=rows,
       param_dtype=c.param_dtype,
-    )  # fmt: skip
+    )
     return _dense(c, c.width, "out")(out_BTNF.reshape(*x_BTD.shape[:2], -1))
 
 
@@ -224,9 +232,13 @@ class ViT(nn.Module):
   def setup(self):
     c = self.config
     self.patches = nn.Conv(
-      c.width, (c.patch_size,) * 2, strides=c.patch_size, padding="VALID", dtype=c.dtype,
+      c.width,
+      (c.patch_size,) * 2,
+      strides=c.patch_size,
+      padding="VALID",
+      dtype=c.dtype,
       param_dtype=c.param_dtype,
-    )  # fmt: skip
+    )
     tokens = ("class_token", "distillation_token")[: 1 + c.distillation]
     init = nn.initializers.normal(0.02), (1, 1, c.width), c.param_dtype
     self.tokens = [self.param(name, *init) for name in tokens]

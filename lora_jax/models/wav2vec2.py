@@ -82,8 +82,11 @@ class Wav2Vec2Config:
     limits.check_separate_layers("Wav2Vec2Config", num_layers=self.num_layers)
     if self.scan_layers:
       raise ValueError("Wav2Vec2Config: its layers are not stacked; set scan_layers to False")
-    sizes = {"channels": self.conv_channels, "windows": self.conv_windows,
-             "strides": self.conv_strides}  # fmt: skip
+    sizes = {
+      "channels": self.conv_channels,
+      "windows": self.conv_windows,
+      "strides": self.conv_strides,
+    }
     for name, values in sizes.items():
       for value in values:
         limits.check("Wav2Vec2Config", f"conv_{name}", int, value)
@@ -127,9 +130,12 @@ def _dense(config: Wav2Vec2Config, features: int, name: str | None) -> nn.Dense:
 
 def _norm(config: Wav2Vec2Config, name: str | None) -> nn.LayerNorm:
   return nn.LayerNorm(
-    epsilon=config.norm_eps, dtype=config.dtype, param_dtype=config.param_dtype,
-    use_fast_variance=False, name=name,
-  )  # fmt: skip
+    epsilon=config.norm_eps,
+    dtype=config.dtype,
+    param_dtype=config.param_dtype,
+    use_fast_variance=False,
+    name=name,
+  )
 
 
 class Convolutions(nn.Module):
@@ -144,9 +150,15 @@ class Convolutions(nn.Module):
     shapes = zip(c.conv_channels, c.conv_windows, c.conv_strides, strict=True)
     for number, (channels, window, stride) in enumerate(shapes):
       x_BSC = nn.Conv(
-        channels, (window,), strides=stride, padding="VALID", use_bias=c.conv_bias, dtype=c.dtype,
-        param_dtype=c.param_dtype, name=f"conv_{number}",
-      )(x_BSC)  # fmt: skip
+        channels,
+        (window,),
+        strides=stride,
+        padding="VALID",
+        use_bias=c.conv_bias,
+        dtype=c.dtype,
+        param_dtype=c.param_dtype,
+        name=f"conv_{number}",
+      )(x_BSC)
       name = f"norm_{number}"
       if c.layer_norms:
         # PyTorch's default; the config's value is for other norms.
@@ -155,9 +167,13 @@ class Convolutions(nn.Module):
         )(x_BSC)
       elif number == 0:
         x_BSC = nn.GroupNorm(
-          num_groups=channels, epsilon=1e-5, dtype=c.dtype, param_dtype=c.param_dtype,
-          use_fast_variance=False, name=name,
-        )(x_BSC)  # fmt: skip
+          num_groups=channels,
+          epsilon=1e-5,
+          dtype=c.dtype,
+          param_dtype=c.param_dtype,
+          use_fast_variance=False,
+          name=name,
+        )(x_BSC)
       x_BSC = nn.gelu(x_BSC, approximate=False)
     return x_BSC
 
@@ -219,9 +235,13 @@ class Wav2Vec2(nn.Module):
     self.convolutions = Convolutions(c)
     self.project_norm, self.project = _norm(c, None), _dense(c, c.width, None)
     self.positions = nn.Conv(
-      c.width, (c.position_window,), padding=c.position_window // 2,
-      feature_group_count=c.position_groups, dtype=c.dtype, param_dtype=c.param_dtype,
-    )  # fmt: skip
+      c.width,
+      (c.position_window,),
+      padding=c.position_window // 2,
+      feature_group_count=c.position_groups,
+      dtype=c.dtype,
+      param_dtype=c.param_dtype,
+    )
     self.block = [rematerialized(Block, c)(c) for _ in range(c.num_layers)]
     self.norm = _norm(c, None)
     if c.classes:

@@ -115,10 +115,12 @@ def _dense(config: WhisperConfig, features: int, name: str | None, use_bias: boo
 
 def _norm(config: WhisperConfig, name: str | None) -> nn.LayerNorm:
   return nn.LayerNorm(
-    epsilon=1e-5, dtype=config.dtype, param_dtype=config.param_dtype,
+    epsilon=1e-5,
+    dtype=config.dtype,
+    param_dtype=config.param_dtype,
     use_fast_variance=False,  # some features are hundreds of times larger than others
     name=name,
-  )  # fmt: skip
+  )
 
 
 class Attention(nn.Module):

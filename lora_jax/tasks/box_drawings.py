@@ -23,7 +23,7 @@ def colors(labels: Sequence[str]) -> dict[str, tuple[int, int, int]]:
   return {
     label: (round(255 * red), round(255 * green), round(255 * blue))
     for label, (red, green, blue) in zip(labels, made, strict=True)
-  }  # fmt: skip
+  }
 
 
 def into(picture: np.ndarray, boxes: Sequence[Box], labels: Sequence[str]) -> Image.Image:
@@ -101,6 +101,8 @@ def grid(
     places[row][0].set_title(f"{name}, wanted: {len(columns['wanted'][row])}", fontsize=9)
   figure.legend(
     handles=[Patch(edgecolor=color, fill=False, label=x) for x, color in known.items()],
-    loc="lower center", ncols=min(len(known), 6), fontsize=9,
-  )  # fmt: skip
+    loc="lower center",
+    ncols=min(len(known), 6),
+    fontsize=9,
+  )
   figure.savefig(partial, format="png", bbox_inches="tight")

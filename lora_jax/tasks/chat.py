@@ -48,11 +48,16 @@ class Chat(Writing):
     if task["template"] is not None and chat_templates.is_file(task["template"]):
       chat_templates.read_file(task["template"])
     return cls(
-      conversation=data["conversation"], learn=task["learn"], template=task["template"],
-      date=task["date"], too_long=data["too_long"],
-      max_length=data["max_length"], buckets=tuple(data["buckets"]),
-      packed_length=data["packed_length"], loss_chunk=loss_chunk,
-    )  # fmt: skip
+      conversation=data["conversation"],
+      learn=task["learn"],
+      template=task["template"],
+      date=task["date"],
+      too_long=data["too_long"],
+      max_length=data["max_length"],
+      buckets=tuple(data["buckets"]),
+      packed_length=data["packed_length"],
+      loss_chunk=loss_chunk,
+    )
 
   # ---- records and examples
 
@@ -71,9 +76,14 @@ class Chat(Writing):
 
   def examples(self, rows: Sequence[records.Record]) -> list[Example]:
     return chat.encode(
-      rows, self.tokenizer, self.template, date=self.date, learn=self.learn,
-      max_length=self.max_length, too_long=self.too_long,
-    )  # fmt: skip
+      rows,
+      self.tokenizer,
+      self.template,
+      date=self.date,
+      learn=self.learn,
+      max_length=self.max_length,
+      too_long=self.too_long,
+    )
 
   def choice_ids(self) -> list[int]:
     return []

@@ -60,16 +60,25 @@ class Classification(Texts):
         "one; set it to 0"
       )
     return cls(
-      text=task["text"], pair=task["pair"], label=task["label"], labels=labels,
+      text=task["text"],
+      pair=task["pair"],
+      label=task["label"],
+      labels=labels,
       max_length=data["max_length"],
-      buckets=tuple(data["buckets"]), packed_length=0, loss_chunk=0,
-    )  # fmt: skip
+      buckets=tuple(data["buckets"]),
+      packed_length=0,
+      loss_chunk=0,
+    )
 
   def _of_encoders(self) -> PooledClassification:
     return PooledClassification(
-      text=self.text, pair=self.pair, label=self.label, labels=self.labels,
-      max_length=self.max_length, buckets=self.buckets,
-    )  # fmt: skip
+      text=self.text,
+      pair=self.pair,
+      label=self.label,
+      labels=self.labels,
+      max_length=self.max_length,
+      buckets=self.buckets,
+    )
 
   def read(self, rows: Sequence[records.Record]) -> tuple[list[records.Record], str]:
     return self._of_encoders().read(rows)
@@ -126,9 +135,11 @@ class Classification(Texts):
     """Returns `weights -> the predicted class of each example`."""
     rows = -(-len(encoded) // share) * share
     [batch] = batches.eval_batches(
-      encoded, rows, buckets=(max(len(each.inputs) for each in encoded),),
+      encoded,
+      rows,
+      buckets=(max(len(each.inputs) for each in encoded),),
       pad_id=self.tokenizer.pad_id,
-    )  # fmt: skip
+    )
     probabilities = self._probabilities(apply)
 
     def show(weights: PyTree) -> list[str]:

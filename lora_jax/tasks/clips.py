@@ -156,8 +156,10 @@ class OfClips:
     for split, own in examples.items():
       seconds = [clip.seconds for clip in own]
       splits[split] = {
-        "clips": len(own), "seconds": round(sum(seconds), 1), "longest": round(max(seconds), 2),
-      }  # fmt: skip
+        "clips": len(own),
+        "seconds": round(sum(seconds), 1),
+        "longest": round(max(seconds), 2),
+      }
     return {"window": self.window / RATE, "splits": splits}
 
   def lines(self, described: Mapping[str, Any]) -> list[str]:
@@ -209,9 +211,10 @@ class OfClips:
 
     def show(weights: PyTree) -> list[str]:
       return questions.answers(
-        lambda batch: put(step(weights, batch)), [batch],
+        lambda batch: put(step(weights, batch)),
+        [batch],
         lambda output: self.normalize(self.text_of(output)),
-      )  # fmt: skip
+      )
 
     return show
 
@@ -260,9 +263,10 @@ class OfClips:
       for window in sorted(set(windows))
       for batch in self._windows(
         [clip for clip, own in zip(examples, windows, strict=True) if own == window],
-        batch_size, window,
+        batch_size,
+        window,
       )
-    ]  # fmt: skip
+    ]
     places = {
       window: [n for n, own in enumerate(windows) if own == window] for window in set(windows)
     }
@@ -280,11 +284,13 @@ class OfClips:
         found[places[window][index]] = (self.text_of(output).strip(), took)
     return [
       {
-        "file": clip.name, "seconds": round(clip.seconds, 3), "text": found[n][0],
+        "file": clip.name,
+        "seconds": round(clip.seconds, 3),
+        "text": found[n][0],
         "computed_in": round(found[n][1], 4),
       }
       for n, clip in enumerate(examples)
-    ]  # fmt: skip
+    ]
 
   def _window_of(self, clip: Clip) -> int:
     count = -(-len(clip.samples) // self.window)

@@ -65,15 +65,24 @@ def average_precision(
     "images": [{"id": n} for n in range(len(truths))],
     "categories": [{"id": n} for n in range(len(labels))],
     "annotations": [
-      {"id": id, "image_id": n, "category_id": int(k), "bbox": box.tolist(), "iscrowd": 0,
-       "area": float(box[2] * box[3])}
+      {
+        "id": id,
+        "image_id": n,
+        "category_id": int(k),
+        "bbox": box.tolist(),
+        "iscrowd": 0,
+        "area": float(box[2] * box[3]),
+      }
       for id, (n, box, k) in enumerate(
-        ((n, box, k) for n, each in enumerate(truths)
-         for box, k in zip(each.boxes, each.classes, strict=True)),
+        (
+          (n, box, k)
+          for n, each in enumerate(truths)
+          for box, k in zip(each.boxes, each.classes, strict=True)
+        ),
         start=1,  # 0 stands for no match
       )
     ],
-  }  # fmt: skip
+  }
   rows = [
     np.concatenate(
       [np.full((len(x.boxes), 1), n), x.boxes, x.scores[:, None], x.classes[:, None]], 1

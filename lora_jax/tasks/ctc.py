@@ -72,9 +72,13 @@ class Ctc(clips.OfClips):
     if join and not (len(join) == 2 and 1 <= join[0] <= join[1]):
       raise ValueError(f"data.join {join}: give the least and the most words, as (3, 7), or ()")
     return cls(
-      audio=data["audio"], text=data["text"], window=clips.window_of(data),
-      normalizer=clips.normalizer_of(task), alphabet=alphabet, beams=task["beams"],
-    )  # fmt: skip
+      audio=data["audio"],
+      text=data["text"],
+      window=clips.window_of(data),
+      normalizer=clips.normalizer_of(task),
+      alphabet=alphabet,
+      beams=task["beams"],
+    )
 
   # ---- records and examples
 
@@ -156,8 +160,10 @@ class Ctc(clips.OfClips):
     labels, missing = np.zeros(most, np.int32), np.ones(most, np.float32)
     labels[: len(clip.tokens)], missing[: len(clip.tokens)] = clip.tokens, 0
     return self._heard(clip, self.window) | {
-      "labels": labels, "missing": missing, "weights": np.ones((), np.float32),
-    }  # fmt: skip
+      "labels": labels,
+      "missing": missing,
+      "weights": np.ones((), np.float32),
+    }
 
   def _heard(self, clip: Clip, window: int) -> dict[str, np.ndarray]:
     frames = np.array(self._frames(len(clip.samples)), np.int32)
@@ -202,9 +208,12 @@ class Ctc(clips.OfClips):
     """The sum of the losses of the clips in nats, and their number."""
     absent_BS = _absent(logits_BSK, batch).astype(jnp.float32)
     losses_B = optax.ctc_loss(
-      logits_BSK.astype(jnp.float32), absent_BS, batch["labels"], batch["missing"],
+      logits_BSK.astype(jnp.float32),
+      absent_BS,
+      batch["labels"],
+      batch["missing"],
       blank_id=self._blank,
-    )  # fmt: skip
+    )
     real_B = batch["weights"] > 0  # a row of padding has no frames, and an infinite loss
     return jnp.sum(jnp.where(real_B, losses_B, 0)), jnp.sum(batch["weights"])
 

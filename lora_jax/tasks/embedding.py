@@ -64,10 +64,14 @@ class Embedding(EncodedTexts):
     if not task["pair"]:
       raise ValueError("task.pair is empty; an embedding is learned from pairs of texts")
     return cls(
-      text=task["text"], pair=task["pair"], label=task["label"], positive=task["positive"],
-      temperature=task["temperature"], max_length=data["max_length"],
+      text=task["text"],
+      pair=task["pair"],
+      label=task["label"],
+      positive=task["positive"],
+      temperature=task["temperature"],
+      max_length=data["max_length"],
       buckets=tuple(data["buckets"]),
-    )  # fmt: skip
+    )
 
   def target(self, row: records.Record, where: str) -> float:
     return number(templates.fill(self.label, row), where) if self.label else self.positive

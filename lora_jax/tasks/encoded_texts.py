@@ -124,9 +124,10 @@ class EncodedTexts(tables.OfTables):
   @property
   def _how(self) -> dict[str, Any]:
     return {
-      "buckets": self.buckets, "pad_id": self.tokenizer.pad_id,
+      "buckets": self.buckets,
+      "pad_id": self.tokenizer.pad_id,
       "with_types": self._has_types,
-    }  # fmt: skip
+    }
 
   @property
   def _has_types(self) -> bool:

@@ -54,9 +54,13 @@ class Images(of_images.OfImages):
   def of(cls, task: Mapping[str, Any], data: Mapping[str, Any], loss_chunk: int) -> Self:
     cls.check_fields(data, loss_chunk)
     return cls(
-      labels=heads.labels_of(task), size=data["size"], mean=tuple(data["mean"]),
-      std=tuple(data["std"]), crop_area=data["crop_area"], flip=data["flip"],
-    )  # fmt: skip
+      labels=heads.labels_of(task),
+      size=data["size"],
+      mean=tuple(data["mean"]),
+      std=tuple(data["std"]),
+      crop_area=data["crop_area"],
+      flip=data["flip"],
+    )
 
   # ---- records and examples
 
@@ -81,9 +85,14 @@ class Images(of_images.OfImages):
     self, examples: Sequence[Example], batch_size: int, *, seed: int, **rows: Unpack[Shard]
   ) -> grain.MapDataset:
     return image_batches.train_batches(
-      examples, batch_size, size=self.size, crop_area=self.crop_area, flip=self.flip, seed=seed,
+      examples,
+      batch_size,
+      size=self.size,
+      crop_area=self.crop_area,
+      flip=self.flip,
+      seed=seed,
       **rows,
-    )  # fmt: skip
+    )
 
   def eval_batches(
     self, examples: Sequence[Example], batch_size: int, **rows: Unpack[Shard]
@@ -266,9 +275,15 @@ def _draw(
     for line, (when, answer) in enumerate(said):
       color = "#1a7f37" if answer == sample["wanted"] else "#b3261e"
       axes.text(
-        0.5, -0.04 - 0.12 * line, f"{when}: {answer}", transform=axes.transAxes, fontsize=9,
-        color=color, ha="center", va="top",
-      )  # fmt: skip
+        0.5,
+        -0.04 - 0.12 * line,
+        f"{when}: {answer}",
+        transform=axes.transAxes,
+        fontsize=9,
+        color=color,
+        ha="center",
+        va="top",
+      )
   figure.savefig(partial, format="png", bbox_inches="tight")
 
 

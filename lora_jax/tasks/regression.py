@@ -42,9 +42,12 @@ class Regression(EncodedTexts):
   def of(cls, task: Mapping[str, Any], data: Mapping[str, Any], loss_chunk: int) -> Self:
     check_loss_chunk(loss_chunk)
     return cls(
-      text=task["text"], pair=task["pair"], label=task["label"], max_length=data["max_length"],
+      text=task["text"],
+      pair=task["pair"],
+      label=task["label"],
+      max_length=data["max_length"],
       buckets=tuple(data["buckets"]),
-    )  # fmt: skip
+    )
 
   def target(self, row: records.Record, where: str) -> float:
     return number(templates.fill(self.label, row), where)

@@ -60,10 +60,14 @@ class Transcription(clips.OfClips):
   def of(cls, task: Mapping[str, Any], data: Mapping[str, Any], loss_chunk: int) -> Self:
     clips.refuse_chunks(loss_chunk)
     return cls(
-      audio=data["audio"], text=data["text"], window=clips.window_of(data),
-      normalizer=clips.normalizer_of(task), prompt=task["prompt"], slots=data["slots"],
+      audio=data["audio"],
+      text=data["text"],
+      window=clips.window_of(data),
+      normalizer=clips.normalizer_of(task),
+      prompt=task["prompt"],
+      slots=data["slots"],
       max_length=data["max_length"],
-    )  # fmt: skip
+    )
 
   # ---- records and examples
 
@@ -143,10 +147,13 @@ class Transcription(clips.OfClips):
       phrases = self._phrases(row, where) if self.slots else ()
       found.append(
         Clip(
-          samples=row["samples"], text=str(row[self.text]), tokens=tokens, phrases=phrases,
+          samples=row["samples"],
+          text=str(row[self.text]),
+          tokens=tokens,
+          phrases=phrases,
           name=row["name"],
         )
-      )  # fmt: skip
+      )
     return found
 
   def tokens(self, example: Clip) -> list[TokenText]:
@@ -202,9 +209,11 @@ class Transcription(clips.OfClips):
     audio = self.listen(np.zeros(window, np.float32), window)
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     return {
-      "audio": jax.ShapeDtypeStruct((rows, *audio.shape), audio.dtype), "tokens": tokens,
-      "targets": tokens, "weights": jax.ShapeDtypeStruct((rows, length), jnp.float32),
-    }  # fmt: skip
+      "audio": jax.ShapeDtypeStruct((rows, *audio.shape), audio.dtype),
+      "tokens": tokens,
+      "targets": tokens,
+      "weights": jax.ShapeDtypeStruct((rows, length), jnp.float32),
+    }
 
   # ---- training and evaluation
 
@@ -232,12 +241,16 @@ class Transcription(clips.OfClips):
     variables, rows = {"params": weights}, len(audio)
     frames = apply(variables, audio, method="frames")
     return decode.decode(
-      functools.partial(apply, method="read"), weights,
+      functools.partial(apply, method="read"),
+      weights,
       jnp.broadcast_to(np.array(prompt, np.int32), (rows, len(prompt))),
-      jnp.full(rows, len(prompt)), steps=self.max_length - len(prompt), choose=choose,
-      key=jax.random.key(0), eos_id=tokenizer.stop_ids,
+      jnp.full(rows, len(prompt)),
+      steps=self.max_length - len(prompt),
+      choose=choose,
+      key=jax.random.key(0),
+      eos_id=tokenizer.stop_ids,
       cache=apply(variables, frames, slots=self.max_length, method="start"),
-    )  # fmt: skip
+    )
 
   def text_of(self, output: np.ndarray) -> str:
     tokenizer = self.tokenizer

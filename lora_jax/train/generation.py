@@ -100,9 +100,14 @@ def make_generate_step(
     }
     if beams == 1:
       return decode.decode(
-        apply, weights, prompts_BT, lengths_B,
-        choose=decode.greedy, key=jax.random.key(0), **common,
-      )  # fmt: skip
+        apply,
+        weights,
+        prompts_BT,
+        lengths_B,
+        choose=decode.greedy,
+        key=jax.random.key(0),
+        **common,
+      )
     found = decode.beam_search(
       apply, weights, prompts_BT, lengths_B, beams=beams, penalty=penalty, exact=False, **common
     )

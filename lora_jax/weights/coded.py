@@ -144,9 +144,14 @@ class Coded(Formed):
 
     def use(w):
       return lax.gather(
-        w, indices, dimension_numbers=d, slice_sizes=slice_sizes, mode=mode, fill_value=fill_value,
+        w,
+        indices,
+        dimension_numbers=d,
+        slice_sizes=slice_sizes,
+        mode=mode,
+        fill_value=fill_value,
         **params,
-      )  # fmt: skip
+      )
 
     return explicit.laid_out(rows_at, explicit.of_result(use, self, indices))(self, indices)
 

@@ -85,8 +85,10 @@ class Concatenated(Combined):
     if feature_group_count != 1 or batch_group_count != 1:
       raise NotFactored("the convolution has groups")
     params |= {
-      "dimension_numbers": dimension_numbers, "feature_group_count": 1, "batch_group_count": 1,
-    }  # fmt: skip
+      "dimension_numbers": dimension_numbers,
+      "feature_group_count": 1,
+      "batch_group_count": 1,
+    }
 
     def product(pair, **params):
       return base.conv_general_dilated(pair[1], pair[0], **params)

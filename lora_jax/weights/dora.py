@@ -146,9 +146,13 @@ class DoRA(Adapted):
       a = jax.sharding.reshard(a, explicit.part_sharding(sharding, self.all_roles, "sir"))
       placed = {"out_sharding": explicit.part_sharding(sharding, self.all_roles, "sro")}
     return base.dot_general(
-      a, self.w, ((a_inputs, inputs), (a_stack, stack)), precision="highest",
-      preferred_element_type=dtype, **placed,
-    )  # fmt: skip
+      a,
+      self.w,
+      ((a_inputs, inputs), (a_stack, stack)),
+      precision="highest",
+      preferred_element_type=dtype,
+      **placed,
+    )
 
   @property
   def _rank_axis(self) -> int:

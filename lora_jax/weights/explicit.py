@@ -69,9 +69,7 @@ def laid_out(f: Callable[..., PyTree], shardings: PyTree) -> Callable[..., PyTre
   return auto_axes(f, axes=_explicit_axes(known[0]), out_sharding=shardings)
 
 
-def part_sharding(
-  sharding: NamedSharding | None, roles: str, layout: str
-) -> NamedSharding | None:  # fmt: skip
+def part_sharding(sharding: NamedSharding | None, roles: str, layout: str) -> NamedSharding | None:
   """The sharding of a part of a matrix: that of the axes they have in common, the rank unsharded.
 
   Args:

@@ -123,11 +123,14 @@ def contract(
     return [labels.index(c) for c in chosen]
 
   z = lax.dot_general(
-    x, y,
-    ((places(x_labels, summed), places(y_labels, summed)),
-     (places(x_labels, batch), places(y_labels, batch))),
+    x,
+    y,
+    (
+      (places(x_labels, summed), places(y_labels, summed)),
+      (places(x_labels, batch), places(y_labels, batch)),
+    ),
     **params,
-  )  # fmt: skip
+  )
   free = [c for c in x_labels if c not in y_labels] + [c for c in y_labels if c not in x_labels]
   return reordered(z, "".join(batch + free), out_labels)
 

@@ -45,9 +45,15 @@ class Gated(LowRank):
   # ---- contractions
 
   def dot_general(
-    self, other, dimension_numbers, *, weight_is_lhs, precision=None, preferred_element_type=None,
+    self,
+    other,
+    dimension_numbers,
+    *,
+    weight_is_lhs,
+    precision=None,
+    preferred_element_type=None,
     **params,
-  ):  # fmt: skip
+  ):
     """Applies the gate to the rank-sized product between the factors, to neither factor."""
     asked, dtype = promotion.of_base(preferred_element_type, other.dtype, self.dtype)
 
@@ -75,9 +81,12 @@ class Gated(LowRank):
       kept = [c for c in both if c not in gate_labels and (c in out_labels or c in second_labels)]
       h_labels = "".join(kept) + gate_labels
       h = jnp.einsum(
-        f"{x_labels},{first_labels}->{h_labels}", x, first.astype(x.dtype), precision=precision,
+        f"{x_labels},{first_labels}->{h_labels}",
+        x,
+        first.astype(x.dtype),
+        precision=precision,
         preferred_element_type=promotion.at_least_float32(x.dtype),
-      )  # fmt: skip
+      )
       gates = spread(self.scale * gate, gate_labels, h_labels)
       h = promotion.multiplied(gates, h).astype(x.dtype)
       return jnp.einsum(

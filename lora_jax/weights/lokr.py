@@ -132,9 +132,15 @@ class LoKr(Adapted):
   # ---- contractions
 
   def dot_general(
-    self, other, dimension_numbers, *, weight_is_lhs, precision=None, preferred_element_type=None,
+    self,
+    other,
+    dimension_numbers,
+    *,
+    weight_is_lhs,
+    precision=None,
+    preferred_element_type=None,
     **params,
-  ):  # fmt: skip
+  ):
     x_labels, out_labels = dot_labels(other.ndim, self.ndim, dimension_numbers, weight_is_lhs)
     summed, made = set(x_labels) - set(out_labels), set(out_labels) - set(x_labels)
     if summed >= set(self._inputs) and made >= set(self._outputs):
@@ -143,9 +149,13 @@ class LoKr(Adapted):
       before, after, transposed = self._outputs, self._inputs, True
     else:  # some of the inputs or outputs without the others
       return self._low_rank().dot_general(
-        other, dimension_numbers, weight_is_lhs=weight_is_lhs, precision=precision,
-        preferred_element_type=preferred_element_type, **params,
-      )  # fmt: skip
+        other,
+        dimension_numbers,
+        weight_is_lhs=weight_is_lhs,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        **params,
+      )
     asked, dtype = promotion.of_base(preferred_element_type, other.dtype, self.dtype)
     lhs, rhs = (self.w, other) if weight_is_lhs else (other, self.w)
     y = base.dot_general(
@@ -244,10 +254,12 @@ class LoKr(Adapted):
       for name, part in self.parts.items()
     }
     return dataclasses.replace(
-      self, w=base.call("transpose", self.w, permutation), **parts,
+      self,
+      w=base.call("transpose", self.w, permutation),
+      **parts,
       order=tuple(place[n] - self.ndim for n in self._order),
       roles="".join(self.all_roles[n] for n in permutation).lstrip("s"),
-    )  # fmt: skip
+    )
 
   def scaled(self, c):
     return dataclasses.replace(self.rescaled(c), w=base.scaled(self.w, c))
@@ -309,9 +321,12 @@ class LoKr(Adapted):
 
 
 def _chain(
-  x: jax.Array, x_labels: Labels, factors: Sequence[tuple[jax.Array, Labels]], out_labels: Labels,
+  x: jax.Array,
+  x_labels: Labels,
+  factors: Sequence[tuple[jax.Array, Labels]],
+  out_labels: Labels,
   precision,
-) -> jax.Array:  # fmt: skip
+) -> jax.Array:
   """Multiplies x by one factor after the other; sums over labels that are not in out_labels."""
   precise = promotion.at_least_float32(x.dtype)
   for n, (factor, f_labels) in enumerate(factors):

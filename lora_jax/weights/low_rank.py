@@ -115,9 +115,15 @@ class LowRank(Structured):
   # ---- contractions
 
   def dot_general(
-    self, other, dimension_numbers, *, weight_is_lhs, precision=None, preferred_element_type=None,
+    self,
+    other,
+    dimension_numbers,
+    *,
+    weight_is_lhs,
+    precision=None,
+    preferred_element_type=None,
     **params,
-  ):  # fmt: skip
+  ):
     asked, dtype = promotion.of_base(preferred_element_type, other.dtype, self.dtype)
 
     def use(w):
@@ -137,9 +143,20 @@ class LowRank(Structured):
     return total(y, self._delta(product, other, y, use), dtype)
 
   def conv_general_dilated(
-    self, x, *, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers,
-    feature_group_count, batch_group_count, precision, preferred_element_type, out_sharding=None,
-  ):  # fmt: skip
+    self,
+    x,
+    *,
+    window_strides,
+    padding,
+    lhs_dilation,
+    rhs_dilation,
+    dimension_numbers,
+    feature_group_count,
+    batch_group_count,
+    precision,
+    preferred_element_type,
+    out_sharding=None,
+  ):
     """Convolves to `rank` channels with a as the kernel, then applies b at every position."""
     roles = self.all_roles
     lhs_spec, rhs_spec, out_spec = dimension_numbers
@@ -147,9 +164,13 @@ class LowRank(Structured):
       raise NotFactored("the convolution has batch groups")
     asked, dtype = promotion.of_base(preferred_element_type, x.dtype, self.dtype)
     params = {
-      "window_strides": window_strides, "padding": padding, "lhs_dilation": lhs_dilation,
-      "rhs_dilation": rhs_dilation, "precision": precision, "preferred_element_type": asked,
-    }  # fmt: skip
+      "window_strides": window_strides,
+      "padding": padding,
+      "lhs_dilation": lhs_dilation,
+      "rhs_dilation": rhs_dilation,
+      "precision": precision,
+      "preferred_element_type": asked,
+    }
 
     of_convolution = "".join(roles[n] for n in rhs_spec)
     windows = "i" * len(rhs_spec[2:])
@@ -160,9 +181,14 @@ class LowRank(Structured):
     def use(w):
       placed = {} if out_sharding is None else {"out_sharding": out_sharding}
       return base.conv_general_dilated(
-        x, w, dimension_numbers=dimension_numbers, feature_group_count=feature_group_count,
-        batch_group_count=1, **params, **placed,
-      )  # fmt: skip
+        x,
+        w,
+        dimension_numbers=dimension_numbers,
+        feature_group_count=feature_group_count,
+        batch_group_count=1,
+        **params,
+        **placed,
+      )
 
     axes = part_axes(roles, "sir")
 
@@ -199,9 +225,15 @@ class LowRank(Structured):
     return total(y, self._delta(back if transposed else product, x, y, use), dtype)
 
   def ragged_dot_general(
-    self, lhs, group_sizes, *, ragged_dot_dimension_numbers, precision, preferred_element_type,
+    self,
+    lhs,
+    group_sizes,
+    *,
+    ragged_dot_dimension_numbers,
+    precision,
+    preferred_element_type,
     **params,
-  ):  # fmt: skip
+  ):
     """Multiplies each group of rows by its own matrix of the stack, as in mixtures of experts."""
     d = ragged_dot_dimension_numbers
     (_, rhs_c), (lhs_b, rhs_b) = d.dot_dimension_numbers
@@ -211,9 +243,14 @@ class LowRank(Structured):
 
     def use(w):
       return base.ragged_dot_general(
-        lhs, w, group_sizes, ragged_dot_dimension_numbers=d, precision=precision,
-        preferred_element_type=asked, **params,
-      )  # fmt: skip
+        lhs,
+        w,
+        group_sizes,
+        ragged_dot_dimension_numbers=d,
+        precision=precision,
+        preferred_element_type=asked,
+        **params,
+      )
 
     def product(operands, a, b, key):
       x, group_sizes = operands
@@ -222,9 +259,12 @@ class LowRank(Structured):
       def by_group(x, stack):
         last = (((x.ndim - 1,), rhs_c), ((), ()))
         return lax.ragged_dot_general(
-          x, stack.astype(x.dtype), group_sizes, precision=precision,
+          x,
+          stack.astype(x.dtype),
+          group_sizes,
+          precision=precision,
           ragged_dot_dimension_numbers=dataclasses.replace(d, dot_dimension_numbers=last),
-        )  # fmt: skip
+        )
 
       return by_group((self.scale * by_group(x, a)).astype(x.dtype), b)
 
@@ -248,9 +288,14 @@ class LowRank(Structured):
 
     def use(w):
       return base.call(
-        "gather", w, indices, dimension_numbers=d, slice_sizes=slice_sizes, fill_value=fill_value,
+        "gather",
+        w,
+        indices,
+        dimension_numbers=d,
+        slice_sizes=slice_sizes,
+        fill_value=fill_value,
         **params,
-      )  # fmt: skip
+      )
 
     rows = use(self.w)
     names = labels(self.ndim)

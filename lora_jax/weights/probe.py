@@ -110,19 +110,35 @@ class Probe(Structured):
     return self._tapped(self._plainly(product), other, other_labels)
 
   def conv_general_dilated(
-    self, x, *, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers,
-    feature_group_count, batch_group_count, **params,
-  ):  # fmt: skip
+    self,
+    x,
+    *,
+    window_strides,
+    padding,
+    lhs_dilation,
+    rhs_dilation,
+    dimension_numbers,
+    feature_group_count,
+    batch_group_count,
+    **params,
+  ):
     windows = {
-      "window_strides": window_strides, "padding": padding, "lhs_dilation": lhs_dilation,
+      "window_strides": window_strides,
+      "padding": padding,
+      "lhs_dilation": lhs_dilation,
       "rhs_dilation": rhs_dilation,
-    }  # fmt: skip
+    }
     y = self._plainly(
       lambda w: base.conv_general_dilated(
-        x, w, dimension_numbers=dimension_numbers, feature_group_count=feature_group_count,
-        batch_group_count=batch_group_count, **windows, **params,
+        x,
+        w,
+        dimension_numbers=dimension_numbers,
+        feature_group_count=feature_group_count,
+        batch_group_count=batch_group_count,
+        **windows,
+        **params,
       )
-    )  # fmt: skip
+    )
     lhs_spec, (out, *inputs), _ = dimension_numbers
     if (
       batch_group_count != 1 or "".join(self.all_roles[n] for n in (out, *inputs)).strip("i") != "o"

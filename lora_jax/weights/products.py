@@ -45,9 +45,15 @@ def dot_labels(
   static_argnames=("x_labels", "roles", "scale", "out_labels", "precision"),
 )
 def low_rank_product(
-  x: jax.Array, x_labels: Labels, a: jax.Array, b: jax.Array, roles: str, scale: float,
-  out_labels: Labels, precision: lax.PrecisionLike,
-) -> jax.Array:  # fmt: skip
+  x: jax.Array,
+  x_labels: Labels,
+  a: jax.Array,
+  b: jax.Array,
+  roles: str,
+  scale: float,
+  out_labels: Labels,
+  precision: lax.PrecisionLike,
+) -> jax.Array:
   """Contracts x with `scale * a @ b` by two thin products; no operand has the full size.
 
   Two details speed up the backward pass; autodiff does the rest, so `jvp`, `vmap` and `linearize`
@@ -99,9 +105,14 @@ def low_rank_product(
   inner = "".join(c for c in kept if c in second_labels and c not in out_labels)
   precise = promotion.at_least_float32(x.dtype)
   h = contract(
-    x, x_labels, first, first_labels, batch + rows + inner, precision=precision,
+    x,
+    x_labels,
+    first,
+    first_labels,
+    batch + rows + inner,
+    precision=precision,
     preferred_element_type=precise,
-  )  # fmt: skip
+  )
   h = (scale * h).astype(x.dtype)
   split = h.shape[: len(batch)], h.shape[len(batch) : len(batch) + len(rows)]
   h = h.reshape(*split[0], math.prod(split[1]), *h.shape[len(batch) + len(rows) :])

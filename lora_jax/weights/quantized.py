@@ -124,9 +124,12 @@ class Quantized(Coded):
     rows = "".join(names[n] for n in self._row_axes)
     if self.scale.shape[-1] > 1 or self.offset is not None or not set(rows) <= set(out_labels):
       return super().dot_general(
-        other, dimension_numbers, weight_is_lhs=weight_is_lhs,
-        preferred_element_type=preferred_element_type, **params,
-      )  # fmt: skip
+        other,
+        dimension_numbers,
+        weight_is_lhs=weight_is_lhs,
+        preferred_element_type=preferred_element_type,
+        **params,
+      )
     # The unscaled product may overflow float16 where the scaled one does not.
     asked, dtype = promotion.of_base(preferred_element_type, other.dtype, self.dtype)
     sharding = self.explicit_sharding
@@ -209,9 +212,13 @@ def coded(
   if format.levels in _PACKED:
     codes = codes[..., ::2] | codes[..., 1::2] << 4
   return Quantized(
-    codes, scale, levels=format.levels, columns=tuple(columns),
-    sizes=tuple(like.shape[n] for n in columns), to=jnp.dtype(like.dtype).name,
-  )  # fmt: skip
+    codes,
+    scale,
+    levels=format.levels,
+    columns=tuple(columns),
+    sizes=tuple(like.shape[n] for n in columns),
+    to=jnp.dtype(like.dtype).name,
+  )
 
 
 def as_array(scale: Any) -> jax.Array:

@@ -62,9 +62,12 @@ class ScaledOutputs(Structured):
       y = product(self._times(x, other_labels, self.c, self._labels))
       return y.astype(dtype or y.dtype)
     return self._summed_over_stacks(
-      other, dimension_numbers, weight_is_lhs=weight_is_lhs,
-      preferred_element_type=preferred_element_type, **params,
-    )  # fmt: skip
+      other,
+      dimension_numbers,
+      weight_is_lhs=weight_is_lhs,
+      preferred_element_type=preferred_element_type,
+      **params,
+    )
 
   def _summed_over_stacks(
     self, other, dimension_numbers, *, weight_is_lhs, out_sharding=None, **params
@@ -97,9 +100,10 @@ class ScaledOutputs(Structured):
     lhs_spec, rhs_spec, out_spec = dimension_numbers
     asked, dtype = promotion.of_base(preferred_element_type, x.dtype, self.dtype)
     params |= {
-      "dimension_numbers": dimension_numbers, "feature_group_count": feature_group_count,
+      "dimension_numbers": dimension_numbers,
+      "feature_group_count": feature_group_count,
       "preferred_element_type": asked,
-    }  # fmt: skip
+    }
     names = string.ascii_uppercase[: x.ndim]
     of_convolution = "".join(self.all_roles[n] for n in rhs_spec)
     windows = "i" * len(rhs_spec[2:])
@@ -121,9 +125,13 @@ class ScaledOutputs(Structured):
       raise NotFactored("only rows are multiplied by group, by a stack of (in, out) matrices")
     asked, dtype = promotion.of_base(preferred_element_type, lhs.dtype, self.dtype)
     y = base.ragged_dot_general(
-      lhs, self.w, group_sizes, ragged_dot_dimension_numbers=d, preferred_element_type=asked,
+      lhs,
+      self.w,
+      group_sizes,
+      ragged_dot_dimension_numbers=d,
+      preferred_element_type=asked,
       **params,
-    )  # fmt: skip
+    )
 
     def by_group(y, c, group_sizes):
       rows = jnp.repeat(c, group_sizes, axis=0, total_repeat_length=y.shape[0])

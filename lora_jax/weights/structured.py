@@ -171,9 +171,7 @@ class Structured(Adapted):
 
     return self._with(w, reshaped, roles)
 
-  def _result_sharding(
-    self, x: Any, y: Any, use: Callable[[Any], Any]
-  ) -> NamedSharding | None:  # fmt: skip
+  def _result_sharding(self, x: Any, y: Any, use: Callable[[Any], Any]) -> NamedSharding | None:
     """The sharding of an operation's result over explicit mesh axes: that of the base's result.
 
     Args:

@@ -72,9 +72,15 @@ class TokenRows(Adapted):
   # ---- contractions and look-ups
 
   def dot_general(
-    self, other, dimension_numbers, *, weight_is_lhs, precision=None, preferred_element_type=None,
+    self,
+    other,
+    dimension_numbers,
+    *,
+    weight_is_lhs,
+    precision=None,
+    preferred_element_type=None,
     **params,
-  ):  # fmt: skip
+  ):
     asked, dtype = promotion.of_base(preferred_element_type, other.dtype, self.dtype)
     lhs, rhs = (self.w, other) if weight_is_lhs else (other, self.w)
     y = base.dot_general(
@@ -105,9 +111,15 @@ class TokenRows(Adapted):
     if "s" in self.all_roles or d.collapsed_slice_dims != (self._tokens,):
       raise NotFactored("rows of a stack, or slices of several rows, are gathered")
     rows = base.call(
-      "gather", self.w, indices, dimension_numbers=d, slice_sizes=slice_sizes, mode=mode,
-      fill_value=fill_value, **params,
-    )  # fmt: skip
+      "gather",
+      self.w,
+      indices,
+      dimension_numbers=d,
+      slice_sizes=slice_sizes,
+      mode=mode,
+      fill_value=fill_value,
+      **params,
+    )
     if not self.ids:
       return rows
     # The place of each token among the sorted ids; a token out of bounds equals none of them.

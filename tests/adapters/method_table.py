@@ -55,9 +55,9 @@ def _experts(p, x):
 
 
 def _convolution(p, x):
-  return jnp.sin(lax.conv_general_dilated(
-    x, p["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-  ))  # fmt: skip
+  return jnp.sin(
+    lax.conv_general_dilated(x, p["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+  )
 
 
 def _embedding(p, ids):

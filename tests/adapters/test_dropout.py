@@ -35,13 +35,14 @@ LAYERS = {
   "transposed": (lambda w, x: x @ w.T, (D, D), "io", (30, D)),
   "convolution": (convolve, (1, D, D), "iio", (2, 15, D)),
   "grouped experts": (
-    lambda w, x: lax.ragged_dot(x, w, jnp.array([14, 0, 16], jnp.int32)), (3, D, D), "io", (30, D)
+    lambda w, x: lax.ragged_dot(x, w, jnp.array([14, 0, 16], jnp.int32)),
+    (3, D, D),
+    "io",
+    (30, D),
   ),
-  "batched experts": (
-    lambda w, x: jnp.einsum("end,edk->enk", x, w), (3, D, D), "io", (3, 10, D)
-  ),
+  "batched experts": (lambda w, x: jnp.einsum("end,edk->enk", x, w), (3, D, D), "io", (3, 10, D)),
   "scanned layers": (scanned, (3, D, D), "io", (10, D)),
-}  # fmt: skip
+}
 every_layer = pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 
 

@@ -97,9 +97,13 @@ def test_the_start_is_peft_s(moments, rho):
   )
   inputs = {"inputs": {name: torch.tensor(x) for name, x in INPUTS.items()}}
   theirs = peft.tuners.lora.eva.get_eva_state_dict(
-    Parallel(), [inputs], config, prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None,
+    Parallel(),
+    [inputs],
+    config,
+    prepare_model_inputs_fn=None,
+    prepare_layer_inputs_fn=None,
     show_progress_bar=False,
-  )  # fmt: skip
+  )
   ours = eva.start(PARAMS, SPECS, moments, rho=rho)
   assert ranks_of(ours) == {path: len(v) for path, v in theirs.items() if len(v)}
   for path, adapter in ours.items():
@@ -161,9 +165,9 @@ def test_a_kernel_of_several_axes_starts_in_all_its_inputs(roles, shape, equatio
   )
   adapter = eva.start(params, {"w": SPEC}, moments, axes=axes)["w"]
   same_directions(adapter.a.reshape(12, 2), np.linalg.svd(x.astype(np.float64))[2].T[:, :2])
-  assert np.isfinite(adapt(lambda p, x: jnp.einsum(equation, x, p["w"]))(
-    attach(params, {"w": adapter}), rows
-  )).all()  # fmt: skip
+  assert np.isfinite(
+    adapt(lambda p, x: jnp.einsum(equation, x, p["w"]))(attach(params, {"w": adapter}), rows)
+  ).all()
 
 
 def test_a_randomised_start_explains_nearly_as_much_as_the_exact_one():
@@ -184,8 +188,11 @@ def test_an_expert_without_rows_gets_no_rank_while_others_want_it():
   x, axes = spectrum(9, 1, 0.9), {"w": Axes("sio", ("ragged_dot_general",))}
   moments = second_moments(
     lambda p, x: jax.lax.ragged_dot(x, p["w"], jnp.array([30, 0], jnp.int32)),
-    {"w": normal(2, 9, 13)}, ["w"], [x], axes=axes,
-  )  # fmt: skip
+    {"w": normal(2, 9, 13)},
+    ["w"],
+    [x],
+    axes=axes,
+  )
   adapter = eva.start({"w": normal(2, 9, 13)}, {"w": SPEC}, moments, axes=axes)["w"]
   assert adapter.rank == 4
   assert jnp.any(adapter.a, axis=1).sum(-1).tolist() == [4, 0]

@@ -52,14 +52,18 @@ def test_the_gradient_is_that_of_full_fine_tuning_leaf_by_leaf():
 
 def test_bias_alone_is_bitfit():
   assert set(gradient(attached([("bias", Full())]))) == {
-    "up/bias/dw", "down/bias/dw", "ln_1/bias/dw"
-  }  # fmt: skip
+    "up/bias/dw",
+    "down/bias/dw",
+    "ln_1/bias/dw",
+  }
 
 
 def test_norm_alone_is_layernorm_tuning():
   assert set(gradient(attached([("norm", Full())]))) == {
-    "ln_1/scale/dw", "ln_1/bias/dw", "post_norm/scale/dw"
-  }  # fmt: skip
+    "ln_1/scale/dw",
+    "ln_1/bias/dw",
+    "post_norm/scale/dw",
+  }
 
 
 def test_full_leaves_stand_beside_adapters_of_others():

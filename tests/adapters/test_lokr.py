@@ -150,12 +150,18 @@ INDIRECT = {
   "half of the columns": ("io", (24, 40), lambda w, x: x @ w[:, :20], normal(3, 24)),
   "one of a stack": ("sio", (2, 24, 40), lambda w, x: x @ w[1], normal(3, 24)),
   "one of two inputs": (
-    "iio", (8, 3, 40), lambda w, x: jnp.einsum("nh,hdk->ndk", x, w), normal(3, 8),
+    "iio",
+    (8, 3, 40),
+    lambda w, x: jnp.einsum("nh,hdk->ndk", x, w),
+    normal(3, 8),
   ),
   "experts by group": (
-    "sio", (2, 24, 40), lambda w, x: lax.ragged_dot(x, w, jnp.array([1, 2])), normal(3, 24),
+    "sio",
+    (2, 24, 40),
+    lambda w, x: lax.ragged_dot(x, w, jnp.array([1, 2])),
+    normal(3, 24),
   ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("roles", "shape", "f", "x"), INDIRECT.values(), ids=INDIRECT)
@@ -251,9 +257,11 @@ CONFIGS = {
 def test_it_starts_with_the_shapes_and_distributions_of_peft_s_layer(config):
   layer, theirs = peft_layer(torch.nn.Linear(960, 1200), **config)
   spec = LoKr(
-    rank=config["r"], alpha=6.0, decompose_both=config.get("decompose_both", False),
+    rank=config["r"],
+    alpha=6.0,
+    decompose_both=config.get("decompose_both", False),
     factor=config.get("decompose_factor"),
-  )  # fmt: skip
+  )
   adapter = spec.init(KEY, "w", jax.ShapeDtypeStruct((960, 1200), jnp.float32), "io")
   assert adapter.scale == layer.scaling["default"]
   assert adapter.parts.keys() == theirs.keys()

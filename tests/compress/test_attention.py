@@ -55,9 +55,16 @@ def test_a_truncation_is_the_nearest_of_its_rank_weighed_by_the_inputs():
 
 
 CONFIG = llama.LlamaConfig(
-  vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
-  max_length=16, tie_embeddings=True,
-)  # fmt: skip
+  vocab_size=32,
+  width=16,
+  mlp_width=24,
+  num_layers=2,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=8,
+  max_length=16,
+  tie_embeddings=True,
+)
 TOKENS = jnp.arange(10).reshape(2, 5)
 
 

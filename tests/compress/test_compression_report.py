@@ -45,10 +45,15 @@ def test_the_operations_of_a_token_are_those_of_its_products():
 
 def measures(memory, figures, ratios=None):
   return report.Measures(
-    parameters=10**6, memory=memory, disk=memory, flops=10**9, unit="token",
-    times={"prefill": {1: 5.0, 8: 20.0}, "token": {1: 1.0, 8: 2.0}}, ratios=ratios or {},
+    parameters=10**6,
+    memory=memory,
+    disk=memory,
+    flops=10**9,
+    unit="token",
+    times={"prefill": {1: 5.0, 8: 20.0}, "token": {1: 1.0, 8: 2.0}},
+    ratios=ratios or {},
     figures=figures,
-  )  # fmt: skip
+  )
 
 
 def rows():
@@ -93,9 +98,16 @@ def test_a_report_whose_steps_do_not_fit_each_other_is_refused(tmp_path):
 
 def test_latency_is_measured_of_a_prompt_and_of_a_token_against_the_first_model():
   config = llama.LlamaConfig(
-    vocab_size=16, width=8, mlp_width=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4,
-    max_length=8, tie_embeddings=True,
-  )  # fmt: skip
+    vocab_size=16,
+    width=8,
+    mlp_width=8,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    max_length=8,
+    tie_embeddings=True,
+  )
   model = llama.Llama(config)
   params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
   runs = report.decoding(model.apply, params, config, rows=2, length=4)

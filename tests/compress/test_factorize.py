@@ -139,8 +139,9 @@ def test_kernels_of_any_axes_are_factored_and_cost_what_their_factors_do():
   np.testing.assert_allclose(
     adapt(convolve, strict=True)({"w": smaller["conv"]}, x),
     convolve({"w": materialize(smaller["conv"])}, x),
-    rtol=1e-4, atol=1e-5,
-  )  # fmt: skip
+    rtol=1e-4,
+    atol=1e-5,
+  )
   assert sum(x.size for x in jax.tree.leaves(smaller["layers"])) == 2 * 2 * (8 + 12)
 
 
@@ -163,8 +164,10 @@ def test_a_budget_goes_where_ranks_are_worth_most_and_is_met():
   ranks = sensitivity.allocate(losses, costs, 64)
   best = min(
     (losses["steep"][i] + losses["flat"][j], i, j)
-    for i in (1, 2, 3) for j in (1, 2, 3) if 16 * (i + j) <= 64
-  )  # fmt: skip
+    for i in (1, 2, 3)
+    for j in (1, 2, 3)
+    if 16 * (i + j) <= 64
+  )
   assert losses["steep"][ranks["steep"]] + losses["flat"][ranks["flat"]] == best[0]
   with pytest.raises(ValueError, match=r"the budget 31 cannot be met: with rank 1 .* cost 32"):
     sensitivity.allocate(losses, costs, 31)

@@ -105,9 +105,12 @@ def test_what_is_deployed_has_codes_or_their_copy_and_no_factors_as_large_as_the
   coded_a = quantized(normal(8, 2), Format(levels="int8"), (-2,))
   large = Factored(normal(8, 5), normal(5, 6))
   tree = {
-    "codes": CODED, "factors": Factored(coded_a, B), "large": large, "array": HALF,
+    "codes": CODED,
+    "factors": Factored(coded_a, B),
+    "large": large,
+    "array": HALF,
     "adapted": LowRank(CODED, A, B),
-  }  # fmt: skip
+  }
   for resident in (False, True):
     found = merging.deployed(tree, resident=resident)
     assert not is_weight(found["large"]) and found["array"] is HALF

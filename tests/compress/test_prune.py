@@ -120,12 +120,14 @@ def test_sparsity_is_the_share_of_zeros():
     (
       lambda: prune.prune(
         prune.prune(W, ["kernel"], prune.magnitude, prune.share(0.5)),
-        ["kernel"], prune.magnitude, prune.share(0.5),
+        ["kernel"],
+        prune.magnitude,
+        prune.share(0.5),
       ),
       "is compressed already",
     ),
   ],
-)  # fmt: skip
+)
 def test_what_cannot_be_pruned_is_refused_with_the_reason(make, words):
   with pytest.raises(ValueError, match=words):
     make()

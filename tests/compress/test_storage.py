@@ -16,9 +16,17 @@ from lora_jax.weights import Factored, LowRank, Pruned
 from lora_jax.weights.quantized import Format, quantized
 
 CONFIG = llama.LlamaConfig(
-  vocab_size=49152, width=8, mlp_width=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4,
-  value_dim=3, max_length=16, tie_embeddings=True,
-)  # fmt: skip
+  vocab_size=49152,
+  width=8,
+  mlp_width=16,
+  num_layers=2,
+  num_heads=2,
+  num_kv_heads=1,
+  head_dim=4,
+  value_dim=3,
+  max_length=16,
+  tie_embeddings=True,
+)
 FORMATS = {
   "query": Format(levels="int8"),
   "key": Format(levels="fp8"),

@@ -12,9 +12,16 @@ from lora_jax.models import llama
 from lora_jax.weights.probe import Moments
 
 CONFIG = llama.LlamaConfig(
-  vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4,
-  max_length=32, tie_embeddings=True,
-)  # fmt: skip
+  vocab_size=32,
+  width=16,
+  mlp_width=24,
+  num_layers=2,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=4,
+  max_length=32,
+  tie_embeddings=True,
+)
 TOKENS = jnp.arange(10).reshape(2, 5)
 
 
@@ -26,10 +33,11 @@ def model(**silent):
   """Random parameters, of which some columns by path are zero, so that nothing reads them."""
   params = llama.Llama(CONFIG).init(jax.random.key(0), TOKENS)["params"]
   return tree.map_with_path(
-    lambda path, x: x.at[:, silent[path.split("/")[-2]]].set(0)
-    if path.split("/")[-2] in silent else x,
+    lambda path, x: (
+      x.at[:, silent[path.split("/")[-2]]].set(0) if path.split("/")[-2] in silent else x
+    ),
     params,
-  )  # fmt: skip
+  )
 
 
 def moments_of(params, name):

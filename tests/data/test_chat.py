@@ -59,9 +59,12 @@ def check_same_tokens(tokenizers, source, conversations):
         continue
       for found in renderings:
         expected = peer.apply_chat_template(
-          copy.deepcopy(conversation.messages[: found.messages]), tools=conversation.tools,
-          chat_template=source, return_dict=True, return_assistant_tokens_mask=renderer.marked,
-        )  # fmt: skip
+          copy.deepcopy(conversation.messages[: found.messages]),
+          tools=conversation.tools,
+          chat_template=source,
+          return_dict=True,
+          return_assistant_tokens_mask=renderer.marked,
+        )
         assert found.ids == expected["input_ids"]
         if renderer.marked:
           assert found.mask == expected["assistant_masks"] and sum(found.mask) > 0
@@ -89,9 +92,12 @@ def check_last_turn(tokenizers, renderer, conversation, found):
   check_turn(learnt(ours, found)[-1], conversation.messages[found.messages - 1]["content"])
   asked = conversation.messages[: found.messages - 1]
   before = peer.apply_chat_template(
-    copy.deepcopy(asked), tools=conversation.tools, tokenize=False,
-    chat_template=renderer.template.source, add_generation_prompt=True,
-  )  # fmt: skip
+    copy.deepcopy(asked),
+    tools=conversation.tools,
+    tokenize=False,
+    chat_template=renderer.template.source,
+    add_generation_prompt=True,
+  )
   start = found.turns[-1][0]
   assert before.startswith(ours.decode(found.ids[:start], skip_special_tokens=False))
   if not found.shared:
@@ -147,8 +153,9 @@ def test_of_a_template_that_changes_earlier_turns_each_is_learnt_as_it_is_writte
   assert "Hm" not in two.text.partition("Four")[0].partition("And 2")[0]
   assert learnt(ours, tokenise(ours, chat_peers.FORGETTING, THOUGHTFUL, "last")) == [last]
   assert learnt(ours, tokenise(ours, chat_peers.FORGETTING, TALK)) == [
-    "Two.<|im_end|>", "Four.<|im_end|>",
-  ]  # fmt: skip
+    "Two.<|im_end|>",
+    "Four.<|im_end|>",
+  ]
 
 
 def test_turns_that_a_rendering_writes_alike_are_learnt_in_it_together(tokenizers):
@@ -166,8 +173,9 @@ def test_qwen_3s_template_makes_an_example_of_each_turn(tokenizers):
   source = (chat_peers.stock_folder() / "qwen3.jinja").read_text()
   found = tokenise_all(ours, source, TALK)
   assert [learnt(ours, each) for each in found] == [
-    ["<think>\n\n</think>\n\nTwo.<|im_end|>"], ["<think>\n\n</think>\n\nFour.<|im_end|>"],
-  ]  # fmt: skip
+    ["<think>\n\n</think>\n\nTwo.<|im_end|>"],
+    ["<think>\n\n</think>\n\nFour.<|im_end|>"],
+  ]
   assert "think" not in found[1].text.partition("And 2")[0]
 
 

@@ -39,26 +39,35 @@ TABLES = {
       [{"role": "system", "content": "Be kind"}, *HELLO],
     ),
     (
-      {"conversations": turns(
-        ("human", "How large?"), ("function_call", json.dumps(CALL["function"])),
-        ("observation", "25"), ("gpt", "It is 25."),
-      )},
+      {
+        "conversations": turns(
+          ("human", "How large?"),
+          ("function_call", json.dumps(CALL["function"])),
+          ("observation", "25"),
+          ("gpt", "It is 25."),
+        )
+      },
       CALLED,
     ),
     (
-      {"conversations": turns(
-        ("human", "How large?"),
-        ("gpt", f"<tool_call>\n{json.dumps(CALL['function'])}\n</tool_call>"),
-        ("tool", "25"), ("gpt", "It is 25."),
-      )},
+      {
+        "conversations": turns(
+          ("human", "How large?"),
+          ("gpt", f"<tool_call>\n{json.dumps(CALL['function'])}\n</tool_call>"),
+          ("tool", "25"),
+          ("gpt", "It is 25."),
+        )
+      },
       CALLED,
     ),
   ],
   "prompt": [
     ({"prompt": "Hi", "completion": "Hello"}, HELLO),
     ({"prompt": HELLO[:1], "completion": HELLO[1:]}, HELLO),
-    ({"prompt": [{"role": "system", "content": "Be kind"}, HELLO[0]], "completion": "Hello"},
-     [{"role": "system", "content": "Be kind"}, *HELLO]),
+    (
+      {"prompt": [{"role": "system", "content": "Be kind"}, HELLO[0]], "completion": "Hello"},
+      [{"role": "system", "content": "Be kind"}, *HELLO],
+    ),
     ({"prompt": "How large?", "completion": CALLED[1:]}, CALLED),
   ],
   "instruction": [
@@ -70,7 +79,7 @@ TABLES = {
       [{"role": "user", "content": "Translate\n\nHej"}, HELLO[1]],
     ),
   ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("reading", TABLES)
@@ -133,15 +142,24 @@ def test_the_two_spellings_of_the_public_chats_are_one(public_data):
 @pytest.mark.parametrize(
   ("name", "words"),
   [
-    ("gsm8k/train", r"(?s)no reading .* fits the columns 'question', 'answer'; rename them .*"
-     r'config.data.conversation = "prompt"   # prompt, completion: .*not there: prompt, completion'
-     r'.*config.task.name = "completion"'),
-    ("pref_orca/dev", r"(?s)fits the columns 'prompt', 'chosen', 'rejected'.*"
-     r"to learn the chosen ones, rename 'chosen' to 'completion' and take 'rejected' out"),
-    ("instruct/seed_tasks", r"(?s)fits the columns 'id', 'name', 'instruction', 'instances', .*"
-     r'conversation = "instruction"   # instruction, output, perhaps input: .*not there: output'),
+    (
+      "gsm8k/train",
+      r"(?s)no reading .* fits the columns 'question', 'answer'; rename them .*"
+      r'config.data.conversation = "prompt"   # prompt, completion: .*not there: prompt, completion'
+      r'.*config.task.name = "completion"',
+    ),
+    (
+      "pref_orca/dev",
+      r"(?s)fits the columns 'prompt', 'chosen', 'rejected'.*"
+      r"to learn the chosen ones, rename 'chosen' to 'completion' and take 'rejected' out",
+    ),
+    (
+      "instruct/seed_tasks",
+      r"(?s)fits the columns 'id', 'name', 'instruction', 'instances', .*"
+      r'conversation = "instruction"   # instruction, output, perhaps input: .*not there: output',
+    ),
   ],
-)  # fmt: skip
+)
 def test_a_table_of_none_is_refused_with_its_columns_and_each_reading(public_data, name, words):
   with pytest.raises(ValueError, match=words) as error:
     read(read_file(public_data / f"{name}.jsonl"))

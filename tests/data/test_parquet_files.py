@@ -71,9 +71,12 @@ def test_every_type_that_a_record_can_hold_is_read_as_python_has_it(tmp_path):
 def test_dates_times_and_decimals_are_text(tmp_path):
   noon = datetime.datetime(2026, 1, 2, 12, 30, tzinfo=datetime.UTC)
   columns = {
-    "day": [datetime.date(2026, 1, 2)], "at": [noon], "price": [decimal.Decimal("1.50")],
-    "time": [datetime.time(1, 2, 3)], "text": ["a"],
-  }  # fmt: skip
+    "day": [datetime.date(2026, 1, 2)],
+    "at": [noon],
+    "price": [decimal.Decimal("1.50")],
+    "time": [datetime.time(1, 2, 3)],
+    "text": ["a"],
+  }
   [found] = read(write(tmp_path / "a.parquet", columns))
   assert found["day"] == "2026-01-02" and found["at"].startswith("2026-01-02 12:30:00")
   assert found["price"] == "1.50" and found["time"].startswith("01:02:03") and found["text"] == "a"

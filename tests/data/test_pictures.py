@@ -122,10 +122,14 @@ def png(width, height, data=b""):
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
 
   header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-  return b"".join([
-    b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(data)),
-    chunk(b"IEND", b""),
-  ])  # fmt: skip
+  return b"".join(
+    [
+      b"\x89PNG\r\n\x1a\n",
+      chunk(b"IHDR", header),
+      chunk(b"IDAT", zlib.compress(data)),
+      chunk(b"IEND", b""),
+    ]
+  )
 
 
 def test_a_bomb_is_refused_before_a_pixel_is_decoded(tmp_path):

@@ -89,10 +89,13 @@ def call(monkeypatch, capsys):
 
 def test_a_script_hears_the_answers_of_the_run_and_of_its_base(call, run):
   printed = call(
-    "chat", f"--workdir={run}", "--system=Talk.", "--max_tokens=4",
+    "chat",
+    f"--workdir={run}",
+    "--system=Talk.",
+    "--max_tokens=4",
     lines="Is red warm?\n\nIs blue warm?\n/base\nIs red warm?\n/base\n/reset\n"
     "Is blue warm?\n/exit\nnot read\n",
-  ).splitlines()  # fmt: skip
+  ).splitlines()
   base = printed.pop(8)
   assert base != "warm" and base.endswith("(cut at --max_tokens=4)")
   assert printed[0].endswith(f"with the adapter of {run}; /help lists the commands)")
@@ -159,9 +162,12 @@ def test_what_a_template_refuses_of_a_turn_is_said_and_the_turn_taken_back(call,
   refusal = "{% if messages[-1].content == 'x' %}{{ raise_exception('no x') }}{% endif %}"
   path.write_text(refusal + chat_peers.CHATML)
   printed = call(
-    "chat", f"--source={folder / 'model'}", f"--template={path}", "--max_tokens=2",
+    "chat",
+    f"--source={folder / 'model'}",
+    f"--template={path}",
+    "--max_tokens=2",
     lines="Hi\nx\n /base\n/base\n/other\n/help\n",
-  ).splitlines()  # fmt: skip
+  ).splitlines()
   assert "short.jinja: raises 'no x'" in printed[4] and printed[4].endswith("is taken back)")
   assert printed[5] == ">  /base" and printed[6].endswith("(cut at --max_tokens=2)")
   assert printed[8] == "(there is no adapter: --source names a model alone)"

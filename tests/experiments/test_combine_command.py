@@ -21,9 +21,16 @@ def tiny(tmp_path_factory, smollm2):
   """A folder with a tiny model and two adapters of it, with the params, the axes and both."""
   folder = tmp_path_factory.mktemp("combine")
   config = llama.LlamaConfig(
-    vocab_size=smollm2.config.vocab_size, width=8, mlp_width=16, num_layers=2, num_heads=2,
-    num_kv_heads=1, head_dim=4, max_length=64, tie_embeddings=True,
-  )  # fmt: skip
+    vocab_size=smollm2.config.vocab_size,
+    width=8,
+    mlp_width=16,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    max_length=64,
+    tie_embeddings=True,
+  )
   params = jax.jit(llama.Llama(config).init)(jax.random.key(0), jnp.zeros((1, 2), int))["params"]
   export.save(folder / "model", params, config, smollm2.tokenizer)
   axes = parts.trace_axes(llama.Llama(config), params)

@@ -141,8 +141,9 @@ def test_a_second_start_compiles_nothing_but_what_a_killed_writer_left(tmp_path)
 def test_a_main_program_compiles_nothing_when_it_starts_again(tmp_path, smollm2_tokenizer):
   config = tiny_experiment.write(tmp_path, smollm2_tokenizer)
   environment = dict.fromkeys(compilation_cache._OWN_SETTINGS) | {
-    "LORA_JAX_CACHE": str(tmp_path / "cache"), "JAX_LOGGING_LEVEL": "DEBUG",
-  }  # fmt: skip
+    "LORA_JAX_CACHE": str(tmp_path / "cache"),
+    "JAX_LOGGING_LEVEL": "DEBUG",
+  }
 
   def start(*more):
     printed = run("plan", f"--config={config}", "--topology=here", *more, **environment)

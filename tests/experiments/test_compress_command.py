@@ -165,9 +165,12 @@ def factorised(program, tiny):
 @pytest.mark.slow
 def test_factors_whose_ranks_are_fours_are_pruned_two_of_four(program, tiny):
   fields = {
-    "factorize.method": "svd", "factorize.multiple": 4, "prune.targets": ("mlp",), "prune.of": 4,
+    "factorize.method": "svd",
+    "factorize.multiple": 4,
+    "prune.targets": ("mlp",),
+    "prune.of": 4,
     "task.examples": 0,
-  }  # fmt: skip
+  }
   folder, _ = compressed(program, tiny, "fours", "steps=factorize+prune", **fields)
   leaves = tree.flatten(storage.load(folder / "model").params, is_leaf=is_weight)
   factored = [leaf for leaf in leaves.values() if isinstance(leaf, Factored)]
@@ -187,10 +190,13 @@ def test_a_compressed_model_goes_through_a_further_step_in_a_run_of_its_own(
 ):
   fields = {"levels": levels, "block": block, "double": double, "method": method}
   folder, config = compressed(
-    program, tiny, f"{levels}", "steps=quantize",
+    program,
+    tiny,
+    f"{levels}",
+    "steps=quantize",
     **{f"quantize.{name}": x for name, x in fields.items()},
     **{"model.source": str(factorised / "model"), "task.examples": 0},
-  )  # fmt: skip
+  )
   printed = capsys.readouterr().out
   assert [row["step"] for row in steps_of(folder)] == ["factorize", "quantize"]
   assert storage.steps_of(folder / "model") == ("factorize", "quantize")
@@ -321,10 +327,13 @@ def test_the_adapter_beside_the_model_becomes_a_run_that_evaluates_as_the_report
     return done.stdout
 
   run(
-    "import_adapter", f"--adapter={folder / 'adapter'}", f"--workdir={tiny[0] / 'imported'}",
-    f"--config={tiny[0] / 'config.py'}", f"--config.model.source={folder / 'model'}",
+    "import_adapter",
+    f"--adapter={folder / 'adapter'}",
+    f"--workdir={tiny[0] / 'imported'}",
+    f"--config={tiny[0] / 'config.py'}",
+    f"--config.model.source={folder / 'model'}",
     "--config.model.scan_layers=False",
-  )  # fmt: skip
+  )
   run("evaluate", f"--workdir={tiny[0] / 'imported'}", "--examples=8", "--nobase")
   found = json.loads((tiny[0] / "imported/eval_test.json").read_text())
   assert found["adapter"]["accuracy"] == steps_of(folder)[-1]["figures"]["accuracy"]

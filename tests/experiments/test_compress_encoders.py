@@ -57,10 +57,14 @@ def image_model(folder):
     values += 60 * labels[:, None, None, None]
     np.savez(folder / f"{name}.npz", images=values.astype("u1"), labels=labels)
   run = compress_config.run_of("vit")
-  run.update_from_flattened_dict({
-    "task.labels": LABELS, "data.source": str(folder / "train.npz"),
-    "data.test_source": str(folder / "test.npz"), "data.size": 28,
-  })  # fmt: skip
+  run.update_from_flattened_dict(
+    {
+      "task.labels": LABELS,
+      "data.source": str(folder / "train.npz"),
+      "data.test_source": str(folder / "test.npz"),
+      "data.size": 28,
+    }
+  )
   return "vit", run
 
 
@@ -161,9 +165,11 @@ def test_calibration_counts_texts_without_their_padding(case):
     for tokens, mask, types in zip(batch["tokens"], batch["mask"], batch["types"], strict=True):
       n = int(mask.sum())
       _, state = module.apply(
-        {"params": found.params}, tokens[None, :n], types_BT=types[None, :n],
+        {"params": found.params},
+        tokens[None, :n],
+        types_BT=types[None, :n],
         capture_intermediates=lambda each, _: each.name == "embed_norm",
-      )  # fmt: skip
+      )
       x = np.asarray(jax.tree.leaves(state)[0][0], np.float64)
       total += x.T @ x
   np.testing.assert_allclose(moments.total, total, rtol=1e-4, atol=1e-3)
@@ -182,12 +188,14 @@ def test_steps_for_decoders_too_little_data_and_a_model_without_head_are_refused
   for step in ("channels", "heads", "value_heads"):
     refused(f"{step} is for decoders, and .*trained is a 'bert'; use factorize", step)
   refused("task.calibration 4096: there are .* records to train on", **{"task.calibration": 4096})
-  refused(r"task\.labels \('negative', 'positive'\): .*model has no head", **{
-    "model.source": str(folder / "model")
-  })  # fmt: skip
-  refused("attention of Linformer: .* have no place in the folder of a whole model", **{
-    "model.attention": "linformer", "model.attention_rank": 4
-  })  # fmt: skip
+  refused(
+    r"task\.labels \('negative', 'positive'\): .*model has no head",
+    **{"model.source": str(folder / "model")},
+  )
+  refused(
+    "attention of Linformer: .* have no place in the folder of a whole model",
+    **{"model.attention": "linformer", "model.attention_rank": 4},
+  )
   config = config_of(folder, model, run, "factorize")
   with config.task.data.unlocked():
     config.task.data.prompt = "{text}"

@@ -179,11 +179,12 @@ def test_a_model_with_a_number_that_is_none_is_refused(
     ("channels", {}, "channels after factorize, which the model went through already, makes"),
     ("prune", {"prune.of": 4}, "prune.of: block_0/mlp/up/kernel: 6 inputs are no multiple of 4"),
     (
-      "quantize", {"quantize.method": "gptq", "quantize.targets": (".*/up/kernel",)},
+      "quantize",
+      {"quantize.method": "gptq", "quantize.targets": (".*/up/kernel",)},
       "gptq is for dense kernels, and every target",
     ),
   ],
-)  # fmt: skip
+)
 def test_of_a_compressed_model_the_steps_that_it_went_through_count_as_steps_before(
   program, tmp_path, tiny, tokenizer, model, monkeypatch, steps, fields, words
 ):
@@ -221,16 +222,18 @@ def test_what_a_kernel_is_counts_where_a_folder_does_not_say_its_steps(tiny, mod
   ("step", "method", "words"),
   [
     (
-      "channels", lora_jax.LoRA(rank=2, alpha=2.0),
+      "channels",
+      lora_jax.LoRA(rank=2, alpha=2.0),
       r"channels makes \(48, 32\) of block_0/mlp/down/kernel, \(64, 32\), and its adapter is kept",
     ),
     (
-      "prune", lora_jax.DoRA(rank=2, alpha=2.0),
+      "prune",
+      lora_jax.DoRA(rank=2, alpha=2.0),
       "block_0/mlp/down/kernel: its adapter, a DoRA, is what it makes of the base before prune",
     ),
     ("quantize", lora_jax.Full(), "its adapter, a Full, is what it makes of the base"),
   ],
-)  # fmt: skip
+)
 def test_an_adapter_that_would_mean_something_else_on_the_smaller_base_is_not_kept(
   program, tmp_path, tiny, monkeypatch, step, method, words
 ):

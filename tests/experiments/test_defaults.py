@@ -15,9 +15,11 @@ from experiments.defaults import Settings
 def config(tmp_path_factory, smollm2_tokenizer):
   """Rows of 256 tokens, each of them learnt, on two layers."""
   path = tiny_experiment.write(
-    tmp_path_factory.mktemp("defaults"), smollm2_tokenizer, max_length=256,
+    tmp_path_factory.mktemp("defaults"),
+    smollm2_tokenizer,
+    max_length=256,
     data={"packed_length": 256, "append_eos": True},
-  )  # fmt: skip
+  )
   return runpy.run_path(str(path))["get_config"]()
 
 

@@ -41,9 +41,16 @@ def home(tmp_path_factory, smollm2):
   folder = tmp_path_factory.mktemp("e2e")
   write_data(folder / "data" / "e2e")
   config = llama.LlamaConfig(
-    vocab_size=smollm2.config.vocab_size, width=32, mlp_width=64, num_layers=2, num_heads=4,
-    num_kv_heads=2, head_dim=8, max_length=256, tie_embeddings=True,
-  )  # fmt: skip
+    vocab_size=smollm2.config.vocab_size,
+    width=32,
+    mlp_width=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_length=256,
+    tie_embeddings=True,
+  )
   init = jax.jit(llama.Llama(config).init)
   params = init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
   export.save(folder / "model", params, config, smollm2.tokenizer)
@@ -68,9 +75,13 @@ def run(home, program, *arguments):
 def test_a_run_is_scored_by_the_texts_that_it_keeps(home, arguments):
   workdir = home / arguments
   run(
-    home, "train", f"--config=configs/e2e.py:{arguments}", f"--workdir={workdir}",
-    f"--config.model.source={home / 'model'}", "--config.evaluation.split=test",
-  )  # fmt: skip
+    home,
+    "train",
+    f"--config=configs/e2e.py:{arguments}",
+    f"--workdir={workdir}",
+    f"--config.model.source={home / 'model'}",
+    "--config.evaluation.split=test",
+  )
   lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   assert lines[-1]["step"] == 4
   printed = run(

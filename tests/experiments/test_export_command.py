@@ -147,9 +147,11 @@ def test_a_program_of_an_adapted_dense_model_runs_without_this_package(
 ):
   workdir, expected = dense
   export(
-    f"--workdir={workdir}", "--to=artifact", f"--output={tmp_path / 'artifact'}",
+    f"--workdir={workdir}",
+    "--to=artifact",
+    f"--output={tmp_path / 'artifact'}",
     "--platforms=cpu,cuda,tpu",
-  )  # fmt: skip
+  )
   sizes = sum(file.stat().st_size for file in (tmp_path / "artifact").iterdir())
   assert f"{sizes:,} bytes" in capsys.readouterr().out
   names = safetensors.tensor_names(tmp_path / "artifact/params.safetensors")
@@ -226,9 +228,17 @@ def test_a_compressed_model_is_exported_without_a_run(export, folder, tmp_path, 
 
 def test_narrower_values_are_refused_where_there_is_no_field_for_them(export, folder, tmp_path):
   config = llama.LlamaConfig(
-    vocab_size=49152, width=8, mlp_width=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4,
-    value_dim=2, max_length=64, tie_embeddings=True,
-  )  # fmt: skip
+    vocab_size=49152,
+    width=8,
+    mlp_width=8,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    value_dim=2,
+    max_length=64,
+    tie_embeddings=True,
+  )
   flat = {path: jnp.ones(shape) for path, shape in families.param_shapes(config).items()}
   params = traverse_util.unflatten_dict(flat, sep="/")
   words = pretrained.inspect(folder / "model").tokenizer

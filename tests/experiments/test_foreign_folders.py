@@ -30,9 +30,12 @@ def evil(tmp_path):
       info.size = len(data)
       file.addfile(info, io.BytesIO(data))
   environment = os.environ | {
-    "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path / "packages"), "JAX_PLATFORMS": "cpu",
-    "LORA_JAX_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hub"),
-  }  # fmt: skip
+    "PIP_NO_INDEX": "1",
+    "PIP_FIND_LINKS": str(tmp_path / "packages"),
+    "JAX_PLATFORMS": "cpu",
+    "LORA_JAX_CACHE": str(tmp_path / "cache"),
+    "HF_HOME": str(tmp_path / "hub"),
+  }
   yield environment
   assert not proof.exists()
 
@@ -61,18 +64,25 @@ def command(foreign, name: str) -> list[str]:
     "chat": ["chat", f"--workdir={foreign}"],
     "export": ["export", f"--workdir={foreign}", "--to=merged", output],
     "combine": [
-      "combine", f"--adapters={foreign}/adapter,{foreign}/adapter", "--weights=1,1",
-      "--method=cat", output,
+      "combine",
+      f"--adapters={foreign}/adapter,{foreign}/adapter",
+      "--weights=1,1",
+      "--method=cat",
+      output,
     ],
-  }[name]  # fmt: skip
+  }[name]
 
 
 def run(environment, name: str, *arguments: str) -> str:
   """Runs a program that fails; returns what it printed."""
   done = subprocess.run(
     [sys.executable, "-m", f"experiments.{name}", *arguments],
-    cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
-  )  # fmt: skip
+    cwd=ROOT,
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
   assert done.returncode not in (0, -11), done.stdout + done.stderr
   return done.stdout + done.stderr
 

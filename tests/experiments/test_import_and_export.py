@@ -35,10 +35,13 @@ def made_by_peft(config_file, tmp_path_factory):
   model = peft.get_peft_model(
     base(config_file),
     peft.LoraConfig(
-      r=4, lora_alpha=6, use_dora=True, target_modules=["q_proj", "down_proj"],
+      r=4,
+      lora_alpha=6,
+      use_dora=True,
+      target_modules=["q_proj", "down_proj"],
       task_type="CAUSAL_LM",
     ),
-  )  # fmt: skip
+  )
   torch.manual_seed(0)
   with torch.no_grad():
     for parameter in model.parameters():
@@ -52,9 +55,11 @@ def made_by_peft(config_file, tmp_path_factory):
 def imported(config_file, made_by_peft, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("runs") / "imported"
   printed = run(
-    "import_adapter", f"--adapter={made_by_peft[0]}", f"--workdir={workdir}",
+    "import_adapter",
+    f"--adapter={made_by_peft[0]}",
+    f"--workdir={workdir}",
     f"--config={config_file}",
-  )  # fmt: skip
+  )
   return workdir, printed
 
 
@@ -112,9 +117,11 @@ def test_gguf_has_no_dora_but_takes_the_lora_that_is_nearest(imported, config_fi
 
   run("export", f"--workdir={workdir}", "--to=peft", "--rank=4", f"--output={tmp_path / 'lora'}")
   run(
-    "import_adapter", f"--adapter={tmp_path / 'lora'}", f"--workdir={tmp_path / 'run'}",
+    "import_adapter",
+    f"--adapter={tmp_path / 'lora'}",
+    f"--workdir={tmp_path / 'run'}",
     f"--config={config_file}",
-  )  # fmt: skip
+  )
   run("export", f"--workdir={tmp_path / 'run'}", "--to=gguf", f"--output={output}")
   names = sorted(tensor.name for tensor in gguf.GGUFReader(output).tensors)
   assert names[:2] == ["blk.0.attn_q.weight.lora_a", "blk.0.attn_q.weight.lora_b"]
@@ -154,8 +161,11 @@ def test_a_damaged_adapter_is_refused_before_anything_is_written(
     content = file.read_bytes()
     (folder / file.name).write_bytes(content[:-7] if file.suffix == ".safetensors" else content)
   printed = run(
-    "import_adapter", f"--adapter={folder}", f"--workdir={workdir}", f"--config={config_file}",
+    "import_adapter",
+    f"--adapter={folder}",
+    f"--workdir={workdir}",
+    f"--config={config_file}",
     fails=True,
-  )  # fmt: skip
+  )
   assert "adapter_model.safetensors" in printed and "ValueError" in printed
   assert not workdir.exists()

@@ -116,9 +116,17 @@ def test_every_setting_of_a_method_stands_in_its_config():
 def tiny():
   """(model, params, axes) of a Llama with scanned layers; what is compiled is not optimised."""
   config = llama.LlamaConfig(
-    vocab_size=40, width=16, mlp_width=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
-    max_length=16, tie_embeddings=True, scan_layers=True,
-  )  # fmt: skip
+    vocab_size=40,
+    width=16,
+    mlp_width=24,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    max_length=16,
+    tie_embeddings=True,
+    scan_layers=True,
+  )
   model = llama.Llama(config)
   params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
   params = jax.tree.map(lambda x: x + 0.02 * jax.random.normal(jax.random.key(1), x.shape), params)
@@ -146,9 +154,15 @@ def run_of(name, tiny):
   specs = lora_jax.match(params, methods.rules_of(config.adapter), axes)
   task = parts.make_task(config)
   base, adapters = methods.start(
-    config.adapter, jax.random.key(0), params, specs, axes, task.run(model.apply), task.mask,
+    config.adapter,
+    jax.random.key(0),
+    params,
+    specs,
+    axes,
+    task.run(model.apply),
+    task.mask,
     [batch_of(n) for n in range(8)],
-  )  # fmt: skip
+  )
   weights = lora_jax.attach(base, adapters)
   trainable, frozen = lora_jax.partition(weights, lora_jax.trainable_mask(weights))
   apply = lora_jax.adapt(model.apply, strict=True)

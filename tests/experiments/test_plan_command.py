@@ -41,9 +41,16 @@ def config_file(tmp_path_factory, smollm2):
   """A config of a small Llama that fits SmolLM2's tokenizer, and 120 records."""
   folder = tmp_path_factory.mktemp("planned")
   model = llama.LlamaConfig(
-    vocab_size=smollm2.config.vocab_size, width=128, mlp_width=384, num_layers=4, num_heads=8,
-    num_kv_heads=4, head_dim=16, max_length=64, tie_embeddings=True,
-  )  # fmt: skip
+    vocab_size=smollm2.config.vocab_size,
+    width=128,
+    mlp_width=384,
+    num_layers=4,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=16,
+    max_length=64,
+    tie_embeddings=True,
+  )
   (folder / "model").mkdir()
   (folder / "model" / "config.json").write_text(json.dumps(configs.to_hugging_face(model)))
   smollm2.tokenizer.save(folder / "model")
@@ -132,9 +139,13 @@ def test_heads_that_do_not_divide_stay_whole(config):
 
 
 _SIZES = {
-  "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-  "num_key_value_heads": 2, "max_position_embeddings": 64,
-}  # fmt: skip
+  "hidden_size": 64,
+  "intermediate_size": 96,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "max_position_embeddings": 64,
+}
 _EXPERTS = {"head_dim": 16, "num_experts_per_tok": 2}
 _QWEN = _EXPERTS | {"num_experts": 4, "moe_intermediate_size": 48}
 
@@ -236,9 +247,12 @@ def test_the_compiler_reports_what_was_planned_for_a_device_of_a_mesh(
     f"--config.mesh.{name}={n}" for name, n in zip(("data", "fsdp", "tensor"), sizes, strict=True)
   ]
   printed = run(
-    "plan", f"--config={config_file}:{arguments}", *mesh, "--topology=here",
+    "plan",
+    f"--config={config_file}:{arguments}",
+    *mesh,
+    "--topology=here",
     JAX_NUM_CPU_DEVICES=f"{np.prod(sizes)}",
-  )  # fmt: skip
+  )
   assert share_of_the_compiled(printed) == pytest.approx(1, abs=0.1)
 
 

@@ -44,9 +44,12 @@ def folder(tmp_path_factory, smollm2_tokenizer):
 def configs(folder):
   """`{task: the text of its config file}`."""
   fields = {
-    "data.train": 1.0, "data.validation": 0.0, "data.test": 0.0, "data.test_source": "",
+    "data.train": 1.0,
+    "data.validation": 0.0,
+    "data.test": 0.0,
+    "data.test_source": "",
     "data.max_length": 97,
-  }  # fmt: skip
+  }
   chats = f"data={folder / 'chats.jsonl'},model={folder / 'model'}"
   return {
     "completion": (folder / "config.py").read_text(),
@@ -179,9 +182,16 @@ def test_a_compressed_model_is_previewed_without_its_tensors(
   preview, tmp_path, smollm2_tokenizer, monkeypatch
 ):
   config = llama.LlamaConfig(
-    vocab_size=smollm2_tokenizer.vocab_size, width=8, mlp_width=8, num_layers=2, num_heads=1,
-    num_kv_heads=1, head_dim=8, max_length=16, tie_embeddings=True,
-  )  # fmt: skip
+    vocab_size=smollm2_tokenizer.vocab_size,
+    width=8,
+    mlp_width=8,
+    num_layers=2,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=8,
+    max_length=16,
+    tie_embeddings=True,
+  )
   params = llama.Llama(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
   storage.save(tmp_path / "small", params, config, smollm2_tokenizer)
   monkeypatch.setattr(storage, "load", None)

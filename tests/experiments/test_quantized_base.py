@@ -71,8 +71,11 @@ def test_a_run_of_loftq_is_evaluated_on_the_base_that_it_made(tmp_path, smollm2)
   def call(program, *arguments):
     return subprocess.run(
       [sys.executable, "-m", f"experiments.{program}", f"--workdir={tmp_path / 'run'}", *arguments],
-      cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+      cwd=pathlib.Path(__file__).parents[2],
+      capture_output=True,
+      text=True,
+      timeout=600,
+    )
 
   done = call("evaluate", "--nobase", "--examples=16")
   assert done.returncode == 0, done.stderr

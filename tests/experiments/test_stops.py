@@ -29,8 +29,12 @@ def python(command, first=HEED):
 def started(command, first=HEED):
   return subprocess.Popen(
     python(command, first),
-    cwd=ROOT, env=os.environ | COLD, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-  )  # fmt: skip
+    cwd=ROOT,
+    env=os.environ | COLD,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
 
 
 def until(process, words):
@@ -79,9 +83,11 @@ def test_a_run_that_is_stopped_while_it_compiles_ends_with_one_line_and_no_fault
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_program_that_begins_anew_tells_it_by_its_exit_code(number, config_file, tmp_path):
-  process = started([
-    *("-m", "experiments.evaluate", f"--config={config_file}", "--split=train"),
-  ])  # fmt: skip
+  process = started(
+    [
+      *("-m", "experiments.evaluate", f"--config={config_file}", "--split=train"),
+    ]
+  )
   until(process, "base:")
   code, _, lines = stopped(process, number)
   assert code == STOPPED
@@ -124,8 +130,12 @@ def program(tmp_path, body):
 def ended(tmp_path, body, *flags):
   done = subprocess.run(
     [sys.executable, *program(tmp_path, body), *flags],
-    cwd=ROOT, env=os.environ | COLD, capture_output=True, text=True, timeout=100,
-  )  # fmt: skip
+    cwd=ROOT,
+    env=os.environ | COLD,
+    capture_output=True,
+    text=True,
+    timeout=100,
+  )
   return done.returncode, done.stdout, done.stderr.removeprefix("begun\n")
 
 
@@ -228,8 +238,12 @@ def test_a_full_disk_is_the_last_word(config_file, tmp_path):
   limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))"
   done = subprocess.run(
     python(train_command(config_file, tmp_path / "run"), limit),
-    cwd=ROOT, env=os.environ | COLD, capture_output=True, text=True, timeout=300,
-  )  # fmt: skip
+    cwd=ROOT,
+    env=os.environ | COLD,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
   assert done.returncode == 1
   last = done.stderr.splitlines()[-1]
   assert last.startswith(f"OSError: {tmp_path / 'run'}") and "cannot be written" in last

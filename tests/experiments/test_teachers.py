@@ -37,9 +37,16 @@ def make_config(tmp_path, smollm2):
 def other(tmp_path, smollm2):
   """The folder of another model with the same tokens, and what makes it."""
   config = llama.LlamaConfig(
-    vocab_size=smollm2.tokenizer.vocab_size, width=32, mlp_width=48, num_layers=1, num_heads=2,
-    num_kv_heads=2, head_dim=8, max_length=64, tie_embeddings=True,
-  )  # fmt: skip
+    vocab_size=smollm2.tokenizer.vocab_size,
+    width=32,
+    mlp_width=48,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=8,
+    max_length=64,
+    tie_embeddings=True,
+  )
   params = llama.Llama(config).init(jax.random.key(9), jnp.zeros((1, 2), jnp.int32))["params"]
   params = jax.tree.map(lambda x: 3 * x, params)  # further from an even distribution
   export.save(tmp_path / "other", params, config, smollm2.tokenizer)

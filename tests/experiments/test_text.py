@@ -165,9 +165,16 @@ def test_choices_follow_the_end_of_the_prompt(tmp_path, config):
 
 def test_the_positions_of_a_text_are_those_of_what_is_fed_to_the_model():
   model = llama.LlamaConfig(
-    vocab_size=8, width=8, mlp_width=8, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8,
-    max_length=16, dtype=jnp.float32,
-  )  # fmt: skip
+    vocab_size=8,
+    width=8,
+    mlp_width=8,
+    num_layers=1,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=8,
+    max_length=16,
+    dtype=jnp.float32,
+  )
   texts.check_generation([[1] * 10, [1] * 12], 5, model)
   with pytest.raises(ValueError, match=r"after a prompt of 12 tokens: up to 17 tokens .* use 5 or"):
     texts.check_generation([[1] * 10, [1] * 12], 6, model)

@@ -118,10 +118,13 @@ def main(case, folder):
     came = killed_before(number, lambda: write(path, "new"))
     killed = read(path)
     write(path, "next")
-    found.append({
-      "killed": killed, "next": read(path),
-      "names": sorted({x.name for x in path.parent.iterdir()} - {"lock", "config.json"}),
-    })  # fmt: skip
+    found.append(
+      {
+        "killed": killed,
+        "next": read(path),
+        "names": sorted({x.name for x in path.parent.iterdir()} - {"lock", "config.json"}),
+      }
+    )
     if not came:
       return found
   raise AssertionError("the writer comes to no end")

@@ -31,15 +31,28 @@ ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 WORDS = ["Ġt", "he", "Ġthe", "in", "er"]
 SPECIAL = ["<|endoftext|>", "<|im_end|>"]
 CONFIG = llama.LlamaConfig(
-  vocab_size=len(ALPHABET) + len(WORDS) + len(SPECIAL), width=32, mlp_width=64, num_layers=2,
-  num_heads=4, num_kv_heads=2, head_dim=8, max_length=64, tie_embeddings=True,
-)  # fmt: skip
+  vocab_size=len(ALPHABET) + len(WORDS) + len(SPECIAL),
+  width=32,
+  mlp_width=64,
+  num_layers=2,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=8,
+  max_length=64,
+  tie_embeddings=True,
+)
 # gpt-oss, whose experts have kernels of one block a row.
 EXPERTS = dataclasses.replace(
-  CONFIG, family="gpt_oss", qkv_bias=True, out_bias=True, attn_sinks=True, tie_embeddings=False,
-  window=16, mlp_width=32,
+  CONFIG,
+  family="gpt_oss",
+  qkv_bias=True,
+  out_bias=True,
+  attn_sinks=True,
+  tie_embeddings=False,
+  window=16,
+  mlp_width=32,
   experts=ExpertConfig(num_experts=2, per_token=1, width=32, clamped=True, biases=True),
-)  # fmt: skip
+)
 TEXTS = ("the inner 12 things.<|im_end|>", " ünï\n\ncode ", "")
 METHODS = {
   "lora": [("attention", lora_jax.LoRA(rank=2, alpha=3.0)), ("norm", lora_jax.Full())],
@@ -100,9 +113,10 @@ def _params(config: families.Config = CONFIG) -> dict[str, Any]:
 def _compressed(params: dict[str, Any]) -> dict[str, Any]:
   rng = np.random.default_rng(1)
   formats = {
-    "query": Format(levels="int8"), "key": Format(levels="fp8"),
+    "query": Format(levels="int8"),
+    "key": Format(levels="fp8"),
     "value": Format(levels="nf4", block=8, double=True),
-  }  # fmt: skip
+  }
 
   def leaf(path: str, w: Any) -> Any:
     name = path.split("/")[-2]
@@ -175,9 +189,14 @@ def _encoder(folder: Path) -> None:
   settings = {"tokenizer_class": "BertTokenizer", "pad_token": "[PAD]", "do_lower_case": True}
   (folder / "tokenizer_config.json").write_text(json.dumps(settings))
   config = bert.BertConfig(
-    vocab_size=len(tokens), width=16, mlp_width=24, num_layers=2, num_heads=4, head_dim=4,
+    vocab_size=len(tokens),
+    width=16,
+    mlp_width=24,
+    num_layers=2,
+    num_heads=4,
+    head_dim=4,
     max_length=64,
-  )  # fmt: skip
+  )
   export.save(folder.with_name("made"), _params(config), config, tokenizers_lib.from_folder(folder))
   for name in ("config.json", safetensors.SINGLE):
     (folder / name).write_bytes((folder.with_name("made") / name).read_bytes())
@@ -201,9 +220,12 @@ def _adapters(folder: Path, params: Any, kinds: Collection[str] | None) -> dict[
     made = jax.tree.map(lambda x: x + 0.01, made)
     exchange.save(folder / name, made, params, axes, base_model="base", table=names.LLAMA_HF)
     found[f"peft {name}"] = Sample(
-      folder / name, ("adapter_config.json", "adapter_model.safetensors"), observe,
-      ("params", "settings", "kinds", "rows"), shares=name == "vera",
-    )  # fmt: skip
+      folder / name,
+      ("adapter_config.json", "adapter_model.safetensors"),
+      observe,
+      ("params", "settings", "kinds", "rows"),
+      shares=name == "vera",
+    )
     if name == "lora":
       low = {path: x for path, x in made.items() if path.endswith("kernel")}
       exchange.save_gguf(folder / "lora.gguf", low, params, axes, config=CONFIG)
@@ -308,8 +330,9 @@ def _of_params(tree: Any) -> dict[str, Any]:
         found[f"settings/{path}/{field.name}"] = value
       elif value is not None:
         found[f"params/{path}"] = (
-          *found.get(f"params/{path}", ()), *map(np.asarray, jax.tree.leaves(value)),
-        )  # fmt: skip
+          *found.get(f"params/{path}", ()),
+          *map(np.asarray, jax.tree.leaves(value)),
+        )
   return found
 
 

@@ -98,9 +98,8 @@ def compare(sample, whole: dict, found: dict, edits: int) -> str:
   names = [
     name
     for name in whole.keys() | found.keys()
-    if name not in whole or name not in found
-    or not mutated_samples.same(whole[name], found[name])
-  ]  # fmt: skip
+    if name not in whole or name not in found or not mutated_samples.same(whole[name], found[name])
+  ]
   if not names:
     return "same"
   groups = {mutated_samples.group(name) for name in names}

@@ -225,27 +225,36 @@ class Gguf:
     return header + bytes(-len(header) % 32) + self.data
 
 
-_GGUF_VALUES = [
-  (kind, value)
-  for kind, size in _SIZES.items()
-  for value in (bytes(size), b"\xff" * size, (b"\x01" + bytes(size - 1)), bytes(size - 1) + b"\x7f")
-] + [
-  (10, struct.pack("<Q", n)) for n in (8, 10**9, 2**31, 2**40)
-] + [
-  (4, struct.pack("<I", n)) for n in (2, 8, 16, 64, 10**9, 2**31)
-] + [
-  (6, struct.pack("<f", x)) for x in (float("nan"), float("inf"), 1e30, 1e-40, 0.5, -1.0)
-] + [
-  (12, struct.pack("<d", x)) for x in (float("nan"), float("inf"), 1e300, 1e-300, 1e-5, 0.0)
-] + [
-  (8, struct.pack("<Q", len(x)) + x)
-  for x in (b"", b"llama", b"gpt-2", b"\xff", b"a" * 99, b"linear")
-] + [
-  (9, struct.pack("<IQ", kind, n) + rest)
-  for kind, n, rest in (
-    (8, 0, b""), (4, 2, bytes(8)), (8, 2**40, b""), (0, 2**62, b""), (9, 1, b""),
-  )
-]  # fmt: skip
+_GGUF_VALUES = (
+  [
+    (kind, value)
+    for kind, size in _SIZES.items()
+    for value in (
+      bytes(size),
+      b"\xff" * size,
+      (b"\x01" + bytes(size - 1)),
+      bytes(size - 1) + b"\x7f",
+    )
+  ]
+  + [(10, struct.pack("<Q", n)) for n in (8, 10**9, 2**31, 2**40)]
+  + [(4, struct.pack("<I", n)) for n in (2, 8, 16, 64, 10**9, 2**31)]
+  + [(6, struct.pack("<f", x)) for x in (float("nan"), float("inf"), 1e30, 1e-40, 0.5, -1.0)]
+  + [(12, struct.pack("<d", x)) for x in (float("nan"), float("inf"), 1e300, 1e-300, 1e-5, 0.0)]
+  + [
+    (8, struct.pack("<Q", len(x)) + x)
+    for x in (b"", b"llama", b"gpt-2", b"\xff", b"a" * 99, b"linear")
+  ]
+  + [
+    (9, struct.pack("<IQ", kind, n) + rest)
+    for kind, n, rest in (
+      (8, 0, b""),
+      (4, 2, bytes(8)),
+      (8, 2**40, b""),
+      (0, 2**62, b""),
+      (9, 1, b""),
+    )
+  ]
+)
 _KEYS = [
   b"general.alignment", b"llama.attention.key_length", b"llama.attention.value_length",
   b"llama.vocab_size", b"llama.rope.scaling.type", b"llama.rope.scaling.factor",

@@ -372,8 +372,9 @@ def test_a_file_of_a_hub_data_set_comes_alone(hub, tmp_path):
   address = "hf://datasets/owner/set@refs/convert/parquet/default/train/0000.parquet"
   assert Path(resolve_apart(address, hub, tmp_path)).read_bytes() == b"PAR1"
   assert set(Hub.asked) == {
-    "main/data/train.jsonl", "refs%2Fconvert%2Fparquet/default/train/0000.parquet",
-  }  # fmt: skip
+    "main/data/train.jsonl",
+    "refs%2Fconvert%2Fparquet/default/train/0000.parquet",
+  }
 
 
 def test_records_are_read_from_a_hub_data_set_that_is_asked_for_once(hub, tmp_path):

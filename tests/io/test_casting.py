@@ -15,9 +15,16 @@ from lora_jax.io import casting, export, gguf_lora, gguf_model, names, peft, pre
 from lora_jax.models import llama
 
 CONFIG = llama.LlamaConfig(
-  vocab_size=49152, width=8, mlp_width=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4,
-  max_length=64, tie_embeddings=True,
-)  # fmt: skip
+  vocab_size=49152,
+  width=8,
+  mlp_width=32,
+  num_layers=1,
+  num_heads=2,
+  num_kv_heads=1,
+  head_dim=4,
+  max_length=64,
+  tie_embeddings=True,
+)
 UP = "block_0/mlp/up/kernel"
 
 
@@ -117,9 +124,12 @@ def test_adapters_and_models_for_llama_cpp_are_refused_where_they_overflow(
   a, b = np.ones((2, 8), np.float32), np.full((32, 2), value, np.float32)
   with pytest.raises(ValueError, match=rf"{dtype} ends at .*blk.0.ffn_up.weight.lora_b"):
     gguf_lora.write(
-      tmp_path / "out.gguf", {"blk.0.ffn_up.weight": (a, b)}, alpha=2.0, architecture="llama",
+      tmp_path / "out.gguf",
+      {"blk.0.ffn_up.weight": (a, b)},
+      alpha=2.0,
+      architecture="llama",
       dtype=dtype,
-    )  # fmt: skip
+    )
   _, params = parameters(**{UP: value})
   with pytest.raises(ValueError, match=r"blk\.0\.ffn_up\.weight"):
     gguf_model.save(tmp_path / "out.gguf", params, CONFIG, words, dtype=dtype)

@@ -51,8 +51,9 @@ def run(folder, kinds, seed, count):
   result = subprocess.run(
     [sys.executable, HERE / "mutation_worker.py", folder, ",".join(kinds), str(seed), str(count)],
     env=os.environ | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"},
-    capture_output=True, text=True,
-  )  # fmt: skip
+    capture_output=True,
+    text=True,
+  )
   at = (folder / "current").read_text().splitlines()[-1:] if (folder / "current").exists() else []
   assert result.returncode == 0, f"ended at {at}: {result.stderr[-3000:]}"
   return [json.loads(line) for line in result.stdout.splitlines()]
@@ -293,25 +294,31 @@ def test_a_configuration_that_no_model_has_is_refused(samples, tmp_path, reader,
     (lambda f: f["model"]["vocab"].update(Ġthe=3), "two of its tokens have one id"),
     (lambda f: f["model"].update(continuing_subword_prefix="é"), "not a tokenizer"),
     (
-      lambda f: f.update(normalizer={
-        "type": "Sequence", "normalizers": [
-          {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
-        ] * 40,
-      }),
+      lambda f: f.update(
+        normalizer={
+          "type": "Sequence",
+          "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}]
+          * 40,
+        }
+      ),
       "may make a text 10000 times as long",
     ),
     (
-      lambda f: f.update(post_processor={
-        "type": "TemplateProcessing", "pair": [],
-        "single": [
-          {"SpecialToken": {"id": "x", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
-        ],
-        "special_tokens": {"x": {"id": "x", "ids": [2**31], "tokens": ["x"]}},
-      }),
+      lambda f: f.update(
+        post_processor={
+          "type": "TemplateProcessing",
+          "pair": [],
+          "single": [
+            {"SpecialToken": {"id": "x", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+          ],
+          "special_tokens": {"x": {"id": "x", "ids": [2**31], "tokens": ["x"]}},
+        }
+      ),
       "puts tokens around a text that it has not: .2147483648.",
     ),
   ],
-)  # fmt: skip
+)
 def test_a_tokenizer_that_would_take_all_memory_or_contradicts_itself_is_refused(
   samples, tmp_path, change, words
 ):

@@ -143,9 +143,11 @@ BY_HAND = {
 }
 # What is not damage: a log of which nothing, or half a line, was written; and no log at all.
 WHOLE = {
-  ("metrics.jsonl", "empty"), ("metrics.jsonl", "cut"), ("metrics.jsonl", "a link to itself"),
+  ("metrics.jsonl", "empty"),
+  ("metrics.jsonl", "cut"),
+  ("metrics.jsonl", "a link to itself"),
   ("eval.json", "a link to itself"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("damage", BY_HAND)

@@ -149,8 +149,10 @@ def test_layers_are_stacked_and_blocks_of_gguf_are_kept(folder, tmp_path):
   assert is_weight(leaf) and leaf.shape == (2, 5, 32, 48)
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(materialize(x), y, rtol=1e-6),
-    kept.params, dense.params, is_leaf=is_weight,
-  )  # fmt: skip
+    kept.params,
+    dense.params,
+    is_leaf=is_weight,
+  )
 
 
 def test_a_gguf_file_is_named_as_llama_cpp_names_it_and_read_by_transformers(tmp_path):

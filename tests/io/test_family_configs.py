@@ -110,13 +110,19 @@ OLMO_2 = COMMON | {  # allenai/OLMo-2-1124-7B
   "tie_word_embeddings": False, "vocab_size": 100352,
 }  # fmt: skip
 OLMO_3 = OLMO_2 | {  # allenai/Olmo-3-1025-7B
-  "architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3", "max_position_embeddings": 65536,
+  "architectures": ["Olmo3ForCausalLM"],
+  "model_type": "olmo3",
+  "max_position_embeddings": 65536,
   "rope_scaling": {
-    "attention_factor": 1.2079441541679836, "beta_fast": 32, "beta_slow": 1, "factor": 8.0,
-    "original_max_position_embeddings": 8192, "rope_type": "yarn",
+    "attention_factor": 1.2079441541679836,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "factor": 8.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "yarn",
   },
   "sliding_window": 4096,
-}  # fmt: skip
+}
 SMOLLM_3 = COMMON | {  # HuggingFaceTB/SmolLM3-3B
   "architectures": ["SmolLM3ForCausalLM"], "attention_bias": False, "hidden_act": "silu",
   "hidden_size": 2048, "intermediate_size": 11008, "layer_types": ["full_attention"] * 36,
@@ -136,9 +142,12 @@ GRANITE = COMMON | {  # ibm-granite/granite-3.1-2b-instruct
   "tie_word_embeddings": True, "vocab_size": 49155,
 }  # fmt: skip
 MINISTRAL = MISTRAL | {
-  "architectures": ["MinistralForCausalLM"], "head_dim": 128, "model_type": "ministral",
-  "layer_types": ["full_attention"] + ["sliding_attention"] * 31, "sliding_window": 32768,
-}  # fmt: skip
+  "architectures": ["MinistralForCausalLM"],
+  "head_dim": 128,
+  "model_type": "ministral",
+  "layer_types": ["full_attention"] + ["sliding_attention"] * 31,
+  "sliding_window": 32768,
+}
 MINISTRAL_3 = COMMON | {  # the text model of mistralai/Ministral-3-3B-Base-2512
   "architectures": ["Ministral3ForCausalLM"], "head_dim": 128, "hidden_act": "silu",
   "hidden_size": 3072, "intermediate_size": 9216, "max_position_embeddings": 262144,

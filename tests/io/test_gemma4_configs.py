@@ -24,9 +24,13 @@ SMALL = {  # as the text part of google/gemma-4-e2b-it, with fewer layers
   },
 }  # fmt: skip
 LARGE = SMALL | {
-  "attention_k_eq_v": True, "num_key_value_heads": 8, "num_global_key_value_heads": 2,
-  "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "use_double_wide_mlp": False,
-}  # fmt: skip
+  "attention_k_eq_v": True,
+  "num_key_value_heads": 8,
+  "num_global_key_value_heads": 2,
+  "num_kv_shared_layers": 0,
+  "hidden_size_per_layer_input": 0,
+  "use_double_wide_mlp": False,
+}
 ALL = {"small": SMALL, "large": LARGE}
 
 

@@ -12,9 +12,15 @@ from lora_jax.io import gguf_lora, names
 from lora_jax.models import layers, llama
 
 CONFIG = llama.LlamaConfig(
-  vocab_size=40, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4,
+  vocab_size=40,
+  width=16,
+  mlp_width=24,
+  num_layers=2,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=4,
   max_length=64,
-)  # fmt: skip
+)
 TOKENS = np.array([[5, 6, 7]])
 
 

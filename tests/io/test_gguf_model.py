@@ -19,9 +19,16 @@ from lora_jax.models import gpt2, layers, llama
 
 VOCABULARY = ["<|end|>", "<think>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "Ġab"]
 CONFIG = llama.LlamaConfig(
-  vocab_size=len(VOCABULARY) + 3, width=64, mlp_width=48, num_layers=2, num_heads=4,
-  num_kv_heads=2, head_dim=32, max_length=128, rope_theta=500.0,
-)  # fmt: skip
+  vocab_size=len(VOCABULARY) + 3,
+  width=64,
+  mlp_width=48,
+  num_layers=2,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=32,
+  max_length=128,
+  rope_theta=500.0,
+)
 TEXT = "ab <think> ab<|end|>it's 1969"
 
 
@@ -166,12 +173,15 @@ def test_llama_cpp_goes_on_from_a_text_as_the_model_does(tmp_path, words, params
   [
     {"family": "olmo2", "head_dim": 16, **gguf_configs.ARCHITECTURES["olmo2"]},
     {
-      "family": "granite", "embedding_multiplier": 3.0, "attention_multiplier": 0.5,
-      "residual_multiplier": 0.7, "logit_divisor": 0.5,
+      "family": "granite",
+      "embedding_multiplier": 3.0,
+      "attention_multiplier": 0.5,
+      "residual_multiplier": 0.7,
+      "logit_divisor": 0.5,
     },
   ],
   ids=["olmo2", "granite"],
-)  # fmt: skip
+)
 def test_llama_cpp_goes_on_from_a_text_as_a_relative_of_llama_does(tmp_path, words, changes):
   config = dataclasses.replace(CONFIG, **changes)
   params = random_params(config)
@@ -196,9 +206,14 @@ def test_heads_that_do_not_share_the_width_are_refused_where_llama_cpp_has_none(
 
 def test_llama_cpp_goes_on_from_a_text_as_gpt_2_does(tmp_path, words):
   config = gpt2.GPT2Config(
-    vocab_size=CONFIG.vocab_size, width=64, mlp_width=96, num_layers=2, num_heads=4, head_dim=16,
+    vocab_size=CONFIG.vocab_size,
+    width=64,
+    mlp_width=96,
+    num_layers=2,
+    num_heads=4,
+    head_dim=16,
     max_length=64,
-  )  # fmt: skip
+  )
   params, path = random_params(config), tmp_path / "model.gguf"
   wider = gguf_model.save(path, params, config, words, dtype="q8_0")
   assert wider == {"position_embd.weight": "float32"}

@@ -51,7 +51,7 @@ _CHARACTERS = zlib.decompress(
     "*vbyJvx}YVVK@8O%U|s00Dp6ke>lt`{^bZq`H$lq<0L0I%_;up4Cgq@1<rGci(KI{SGkiTTDY!Xi^`Tn3peyz+>F"
     "Y&%{}h&fcre+Ay0VBGoJE-=e*)2Z+QLg?=^234h{=%0ZKxLf&"
   )
-)  # fmt: skip
+)
 _AROUND = {
   "tokenizer.ggml.bos_token_id": 3,
   "tokenizer.ggml.eos_token_id": 1,
@@ -119,9 +119,13 @@ def pieces(kind, *, runs=False, **flags):
 def write(path, metadata, architecture, tensors=()):
   writer = gguf.GGUFWriter(path, architecture)
   adders = {
-    bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32,
-    str: writer.add_string, list: writer.add_array, bytes: writer.add_array,
-  }  # fmt: skip
+    bool: writer.add_bool,
+    int: writer.add_uint32,
+    float: writer.add_float32,
+    str: writer.add_string,
+    list: writer.add_array,
+    bytes: writer.add_array,
+  }
   for key, value in metadata.items():
     adders[type(value)](key, value)
   for name, tensor in dict(tensors).items():

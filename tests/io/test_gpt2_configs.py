@@ -19,9 +19,13 @@ GPT2 = {  # openai-community/gpt2
   "vocab_size": 50257,
 }  # fmt: skip
 STANFORD = GPT2 | {  # stanford-crfm/alias-gpt2-small-x21
-  "reorder_and_upcast_attn": True, "scale_attn_by_inverse_layer_idx": True, "n_inner": None,
-  "scale_attn_weights": True, "use_cache": False, "gradient_checkpointing": False,
-}  # fmt: skip
+  "reorder_and_upcast_attn": True,
+  "scale_attn_by_inverse_layer_idx": True,
+  "n_inner": None,
+  "scale_attn_weights": True,
+  "use_cache": False,
+  "gradient_checkpointing": False,
+}
 CEREBRAS = GPT2 | {  # cerebras/Cerebras-GPT-111M
   "activation_function": "gelu", "n_inner": 3072, "n_positions": 2048, "n_layer": 10,
   "scale_attn_weights": True, "torch_dtype": "float32", "use_cache": True,
@@ -34,8 +38,10 @@ def test_what_the_hub_has_is_read():
   assert (config.width, config.mlp_width, config.num_layers) == (768, 3072, 12)
   assert (config.max_length, config.tie_embeddings, config.family) == (1024, True, "gpt2")
   assert (config.activation, config.scale_scores, config.scale_by_layer) == (
-    "gelu_tanh", True, False,
-  )  # fmt: skip
+    "gelu_tanh",
+    True,
+    False,
+  )
   assert from_hugging_face(STANFORD) == dataclasses.replace(config, scale_by_layer=True)
   config = from_hugging_face(CEREBRAS)
   assert (config.activation, config.max_length) == ("gelu", 2048)

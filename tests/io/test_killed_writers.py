@@ -143,9 +143,13 @@ def test_a_name_may_be_any_that_the_file_system_takes(name, tmp_path):
 # What may write by other means: the writer itself; what unpacks archives into a folder of its own;
 # a log that grows by lines; a lock; and a process that prints nowhere.
 _OTHER_WRITERS = {
-  "lora_jax/io/outputs.py", "lora_jax/io/archives.py", "lora_jax/io/assets.py",
-  "lora_jax/train/metrics.py", "lora_jax/train/workdir.py", "experiments/processes.py",
-}  # fmt: skip
+  "lora_jax/io/outputs.py",
+  "lora_jax/io/archives.py",
+  "lora_jax/io/assets.py",
+  "lora_jax/train/metrics.py",
+  "lora_jax/train/workdir.py",
+  "experiments/processes.py",
+}
 _WRITE = re.compile(r"open\([^)]*\"[rbt]*[wax+][rbt+]*\"|\.write_(text|bytes)\(|savefig\(")
 _WHOLE = re.compile(r"(outputs|workdir)\.write_(text|bytes)\(|savefig\(partial\b")
 

@@ -34,15 +34,19 @@ def small(tmp_path, change=None):
     helper.make_node("Concat", ["onnx::Concat_8", "z"], ["u"], name="/body/Concat_1", axis=1),
     helper.make_node("Reshape", ["u", "onnx::Reshape_9"], ["v"], name="/body/Reshape"),
     helper.make_node(
-      "Constant", [], ["c"], name="/body/norm/Constant_1",
+      "Constant",
+      [],
+      ["c"],
+      name="/body/norm/Constant_1",
       value=numpy_helper.from_array(np.array(1e-6, np.float32)),
     ),
-  ]  # fmt: skip
+  ]
   tensors = [
-    initializer("onnx::MatMul_7", (4, 3)), initializer("body.fc.bias", (3,), np.float16),
+    initializer("onnx::MatMul_7", (4, 3)),
+    initializer("body.fc.bias", (3,), np.float16),
     initializer("onnx::Concat_8", (1, 1, 3), np.float64),
     numpy_helper.from_array(np.array([1, -1]), "onnx::Reshape_9"),
-  ]  # fmt: skip
+  ]
   values = {tensor.name: numpy_helper.to_array(tensor) for tensor in tensors}
   model = model_of(nodes, tensors)
   if change:
@@ -56,9 +60,10 @@ def test_a_weight_without_a_name_is_called_after_the_node_that_multiplies_by_it(
   path, values = small(tmp_path)
   graph = onnx_files.open_file(path)
   names = {
-    "body.fc.weight": "onnx::MatMul_7", "body.fc.bias": "body.fc.bias",
+    "body.fc.weight": "onnx::MatMul_7",
+    "body.fc.bias": "body.fc.bias",
     "body.Concat_1.0": "onnx::Concat_8",
-  }  # fmt: skip
+  }
   assert graph.tensors.keys() == names.keys()
   for ours, theirs in names.items():
     np.testing.assert_array_equal(graph.tensors[ours].load(), values[theirs])
@@ -87,10 +92,12 @@ def negative(graph):
 @pytest.mark.parametrize(
   ("change", "words"),
   [
-    (elsewhere, "lies in another file"), (of_other_bytes, "is not of 48 bytes"),
-    (twice, "two tensors 'body.fc.weight'"), (negative, "has the shape"),
+    (elsewhere, "lies in another file"),
+    (of_other_bytes, "is not of 48 bytes"),
+    (twice, "two tensors 'body.fc.weight'"),
+    (negative, "has the shape"),
   ],
-)  # fmt: skip
+)
 def test_initializers_that_are_not_of_the_file_are_refused(tmp_path, change, words):
   path, _ = small(tmp_path, change)
   with pytest.raises(ValueError, match=rf"a\.onnx: not a whole ONNX file .*{words}"):
@@ -152,8 +159,11 @@ def test_the_real_backbone_computes_what_onnx_runtime_does(tmp_path):
   found = pretrained.load(FOCUS)
   config = found.config
   assert (config.num_layers, config.num_heads, config.patch_size, config.image_size) == (
-    12, 6, 14, 518
-  )  # fmt: skip
+    12,
+    6,
+    14,
+    518,
+  )
   assert config.family == "dinov2" and found.tokenizer is None
   assert sum(x.size for x in jax.tree.leaves(found.params)) == 22_056_576 - 384  # less a mask token
   model = onnx.load(assets.resolve(FOCUS))

@@ -135,8 +135,9 @@ def test_an_adapter_is_replaced_and_anything_else_is_not(folder):
   peft.write(folder, CONFIG | {"r": 3}, TENSORS)
   assert peft.read(folder).config["r"] == 3
   assert {path.name for path in folder.iterdir()} == {
-    "adapter_config.json", "adapter_model.safetensors",
-  }  # fmt: skip
+    "adapter_config.json",
+    "adapter_model.safetensors",
+  }
   (folder / "notes.txt").write_text("mine")
   with pytest.raises(FileExistsError, match=r"holds notes.txt, which is no adapter's"):
     peft.write(folder, CONFIG, TENSORS)

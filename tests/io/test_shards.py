@@ -64,9 +64,16 @@ def taken(tmp_path_factory, smollm2):
 
   def measure(layers: int) -> dict[str, int]:
     config = llama.LlamaConfig(
-      vocab_size=49152, width=64, mlp_width=8192, num_layers=layers, num_heads=4, num_kv_heads=4,
-      head_dim=16, max_length=64, tie_embeddings=True,
-    )  # fmt: skip
+      vocab_size=49152,
+      width=64,
+      mlp_width=8192,
+      num_layers=layers,
+      num_heads=4,
+      num_kv_heads=4,
+      head_dim=16,
+      max_length=64,
+      tie_embeddings=True,
+    )
     tokens = jax.ShapeDtypeStruct((1, 2), np.int32)
     shapes = jax.eval_shape(llama.Llama(config).init, jax.random.key(0), tokens)["params"]
     params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, np.float32), shapes)

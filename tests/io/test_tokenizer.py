@@ -238,5 +238,7 @@ def test_special_tokens_are_those_of_transformers(ours, peer):
   expected = {str(x): n for n, x in peer.added_tokens_decoder.items() if x.special}
   assert ours.special_tokens == expected and len(expected) > 10
   assert ours.named_tokens == {
-    "bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>",
-  }  # fmt: skip
+    "bos_token": "<|im_start|>",
+    "eos_token": "<|im_end|>",
+    "pad_token": "<|im_end|>",
+  }

@@ -38,9 +38,11 @@ BOS, EOS, EOT = (tiny_tokenizers.byte_level().token_to_id(x) for x in ("<s>", "<
 def test_a_text_ends_with_each_token_that_a_file_calls_eos(tmp_path, files, eos, stops):
   tiny_tokenizers.byte_level().save(str(tmp_path / "tokenizer.json"))
   names = {
-    "settings": "tokenizer_config.json", "map": "special_tokens_map.json", "config": "config.json",
+    "settings": "tokenizer_config.json",
+    "map": "special_tokens_map.json",
+    "config": "config.json",
     "generation": "generation_config.json",
-  }  # fmt: skip
+  }
   for name, content in files.items():
     if content is not None:
       (tmp_path / names[name]).write_text(json.dumps(content))
@@ -72,16 +74,23 @@ def test_a_file_that_names_no_token_is_refused_by_name(tmp_path, name, content, 
     {"settings": None, "config": {"bos_token_id": BOS, "eos_token_id": [EOS, EOT]}},
     {"config": {"eos_token_id": EOS}},
     {
-      "settings": SETTINGS | {
-        "pad_token": "<|eot|>", "padding_side": "left", "truncation_side": "left",
-        "model_max_length": 64, "clean_up_tokenization_spaces": False,
+      "settings": SETTINGS
+      | {
+        "pad_token": "<|eot|>",
+        "padding_side": "left",
+        "truncation_side": "left",
+        "model_max_length": 64,
+        "clean_up_tokenization_spaces": False,
       },
       "generation": {
-        "eos_token_id": [EOS, EOT], "temperature": 0.6, "top_p": 0.9, "do_sample": True,
+        "eos_token_id": [EOS, EOT],
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "do_sample": True,
       },
     },
   ],
-)  # fmt: skip
+)
 def test_what_a_folder_says_is_exported_and_nothing_that_it_does_not(tmp_path, case):
   source = write(tmp_path / "source", **case)
   copy = exported(source, tmp_path / "copy")

@@ -56,9 +56,14 @@ def test_a_model_s_state_dict_and_checkpoints_that_hold_one_are_read(tmp_path):
   model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
   expected = model.state_dict()
   for n, content in enumerate(
-    [expected, dict(expected), {"state_dict": expected, "epoch": 3}, {"model": expected},
-     collections.OrderedDict(model.named_parameters())]
-  ):  # fmt: skip
+    [
+      expected,
+      dict(expected),
+      {"state_dict": expected, "epoch": 3},
+      {"model": expected},
+      collections.OrderedDict(model.named_parameters()),
+    ]
+  ):
     found = torch_files.open_file(written(tmp_path / f"{n}.pth", content))
     for name in found:
       np.testing.assert_array_equal(found[name].load(), expected[name].detach().numpy())

@@ -122,9 +122,19 @@ def test_memory_of_blocks_grows_linearly_and_of_the_plain_one_quadratically(choi
 
 
 CONFIG = llama.LlamaConfig(
-  vocab_size=64, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
-  max_length=64, window=9, local_layers=(True, False), attn_softcap=5.0, attn_sinks=True,
-)  # fmt: skip
+  vocab_size=64,
+  width=16,
+  mlp_width=24,
+  num_layers=2,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=8,
+  max_length=64,
+  window=9,
+  local_layers=(True, False),
+  attn_softcap=5.0,
+  attn_sinks=True,
+)
 GPT2 = gpt2.GPT2Config(
   vocab_size=64, width=16, mlp_width=24, num_layers=2, num_heads=2, head_dim=8, max_length=64
 )

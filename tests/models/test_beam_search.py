@@ -16,9 +16,16 @@ from lora_jax.io import assets, names, pretrained
 from lora_jax.models import decode, layers, llama
 
 CONFIG = llama.LlamaConfig(
-  vocab_size=31, width=16, mlp_width=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
-  max_length=32, scan_layers=True,
-)  # fmt: skip
+  vocab_size=31,
+  width=16,
+  mlp_width=24,
+  num_layers=2,
+  num_heads=2,
+  num_kv_heads=1,
+  head_dim=8,
+  max_length=32,
+  scan_layers=True,
+)
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6]]
 EOS = 10  # in this model some texts end with it and others do not
 
@@ -51,9 +58,19 @@ def jitted(config, penalty, adapted, **options):
 
 
 def search(
-  params, prompts, *, config=CONFIG, adapted=False, steps=8, beams=3, penalty=decode.power,
-  alpha=1.0, eos_id=EOS, cached=True, exact=True,
-):  # fmt: skip
+  params,
+  prompts,
+  *,
+  config=CONFIG,
+  adapted=False,
+  steps=8,
+  beams=3,
+  penalty=decode.power,
+  alpha=1.0,
+  eos_id=EOS,
+  cached=True,
+  exact=True,
+):
   """Beam search; returns numpy arrays."""
   tokens, lengths = decode.pad_prompts(prompts, pad_id=0)
   cache = None
@@ -111,9 +128,15 @@ def assert_found(result, row, expected, eos_id):
 def test_a_beam_as_wide_as_all_texts_finds_them_all_in_the_order_of_their_scores(penalty, alpha):
   vocab_size, steps, eos_id = 3, 3, 2
   config = llama.LlamaConfig(
-    vocab_size=vocab_size, width=16, mlp_width=24, num_layers=1, num_heads=2, num_kv_heads=1,
-    head_dim=8, max_length=8,
-  )  # fmt: skip
+    vocab_size=vocab_size,
+    width=16,
+    mlp_width=24,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    max_length=8,
+  )
   params, prompt = make_params(config), [1, 0]
   complete = [
     new

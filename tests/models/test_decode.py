@@ -10,9 +10,15 @@ import pytest
 from lora_jax.models import decode, llama
 
 CONFIG = llama.LlamaConfig(
-  vocab_size=31, width=16, mlp_width=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
+  vocab_size=31,
+  width=16,
+  mlp_width=24,
+  num_layers=2,
+  num_heads=2,
+  num_kv_heads=1,
+  head_dim=8,
   max_length=32,
-)  # fmt: skip
+)
 MODEL = llama.Llama(CONFIG)
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6]]
 

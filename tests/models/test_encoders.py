@@ -138,9 +138,15 @@ def test_scanned_layers_give_what_layers_apart_give(loaded, name):
 
 def test_no_output_depends_on_padding_and_every_one_on_the_whole_text():
   config = bert.BertConfig(
-    vocab_size=16, width=8, mlp_width=8, num_layers=1, num_heads=2, head_dim=4, max_length=16,
+    vocab_size=16,
+    width=8,
+    mlp_width=8,
+    num_layers=1,
+    num_heads=2,
+    head_dim=4,
+    max_length=16,
     classes=("a", "b"),
-  )  # fmt: skip
+  )
   tokens_1T = jnp.arange(10)[None]  # each token once: a row of the embedding is a position
   mask_1T = tokens_1T < 6
   model = bert.Bert(config)

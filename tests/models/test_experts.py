@@ -92,8 +92,10 @@ def test_adapters_of_stacks_are_applied_in_factors_and_the_same_as_merged():
   module, params, x_BTD = layer()
   axes = lora_jax.trace_axes(lambda p, x: module.apply({"params": p}, x), params, x_BTD)
   assert {path: x.roles for path, x in axes.items()} == {
-    "experts/down/kernel": "sio", "experts/gate_up/kernel": "sio", "router/kernel": "io",
-  }  # fmt: skip
+    "experts/down/kernel": "sio",
+    "experts/gate_up/kernel": "sio",
+    "router/kernel": "io",
+  }
   specs = lora_jax.match(params, [("all-linear", lora_jax.LoRA(rank=3, alpha=6.0))], axes)
   assert list(specs) == ["experts/down/kernel", "experts/gate_up/kernel"]
   adapters = lora_jax.init(jax.random.key(1), params, specs, axes)
@@ -122,9 +124,16 @@ def test_adapters_of_stacks_are_applied_in_factors_and_the_same_as_merged():
 
 def test_scanned_layers_of_experts_are_those_apart_and_decode_with_a_cache():
   config = llama.LlamaConfig(
-    vocab_size=31, width=16, mlp_width=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
-    max_length=32, experts=CONFIG,
-  )  # fmt: skip
+    vocab_size=31,
+    width=16,
+    mlp_width=24,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    max_length=32,
+    experts=CONFIG,
+  )
   scanned = llama.LlamaConfig(**vars(config) | {"scan_layers": True})
   tokens_BT = jnp.arange(12).reshape(2, 6)
   params = llama.Llama(config).init(jax.random.key(0), tokens_BT)["params"]

@@ -125,9 +125,16 @@ def test_scanned_layers_of_two_kinds_decode_with_a_cache_as_layers_apart_do(load
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_token_sees_the_window_of_each_layer_and_no_more(cached):
   config = llama.LlamaConfig(
-    vocab_size=16, width=8, mlp_width=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4,
-    max_length=16, window=3,
-  )  # fmt: skip
+    vocab_size=16,
+    width=8,
+    mlp_width=8,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    max_length=16,
+    window=3,
+  )
   tokens_1T = jnp.arange(10)[None]  # each token once: a row of the embedding is a position
   model = llama.Llama(config)
   params = model.init(jax.random.key(0), tokens_1T)["params"]
@@ -157,9 +164,11 @@ def test_no_switch_of_a_family_could_be_left_off(loaded, name):
   tokens_BT = np.arange(40).reshape(2, 20)
   expected = logits(found.config, found.params, tokens_BT)
   together = {
-    "window": ("local_layers", "local_rope_theta"), "qk_norm": ("whole_qk_norm",),
-    "query_growth": ("query_length",), "query_length": ("query_growth",),
-  }  # fmt: skip
+    "window": ("local_layers", "local_rope_theta"),
+    "qk_norm": ("whole_qk_norm",),
+    "query_growth": ("query_length",),
+    "query_length": ("query_growth",),
+  }
   on = [x for x, off in SWITCHES.items() if getattr(found.config, x) != off]
   assert on
   for switch in on:
@@ -177,10 +186,19 @@ def test_no_switch_of_a_family_could_be_left_off(loaded, name):
 
 def test_layers_with_and_without_a_window_have_their_own_configuration():
   config = llama.LlamaConfig(
-    vocab_size=16, width=8, mlp_width=8, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=4,
-    max_length=16, window=3, local_layers=(True, True, False), local_rope_theta=100.0,
+    vocab_size=16,
+    width=8,
+    mlp_width=8,
+    num_layers=3,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    max_length=16,
+    window=3,
+    local_layers=(True, True, False),
+    local_rope_theta=100.0,
     rope_scaling=llama.LinearRope(factor=2.0),
-  )  # fmt: skip
+  )
   assert llama_config.locality(config) == (True, True, False)
   local, full = (llama_config.layer_config(config, x) for x in (True, False))
   assert (local.window, local.rope_theta, local.rope_scaling) == (3, 100.0, None)

@@ -13,10 +13,23 @@ from lora_jax.io import pretrained
 from lora_jax.models import decode, gemma4
 
 CONFIG = gemma4.Gemma4Config(
-  vocab_size=16, width=8, mlp_width=8, num_layers=6, num_heads=2, num_kv_heads=1, head_dim=4,
-  full_kv_heads=2, full_head_dim=8, rotary_dim=4, max_length=16, window=3, shared_layers=3,
-  local_layers=(True, True, False, True, False, False), per_layer_width=4, per_layer_vocab=20,
-)  # fmt: skip
+  vocab_size=16,
+  width=8,
+  mlp_width=8,
+  num_layers=6,
+  num_heads=2,
+  num_kv_heads=1,
+  head_dim=4,
+  full_kv_heads=2,
+  full_head_dim=8,
+  rotary_dim=4,
+  max_length=16,
+  window=3,
+  shared_layers=3,
+  local_layers=(True, True, False, True, False, False),
+  per_layer_width=4,
+  per_layer_vocab=20,
+)
 SMALL = dataclasses.replace(CONFIG, num_layers=2, shared_layers=0, local_layers=(True, False))
 TOKENS = jnp.arange(10)[None]
 
@@ -42,8 +55,10 @@ def test_layers_see_the_keys_and_values_of_the_last_one_of_their_kind():
   assert with_keys == [0, 1, 2]
   cache = gemma4.init_cache(CONFIG, batch_size=2, max_length=7)
   assert {name: x.key_BSKH.shape for name, x in cache.items()} == {
-    "block_0": (2, 7, 1, 4), "block_1": (2, 7, 1, 4), "block_2": (2, 7, 2, 8),
-  }  # fmt: skip
+    "block_0": (2, 7, 1, 4),
+    "block_1": (2, 7, 1, 4),
+    "block_2": (2, 7, 2, 8),
+  }
   expected = logits(CONFIG, params)
   for i in with_keys:
     block = params[f"block_{i}"]

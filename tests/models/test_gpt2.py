@@ -14,9 +14,15 @@ import pytest
 from lora_jax.models import decode, gpt2, layers
 
 CONFIG = gpt2.GPT2Config(
-  vocab_size=50, width=16, mlp_width=24, num_layers=2, num_heads=2, head_dim=8, max_length=12,
+  vocab_size=50,
+  width=16,
+  mlp_width=24,
+  num_layers=2,
+  num_heads=2,
+  head_dim=8,
+  max_length=12,
   scale_by_layer=True,
-)  # fmt: skip
+)
 TOKENS = np.random.default_rng(0).integers(0, 50, (2, 12))
 
 
@@ -42,9 +48,11 @@ def test_the_parameters_have_the_documented_paths_and_shapes(params):
     for path, leaf in jax.tree_util.tree_leaves_with_path(params)
   }
   assert {path: x for path, x in flat.items() if not path.startswith("block_")} == {
-    "embed/embedding": (50, 16), "positions/embedding": (12, 16),
-    "norm/scale": (16,), "norm/bias": (16,),
-  }  # fmt: skip
+    "embed/embedding": (50, 16),
+    "positions/embedding": (12, 16),
+    "norm/scale": (16,),
+    "norm/bias": (16,),
+  }
   assert {path: x for path, x in flat.items() if path.startswith("block_1")} == {
     "block_1/attn_norm/scale": (16,), "block_1/attn_norm/bias": (16,),
     "block_1/attn/qkv/kernel": (16, 48), "block_1/attn/qkv/bias": (48,),

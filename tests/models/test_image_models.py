@@ -17,8 +17,9 @@ from lora_jax.models import layers, mobilenet, resnet, vit
 
 ATOL = 2e-3  # float32, outputs of order one and more
 EVERYDAY = {*image_families.FIRST.values(), "DeiT, two heads"} | {
-  "MobileNetV2, PyTorch's padding, dilated", "ResNet of bottlenecks",
-}  # fmt: skip
+  "MobileNetV2, PyTorch's padding, dilated",
+  "ResNet of bottlenecks",
+}
 
 
 @pytest.fixture(scope="module")

@@ -264,13 +264,25 @@ def test_temporary_memory_grows_linearly_with_the_tokens(kind):
 # ---- models
 
 BERT = bert.BertConfig(
-  vocab_size=64, width=16, mlp_width=24, num_layers=2, num_heads=2, head_dim=8, max_length=32,
+  vocab_size=64,
+  width=16,
+  mlp_width=24,
+  num_layers=2,
+  num_heads=2,
+  head_dim=8,
+  max_length=32,
   classes=("a", "b"),
-)  # fmt: skip
+)
 VIT = vit.ViTConfig(
-  width=16, mlp_width=24, num_layers=2, num_heads=2, head_dim=8, image_size=20, patch_size=4,
+  width=16,
+  mlp_width=24,
+  num_layers=2,
+  num_heads=2,
+  head_dim=8,
+  image_size=20,
+  patch_size=4,
   classes=("a", "b"),
-)  # fmt: skip
+)
 TOKENS_BT = jnp.asarray(np.random.default_rng(2).integers(5, 64, (3, 24)), jnp.int32)
 IMAGES = jnp.asarray(np.random.default_rng(2).normal(size=(2, 20, 20, 3)), jnp.float32)
 

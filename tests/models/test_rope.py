@@ -198,7 +198,13 @@ def long(**changes):
 
 def config_with(scaling, **changes):
   config = llama.LlamaConfig(
-    vocab_size=16, width=8, mlp_width=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8,
+    vocab_size=16,
+    width=8,
+    mlp_width=8,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
     max_length=16,
-  )  # fmt: skip
+  )
   return dataclasses.replace(config, rope_scaling=scaling, **changes)

@@ -85,9 +85,13 @@ ANCHORS = np.array(
 def losses(logits, offsets, true, labels, negatives=1):
   batch = {"boxes": np.array([true], np.float32), "labels": np.array([labels], np.int32)}
   [found] = box_losses.multibox_losses(
-    jnp.asarray(logits, jnp.float32)[None], jnp.asarray(offsets, jnp.float32)[None], ANCHORS, batch,
-    overlap=0.6, negatives=negatives,
-  )  # fmt: skip
+    jnp.asarray(logits, jnp.float32)[None],
+    jnp.asarray(offsets, jnp.float32)[None],
+    ANCHORS,
+    batch,
+    overlap=0.6,
+    negatives=negatives,
+  )
   return float(found)
 
 

@@ -13,9 +13,15 @@ from lora_jax.train import generation
 
 POSITIONS = 96
 CONFIG = llama.LlamaConfig(
-  vocab_size=31, width=16, mlp_width=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
+  vocab_size=31,
+  width=16,
+  mlp_width=24,
+  num_layers=2,
+  num_heads=2,
+  num_kv_heads=1,
+  head_dim=8,
   max_length=POSITIONS,
-)  # fmt: skip
+)
 MODEL = llama.Llama(CONFIG)
 PROMPT = [3, 1, 4, 1, 5]
 LONG = [n % 31 for n in range(70)]  # more than a chunk
@@ -182,9 +188,16 @@ def test_the_turns_of_a_real_model_are_those_that_decode_writes_after_the_whole(
       found = list(streamer.write(smollm2.params, prompt, steps=24, stop_ids=stops, key=key))
       tokens, lengths = decode.pad_prompts([prompt], 0)
       whole = decode.decode(
-        model.apply, smollm2.params, tokens, lengths, steps=24, choose=decode.greedy, key=key,
-        eos_id=stops, cache=smollm2.new_cache(1, len(prompt) + 24),
-      )  # fmt: skip
+        model.apply,
+        smollm2.params,
+        tokens,
+        lengths,
+        steps=24,
+        choose=decode.greedy,
+        key=key,
+        eos_id=stops,
+        cache=smollm2.new_cache(1, len(prompt) + 24),
+      )
       assert found == generation.until_end(np.asarray(whole)[0].tolist(), stops)
       said.append({"role": "assistant", "content": words.decode(found, after=prompt)})
   assert "Paris" in said[1]["content"] and "Madrid" in said[3]["content"]

@@ -118,9 +118,11 @@ def test_adapters_from_and_to_peft_give_the_same_logits(loaded, tmp_path, name):
   base = transformers.Wav2Vec2ForCTC.from_pretrained(folder)
   torch.manual_seed(1)
   config = peft.LoraConfig(
-    r=3, target_modules=["q_proj", "out_proj", "output_dense"], init_lora_weights=False,
+    r=3,
+    target_modules=["q_proj", "out_proj", "output_dense"],
+    init_lora_weights=False,
     modules_to_save=["lm_head"],
-  )  # fmt: skip
+  )
   made = peft.get_peft_model(base, config).eval()
   made.save_pretrained(tmp_path / "theirs")
   adapters = exchange.load(tmp_path / "theirs", found.params, axes, table=found.table)
@@ -128,9 +130,14 @@ def test_adapters_from_and_to_peft_give_the_same_logits(loaded, tmp_path, name):
   weights = lora_jax.attach(found.params, adapters)
   np.testing.assert_allclose(ours(found, samples, weights), theirs(made, samples), atol=1e-4)
   exchange.save(
-    tmp_path / "ours", adapters, found.params, axes, base_model="tiny", table=found.table,
+    tmp_path / "ours",
+    adapters,
+    found.params,
+    axes,
+    base_model="tiny",
+    table=found.table,
     task_type=None,
-  )  # fmt: skip
+  )
   again = transformers.Wav2Vec2ForCTC.from_pretrained(folder)
   again = peft.PeftModel.from_pretrained(again, tmp_path / "ours").eval()
   np.testing.assert_allclose(theirs(again, samples), ours(found, samples, weights), atol=1e-4)

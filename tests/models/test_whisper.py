@@ -66,10 +66,17 @@ def greedy(found, mels, prompts, steps, eos_id=None):
   read = functools.partial(found.family.make_model(found.config).apply, method="read")
   return np.asarray(
     decode.decode(
-      read, found.params, jnp.asarray(tokens_BT), jnp.asarray(lengths_B), steps=steps,
-      choose=decode.greedy, key=jax.random.key(0), eos_id=eos_id, cache=cache,
+      read,
+      found.params,
+      jnp.asarray(tokens_BT),
+      jnp.asarray(lengths_B),
+      steps=steps,
+      choose=decode.greedy,
+      key=jax.random.key(0),
+      eos_id=eos_id,
+      cache=cache,
     )
-  )  # fmt: skip
+  )
 
 
 @pytest.mark.parametrize("name", ["Whisper", "Whisper of one decoder layer, as distilled"])
@@ -190,9 +197,12 @@ def of_ctranslate2(tiny, mels, most):
   end = tiny.tokenizer.eos_id
   results = model.generate(
     ctranslate2.StorageView.from_array(np.ascontiguousarray(mels.transpose(0, 2, 1))),
-    [prompt] * len(mels), beam_size=1, max_length=most, suppress_blank=False,
+    [prompt] * len(mels),
+    beam_size=1,
+    max_length=most,
+    suppress_blank=False,
     suppress_tokens=list(range(end + 1, tiny.config.vocab_size)),
-  )  # fmt: skip
+  )
   return prompt, [result.sequences_ids[0] for result in results]
 
 

@@ -93,9 +93,13 @@ def test_the_loss_is_that_of_pytorch_over_the_clip_s_own_frames(bound):
   log_p = torch.tensor(np.asarray(jax.nn.log_softmax(logits))[:3].transpose(1, 0, 2))
   labels = torch.tensor([x for clip in clips for x in clip.tokens])
   expected = torch.nn.functional.ctc_loss(
-    log_p, labels, torch.tensor(batch["frames"][:3]),
-    torch.tensor([len(clip.tokens) for clip in clips]), blank=0, reduction="sum",
-  )  # fmt: skip
+    log_p,
+    labels,
+    torch.tensor(batch["frames"][:3]),
+    torch.tensor([len(clip.tokens) for clip in clips]),
+    blank=0,
+    reduction="sum",
+  )
   assert float(loss) == pytest.approx(float(expected) / 3, rel=1e-4)
   assert batch["frames"][:3].tolist() == [40] * 3 and logits.shape[1] == 64
 

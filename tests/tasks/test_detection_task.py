@@ -108,14 +108,22 @@ def test_figures_are_those_of_pycocotools_own_summary(tmp_path):
       for box, k, score in zip(moved, labels, scores, strict=True)
     ]
   annotations = [
-    {"id": 1 + 5 * n + k, "image_id": n, "category_id": int(each.classes[k]), "iscrowd": 0,
-     "bbox": each.boxes[k].tolist(), "area": float(each.boxes[k, 2:].prod())}
-    for n, each in enumerate(truths) for k in range(5)
-  ]  # fmt: skip
+    {
+      "id": 1 + 5 * n + k,
+      "image_id": n,
+      "category_id": int(each.classes[k]),
+      "iscrowd": 0,
+      "bbox": each.boxes[k].tolist(),
+      "area": float(each.boxes[k, 2:].prod()),
+    }
+    for n, each in enumerate(truths)
+    for k in range(5)
+  ]
   fields = {
-    "images": [{"id": n} for n in range(12)], "annotations": annotations,
+    "images": [{"id": n} for n in range(12)],
+    "annotations": annotations,
     "categories": [{"id": 0, "name": "a"}, {"id": 1, "name": "b"}],
-  }  # fmt: skip
+  }
   (tmp_path / "true.json").write_text(json.dumps(fields))
   (tmp_path / "found.json").write_text(json.dumps(rows))
   with contextlib.redirect_stdout(io.StringIO()):
@@ -167,8 +175,9 @@ def test_answers_are_boxes_in_pixels_of_the_picture_as_it_is(task, folder, examp
     assert answer["size"] == [64, 48]
     wanted = sorted(
       [names[x["category_id"]], *x["bbox"]]
-      for x in fields["annotations"] if x["image_id"] == image["id"]
-    )  # fmt: skip
+      for x in fields["annotations"]
+      if x["image_id"] == image["id"]
+    )
     found = sorted([x["label"], *x["box"]] for x in answer["boxes"])
     assert [x[0] for x in found] == [x[0] for x in wanted]
     np.testing.assert_allclose([x[1:] for x in found], [x[1:] for x in wanted], atol=0.2)
@@ -202,8 +211,13 @@ def test_the_page_has_a_picture_of_boxes_wanted_and_found(task, examples, tmp_pa
   with Image.open(tmp_path / "grid.png") as made:
     assert made.format == "PNG" and made.width > 600
   assert task.draw([], []) is None
-  for text in ('{"boxes": 7}', '{"boxes": [{"label": "blue", "box": [1, 2, 3, 4]}]}', "{}",
-               '{"boxes": [{"label": "red", "box": [1, 2, 3]}]}', '{"boxes": [7]}'):  # fmt: skip
+  for text in (
+    '{"boxes": 7}',
+    '{"boxes": [{"label": "blue", "box": [1, 2, 3, 4]}]}',
+    "{}",
+    '{"boxes": [{"label": "red", "box": [1, 2, 3]}]}',
+    '{"boxes": [7]}',
+  ):
     with pytest.raises(ValueError, match=r"eval\.json: a sample has the boxes"):
       box_drawings.parse(text, task.labels)
 

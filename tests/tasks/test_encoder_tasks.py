@@ -285,10 +285,14 @@ def test_a_classifier_teaches_another_by_its_logits_and_hidden_states(folder, tr
   teacher = tmp_path / "teacher"
   export.save(teacher, lora_jax.merge(base.params, adapters), base.config, base.tokenizer)
   config = tiny_encoder.config_of(folder, "classification")
-  config.update_from_flattened_dict({
-    "distill.teacher": str(teacher), "distill.hard": 0.0, "distill.hidden": 0.1,
-    "evaluation.samples": 0,
-  })  # fmt: skip
+  config.update_from_flattened_dict(
+    {
+      "distill.teacher": str(teacher),
+      "distill.hard": 0.0,
+      "distill.hidden": 0.1,
+      "evaluation.samples": 0,
+    }
+  )
   with workdir.open_workdir(tmp_path / "run", config.to_dict()) as opened:
     train.train(config, opened)
   results = json.loads(opened.evaluation.read_text())

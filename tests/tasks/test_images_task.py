@@ -349,9 +349,13 @@ def test_two_devices_make_what_one_makes(tmp_path, name):
     folder = tmp_path / label
     how = [f"--config.mesh.{axis}={count}" for axis, count in mesh.items()]
     main_programs.run(
-      "train", f"--config={config}", f"--workdir={folder}", "--config.train.steps=3", *how,
+      "train",
+      f"--config={config}",
+      f"--workdir={folder}",
+      "--config.train.steps=3",
+      *how,
       JAX_NUM_CPU_DEVICES="2" if mesh else "1",
-    )  # fmt: skip
+    )
     found = json.loads((folder / "eval.json").read_text())
     losses[label] = [found["before"]["loss"], found["after"]["loss"]]
   for label in losses:

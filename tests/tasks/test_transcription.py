@@ -151,9 +151,12 @@ def test_normalizers_are_whisper_s():
   spellings = json.loads((folder / "normalizers" / "english.json").read_text())
   expected = english_normalizer.EnglishTextNormalizer(spellings)
   for text in (
-    "I'd like a twenty-two ounce Cappuccino, please!", "um, five dollars [laughs]", "won't, colour",
-    "two shots of espresso; 2 SHOTS", "one hundred and one",
-  ):  # fmt: skip
+    "I'd like a twenty-two ounce Cappuccino, please!",
+    "um, five dollars [laughs]",
+    "won't, colour",
+    "two shots of espresso; 2 SHOTS",
+    "one hundred and one",
+  ):
     assert normalize(text) == expected(text)
   basic = transcripts.NORMALIZERS["basic"]()
   assert basic("Ünï, (x) A!") == english_normalizer.BasicTextNormalizer()("Ünï, (x) A!")
@@ -381,16 +384,22 @@ def test_a_sweep_of_learning_rates_trains_in_one_program(config, run, tmp_path):
 def test_two_devices_make_what_one_makes(config, tmp_path):
   path, losses = tiny_speech.write_config(config, tmp_path), {}
   meshes = {
-    "one": {}, "rows": {"data": 2}, "layers": {"data": 1, "fsdp": 2},
+    "one": {},
+    "rows": {"data": 2},
+    "layers": {"data": 1, "fsdp": 2},
     "columns": {"data": 1, "tensor": 2},
-  }  # fmt: skip
+  }
   for label, mesh in meshes.items():
     folder = tmp_path / label
     how = [f"--config.mesh.{axis}={count}" for axis, count in mesh.items()]
     main_programs.run(
-      "train", f"--config={path}", f"--workdir={folder}", "--config.train.steps=3", *how,
+      "train",
+      f"--config={path}",
+      f"--workdir={folder}",
+      "--config.train.steps=3",
+      *how,
       JAX_NUM_CPU_DEVICES="2" if mesh else "1",
-    )  # fmt: skip
+    )
     found = json.loads((folder / "eval.json").read_text())
     losses[label] = [found["before"]["loss"], found["after"]["loss"]]
   for label in losses:

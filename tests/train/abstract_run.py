@@ -47,9 +47,21 @@ POLICIES = {
 
 
 def make_run(
-  config=SMALL, *, rows=4, length=64, targets=1, rank=8, remat="none", parts=1, chunk=0,
-  packed=False, full=False, together=0, in_turn=False, **changes,
-):  # fmt: skip
+  config=SMALL,
+  *,
+  rows=4,
+  length=64,
+  targets=1,
+  rank=8,
+  remat="none",
+  parts=1,
+  chunk=0,
+  packed=False,
+  full=False,
+  together=0,
+  in_turn=False,
+  **changes,
+):
   """The run of a config, with adapters on every linear layer.
 
   targets: of a row. chunk: positions whose logits are held at a time, 0 for all. packed: whether

@@ -110,8 +110,9 @@ def test_a_checkpoint_is_as_large_as_what_trains_and_its_two_moments(tmp_path):
     f"block_{i}": {"w": None, "a": jax.random.normal(jax.random.key(i), (512, 8))} for i in range(8)
   }
   state = init_state(trainable, tiny_run.make_optimizer())
-  noise = jax.tree.map(lambda x: x + jax.random.normal(jax.random.key(9), x.shape, x.dtype)
-                       if x.ndim else x, state)  # fmt: skip
+  noise = jax.tree.map(
+    lambda x: x + jax.random.normal(jax.random.key(9), x.shape, x.dtype) if x.ndim else x, state
+  )
   with open_checkpoints(tmp_path) as checkpoints:
     checkpoints.save(noise, {})
   size = sum(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file())

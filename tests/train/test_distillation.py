@@ -27,9 +27,11 @@ def kl(student, teacher, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_the_divergence_is_that_of_the_softened_distributions_where_positions_count(temperature):
   found = distillation.divergence(
-    jnp.asarray(STUDENT, jnp.float32), jnp.asarray(TEACHER, jnp.float32), BATCH["weights"],
+    jnp.asarray(STUDENT, jnp.float32),
+    jnp.asarray(TEACHER, jnp.float32),
+    BATCH["weights"],
     temperature,
-  )  # fmt: skip
+  )
   assert float(found) == pytest.approx(kl(STUDENT, TEACHER, temperature), rel=1e-5)
 
 
@@ -38,8 +40,10 @@ def test_the_objective_weighs_teacher_targets_and_hidden_states():
   objective = distillation.distillation_objective(
     lambda w, batch: (w["student"], states[0]),
     lambda w, batch: (w["teacher"], states[1]),
-    temperature=2.0, hard=0.25, hidden=0.5,
-  )  # fmt: skip
+    temperature=2.0,
+    hard=0.25,
+    hidden=0.5,
+  )
   weights = {"student": jnp.asarray(STUDENT), "teacher": jnp.asarray(TEACHER)}
   loss, tokens = objective(weights, BATCH)
   own = -np.take_along_axis(special.log_softmax(STUDENT, -1), TARGETS[..., None], -1)[..., 0]

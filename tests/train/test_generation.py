@@ -14,9 +14,16 @@ from lora_jax.train.generation import generate, make_generate_step, prompt_batch
 from lora_jax.train.text_scores import bleu, chrf
 
 CONFIG = llama.LlamaConfig(
-  vocab_size=31, width=16, mlp_width=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
-  max_length=32, scan_layers=True,
-)  # fmt: skip
+  vocab_size=31,
+  width=16,
+  mlp_width=24,
+  num_layers=2,
+  num_heads=2,
+  num_kv_heads=1,
+  head_dim=8,
+  max_length=32,
+  scan_layers=True,
+)
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6], [5, 3, 5, 8], [9, 7, 9]]
 EOS, STEPS = 10, 6
 

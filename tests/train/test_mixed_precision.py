@@ -35,9 +35,18 @@ def make_batch():
 def make_case(dtype=jnp.bfloat16):
   """(apply, trainable, frozen, tx) of a Llama whose base and arithmetic have a dtype."""
   config = llama.LlamaConfig(
-    vocab_size=61, width=24, mlp_width=40, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=4,
-    max_length=64, scan_layers=True, dtype=dtype, param_dtype=dtype,
-  )  # fmt: skip
+    vocab_size=61,
+    width=24,
+    mlp_width=40,
+    num_layers=2,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=4,
+    max_length=64,
+    scan_layers=True,
+    dtype=dtype,
+    param_dtype=dtype,
+  )
   model, tokens = llama.Llama(config), make_batch()["tokens"]
   params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
   axes = lora_jax.trace_axes(lambda p, t: model.apply({"params": p}, t), params, tokens)

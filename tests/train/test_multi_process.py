@@ -55,9 +55,13 @@ def run(*arguments, processes, fails=False, **environment):
 
 def train(config_file, workdir, *arguments, processes, **options):
   return run(
-    "experiments.train", f"--config={config_file}", f"--workdir={workdir}", *arguments,
-    processes=processes, **options,
-  )  # fmt: skip
+    "experiments.train",
+    f"--config={config_file}",
+    f"--workdir={workdir}",
+    *arguments,
+    processes=processes,
+    **options,
+  )
 
 
 @pytest.fixture(scope="module")
@@ -129,10 +133,13 @@ def test_the_same_command_again_restores_in_both_processes(config_file, together
 def statements(tmp_path_factory):
   folder = tmp_path_factory.mktemp("statements")
   return run(
-    "processes_worker", folder, *STATEMENTS, processes=2,
+    "processes_worker",
+    folder,
+    *STATEMENTS,
+    processes=2,
     XLA_FLAGS="--xla_force_host_platform_device_count=2",
     PYTHONPATH=str(pathlib.Path(__file__).parent),
-  )  # fmt: skip
+  )
 
 
 @pytest.mark.parametrize("statement", STATEMENTS)
@@ -164,10 +171,12 @@ def test_the_processes_of_a_slurm_job_find_each_other(tmp_path):
   line, env = command("processes_worker", tmp_path, name, "--distributed", processes=1)
   job = {
     # JAX makes the port of the job's number.
-    "SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
+    "SLURM_JOB_ID": str(os.getpid()),
+    "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_NTASKS": "2",
     "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
     "PYTHONPATH": str(pathlib.Path(__file__).parent),
-  }  # fmt: skip
+  }
   tasks = [
     subprocess.Popen(
       line,

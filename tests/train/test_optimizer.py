@@ -135,11 +135,15 @@ def test_lora_plus_trains_as_peft_s_optimizer_does():
 
   tx = optax.chain(
     adamw(
-      optax.constant_schedule(1e-2), b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.1,
+      optax.constant_schedule(1e-2),
+      b1=0.9,
+      b2=0.999,
+      eps=1e-8,
+      weight_decay=0.1,
       clip_norm=math.inf,
     ),
     scale_rates([(".*/b", 16.0)]),
-  )  # fmt: skip
+  )
   state = tx.init(adapters)
   for _ in range(5):
     optimizer.zero_grad()

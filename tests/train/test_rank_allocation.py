@@ -43,9 +43,16 @@ class TorchModel(torch.nn.Module):
 
 def test_importance_and_choice_are_those_of_peft_s_allocator_on_the_same_gradients():
   config = peft.AdaLoraConfig(
-    init_r=4, target_r=2, lora_alpha=6, tinit=3, tfinal=4, deltaT=2, total_step=14,
-    target_modules=["up", "down"], **BETAS,
-  )  # fmt: skip
+    init_r=4,
+    target_r=2,
+    lora_alpha=6,
+    tinit=3,
+    tfinal=4,
+    deltaT=2,
+    total_step=14,
+    target_modules=["up", "down"],
+    **BETAS,
+  )
   theirs = peft.get_peft_model(TorchModel(), config).base_model
   allocator = peft.tuners.adalora.layer.RankAllocator(theirs, config, "default")
   layers = {"up": theirs.model.up, "down": theirs.model.down}
@@ -93,9 +100,12 @@ def test_importance_and_choice_are_those_of_peft_s_allocator_on_the_same_gradien
     for name, adapter in adapters.items():
       for part, parameter in torch_parts(name).items():
         np.testing.assert_allclose(
-          as_theirs(part, getattr(adapter, part)), parameter.detach(), rtol=1e-5, atol=1e-6,
+          as_theirs(part, getattr(adapter, part)),
+          parameter.detach(),
+          rtol=1e-5,
+          atol=1e-6,
           err_msg=f"step {step}: {name}/{part}",
-        )  # fmt: skip
+        )
     left.append(sum(int((x.e != 0).sum()) for x in adapters.values()))
   assert left[:3] == [8, 8, 8]
   assert left[-5:] == [4, 4, 4, 4, 4]
@@ -238,9 +248,13 @@ def test_a_run_loses_ranks_as_planned_compiles_once_and_resumes_to_the_bit(tmp_p
     whole, last = train(state, frozen, train_step, batches, 39)
   assert not events
   assert last < first
-  assert sum(int((x.e != 0).sum()) for x in (
-    whole.trainable["hidden"]["kernel"], whole.trainable["head"]["kernel"]
-  )) == 4  # fmt: skip
+  assert (
+    sum(
+      int((x.e != 0).sum())
+      for x in (whole.trainable["hidden"]["kernel"], whole.trainable["head"]["kernel"])
+    )
+    == 4
+  )
 
   state, frozen, train_step = make_run()
   like = jax.eval_shape(lambda: state)

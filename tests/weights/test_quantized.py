@@ -215,9 +215,7 @@ def test_rows_of_an_embedding_are_looked_up_by_their_codes():
   ids = jnp.array([[3, 49], [0, 3]])
   f = jax.jit(adapt(lambda p, ids: jnp.take(p, ids, axis=0, mode="clip"), strict=True))
   np.testing.assert_array_equal(f(table, ids), table.materialize()[ids])
-  shapes = [
-    v.aval.shape for eqn in jax.make_jaxpr(f)(table, ids).eqns for v in eqn.outvars
-  ]  # fmt: skip
+  shapes = [v.aval.shape for eqn in jax.make_jaxpr(f)(table, ids).eqns for v in eqn.outvars]
   assert (50, 24) not in shapes
 
 
