@@ -45,6 +45,7 @@ class Case:
     configs: of its members, as of a run of each; of a run that is no sweep, its own.
     mesh: of the run.
     task: on the model.
+    loaded: the model before the task added its leaves, of which it shares the others with `base`.
     base: the model; its parameters are the base.
     model: the module.
     axes: the roles of the axes of the base.
@@ -63,6 +64,7 @@ class Case:
   configs: Sequence[ConfigDict]
   mesh: Mesh
   task: Task
+  loaded: Pretrained
   base: Pretrained
   model: nn.Module
   axes: Mapping[str, lora_jax.Axes]
@@ -172,7 +174,8 @@ def prepare(config: ConfigDict, configs: Sequence[ConfigDict], run: workdir.Work
   how = [each for each in (*how, line) if each]
   print("\n".join([*task.lines(described), *how]))
 
-  base = settings.of_model(parts.extend(parts.load_model(config.model, mesh), task, config))
+  loaded = parts.load_model(config.model, mesh)
+  base = settings.of_model(parts.extend(loaded, task, config))
   axes = parts.trace_axes(parts.make_model(base.config), base.params)
   specs = [methods.specs_of(base, config.model, each, axes) for each in rules]
 
@@ -185,6 +188,7 @@ def prepare(config: ConfigDict, configs: Sequence[ConfigDict], run: workdir.Work
     configs=configs,
     mesh=mesh,
     task=task,
+    loaded=loaded,
     base=base,
     model=parts.make_model(base.config),
     axes=axes,

@@ -157,7 +157,7 @@ def with_own_start(
 ) -> dict[str, lora_jax.Adapted]:
   """The adapters of a member with the leaves that the task adds as its own seed starts them; in the
   base, which all members share, they are those of the run's."""
-  own = tree.flatten(parts.extend(case.base, case.task, config).params, is_leaf=is_weight)
+  own = tree.flatten(parts.extend(case.loaded, case.task, config).params, is_leaf=is_weight)
   shared = tree.flatten(case.base.params, is_leaf=is_weight)
   return {
     path: dataclasses.replace(x, dw=x.dw + (own[path] - shared[path]))
