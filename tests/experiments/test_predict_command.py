@@ -109,5 +109,5 @@ def test_an_encoder_is_not_asked_to_generate(folder, tmp_path):
 def test_an_encoder_is_not_compressed_by_the_text_that_it_would_write(folder, tmp_path):
   config = compress_config.get_config()
   config.model.source = str(folder / "model")
-  with pytest.raises(ValueError, match="a 'bert' generates no text; .*set text.source to ''"):
+  with pytest.raises(ValueError, match=r"a 'bert' generates no text; .*set text.source to ''"):
     compress.compress(config, tmp_path)
