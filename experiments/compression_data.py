@@ -151,7 +151,7 @@ class TaskData:
     calibration: the batches that steps calibrate by.
     held_out: batches to measure by.
     largest: the shape of the largest of these, as in `Task.summary`, at which models are timed.
-    batches: numbers of inputs that are timed at once.
+    batches: the batch sizes that models are timed at.
   """
 
   UNIT: ClassVar[str] = "input"

@@ -182,8 +182,8 @@ def smaller_model(model: families.Config, count: int) -> families.Config:
 def _cuts(model: families.Config, smaller: families.Config) -> sharding.Rules:
   """Rules that cut the leaves of a model to the shapes of a smaller one.
 
-  The rules of its family do not: they leave some leaves whole of which the smaller model has a part
-  (biases, attention sinks, the norms of all heads together).
+  The rules of its family are not enough. They replicate biases, attention sinks and the norms of
+  all heads together, and the smaller model has a part of each.
   """
   if model == smaller:
     return ((".*", jax.P()),)

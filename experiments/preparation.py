@@ -45,7 +45,7 @@ class Case:
     configs: of its members, as of a run of each; of a run that is no sweep, its own.
     mesh: of the run.
     task: on the model.
-    loaded: the model before the task added its leaves, of which it shares the others with `base`.
+    loaded: the model before the task added its leaves. All other arrays are those of `base`.
     base: the model; its parameters are the base.
     model: the module.
     axes: the roles of the axes of the base.

@@ -48,8 +48,9 @@ class Family:
     stacked and scanned.
   kind: DECODER, causal attention: it generates text, and its last token represents a text.
     ENCODER, bidirectional attention: the first token or all of them represent a text. IMAGES, which
-    takes no text and has no tokenizer. SPEECH, which takes audio, of which `listen` makes its
-    input, and has a tokenizer for its decoder. SOUND, which takes audio and has none.
+    takes no text and has no tokenizer. SPEECH, which takes audio and has a
+    tokenizer for its decoder. SOUND, which takes audio and has no tokenizer. `listen` makes the
+    input of both.
   class_head: {tensor name: path} of a classification head if `names` does not have it.
   peft_task, class_task: PEFT's `task_type` for adapters of a model without and with a
     classification head; None if PEFT has no name for it.

@@ -111,7 +111,7 @@ def test_the_notebook_on_own_data_previews_trains_talks_and_exports(tmp_path, mo
 def test_the_notebook_on_speech_trains_and_plays_a_clip_alongside_its_transcript(
   tmp_path, monkeypatch
 ):
-  pytest.importorskip("soundfile")
+  pytest.importorskip("soundfile", reason="needs soundfile, of the extra speech")
   printed, errors, folder = execute("speech_colab.ipynb", tmp_path, monkeypatch)
   assert "held_out: " in printed and "294,912 of 37,760,256 parameters train (0.78%)" in printed
   assert re.search(r"before: WER [\d.]+%, .*after:  WER [\d.]+%, ", printed, re.DOTALL)

@@ -11,11 +11,13 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from importlib import metadata
 
 import flax.linen as nn
 import jax
 import pytest
 import setuptools
+from packaging import requirements
 
 import lora_jax
 
@@ -265,3 +267,19 @@ def _names(requirements: str) -> set[str]:
   return {re.split(r"[<>=;\[ ]", line)[0] for line in requirements.split("\n") if line} - {
     "lora_jax"
   }
+
+
+def test_everything_that_the_tests_compare_with_is_installed():
+  """Otherwise tests would skip in silence, in CI too, where the extra `test` is installed."""
+  extras = _setup()["options.extras_require"]
+  named, waiting = [], ["test"]
+  while waiting:
+    for line in filter(None, extras[waiting.pop()].split("\n")):
+      requirement = requirements.Requirement(line)
+      if requirement.name == "lora_jax":
+        waiting += requirement.extras
+      elif requirement.marker is None or requirement.marker.evaluate():
+        named.append(requirement)
+  assert {"soundfile", "ctranslate2", "onnxruntime", "pycocotools"} <= {x.name for x in named}
+  for requirement in named:
+    assert requirement.specifier.contains(metadata.version(requirement.name)), requirement

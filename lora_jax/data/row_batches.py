@@ -4,9 +4,9 @@
     batch = next(batches)
     state = batches.get_state()          # a small JSON dict; set_state resumes from it
 
-`row` maps an example to a dict of arrays, of the same shapes for all examples, one of which is
-`weights`. A batch stacks them. A row of padding is of zeros, its weights too. In evaluation `index`
-(B,) has the example's index, and -1 for padding. A batch is a pure function of the examples, the
+`row` maps an example to a dict of arrays with the same shapes for all examples. The dict has
+`weights`. A batch stacks the arrays. A row of padding is zeros, its weights too. In evaluation
+`index` (B,) has the example's index, and -1 for padding. A batch is a pure function of the examples, the
 arguments and the step.
 """
 

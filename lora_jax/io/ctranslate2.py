@@ -11,8 +11,8 @@ The format, all little-endian, as CTranslate2 4 writes it (python/ctranslate2/sp
     u32 count, then of each variable: text name; u8 rank; u32 of each axis; u8 type; u32 bytes; data
     u32 count, then of each alias: text alias; text name
 
-A text is a u16 of its bytes and these, the last of which is 0. Every place and size is compared
-with the file before anything of that size is read.
+A text is a u16, the number of its bytes, and then the bytes; the last byte is 0. Every offset and
+size is compared with the file before anything of that size is read.
 """
 
 import dataclasses

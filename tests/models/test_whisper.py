@@ -189,7 +189,7 @@ def clips(public_data, count):
 
 def of_ctranslate2(tiny, mels, most):
   """Greedy tokens without timestamps, with nothing suppressed but special tokens."""
-  ctranslate2 = pytest.importorskip("ctranslate2")
+  ctranslate2 = pytest.importorskip("ctranslate2", reason="needs ctranslate2, of the extra test")
   from lora_jax.io import assets
 
   model = ctranslate2.models.Whisper(str(assets.resolve(TINY)), compute_type="float32")
