@@ -6,8 +6,8 @@
 
 `row` maps an example to a dict of arrays with the same shapes for all examples. The dict has
 `weights`. A batch stacks the arrays. A row of padding is zeros, its weights too. In evaluation
-`index` (B,) has the example's index, and -1 for padding. A batch is a pure function of the examples, the
-arguments and the step.
+`index` (B,) has the example's index, and -1 for padding. A batch is a pure function of the
+examples, the arguments and the step.
 """
 
 import functools
