@@ -88,7 +88,7 @@ def case(tmp_path_factory):
 def config_of(folder, model, run, steps, **fields):
   found = compress_config.get_config(f"model={model},steps={steps},source={folder / 'trained'}")
   found.task.fields = {name: x for name, x in run.task.items() if name != "name"}
-  found.task.data = run.data
+  found.task.data = run.data.copy_and_resolve_references()
   found.task.calibration, found.task.examples, found.task.batch_size = 32, 16, 8
   found.update_from_flattened_dict(SMALL | fields)
   return found
