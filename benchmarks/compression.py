@@ -24,7 +24,7 @@ from benchmarks.circumstances import describe_circumstances
 from benchmarks.models import EDITORIALS
 from benchmarks.reporting import define_output, publish
 from lora_jax import compress, tree
-from lora_jax.compress import gptq, loftq
+from lora_jax.compress import gptq
 from lora_jax.data import records
 from lora_jax.io import assets, pretrained
 from lora_jax.weights import Format, GGUFBlocks, is_weight
@@ -81,7 +81,7 @@ def calibrated(case: Case) -> PyTree:
 def with_adapter(case: Case) -> PyTree:
   formats = case.formats(compress.NF4)
   specs = dict.fromkeys(formats, lora_jax.LoRA(rank=16, alpha=16.0))
-  return lora_jax.attach(*loftq.start(case.params, specs, formats, case.axes))
+  return lora_jax.attach(*lora_jax.loftq.start(case.params, specs, formats, axes=case.axes))
 
 
 def gguf_blocks(case: Case) -> PyTree:

@@ -22,7 +22,7 @@ from absl import app
 
 from benchmarks.circumstances import describe_circumstances
 from benchmarks.reporting import define_output, publish
-from lora_jax.train import metrics, workdir
+from lora_jax.run import metrics, workdir
 
 _OUTPUT = define_output()
 

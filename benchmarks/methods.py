@@ -34,8 +34,9 @@ from configs import methods as config_file
 from experiments import methods, parts
 from lora_jax import exchange, families
 from lora_jax.data.examples import Example
+from lora_jax.run import workdir
 from lora_jax.tasks import Task
-from lora_jax.train import evaluation, step, workdir
+from lora_jax.train import evaluation, step
 
 PyTree = Any
 BASE = "base"

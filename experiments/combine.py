@@ -24,8 +24,10 @@ from absl import app, flags, logging
 
 import lora_jax
 from experiments import inputs, parts, programs
-from lora_jax import checks, combiners, exchange
-from lora_jax.io import outputs, peft
+from lora_jax import checks, exchange
+from lora_jax.compose import combiners
+from lora_jax.exchange import peft_files
+from lora_jax.io import outputs
 from lora_jax.io import pretrained as pretrained_lib
 
 ELECT = {"total": combiners.by_total, "frequency": combiners.by_frequency}
@@ -128,12 +130,12 @@ def common_base(folders: list[str], *, fetch: bool = False) -> str:
     ValueError: when they do not, or say nothing.
     FileNotFoundError: when it is not on this machine.
   """
-  bases = {folder: peft.read(folder).config["base_model_name_or_path"] for folder in folders}
+  bases = {folder: peft_files.read(folder).config["base_model_name_or_path"] for folder in folders}
   base = bases[folders[0]]
   if len(set(bases.values())) != 1 or not base:
     each = ", ".join(f"{folder}: {base!r:.200}" for folder, base in bases.items())
     raise ValueError(f"the adapters name no common model ({each}); give it, --base=...")
-  file = pathlib.Path(folders[0]) / peft.CONFIG
+  file = pathlib.Path(folders[0]) / peft_files.CONFIG
   try:
     inputs.require(file, {"base_model_name_or_path": base}, fetch=fetch)
   except FileNotFoundError as error:

@@ -52,8 +52,8 @@ from experiments.compression import Model
 from lora_jax import exchange, families, tree
 from lora_jax.compress import merging, report, storage
 from lora_jax.io.pretrained import Pretrained
-from lora_jax.train import workdir
-from lora_jax.weights import Pruned, is_weight
+from lora_jax.run import workdir
+from lora_jax.weights import is_weight, unmasked
 
 PyTree = Any
 
@@ -185,7 +185,7 @@ def absorb(model: Model) -> Model:
 
 
 def _is_adapted(leaf: Any) -> bool:
-  return isinstance(leaf.w if isinstance(leaf, Pruned) else leaf, lora_jax.Adapted)
+  return isinstance(unmasked(leaf), lora_jax.Adapted)
 
 
 def add_healed(config: ConfigDict, folder: pathlib.Path, healed: str):

@@ -23,16 +23,16 @@ from experiments import parts
 from lora_jax import calibration, families, tree
 from lora_jax.compress import (
   attention,
-  factorize,
-  factors,
+  factorization,
+  factors_as_kernels,
   gptq,
-  prune,
+  pruning,
   sensitivity,
-  structured,
+  structured_pruning,
 )
-from lora_jax.compress.quantize import quantize_leaf
+from lora_jax.compress.quantization import quantize_leaf
 from lora_jax.tasks import Task
-from lora_jax.weights import Factored, Pruned, is_weight
+from lora_jax.weights import Factored, inside_mask, is_weight
 from lora_jax.weights.quantized import Format
 
 PyTree = Any
@@ -158,7 +158,7 @@ class TaskBatches:
 def targets(section: ConfigDict, model: Model) -> list[str]:
   """The paths that a section's targets select, Weights among them."""
   shapes = jax.eval_shape(lora_jax.materialize, model.params)
-  return factorize.select(shapes, section.targets, model.axes)
+  return factorization.select(shapes, section.targets, model.axes)
 
 
 def is_looked_up(axes: lora_jax.Axes) -> bool:
@@ -173,10 +173,10 @@ def factorize_step(section: ConfigDict, model: Model, data: Calibration) -> Mode
   """Kernels to factors, which are fitted to the inputs that they then have."""
   paths, axes = targets(section, model), model.axes
   decompose, values = METHODS[section.method](section, model, data, paths)
-  losses = factorize.tails(model.params, paths, values, axes)
+  losses = factorization.tails(model.params, paths, values, axes)
   costs, budget = costs_and_budget(section, model, paths)
   if section.energy:
-    ranks = factorize.energy_ranks(losses, section.energy)
+    ranks = factorization.energy_ranks(losses, section.energy)
     ranks = {path: -(-n // section.multiple) * section.multiple for path, n in ranks.items()}
     ranks = {path: n for path, n in ranks.items() if costs[path].at(n) < costs[path].dense}
     if not ranks:
@@ -187,11 +187,11 @@ def factorize_step(section: ConfigDict, model: Model, data: Calibration) -> Mode
   else:
     ranks = sensitivity.allocate(losses, costs, budget, multiple=section.multiple)
   print(f"factorize: {len(ranks)} of {len(paths)} kernels; the others stay as they are")
-  params = factorize.factorize(model.params, ranks, decompose, axes=axes)
+  params = factorization.factorize(model.params, ranks, decompose, axes=axes)
   small = model._replace(params=params)
   for _ in range(section.updates if section.method == "whitened" else 0):
     moments = data.inputs(small, list(ranks))
-    params = factorize.update(
+    params = factorization.update(
       small.params, model.params, list(ranks), moments, damping=section.damping
     )
     small = small._replace(params=params)
@@ -210,15 +210,15 @@ def costs_and_budget(
 
 def _whitened(section, model, data, paths):
   gradients = data.gradients(model, paths) if section.gradients else None
-  whitened = factorize.Whitened(data.inputs(model, paths), gradients, section.damping)
+  whitened = factorization.Whitened(data.inputs(model, paths), gradients, section.damping)
   return whitened, whitened.values
 
 
 METHODS: dict[str, Callable] = {
   "whitened": _whitened,
-  "svd": lambda *_: (factorize.svd, factorize.singular_values),
-  "randomized": lambda *_: (factorize.randomized(0), factorize.singular_values),
-  "qr": lambda *_: (factorize.pivoted_qr, factorize.pivoted_rows),
+  "svd": lambda *_: (factorization.svd, factorization.singular_values),
+  "randomized": lambda *_: (factorization.randomized(0), factorization.singular_values),
+  "qr": lambda *_: (factorization.pivoted_qr, factorization.pivoted_rows),
 }
 UNITS: dict[str, Callable] = {
   "parameters": lambda d, k, rows, dtype: sensitivity.parameters(1, d, k),
@@ -232,10 +232,10 @@ UNITS: dict[str, Callable] = {
 # ---- zeros
 
 
-def pattern_of(section: ConfigDict) -> prune.Pattern:
+def pattern_of(section: ConfigDict) -> pruning.Pattern:
   if section.of:
-    return prune.n_of_m(section.n, section.of)
-  return prune.share(section.share)
+    return pruning.n_of_m(section.n, section.of)
+  return pruning.share(section.share)
 
 
 def prune_step(section: ConfigDict, model: Model, data: Calibration) -> Model:
@@ -243,18 +243,18 @@ def prune_step(section: ConfigDict, model: Model, data: Calibration) -> Model:
   leaves = tree.flatten(model.params, is_leaf=is_weight)
   paths = targets(section, model)
   dense = [path for path in paths if not isinstance(leaves[path], Factored)]
-  score = prune.magnitude
+  score = pruning.magnitude
   if section.score == "wanda" and dense:
-    score = prune.wanda(data.inputs(model, dense, diagonal=True))
+    score = pruning.wanda(data.inputs(model, dense, diagonal=True))
   params, axes = model.params, model.axes
   if dense:
-    params = prune.prune(params, dense, score, pattern_of(section), axes=axes)
-  opened = factors.open_factors(params)
+    params = pruning.prune(params, dense, score, pattern_of(section), axes=axes)
+  opened = factors_as_kernels.open_factors(params)
   thin = [f"{path}/{x}" for path in paths if path not in dense for x in "ab"]
   if thin:
-    opened = prune.prune(opened, thin, prune.magnitude, pattern_of(section))
+    opened = pruning.prune(opened, thin, pruning.magnitude, pattern_of(section))
   print(f"prune: {len(dense)} kernels, and {len(thin)} factors by magnitude")
-  return model._replace(params=factors.close_factors(opened, params))
+  return model._replace(params=factors_as_kernels.close_factors(opened, params))
 
 
 # ---- fewer bits
@@ -274,7 +274,7 @@ def quantize_step(section: ConfigDict, model: Model, data: Calibration) -> Model
     params = gptq.quantize(
       params, dict.fromkeys(calibrated, format), moments, axes, damping=section.damping
     )
-  opened = factors.open_factors(params)
+  opened = factors_as_kernels.open_factors(params)
   leaves = tree.flatten(opened, is_leaf=is_weight)
   names = {
     name
@@ -286,16 +286,15 @@ def quantize_step(section: ConfigDict, model: Model, data: Calibration) -> Model
   def smaller(name, leaf):
     if name not in names:
       return leaf
-    if isinstance(leaf, Pruned):
-      return dataclasses.replace(leaf, w=smaller(name, leaf.w))
-    return quantize_leaf(name, leaf, format, axes if name in axes else None)
+    own_axes = axes if name in axes else None
+    return inside_mask(lambda w: quantize_leaf(name, w, format, own_axes), leaf)
 
   opened = tree.map_with_path(smaller, opened, is_leaf=is_weight)
   print(
     f"quantize: to {section.levels}, {len(calibrated)} kernels by GPTQ, {len(names)} matrices to "
     "the nearest level"
   )
-  return model._replace(params=factors.close_factors(opened, params))
+  return model._replace(params=factors_as_kernels.close_factors(opened, params))
 
 
 def calibratable(
@@ -310,7 +309,7 @@ def calibratable(
 
 def channels_step(section: ConfigDict, model: Model, data: Calibration) -> Model:
   moments = data.inputs(model, fitted(model, "channels"))
-  params, config = structured.prune_channels(
+  params, config = structured_pruning.prune_channels(
     model.params, model.config, section.mlp_width, moments, damping=section.damping
   )
   return model._replace(config=config, params=params)
@@ -318,7 +317,7 @@ def channels_step(section: ConfigDict, model: Model, data: Calibration) -> Model
 
 def heads_step(section: ConfigDict, model: Model, data: Calibration) -> Model:
   moments = data.inputs(model, fitted(model, "heads"))
-  params, config = structured.prune_heads(
+  params, config = structured_pruning.prune_heads(
     model.params, model.config, section.num_kv_heads, moments, damping=section.damping
   )
   return model._replace(config=config, params=params)
@@ -349,7 +348,7 @@ STEPS: dict[str, Callable[[ConfigDict, Model, Calibration], Model]] = {
 
 NOT_FASTER: dict[str, str] = {
   "factorize": "two thin products take longer than one at these shapes; lower the budget, or let "
-  "it count milliseconds (factorize.unit)",
+  "it count milliseconds (factorization.unit)",
   "prune": "zeros are kept in dense arrays and multiplied like other values; only their bytes on "
   "disk fall",
   "quantize": "the device has no product of quantized values in XLA, so they are dequantized, at "

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from experiments import compression, config_checks
 from experiments.compression import Model
 from lora_jax import families, tree
-from lora_jax.compress import factorize, sensitivity, structured
+from lora_jax.compress import factorization, sensitivity, structured_pruning
 from lora_jax.io.pretrained import Pretrained
 from lora_jax.models import encoder_attention
 from lora_jax.weights import DoRA, Factored, Full, Pruned, TokenRows, is_weight
@@ -184,7 +184,7 @@ def check_model(config: ConfigDict, model: Model, tokens: int | None) -> None:
   for step in config.steps:
     section = config[step]
     if step in _STRUCTURED:
-      structured.check_separate(model.params, step)
+      structured_pruning.check_separate(model.params, step)
       _check_inputs(step, model, compression.fitted(model, step), tokens)
       model = _shrunk(step, section, model)
       continue
@@ -255,7 +255,7 @@ def _check_separable(step: str, paths: Sequence[str], adapters: Mapping[str, Any
 def _check_factorize(config, model, paths, selected, tokens) -> None:
   del selected
   section = config.factorize
-  factorize.select(model.params, section.targets, model.axes)  # no Weights among them
+  factorization.select(model.params, section.targets, model.axes)  # no Weights among them
   if section.method == "whitened":
     _check_inputs("factorize", model, paths, tokens)
   if section.budget:
@@ -287,7 +287,7 @@ def _check_prune(config, model, paths, selected, tokens) -> None:
   if section.of and both and config.factorize.multiple % section.of:
     raise ValueError(
       f"prune.of: {both[0]} and {len(both) - 1} others are factorized before, to ranks that are no "
-      f"multiples of {section.of}; set factorize.multiple to {section.of}, or prune a fraction"
+      f"multiples of {section.of}; set factorization.multiple to {section.of}, or prune a fraction"
     )
 
 

@@ -30,7 +30,8 @@ from experiments import inputs, methods, parts, programs
 from lora_jax import exchange, sharding
 from lora_jax.compress import merging
 from lora_jax.io import outputs
-from lora_jax.train import evaluation, workdir
+from lora_jax.run import workdir
+from lora_jax.train import evaluation
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.")
 _CONFIG = config_flags.DEFINE_config_file(

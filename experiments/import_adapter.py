@@ -16,8 +16,8 @@ from ml_collections import ConfigDict, config_flags
 
 from experiments import inputs, parts, programs
 from lora_jax import exchange, tables
-from lora_jax.io import peft
-from lora_jax.train import workdir
+from lora_jax.exchange import peft_files
+from lora_jax.run import workdir
 
 _ADAPTER = flags.DEFINE_string("adapter", None, "The folder that peft wrote.", required=True)
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config.", lock_config=True)
@@ -29,7 +29,7 @@ def main(argv):
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
   logging.set_verbosity(logging.WARNING)
   config = _CONFIG.value
-  file = peft.read(_ADAPTER.value)  # refuses what is damaged before anything else is done
+  file = peft_files.read(_ADAPTER.value)  # refuses what is damaged before anything else is done
   # In the place of the section on adapters, so that no training takes this run for one of its own.
   imported = {"adapter": {"method": "imported", "from": _ADAPTER.value}}
   with workdir.open_workdir(_WORKDIR.value, config.to_dict() | imported) as run:
@@ -39,7 +39,7 @@ def main(argv):
     import_into(run, config, file)
 
 
-def import_into(run: workdir.Workdir, config: ConfigDict, file: peft.AdapterFile):
+def import_into(run: workdir.Workdir, config: ConfigDict, file: peft_files.AdapterFile):
   """Reads the adapter, as a whole or not at all, and writes it into the run's folder."""
   pretrained = parts.extend(parts.load_model(config.model), parts.make_task(config), config)
   params = pretrained.params

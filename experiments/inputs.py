@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from experiments import parts, teachers
 from lora_jax.data.chat_templates import is_file
 from lora_jax.io import assets, fingerprints
-from lora_jax.train import workdir
+from lora_jax.run import workdir
 
 Inputs = dict[str, dict[str, str]]
 """`{field of the config: {file: fingerprint}}`."""

@@ -17,25 +17,15 @@ from ml_collections import ConfigDict
 import lora_jax
 from experiments import parts, teachers
 from lora_jax import calibration, new_tokens, sharding, targets, tree
-from lora_jax.adapters import Method, eva
-from lora_jax.compress import FORMATS, loftq, quantize, straight_through
+from lora_jax.adapters import Method
+from lora_jax.compress import FORMATS, quantize, straight_through
 from lora_jax.io import pretrained
 from lora_jax.models import encoder_attention
 from lora_jax.tasks import Task
 from lora_jax.train import adalora, optimizer, step
-from lora_jax.weights import Format, Pruned, is_weight
+from lora_jax.weights import Format, is_weight, unmasked
 
 PyTree = Any
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EVA(lora_jax.LoRA):
-  """LoRA that starts in the directions of its inputs; see `lora_jax.adapters.eva`."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoftQ(lora_jax.LoRA):
-  """LoRA that starts from what quantization lost; see `lora_jax.compress.loftq`."""
 
 
 SPECS: dict[str, type[Method]] = {
@@ -43,8 +33,8 @@ SPECS: dict[str, type[Method]] = {
   "dora": lora_jax.DoRA,
   "pissa": lora_jax.PiSSA,
   "olora": lora_jax.OLoRA,
-  "eva": EVA,
-  "loftq": LoftQ,
+  "eva": lora_jax.EVA,
+  "loftq": lora_jax.LoftQ,
   "vera": lora_jax.VeRA,
   "loha": lora_jax.LoHa,
   "lokr": lora_jax.LoKr,
@@ -173,8 +163,8 @@ def start(
     mask: True for each token of a batch that is no padding, [rows, tokens].
     dataset: the training batches by step, for a method that starts from the first of them.
   """
-  from_inputs = {path: spec for path, spec in specs.items() if isinstance(spec, EVA)}
-  quantised = {path: spec for path, spec in specs.items() if isinstance(spec, LoftQ)}
+  from_inputs = {path: spec for path, spec in specs.items() if isinstance(spec, lora_jax.EVA)}
+  quantised = {path: spec for path, spec in specs.items() if isinstance(spec, lora_jax.LoftQ)}
   others = {path: x for path, x in specs.items() if path not in from_inputs | quantised}
   adapters = lora_jax.init(key, params, others, axes)
   if quantised:
@@ -185,7 +175,7 @@ def start(
       run, params, from_inputs, (dataset[n] for n in range(adapter.batches)), axes=axes, mask=mask
     )
     moments = sharding.gather(moments)  # eigenvectors are sought on the host
-    adapters |= eva.start(
+    adapters |= lora_jax.eva.start(
       params, from_inputs, moments, rho=adapter.rho, iterations=adapter.iterations, axes=axes
     )
   return params, adapters
@@ -202,7 +192,7 @@ def load_base(config: ConfigDict, mesh: Mesh | None = None) -> pretrained.Pretra
     return found
   axes = parts.trace_axes(parts.make_model(found.config), found.params)
   specs = specs_of(found, config.model, all_rules(config.adapter, task), axes)
-  quantised = {path: spec for path, spec in specs.items() if isinstance(spec, LoftQ)}
+  quantised = {path: spec for path, spec in specs.items() if isinstance(spec, lora_jax.LoftQ)}
   base, _ = _start_loftq(config.adapter, found.params, quantised, axes)
   return dataclasses.replace(found, params=base)
 
@@ -214,7 +204,7 @@ def shapes_of_base(
   if adapter.method != "loftq":
     return params
   format = FORMATS[adapter.format]
-  formats = {path: format for path, spec in specs.items() if isinstance(spec, LoftQ)}
+  formats = {path: format for path, spec in specs.items() if isinstance(spec, lora_jax.LoftQ)}
   return quantize(params, formats, axes)
 
 
@@ -223,7 +213,26 @@ def base_name(config: ConfigDict) -> str:
   return "" if config.adapter.method == "loftq" else config.model.source
 
 
-def _start_loftq(adapter: ConfigDict, params: PyTree, specs: Mapping[str, LoftQ], axes):
+def init_shapes(
+  params: PyTree, specs: Mapping[str, Method], axes: Mapping[str, lora_jax.Axes]
+) -> dict[str, lora_jax.Adapted]:
+  """The adapters at their start, unsealed, as `jax.ShapeDtypeStruct`s.
+
+  EVA and LoftQ have those of LoRA: EVA's budget of ranks is settled by data, which is not there.
+  """
+
+  def plain(spec: Method) -> Method:
+    if not isinstance(spec, lora_jax.EVA | lora_jax.LoftQ):
+      return spec
+    return lora_jax.LoRA(**{x.name: getattr(spec, x.name) for x in dataclasses.fields(spec)})
+
+  plain_specs = {path: plain(spec) for path, spec in specs.items()}
+  return jax.eval_shape(
+    lambda key, params: lora_jax.init(key, params, plain_specs, axes), jax.random.key(0), params
+  )
+
+
+def _start_loftq(adapter: ConfigDict, params: PyTree, specs: Mapping[str, lora_jax.LoftQ], axes):
   leaves = tree.flatten(params, is_leaf=is_weight)
   compressed = [path for path in specs if is_weight(leaves[path])]
   if compressed:
@@ -232,7 +241,7 @@ def _start_loftq(adapter: ConfigDict, params: PyTree, specs: Mapping[str, LoftQ]
       "use --config.model.quantize=none, or the method lora"
     )
   formats = dict.fromkeys(specs, FORMATS[adapter.format])
-  return loftq.start(params, specs, formats, axes, iterations=adapter.iterations)
+  return lora_jax.loftq.start(params, specs, formats, iterations=adapter.iterations, axes=axes)
 
 
 def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -305,7 +314,7 @@ def merge_formats(config: ConfigDict, params: PyTree, axes) -> dict[str, Format]
   if format is None:
     return {}
   for path, leaf in tree.flatten(params, is_leaf=is_weight).items():
-    if is_weight(leaf.w if isinstance(leaf, Pruned) else leaf):
+    if is_weight(unmasked(leaf)):
       raise ValueError(
         f"train.quantize_merge {config.train.quantize_merge}: {path} is compressed already, and "
         "its merge is dense again; set it to none, and quantize the run that comes out by "

@@ -16,11 +16,11 @@ import lora_jax
 from experiments import config_checks, field_rules, model_options
 from lora_jax import checks, compress, families, new_tokens, sharding, tasks, tree, weights
 from lora_jax.compress import storage
-from lora_jax.compress.quantize import quantize_leaf
+from lora_jax.compress.quantization import quantize_leaf
 from lora_jax.data import records, splits
 from lora_jax.io import assets, pretrained
+from lora_jax.run import progress, workdir
 from lora_jax.tasks import tables
-from lora_jax.train import progress, workdir
 
 PyTree = Any
 

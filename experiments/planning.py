@@ -105,9 +105,7 @@ def make_case(
 ) -> Case:
   """The case of a run whose model and examples are known; of the model the shapes are enough."""
   params = methods.shapes_of_base(config.adapter, base.params, specs, axes)
-  adapters = jax.eval_shape(
-    lambda key, params: lora_jax.init(key, params, specs, axes), jax.random.key(0), params
-  )
+  adapters = methods.init_shapes(params, specs, axes)
   return Case(
     task=task,
     model=base.config,

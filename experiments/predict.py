@@ -33,7 +33,7 @@ import lora_jax
 from experiments import deployment, inputs, methods, parts, programs
 from lora_jax import exchange
 from lora_jax.io import outputs
-from lora_jax.train import progress
+from lora_jax.run import progress
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.", required=True)
 _INPUT = flags.DEFINE_string(

@@ -30,8 +30,9 @@ from experiments import (
 from lora_jax import sharding
 from lora_jax.compress import storage
 from lora_jax.io.pretrained import Pretrained
+from lora_jax.run import progress, workdir
 from lora_jax.tasks import Task
-from lora_jax.train import evaluation, progress, workdir
+from lora_jax.train import evaluation
 
 PyTree = Any
 

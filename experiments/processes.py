@@ -20,7 +20,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 
 from lora_jax.io import outputs
-from lora_jax.train import metrics, workdir
+from lora_jax.run import metrics, workdir
 
 _DISTRIBUTED = flags.DEFINE_boolean(
   "distributed", False, "Join the other processes of this job, as the cluster's environment says."

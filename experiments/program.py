@@ -16,7 +16,8 @@ import lora_jax
 from experiments import methods, parts, processes, samples, teachers
 from experiments.preparation import Case
 from lora_jax import exchange
-from lora_jax.train import progress, report, step, workdir
+from lora_jax.run import progress, report, workdir
+from lora_jax.train import step
 
 PyTree = Any
 Results = dict[str, Any]

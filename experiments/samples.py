@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_jax import sharding
 from lora_jax.io import outputs
-from lora_jax.train import workdir
+from lora_jax.run import workdir
 
 PyTree = Any
 Sample = dict[str, str]

@@ -21,9 +21,9 @@ from lora_jax import exchange
 from lora_jax.data import chat_templates, chat_tokens
 from lora_jax.data.messages import Conversation
 from lora_jax.io.pretrained import Pretrained
+from lora_jax.run import workdir
 from lora_jax.tasks import Task
 from lora_jax.tasks.writing import ChatFormat
-from lora_jax.train import workdir
 
 PyTree = Any
 

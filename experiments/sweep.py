@@ -31,7 +31,8 @@ from experiments import methods, parts, processes, program, samples, sweep_confi
 from experiments.preparation import Case
 from lora_jax import exchange, families, sharding, tables, tree
 from lora_jax.data import batches
-from lora_jax.train import members, metrics, progress, report, workdir
+from lora_jax.run import metrics, progress, report, workdir
+from lora_jax.train import members
 from lora_jax.weights import is_weight
 
 PyTree = Any
@@ -171,11 +172,7 @@ def check_starts(
   params: PyTree, specs: Sequence[Mapping[str, Any]], axes: Mapping[str, lora_jax.Axes]
 ) -> None:
   """Raises ValueError, by shapes alone, when the members cannot start or be stacked."""
-
-  def start(params: PyTree, spec: Mapping[str, Any]) -> dict[str, lora_jax.Adapted]:
-    return lora_jax.init(jax.random.key(0), params, spec, axes)
-
-  starts = [jax.eval_shape(functools.partial(start, spec=spec), params) for spec in specs]
+  starts = [methods.init_shapes(params, spec, axes) for spec in specs]
   jax.eval_shape(members.stack, starts)
 
 

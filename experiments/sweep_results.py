@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 from experiments import processes
 from experiments.sweep_config import Fields, label
 from lora_jax import tables
+from lora_jax.run import metrics, plot, workdir
 from lora_jax.tasks import Task
-from lora_jax.train import metrics, plot, workdir
 
 
 def lines_of(

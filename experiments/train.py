@@ -33,7 +33,8 @@ from experiments import (
   sweep,
   sweep_config,
 )
-from lora_jax.train import loop, progress, report, workdir
+from lora_jax.run import progress, report, workdir
+from lora_jax.train import loop
 from lora_jax.train.checkpoint import Checkpoints
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config.", lock_config=True)

@@ -217,6 +217,35 @@ def candidates(shape: tuple[int, ...]) -> str:
   return ", ".join(found)
 
 
+def roles_of(path: str, leaves: Mapping[str, Any], axes: Mapping[str, Axes] | None) -> str:
+  """The roles of a leaf's axes: the traced ones, (in, out) for two axes, or a convolution's.
+
+  Args:
+    path: the leaf's path.
+    leaves: all leaves of the tree, by path.
+    axes: the result of `trace_axes` for the same tree, or None.
+
+  Raises:
+    ValueError: if none of these determines them; the message has the possible roles.
+  """
+  shape = tuple(leaves[path].shape)
+  traced = "" if axes is None else axes[path].roles
+  if traced and len(traced) != len(shape):
+    raise ValueError(
+      f"{path}: its shape is {shape}, and the axes {traced!r} were traced for another; call "
+      "lora_jax.trace_axes with the same tree"
+    )
+  roles = traced or ("io" if len(shape) == 2 else convolution_roles(path, leaves))
+  if roles:
+    return roles
+  found = "the shape does not say it" if axes is None else f"the trace says: {axes[path].reason}"
+  raise ValueError(
+    f"{path}: which of the axes of {shape} are inputs, outputs or stacked layers? {found}; pass "
+    "axes=lora_jax.trace_axes(f, params, *example), with an f that multiplies by this leaf. "
+    f"It may have the roles {candidates(shape)}"
+  )
+
+
 # ---- the trace
 
 

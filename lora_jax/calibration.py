@@ -22,13 +22,11 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import compat, tree
-from lora_jax.adapt import RULES, adapt
-from lora_jax.adapters import Method
-from lora_jax.axes import Axes
+from lora_jax.axes import Axes, roles_of
 from lora_jax.targets import axes_of
-from lora_jax.transform import roles_of
+from lora_jax.transform import RULES, adapt
 from lora_jax.weights import is_weight
-from lora_jax.weights.factors import part_sizes
+from lora_jax.weights.factor_axes import part_sizes
 from lora_jax.weights.probe import Moments, Probe
 
 PyTree = Any
@@ -74,7 +72,7 @@ def second_moments(
   missing = sorted(set(paths) - set(leaves))
   if missing:
     raise ValueError(f"the tree has no leaf at {', '.join(missing)}, whose moments are requested")
-  roles = {path: roles_of(Method(), path, leaves, axes) for path in paths}
+  roles = {path: roles_of(path, leaves, axes) for path in paths}
 
   @functools.partial(jax.jit, donate_argnums=0)
   def add(totals, params, batch):

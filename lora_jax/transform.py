@@ -1,311 +1,199 @@
-"""From a tree of parameters to a tree of Weights and back: init, attach, detach, merge, unmerge.
+"""The transform: lets any JAX function take Weights wherever it takes arrays.
 
-specs    = match(params, [("all-linear", LoRA(rank=8, alpha=16.0))])
-adapters = init(key, params, specs)        # {path: adapter}, all that trains
-weights  = attach(params, adapters)        # the tree of params, with Weights at these paths
-merged   = merge(params, adapters)         # plain arrays again
+    logits = adapt(model.apply)({"params": weights}, tokens)
 
-`init`, `detach` and `exchange.load` return sealed adapters: the parts that do not train (A of
-LoRA-FA, the matrices of VeRA, the norms of DoRA, the start of PiSSA) are not leaves of the tree. So
-no optimizer moves them, not even by weight decay, and its state holds nothing for them.
+The function is traced once, with every Weight replaced by the array that it represents, and the
+resulting jaxpr is evaluated again with the Weights themselves. Only equations with a Weight among
+their operands are interpreted (`rules.py`, `control_flow.py`); all others run unchanged.
 """
 
 import dataclasses
-import hashlib
-from collections.abc import Callable, Iterable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.core
+import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import primitives
 
-from lora_jax import checks, tree
-from lora_jax.adapters import Method
-from lora_jax.axes import Axes, candidates, convolution_roles
-from lora_jax.targets import axes_of
-from lora_jax.weights import Adapted, Full, Pruned, Weight, is_weight, materialize
+from lora_jax import compat, control_flow, rules, tree
+from lora_jax.weights import NotFactored, Weight, is_weight, materialize
+from lora_jax.weights.broadcast import Broadcast
 
-PyTree = Any
+RULES: dict[jex.Primitive, Callable] = rules.RULES | control_flow.RULES
 
 
-def init(
-  key: jax.Array,
-  params: PyTree,
-  specs: Mapping[str, Method],
-  axes: Mapping[str, Axes] | None = None,
-) -> dict[str, Adapted]:
-  """Returns fresh adapters, `{path: adapter}`, sealed, in float32 for any dtype of the base.
+class MaterializationError(ValueError):
+  """Raised in strict mode where a Weight would have to be materialized."""
 
-  Each leaf's random key comes from `key` and a hash of its path, so a change of the targets does
-  not change the start of other leaves.
 
-  In a traced function, such as under `jit` or `eval_shape`, untrained parts have no values to seal.
-  The adapters are then unsealed, as `unseal` returns them.
+def adapt(
+  f: Callable,
+  *,
+  strict: bool = False,
+  rules: Mapping[jex.Primitive, Callable] = RULES,
+) -> Callable:
+  """Lets `f` take Weights wherever it takes arrays.
 
+  The law:
+
+      adapt(f)(tree, x) == f(materialize(tree), x)
+
+  For a weight that can be applied in factored form, no intermediate value has the full weight's
+  shape, forward or backward.
+
+  `f` is traced as under `jax.jit`: arrays are tracers inside it. All other arguments (Python
+  numbers, bools, strings, functions, None) reach it unchanged. Without a Weight among the arguments
+  `adapt(f)` is `f`. `jax.jit`, `jax.grad`, `jax.vmap` and other transforms may be applied inside or
+  outside; an outer `jit` removes all Python overhead.
   Args:
-    key: a random key.
-    params: the base. Only its shapes are read, so `jax.ShapeDtypeStruct`s suffice, unless the
-      method starts from the values (PiSSA, OLoRA, DoRA).
-    specs: the result of `match`.
-    axes: the result of `trace_axes`; by default the axes that `match` was given. Kernels of two
-      axes (in, out) and those of convolutions (see `axes.convolution_roles`) do not need it.
+    f: a function of pytrees, for instance a Flax `model.apply`.
+    strict: True to raise an error instead of materializing a Weight.
+    rules: the treatment of primitives with a Weight operand, `{primitive: rule}`. Extend the
+      default by `adapt(f, rules=RULES | {p: rule})`; `rules.py` explains rules.
 
   Raises:
-    TypeError: if a spec is not a spec (its class, for example).
-    ValueError: if a rank exceeds its kernel's, a kernel of more than two axes has no roles, there
-      is no leaf at a path, or the axes are those of another tree.
+    MaterializationError: in strict mode, with the path, the primitive, the reason and a remedy.
   """
-  leaves = tree.flatten(params, is_leaf=is_weight)
-  checks.by_path(specs, Method, "spec", leaves)
-  axes = axes_of(specs, axes, leaves)
-  return {
-    path: spec.init(
-      key_of(key, path),
-      path,
-      leaves[path],
-      roles_of(spec, path, leaves, axes),
-    ).seal()
-    for path, spec in specs.items()
-  }
+
+  @functools.wraps(f)
+  def adapted(*args, **kwargs):
+    leaves, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_weight)
+    if not any(is_weight(leaf) for _, leaf in leaves):
+      return f(*args, **kwargs)
+    values = [_named(leaf, key_path) if is_weight(leaf) else leaf for key_path, leaf in leaves]
+    dynamic = [n for n, x in enumerate(values) if is_weight(x) or _is_array(x)]
+
+    def flat_f(*arrays):
+      full = list(values)
+      for n, x in zip(dynamic, arrays, strict=True):
+        full[n] = x
+      f_args, f_kwargs = jax.tree.unflatten(treedef, full)
+      return f(*f_args, **f_kwargs)
+
+    inputs = [_formed(values[n]) for n in dynamic]
+    abstract = [x.aval if is_weight(x) else x for x in inputs]
+    jaxpr, shapes = jax.make_jaxpr(flat_f, return_shape=True)(*abstract)
+    outs = evaluate(jaxpr, inputs, rules=rules, strict=strict)
+    for out in filter(is_weight, outs):
+      if strict:
+        raise _refusal(out, "return", "the function returns the weight itself")
+    return jax.tree.unflatten(jax.tree.structure(shapes), materialize(outs))
+
+  return adapted
 
 
-def seal(tree: PyTree) -> PyTree:
-  """Returns the tree with sealed adapters: parts that do not train are not among the leaves."""
-  return _adapters_mapped(lambda adapter: adapter.seal(), tree)
+def evaluate(
+  jaxpr: jex.ClosedJaxpr,
+  args: Sequence[Any],
+  *,
+  rules: Mapping[jex.Primitive, Callable],
+  strict: bool,
+) -> list[Any]:
+  """Evaluates a jaxpr on arrays and Weights; its results may be Weights too."""
+  return _Evaluate(rules, strict)(jaxpr, args)
 
 
-def unseal(tree: PyTree) -> PyTree:
-  """Returns the tree with all parts of its adapters among the leaves, including untrained ones.
+@dataclasses.dataclass(frozen=True)
+class _Evaluate:
+  """The interpreter, in the form that rules receive it."""
 
-  Use it where all parts are needed as leaves: for an Orbax checkpoint (which refuses a sealed
-  tree), a sharding, a stack of adapters that differ in parts that do not train.
+  rules: Mapping[jex.Primitive, Callable]
+  strict: bool
 
-      checkpointer.save(folder, lora_jax.unseal(adapters))
-      like = jax.eval_shape(lambda: lora_jax.unseal(lora_jax.init(key, params, specs)))
-      adapters = lora_jax.seal(checkpointer.restore(folder, like))
+  def __call__(self, jaxpr: jex.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
+    env = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
+    env.update(zip(jaxpr.jaxpr.invars, args, strict=True))
+    waiting: list[jex.JaxprEqn] = []  # equations without a Weight, evaluated together
 
-  Args:
-    tree: adapters, or any tree that contains some, such as an optimizer's state.
-  """
-  return _adapters_mapped(lambda adapter: adapter.unseal(), tree)
+    def evaluate_waiting():
+      if waiting:
+        env.update(compat.evaluated(waiting, env))
+        waiting.clear()
 
+    for eqn in jaxpr.jaxpr.eqns:
+      if not any(is_weight(env.get(v)) for v in eqn.invars if not compat.is_literal(v)):
+        waiting.append(eqn)
+        continue
+      evaluate_waiting()
+      with compat.name_scope(eqn):
+        outs = self._interpret(eqn, [_read(env, v) for v in eqn.invars], jaxpr, env)
+      env.update(zip(eqn.outvars, outs, strict=True))
+    evaluate_waiting()
+    return [_read(env, v) for v in jaxpr.jaxpr.outvars]
 
-def attach(params: PyTree, adapters: Mapping[str, Adapted]) -> PyTree:
-  """Returns the tree of `params` with a Weight at the path of every adapter.
+  def array(self, x: Any, reason: str) -> jax.Array:
+    """The operand, materialized if it is a Weight: for rules that cannot keep it.
 
-  A pruned leaf stays pruned: its adapter goes inside its mask.
+    Raises:
+      NotFactored: in strict mode.
+    """
+    if self.strict and is_weight(x):
+      raise NotFactored(reason, x)
+    return materialize(x)
 
-  Args:
-    params: the base.
-    adapters: `{path: adapter}`.
-
-  Raises:
-    ValueError: if an adapter does not fit its leaf, or if it has dropout and its leaf is pruned.
-  """
-  leaves = _targets(params, adapters)
-  weights = {path: _attached(leaves[path], adapter, path) for path, adapter in adapters.items()}
-  return tree.map_with_path(lambda path, leaf: weights.get(path, leaf), params, is_leaf=is_weight)
-
-
-def detach(
-  weights: PyTree, adapters: Iterable[str], params: PyTree | None = None
-) -> dict[str, Adapted]:
-  """Extracts the adapters from a trained tree, sealed: `detach(attach(p, x), x) == x`.
-
-  Args:
-    weights: a tree that `attach` returned, perhaps trained since.
-    adapters: their paths, or the adapters themselves as they were attached.
-    params: the base. With it, a leaf without an adapter that was trained in full is returned as a
-      `Full` as well: `merge(params, detach(weights, adapters, params))` is `materialize(weights)`.
-
-  Raises:
-    ValueError: if there is no leaf or no adapter at a path, or if trained values would be dropped:
-      an adapter that is not requested or, without params, a leaf that `trainable_mask(also=...)`
-      trains in full.
-  """
-  leaves = _targets(weights, adapters)
-  adapted = {path: _unmasked(leaves[path]) for path in adapters}
-  for path, leaf in adapted.items():
-    if not isinstance(leaf, Adapted):
-      raise ValueError(f"{path}: has no adapter; detach takes the tree that attach made")
-  for path, leaf in leaves.items():
-    if path not in adapted and is_weight(leaf) and jax.tree.reduce(bool.__or__, leaf.trainable()):
-      raise ValueError(
-        f"{path}: has an adapter that would be dropped; request it too, or merge it into the base"
-      )
-  in_full = sorted({path for leaf in adapted.values() for path in leaf.trained_beside})
-  if params is None and in_full:
-    raise ValueError(
-      f"{', '.join(in_full)}: trained in full, and would be dropped; pass the base as well, "
-      "detach(weights, adapters, params), which returns each as a Full, or materialize(weights)"
-    )
-  found: dict[str, Adapted] = {path: leaf.detach().seal() for path, leaf in adapted.items()}
-  return found if params is None else found | _trained_in_full(leaves, params, in_full)
+  def _interpret(self, eqn, ins, jaxpr, env) -> list[Any]:
+    """Evaluates an equation with a Weight, by its rule or on materialized weights."""
+    try:
+      if eqn.primitive not in self.rules:
+        raise NotFactored(f"there is no rule for {eqn.primitive.name}")
+      rule, operands = self.rules[eqn.primitive], ins
+      if eqn.primitive in _BY_VECTORS and rule is RULES[eqn.primitive]:
+        operands = [
+          x if is_weight(x) else _unbroadcast(v, x, eqn.outvars[0].aval.shape, jaxpr, env)
+          for v, x in zip(eqn.invars, ins, strict=True)
+        ]
+      outs = rule(*operands, evaluate=self, **eqn.params)
+      return list(outs) if isinstance(outs, list | tuple) else [outs]
+    except NotFactored as reason:
+      if self.strict:
+        weight = reason.weight or next(filter(is_weight, ins))
+        raise _refusal(weight, eqn.primitive.name, str(reason)) from None
+    return compat.bind_unchanged(eqn, materialize(ins))
 
 
-def merge(params: PyTree, adapters: Mapping[str, Adapted]) -> PyTree:
-  """Returns plain arrays that compute the same as `attach(params, adapters)`.
-
-  Computed in float32 and rounded once to each leaf's dtype.
-  """
-  return materialize(attach(params, adapters))
+# Their rules take a vector as it was before the broadcast; a user's own rule takes arrays.
+_BY_VECTORS = frozenset({primitives.mul_p, primitives.div_p})
 
 
-def unmerge(merged: PyTree, adapters: Mapping[str, Adapted]) -> PyTree:
-  """Inverts `merge` up to rounding: `unmerge(merge(params, adapters), adapters)` is params."""
-  leaves = _targets(merged, adapters)
-  base = {path: adapter.unmerge(leaves[path], path) for path, adapter in adapters.items()}
-  return tree.map_with_path(lambda path, leaf: base.get(path, leaf), merged, is_leaf=is_weight)
+def _unbroadcast(v, x, shape, jaxpr, env) -> Any:
+  """Returns the vector that an operand was before its broadcast to a shape, if it was one."""
+  if jnp.ndim(x) and jnp.shape(x) != shape:
+    return Broadcast.of(x, shape, tuple(range(len(shape))))
+  for eqn in jaxpr.jaxpr.eqns:
+    if v in eqn.outvars and eqn.primitive is primitives.broadcast_in_dim_p and len(eqn.invars) == 1:
+      vector = jnp.asarray(_read(env, eqn.invars[0]))
+      return Broadcast.of(vector, shape, tuple(eqn.params["broadcast_dimensions"]))
+  return x
 
 
-def trainable_mask(weights: PyTree, also: Iterable[str] = ()) -> PyTree:
-  """Returns a tree of bools, True for leaves that train, for `optax.masked` and `partition`.
+def _read(env, v):
+  return v.val if compat.is_literal(v) else env[v]
 
-  Args:
-    weights: a tree with Weights. The kind of a Weight says which parts train (a LowRank's A and B).
-    also: patterns of further leaves, trained in full (heads, norms, biases). A pattern is a regular
-      expression for the whole path. A tree that is partitioned by the mask and joined again
-      remembers these leaves, so that `detach` does not drop them silently.
 
-  Raises:
-    TypeError: if `also` is a string instead of a list of strings.
-    ValueError: if a pattern is invalid, matches no leaf, or matches a Weight.
-  """
-  if isinstance(also, str):
-    raise TypeError(f"also={also!r} is one pattern; give a list of them, [{also!r}]")
-  leaves = tree.flatten(weights, is_leaf=is_weight)
-  full = set()
-  for pattern in also:
-    hits = tree.matching(pattern, leaves)
-    if not hits:
-      raise ValueError(f"the pattern {pattern!r} of leaves to train in full matches no leaf")
-    for path in hits:
-      if is_weight(leaves[path]):
-        raise ValueError(f"{path}: is adapted, and {pattern!r} asks to train it in full; choose")
-    full.update(hits)
-  return tree.map_with_path(
-    lambda path, leaf: _mask(leaf, full) if is_weight(leaf) else path in full,
-    weights,
-    is_leaf=is_weight,
+def _refusal(weight: Weight, primitive: str, reason: str) -> MaterializationError:
+  return MaterializationError(
+    f"{weight.path}: {primitive} would materialize this {type(weight).__name__} of shape "
+    f"{weight.shape}: {reason}. Leave this path out of the targets, give adapt a rule "
+    f"(rules=RULES | {{primitive: rule}}), or use strict=False."
   )
 
 
-def with_dropout(weights: PyTree, key: jax.Array) -> PyTree:
-  """Returns the weights with dropout for one training step.
-
-  Each weight whose spec sets `dropout` drops that fraction, by `key` and a hash of its path;
-  without this call nothing is dropped.
-
-  Args:
-    weights: the result of `attach`, or of `join` in the step.
-    key: a random key for this step.
-  """
-
-  def dropping(path, leaf):
-    if isinstance(leaf, Adapted) and leaf.drops:
-      return leaf.with_dropout(key_of(key, path))
-    return leaf
-
-  return tree.map_with_path(dropping, weights, is_leaf=is_weight)
+def _named(weight: Weight, key_path) -> Weight:
+  """The weight with a path for messages: the one from `attach`, or its place in the arguments."""
+  if weight.path:
+    return weight
+  _argument, *rest = key_path
+  return weight.with_path(tree.path_string(tuple(rest)))
 
 
-def _adapters_mapped(f: Callable[[Adapted], Adapted], tree: PyTree) -> PyTree:
-  return jax.tree.map(lambda x: f(x) if isinstance(x, Adapted) else x, tree, is_leaf=is_weight)
+def _formed(x: Any) -> Any:
+  """The argument itself, or the array of a weight that saves nothing by staying factored."""
+  return x.materialize() if is_weight(x) and x.IS_DENSE else x
 
 
-def _attached(leaf: Any, adapter: Adapted, path: str) -> Weight:
-  if not isinstance(leaf, Pruned):
-    return adapter.attach(leaf, path)
-  if adapter.drops:
-    raise ValueError(
-      f"{path}: is pruned, so its adapter is used inside the mask, as a sum without thin factors "
-      "whose inputs could be dropped; set its dropout to 0"
-    )
-  return dataclasses.replace(leaf, w=adapter.attach(leaf.w, path))
-
-
-def _mask(leaf: Weight, in_full: set[str]) -> Weight:
-  mask = leaf.trainable()
-  if isinstance(leaf, Pruned) and is_weight(leaf.w):
-    return dataclasses.replace(mask, w=_mask(leaf.w, in_full))
-  if isinstance(mask, Adapted):
-    return dataclasses.replace(mask, trained_beside=tuple(sorted(in_full)))
-  return mask
-
-
-def _trained_in_full(
-  leaves: Mapping[str, Any], params: PyTree, declared: Iterable[str]
-) -> dict[str, Adapted]:
-  """The leaves that are not Weights and differ from the base, as changes of the base.
-
-  In a traced function there are no values to compare, so the declaration of the mask decides.
-  """
-  base = tree.flatten(params, is_leaf=is_weight)
-
-  def differs(path: str, leaf: Any) -> bool:
-    if is_weight(leaf) or leaf is base[path] or not jnp.issubdtype(leaf.dtype, jnp.floating):
-      return False
-    if any(isinstance(x, jax.core.Tracer) for x in (leaf, base[path])):
-      return path in declared
-    return not np.array_equal(leaf, base[path], equal_nan=True)
-
-  return {
-    path: Full(w=None, dw=leaf.astype(jnp.float32) - base[path].astype(jnp.float32))
-    for path, leaf in leaves.items()
-    if differs(path, leaf)
-  }
-
-
-def _unmasked(leaf: Any) -> Any:
-  return leaf.w if isinstance(leaf, Pruned) else leaf
-
-
-def _targets(params: PyTree, adapters: Iterable[str]) -> dict[str, Any]:
-  leaves = tree.flatten(params, is_leaf=is_weight)
-  missing = sorted(set(adapters) - set(leaves))
-  if missing:
-    raise ValueError(f"the tree has no leaf at {', '.join(missing)}, for which there is an adapter")
-  return leaves
-
-
-def roles_of(
-  spec: Method, path: str, leaves: Mapping[str, Any], axes: Mapping[str, Axes] | None
-) -> str:
-  """The roles of a leaf's axes: the traced ones, (in, out) for two axes, or a convolution's.
-
-  Empty for a method that needs none.
-
-  Args:
-    spec: the method.
-    path: the leaf's path.
-    leaves: all leaves of the tree, by path.
-    axes: the result of `trace_axes` for the same tree (`axes_of` checks it), or None.
-
-  Raises:
-    ValueError: if none of these determines them; the message has the possible roles.
-  """
-  if not spec.NEEDS_ROLES:
-    return ""
-  shape = tuple(leaves[path].shape)
-  traced = "" if axes is None else axes[path].roles
-  if traced and len(traced) != len(shape):
-    raise ValueError(
-      f"{path}: its shape is {shape}, and the axes {traced!r} were traced for another; call "
-      "lora_jax.trace_axes with the same tree"
-    )
-  roles = traced or ("io" if len(shape) == 2 else convolution_roles(path, leaves))
-  if roles:
-    return roles
-  found = "the shape does not say it" if axes is None else f"the trace says: {axes[path].reason}"
-  raise ValueError(
-    f"{path}: which of the axes of {shape} are inputs, outputs or stacked layers? {found}; pass "
-    "axes=lora_jax.trace_axes(f, params, *example), with an f that multiplies by this leaf. "
-    f"It may have the roles {candidates(shape)}"
-  )
-
-
-def key_of(key: jax.Array, path: str) -> jax.Array:
-  """A leaf's own random key, from a hash of its path; independent of the other leaves."""
-  hashed = int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big")
-  return jax.random.fold_in(key, hashed)
+def _is_array(x: Any) -> bool:
+  # NumPy scalars do not count: like Python numbers, they may be sizes, counts or axes.
+  return isinstance(x, jax.Array | np.ndarray)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 import lora_jax
-from lora_jax import combiners
+from lora_jax.compose import combiners
 
 DENSITY, RANK = 0.4, 3
 WEIGHTS = (0.7, -0.4)

@@ -35,7 +35,7 @@ from weight_table import WEIGHTS
 from lora_jax import families as library
 from lora_jax.models import ssdlite
 
-# What the tests of `test_adapt.py` run every day, among them.
+# What the tests of `test_transform.py` run every day, among them.
 EVERYDAY = ("float32",)
 SOME = (
   "bfloat16-base", "bfloat16-model", "gated", "dora", "factored", "nf4", "gguf", "lokr", "nested",

@@ -11,7 +11,7 @@ import runpy
 import sys
 import time
 
-from lora_jax.train import metrics
+from lora_jax.run import metrics
 
 limit = pathlib.Path(sys.argv[1])
 write = metrics.MetricsWriter.write

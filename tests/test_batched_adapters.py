@@ -14,19 +14,8 @@ from tolerances import assert_close
 from weight_table import factors
 
 import lora_jax
-from lora_jax import (
-  LoRA,
-  LowRank,
-  adapt,
-  align,
-  attach,
-  combine,
-  combiners,
-  gate,
-  put,
-  select,
-  stack,
-)
+from lora_jax import LoRA, LowRank, adapt, align, attach, combine, gate, put, select, stack
+from lora_jax.compose import combiners
 from lora_jax.models import decode, llama
 
 PARAMS = {"up": normal(11, 13), "down": normal(13, 11)}

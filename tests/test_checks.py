@@ -9,10 +9,22 @@ import numpy as np
 import pytest
 
 import lora_jax
-from lora_jax import AdaLoRA, DoRA, Full, LoHa, LoKr, LoRA, OLoRA, PiSSA, TokenRows, VeRA, compress
-from lora_jax.adapters import eva
-from lora_jax.adapters import loftq as loftq_of_a_function
-from lora_jax.compress import gptq, loftq
+from lora_jax import (
+  AdaLoRA,
+  DoRA,
+  Full,
+  LoHa,
+  LoKr,
+  LoRA,
+  OLoRA,
+  PiSSA,
+  TokenRows,
+  VeRA,
+  compress,
+  eva,
+  loftq,
+)
+from lora_jax.compress import gptq
 from lora_jax.train import optimizer
 from lora_jax.weights import Format
 
@@ -115,7 +127,7 @@ STARTS = {
   "init": lambda specs: lora_jax.init(jax.random.key(0), PARAMS, specs),
   "eva": lambda specs: eva.start(PARAMS, specs, {}),
   "loftq": lambda specs: loftq.start(PARAMS, specs, dict.fromkeys(specs, compress.NF4)),
-  "loftq of a function": lambda specs: loftq_of_a_function.start(PARAMS, specs, abs),
+  "loftq of a function": lambda specs: loftq.start(PARAMS, specs, abs),
   "quantize": lambda formats: compress.quantize(PARAMS, formats),
   "gptq": lambda formats: gptq.quantize(PARAMS, formats, {}),
   "straight through": lambda formats: compress.straight_through(PARAMS, formats),

@@ -9,7 +9,8 @@ from functions import normal
 from tolerances import assert_close
 
 import lora_jax
-from lora_jax import LowRank, combine, combiners, rescale
+from lora_jax import LowRank, combine, rescale
+from lora_jax.compose import combiners
 
 KEY = jax.random.key(0)
 

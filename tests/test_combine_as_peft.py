@@ -8,7 +8,8 @@ from combiner_table import COMBINERS, DENSITY, RANK, WEIGHTS, deltas
 from peers import peft, torch
 from tolerances import assert_close
 
-from lora_jax import LowRank, combine, combiners
+from lora_jax import LowRank, combine
+from lora_jax.compose import combiners
 
 KEY = jax.random.key(0)
 TARGETS = ("first", "second", "conv", "embed")

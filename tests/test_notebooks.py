@@ -1,7 +1,7 @@
 """The notebooks run from the first cell to the last, and are committed without what running leaves.
 
-They run in their short form, on the CPU, in a folder of their own. What runs the main programs finds
-them there, as in a clone. `lora_from_scratch.ipynb` has nothing but the installed library.
+They run in their short form, on the CPU, in a folder of their own. Those that run the main programs
+find them there, as in a clone. `lora_from_scratch.ipynb` has nothing but the installed library.
 """
 
 import pathlib

@@ -146,7 +146,7 @@ def test_the_public_names_are_there_and_say_what_they_are():
 def test_public_functions_are_fully_typed():
   functions = dict(_public_functions())
   assert len(functions) > 800
-  assert {"lora_jax.transform.attach", "lora_jax.weights.adapted.Adapted.attach"} <= set(functions)
+  assert {"lora_jax.attachment.attach", "lora_jax.weights.adapted.Adapted.attach"} <= set(functions)
   lacking = {name: found for name, f in functions.items() if (found := _untyped(f))}
   assert not lacking
 

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lora_jax
-from lora_jax import LoRA, match
-from lora_jax.compress import factorize, gptq, loftq, prune, sensitivity
-from lora_jax.compress.quantize import quantize
-from lora_jax.compress.straight_through import straight_through
+from lora_jax import LoRA, loftq, match
+from lora_jax.compress import factorization, gptq, pruning, sensitivity
+from lora_jax.compress.quantization import quantize
+from lora_jax.compress.quantized_training import straight_through
 from lora_jax.weights.quantized import NF4
 
 SPEC = LoRA(rank=2, alpha=4.0)
@@ -345,14 +345,14 @@ USERS = {
     lambda p, x: (heads(p, x) ** 2).sum(), HEADS, t, [INPUTS], axes=axes)),
   "eva": (SPEC, lambda t, axes, m: lora_jax.eva.start(HEADS, t, m, axes=axes)),
   "loftq": (SPEC, lambda t, axes, m: loftq.start(
-    HEADS, t, dict.fromkeys(t, NF4), axes, iterations=1)[1]),
+    HEADS, t, dict.fromkeys(t, NF4), axes=axes, iterations=1)[1]),
   "quantize": (NF4, lambda t, axes, m: quantize(HEADS, t, axes)),
   "gptq": (NF4, lambda t, axes, m: gptq.quantize(HEADS, t, m, axes)),
   "straight_through": (NF4, lambda t, axes, m: straight_through(HEADS, t, axes)),
-  "prune": (SPEC, lambda t, axes, m: prune.prune(
-    HEADS, list(t) if axes else t, prune.magnitude, prune.n_of_m(2, 4), axes=axes)),
-  "tails": (SPEC, lambda t, axes, m: factorize.tails(
-    HEADS, t, factorize.singular_values, axes=axes)),
+  "prune": (SPEC, lambda t, axes, m: pruning.prune(
+    HEADS, list(t) if axes else t, pruning.magnitude, pruning.n_of_m(2, 4), axes=axes)),
+  "tails": (SPEC, lambda t, axes, m: factorization.tails(
+    HEADS, t, factorization.singular_values, axes=axes)),
 }  # fmt: skip
 
 

@@ -1,287 +1,403 @@
-"""init, attach, merge, unmerge and the mask of what trains."""
+"""The law of `adapt` and its structural twin, over the tables of programs and of weights."""
 
-import math
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from functions import normal
+from jaxprs import compilations, full_size_values
+from programs import PROGRAMS, Program
 from tolerances import assert_close
+from weight_table import WEIGHTS, Kind, low_rank, with_weights
 
 import lora_jax
-from lora_jax import LoRA, LowRank, adapt, attach, init, merge, trainable_mask, unmerge
+from lora_jax import adapt, is_weight, materialize
 
-SPEC = LoRA(rank=2, alpha=4.0)
-PARAMS = {
-  "block_0": {"query": {"kernel": normal(11, 13), "bias": normal(13)}},
-  "block_1": {"query": {"kernel": normal(13, 11), "bias": normal(11)}},
-  "head": {"kernel": normal(11, 5)},
-}
-PATHS = ("block_0/query/kernel", "block_1/query/kernel")
-SPECS = dict.fromkeys(PATHS, SPEC)
-KEY = jax.random.key(0)
+all_programs = pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
 
 
-def model(p, x):
-  for name in ("block_0", "block_1"):
-    x = jnp.tanh(x @ p[name]["query"]["kernel"] + p[name]["query"]["bias"])
-  return x @ p["head"]["kernel"]
+def pairs(*everyday: str, some: tuple[str, ...] = (), formed: bool = True):
+  """The rows of the table of programs with those of the table of weights.
+
+  At every commit: every program with the weights named in `everyday`, and every tenth program,
+  other ones for each weight, with those in `some`. The rest are slow tests. Without `formed` those
+  weights are left out whose arrays are formed anyway.
+  """
+  found = []
+  for column, (weight, kind) in enumerate(WEIGHTS.items()):
+    if kind.is_formed and not formed:
+      continue
+    for row, (name, program) in enumerate(PROGRAMS.items()):
+      why = program.refused or program.refused_for.get(weight, "")
+      program = program._replace(refused=why)
+      often = weight in everyday or (weight in some and (row + column) % 10 == 0)
+      marks = [] if often else [pytest.mark.slow]
+      found.append(pytest.param(program, kind, id=f"{name}-{weight}", marks=marks))
+  return pytest.mark.parametrize(("program", "kind"), found)
 
 
-def trained(adapters):
-  """The adapters somewhere in training: no factor is zero."""
-  leaves, treedef = jax.tree.flatten(adapters)
-  return jax.tree.unflatten(treedef, [x + normal(*x.shape) for x in leaves])
+def arguments(program: Program, kind: Kind):
+  """The adapted parameters and the input, with a `float` mask of what can be differentiated."""
+  params = with_weights(program.params, program.roles, kind)
+  x = program.x.astype(kind.model_dtype) if is_float(program.x) else program.x
+  return params, x
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_fresh_adapter_is_the_identity_to_the_bit(dtype):
-  params = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
-  x = normal(3, 11).astype(dtype)
-  weights = attach(params, init(KEY, params, SPECS))
-  for run in (lambda f: f, jax.jit):
-    y, expected = run(adapt(model))(weights, x), run(model)(params, x)
-    np.testing.assert_array_equal(np.asarray(y, np.float32), np.asarray(expected, np.float32))
-  merged = merge(params, init(KEY, params, SPECS))
-  assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), merged, params))
+def is_float(x) -> bool:
+  return jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def test_adapters_are_float32_on_a_bfloat16_base_and_so_are_their_gradients():
-  params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
-  adapters = init(KEY, params, SPECS)
-
-  def loss(adapters):
-    y = adapt(model)(attach(params, adapters), normal(3, 11).astype(jnp.bfloat16))
-    assert y.dtype == jnp.bfloat16
-    return jnp.sum(y.astype(jnp.float32) ** 2)
-
-  for tree in (adapters, jax.grad(loss)(adapters)):
-    assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {jnp.dtype("float32")}
+def loss(out) -> jax.Array:
+  """A number that depends on every float of a result, and on each in another way."""
+  floats = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(out) if is_float(leaf)]
+  return sum(jnp.sum(jnp.sin(y) * jnp.cos(jnp.arange(y.size)).reshape(y.shape)) for y in floats)
 
 
-def test_attach_puts_weights_at_the_adapters_paths_and_nothing_else_changes():
-  weights = attach(PARAMS, init(KEY, PARAMS, SPECS))
-  assert isinstance(weights["block_0"]["query"]["kernel"], LowRank)
-  assert weights["block_0"]["query"]["kernel"].w is PARAMS["block_0"]["query"]["kernel"]
-  assert weights["block_0"]["query"]["kernel"].path == "block_0/query/kernel"
-  assert weights["head"]["kernel"] is PARAMS["head"]["kernel"]
+def differentiate(f, program: Program):
+  """(params, x) -> (result, derivative) in every float leaf; forward where reverse cannot be."""
+
+  def g(params, x):
+    floats, rest = lora_jax.partition((params, x), jax.tree.map(is_float, (params, x)))
+
+    def of_floats(floats):
+      out = f(*lora_jax.join(floats, rest))
+      return loss(out), out
+
+    if program.reverse:
+      gradient, out = jax.grad(of_floats, has_aux=True)(floats)
+      return out, gradient
+    tangents = jax.tree.map(jnp.cos, floats)
+    _, derivative, out = jax.jvp(of_floats, (floats,), (tangents,), has_aux=True)
+    return out, derivative
+
+  return g
 
 
-def test_attach_and_merge_name_the_leaf_that_the_tree_has_not():
-  adapters = {"block_7/query/kernel": init(KEY, PARAMS, SPECS)[PATHS[0]]}
-  for f in (attach, merge, unmerge):
-    with pytest.raises(ValueError, match="no leaf at block_7/query/kernel"):
-      f(PARAMS, adapters)
+# The numbers are what is looked at here, and most of the time is the compiler's.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-@pytest.mark.parametrize("shape", [(13, 11), (11,), (2, 11, 13), (11, 12)])
-def test_attach_refuses_an_adapter_of_another_shape(shape):
-  adapters = {"w": init(KEY, {"w": normal(11, 13)}, {"w": SPEC})["w"]}
-  with pytest.raises(ValueError, match=r"w: .*\(11, 2\) and \(2, 13\).* do not fit \(.*1"):
-    attach({"w": jnp.ones(shape)}, adapters)
+@pairs(some=("bfloat16-base", "nf4", "gguf", "dora", "lokr"))
+def test_the_adapted_function_of_the_tree_is_the_function_of_the_materialized_tree(program, kind):
+  params, x = arguments(program, kind)
+  assert_close(adapt(program.f)(params, x), program.f(materialize(params), x), kind.dtype)
 
 
-def test_the_merged_params_compute_what_the_adapted_model_does():
-  adapters = trained(init(KEY, PARAMS, SPECS))
-  x = normal(3, 11)
-  assert_close(model(merge(PARAMS, adapters), x), adapt(model)(attach(PARAMS, adapters), x))
+@pairs("float32", some=("bfloat16-model", "nested", "masked"))
+def test_values_and_gradients_under_jit_are_the_oracle_s_and_a_second_call_compiles_nothing(
+  program, kind
+):
+  params, x = arguments(program, kind)
+  adapted = quick_jit(differentiate(adapt(program.f), program))
+  oracle = quick_jit(differentiate(lambda params, x: program.f(materialize(params), x), program))
+  assert_close(adapted(params, x), oracle(params, x), kind.dtype)
+  with compilations() as events:
+    adapted(params, x)
+  assert not events
 
 
-def test_unmerge_restores_the_base_to_float32_rounding():
-  adapters = trained(init(KEY, PARAMS, SPECS))
-  merged = merge(PARAMS, adapters)
-  assert not np.allclose(merged["block_0"]["query"]["kernel"], PARAMS["block_0"]["query"]["kernel"])
-  restored = unmerge(merged, adapters)
-  size = max(np.abs(x).max() for x in jax.tree.leaves(merged))
-  jax.tree.map(
-    lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=size * 2**-23), restored, PARAMS
-  )
+@pairs("float32", some=("bfloat16-model", "gated", "dora", "factored"), formed=False)
+def test_strict_mode_forms_no_full_size_value_or_says_why_it_would(program, kind):
+  params, x = arguments(program, kind)
+  strict = adapt(program.f, strict=True)
+  if program.refused:
+    with pytest.raises(lora_jax.MaterializationError, match=program.refused):
+      strict(params, x)
+    return
+
+  # The bare model has values of the matrix's shape too: its transposes and casts.
+  bare = materialize(params)
+  weights = [w for w in jax.tree.leaves(params, is_leaf=is_weight) if is_weight(w)]
+  matrices = {
+    tuple(n for n, role in zip(w.shape, w.all_roles, strict=True) if role != "s") for w in weights
+  }
+  allowed = full_size_values(program.f, (bare, x), matrices) + program.parts
+  assert full_size_values(strict, (params, x), matrices) <= allowed
+
+  def adapted_gradient(train, frozen, x):
+    return loss(strict(lora_jax.join(train, frozen), x))
+
+  def bare_gradient(x):
+    return loss(program.f(bare, x))
+
+  train, frozen = lora_jax.partition(params, lora_jax.trainable_mask(params))
+  if not program.reverse:
+    return
+  by = (0, 2) if is_float(x) else 0
+  bare_by_x = jax.grad(bare_gradient) if is_float(x) else bare_gradient
+  allowed = full_size_values(bare_by_x, (x,), matrices) + program.parts
+  assert full_size_values(jax.grad(adapted_gradient, by), (train, frozen, x), matrices) <= allowed
 
 
-def test_a_merge_into_bfloat16_is_rounded_once():
-  params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
-  adapters = trained(init(KEY, params, SPECS))
-  w, adapter = params["block_0"]["query"]["kernel"], adapters[PATHS[0]]
-  exact = np.asarray(w, np.float64) + 2.0 * np.asarray(adapter.a, np.float64) @ np.asarray(
-    adapter.b, np.float64
-  )
-  merged = merge(params, adapters)["block_0"]["query"]["kernel"]
-  assert merged.dtype == jnp.bfloat16
-  # Half a unit in the last of bfloat16's eight places.
-  np.testing.assert_array_less(
-    abs(np.asarray(merged, np.float64) - exact), abs(exact) * 1.001 * 2**-8
-  )
+# ---- transformations outside
 
 
-def test_a_change_of_targets_does_not_change_another_leaf_s_start():
-  one, both = (init(KEY, PARAMS, dict.fromkeys(paths, SPEC)) for paths in (PATHS[1:], PATHS))
-  np.testing.assert_array_equal(one[PATHS[1]].a, both[PATHS[1]].a)
+W, X = low_rank(normal(11, 13), "io"), normal(3, 11)
+TWO = [low_rank(W.w, "io", seed=n) for n in (1, 2)]
+STACKED = jax.tree.map(lambda *xs: jnp.stack(xs), *TWO)
 
 
-def test_every_leaf_and_every_layer_of_a_stack_starts_from_numbers_of_its_own():
-  params = {"x": jnp.ones((11, 13)), "y": jnp.ones((11, 13)), "blocks": jnp.ones((3, 11, 13))}
-  axes = {"blocks": lora_jax.Axes("sio", ("dot_general",))}
-  axes |= dict.fromkeys("xy", lora_jax.Axes("io", ("dot_general",)))
-  adapters = init(KEY, params, dict.fromkeys(params, SPEC), axes=axes)
-  starts = [adapters["x"].a, adapters["y"].a, *adapters["blocks"].a]
-  assert len({tuple(a.ravel().tolist()) for a in starts}) == 5
+def dense(p, x):
+  return jnp.sin(x @ p["w"])
 
 
-def test_the_scale_is_alpha_by_the_rank_or_by_its_root():
-  assert LoRA(rank=16, alpha=8.0).scale == 0.5
-  assert LoRA(rank=16, alpha=8.0, rslora=True).scale == 2.0
-
-
-def test_a_starts_uniform_within_one_by_the_root_of_the_inputs():
-  adapter = SPEC.init(KEY, "w", jax.ShapeDtypeStruct((4, 25, 13), jnp.float32), "iio")
-  a = np.abs(adapter.a)
-  assert a.max() <= 0.1 and a.max() > 0.095
-  assert math.isclose(a.mean(), 0.05, rel_tol=0.1)
-
-
-@pytest.mark.parametrize(
-  ("rank", "words"),
-  [
-    (64, r"block_3/attn/query/kernel: rank 64 exceeds min\(32, 48\); use rank <= 32"),
-    (33, r"use rank <= 32"),
-  ],
-)
-def test_a_rank_above_the_kernel_s_is_refused(rank, words):
-  params = {"block_3": {"attn": {"query": {"kernel": jnp.ones((32, 48))}}}}
-  specs = lora_jax.match(params, [("attention", LoRA(rank=rank, alpha=1.0))])
-  with pytest.raises(ValueError, match=words):
-    init(KEY, params, specs)
-
-
-def test_the_full_rank_is_allowed():
-  adapters = init(KEY, {"w": jnp.ones((32, 48))}, {"w": LoRA(rank=32, alpha=1.0)})
-  assert adapters["w"].a.shape == (32, 32)
-
-
-def test_a_rank_below_one_is_refused():
-  with pytest.raises(ValueError, match="rank 0 is below 1"):
-    LoRA(rank=0, alpha=1.0)
-
-
-def test_a_kernel_of_three_axes_without_traced_axes_is_refused():
-  with pytest.raises(ValueError, match=r"query: which of the axes of \(11, 3, 5\).*trace_axes"):
-    init(KEY, {"query": normal(11, 3, 5)}, {"query": SPEC})
-
-
-def test_a_nested_weight_trains_its_outer_factors_only():
-  healed = attach(PARAMS, init(KEY, PARAMS, SPECS))
-  weights = attach(healed, init(jax.random.key(1), healed, SPECS))
-  mask = trainable_mask(weights)["block_0"]["query"]["kernel"]
-  assert (mask.a, mask.b, mask.w.a, mask.w.b, mask.w.w) == (True, True, False, False, False)
-
-
-def test_merging_the_outer_adapters_of_a_nested_tree_merges_the_inner_ones_too():
-  inner, outer = (trained(init(jax.random.key(n), PARAMS, SPECS)) for n in (0, 1))
-  healed = attach(PARAMS, inner)
-  assert_close(merge(healed, outer), merge(merge(PARAMS, inner), outer))
-
-
-def test_also_trains_further_leaves_in_full():
-  weights = attach(PARAMS, init(KEY, PARAMS, SPECS))
-  mask = trainable_mask(weights, also=[r"head/.*", r".*/bias"])
-  assert mask["head"]["kernel"] is True and mask["block_1"]["query"]["bias"] is True
-  assert mask["block_0"]["query"]["kernel"].w is False
+def total(p, x):
+  return jnp.sum(dense(p, x) ** 2)
 
 
 @pytest.mark.parametrize(
-  ("pattern", "words"),
+  "transform",
   [
-    ("tail/.*", "'tail/.*' of leaves to train in full matches no leaf"),
-    ("block_0/.*", "block_0/query/kernel: is adapted, and 'block_0/.*' asks to train it in full"),
-    ("head(", r"'head\(' is no regular expression"),
+    jax.jacfwd,
+    jax.jacrev,
+    jax.hessian,
+    lambda f, by: lambda p, x: jax.jvp(f, (p, x), jax.tree.map(jnp.cos, (p, x))),
+    lambda f, by: lambda p, x: jax.linearize(f, p, x)[1](*jax.tree.map(jnp.cos, (p, x))),
+    lambda f, by: lambda p, x: jax.vjp(f, p, x)[1](jnp.float32(2)),
+    lambda f, by: jax.grad(lambda p, x: jnp.sum(jax.grad(f, 1)(p, x) ** 2), by),
+    lambda f, by: jax.jit(jax.value_and_grad(jax.checkpoint(f), by)),
+  ],
+  ids=["jacfwd", "jacrev", "hessian", "jvp", "linearize", "vjp", "grad of grad", "jit grad remat"],
+)
+def test_derivatives_of_the_adapted_function_are_those_of_the_dense_one(transform):
+  small = {"w": low_rank(normal(3, 2), "io")}, normal(2, 3)
+  adapted = transform(adapt(total), (0, 1))
+  oracle = transform(lambda p, x: total(materialize(p), x), (0, 1))
+  assert_close(adapted(*small), oracle(*small))
+
+
+def test_many_adapters_are_applied_by_vmap_to_one_base_each_with_its_gradient():
+  axes = ({"w": dataclasses.replace(W, w=None, a=0, b=0)}, None)
+  adapters = {"w": dataclasses.replace(STACKED, w=W.w)}
+
+  for f in (adapt(dense), jax.grad(adapt(total))):
+    expected = jax.tree.map(lambda *xs: jnp.stack(xs), *(f({"w": w}, X) for w in TWO))
+    assert_close(jax.jit(jax.vmap(f, axes))(adapters, X), expected)
+
+
+def test_many_adapters_on_one_base_form_no_full_size_value_for_any_of_them():
+  axes = ({"w": dataclasses.replace(W, w=None, a=0, b=0)}, None)
+  adapters = {"w": dataclasses.replace(STACKED, w=W.w)}
+  mapped = jax.vmap(adapt(dense, strict=True), axes)
+  assert full_size_values(mapped, (adapters, X), {(11, 13)}) == 0
+
+
+def test_inputs_are_mapped_by_vmap():
+  actual = jax.vmap(adapt(dense), (None, 0))({"w": W}, X)
+  assert_close(actual, dense({"w": W.materialize()}, X))
+
+
+def test_a_stack_of_weights_is_scanned_and_mapped_outside():
+  def step(x, w):
+    return x, adapt(dense, strict=True)({"w": w}, x)
+
+  expected = jnp.stack([dense({"w": w.materialize()}, X) for w in TWO])
+  assert_close(jax.lax.scan(step, X, STACKED)[1], expected)
+  assert_close(jax.vmap(lambda w: step(X, w)[1])(STACKED), expected)
+
+
+def test_the_shapes_are_found_without_arrays():
+  abstract = jax.eval_shape(lambda: ({"w": W}, X))
+  assert jax.eval_shape(adapt(dense, strict=True), *abstract).shape == (3, 13)
+
+
+def test_an_adapted_function_inside_an_adapted_function_is_no_different():
+  f = adapt(lambda p, x: adapt(dense)(p, x) @ p["w"].T, strict=True)
+  assert_close(f({"w": W}, X), dense({"w": W.materialize()}, X) @ W.materialize().T)
+
+
+# ---- arguments
+
+
+def test_what_is_no_array_reaches_the_function_as_it_is():
+  seen = {}
+
+  def f(p, x, *args, activation, flag, **kwargs):
+    seen.update(args=args, flag=flag, **kwargs)
+    return activation(x @ p["w"]) if flag else x
+
+  y = adapt(f)({"w": W}, X, "text", None, 3, activation=jnp.tanh, flag=True, layers=(1, 2.5))
+  assert seen == {"args": ("text", None, 3), "flag": True, "layers": (1, 2.5)}
+  assert_close(y, jnp.tanh(X @ W.materialize()))
+
+
+def test_weights_may_come_by_keyword_and_in_several_arguments():
+  def f(first, *, second, x):
+    return (x @ first) @ second["w"].T
+
+  y = adapt(f, strict=True)(TWO[0], second={"w": TWO[1]}, x=X)
+  assert_close(y, f(TWO[0].materialize(), second={"w": TWO[1].materialize()}, x=X))
+
+
+def test_numpy_arrays_and_tracers_are_arrays():
+  f = adapt(dense, strict=True)
+  expected = f({"w": W}, X)
+  assert_close(f({"w": jax.tree.map(np.asarray, W)}, np.asarray(X)), expected)
+  assert_close(jax.jit(lambda x: f({"w": W}, x))(X), expected)
+
+
+@pytest.mark.parametrize("number", [np.int64(3), np.int32(3), np.float32(3), np.bool_(True)])
+def test_a_numpy_scalar_reaches_the_function_as_it_is(number):
+  seen = []
+
+  def f(p, x, number):
+    seen.append(number)
+    rows = x[: int(number)].reshape(-1, x.shape[-1])
+    return sum(number * (rows @ p["w"]) for _ in range(int(number)))
+
+  expected = int(number) * number * (X[: int(number)] @ W.materialize())
+  assert_close(adapt(f, strict=True)({"w": W}, X, number), expected)
+  assert seen == [number] and type(seen[0]) is type(number)
+  by_number = jax.grad(
+    lambda number: jnp.sum(adapt(lambda p, x, n: n * (x @ p["w"]))({"w": W}, X, number))
+  )
+  assert_close(by_number(np.float32(2)), jnp.sum(X @ W.materialize()))
+
+
+def test_static_arguments_of_an_outer_jit_stay_static():
+  def f(p, x, power):
+    return sum(x @ p["w"] for _ in range(power))
+
+  adapted = jax.jit(adapt(f), static_argnums=2)
+  assert_close(adapted({"w": W}, X, 3), 3 * X @ W.materialize())
+
+
+def test_without_a_weight_the_function_itself_is_called():
+  def f(x):
+    assert not isinstance(x, jax.core.Tracer)
+    return x
+
+  assert adapt(f)(X) is X
+  assert adapt(dense).__name__ == "dense"
+
+
+def test_a_dropout_key_gives_the_same_noise_as_without_the_transform():
+  def f(p, x, key):
+    return (x * jax.random.bernoulli(key, 0.5, x.shape)) @ p["w"]
+
+  key = jax.random.key(3)
+  assert_close(adapt(f, strict=True)({"w": W}, X, key), f({"w": W.materialize()}, X, key))
+
+
+# ---- errors
+
+
+def test_a_weight_that_the_function_reaches_by_closure_is_a_clear_error():
+  named = W.with_path("block_0/query/kernel")
+  with pytest.raises(
+    TypeError, match=r"block_0/query/kernel: a Weight met a JAX function.*by closure is not seen"
+  ):
+    adapt(lambda p, x: jnp.dot(x, named) + x @ p["w"])({"w": W}, X)
+
+
+@pytest.mark.parametrize(
+  "f", [jnp.dot, jnp.matmul, lambda x, w: x @ w, lambda x, w: x + w, lambda x, w: jnp.sin(w)]
+)
+def test_a_weight_that_meets_a_function_which_was_not_adapted_says_what_to_do(f):
+  for run in (f, jax.jit(f)):
+    with pytest.raises(TypeError, match=r"a Weight met a JAX function.*lora_jax\.adapt\(f\)"):
+      run(X, W)
+
+
+@pytest.mark.parametrize(
+  ("weight", "path"),
+  [(W, "0/block/w"), (W.with_path("block/w"), "block/w")],
+  ids=["by its place among the arguments", "by the path that attach gave it"],
+)
+def test_strict_mode_names_the_weight(weight, path):
+  with pytest.raises(lora_jax.MaterializationError, match=f"^{path}: sin would materialize this"):
+    adapt(lambda p: jnp.sin(p["block"]["w"]), strict=True)({"block": {"w": weight}})
+
+
+def test_strict_mode_names_a_weight_given_by_keyword():
+  with pytest.raises(lora_jax.MaterializationError, match=r"^params/w: sin would"):
+    adapt(lambda params: jnp.sin(params["w"]), strict=True)(params={"w": W})
+
+
+# ---- what users add
+
+
+def test_a_rule_of_the_user_s_own_is_used():
+  def sin(w, **_):
+    return jnp.zeros(w.shape)
+
+  rules = lora_jax.RULES | {jax.lax.sin_p: sin}
+  f = adapt(lambda p: jnp.sin(p["w"]), strict=True, rules=rules)
+  assert_close(f({"w": W}), jnp.zeros((11, 13)))
+
+
+def test_a_rule_of_the_user_s_own_is_given_arrays():
+  seen = []
+
+  def mul(x, y, **_):
+    seen.extend(each for each in (x, y) if not is_weight(each))
+    raise lora_jax.NotFactored("it only looks")
+
+  rules = lora_jax.RULES | {jax.lax.mul_p: mul}
+  row = jnp.arange(13.0)
+  assert_close(adapt(lambda p: p["w"] * row, rules=rules)({"w": W}), W.materialize() * row)
+  assert [type(each) for each in seen] == [type(row)]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Diagonal(lora_jax.Weight):
+  """A user's own kind of weight: it says what it is and how it is contracted, no more."""
+
+  d: jax.Array
+  path: str = dataclasses.field(default="", metadata={"static": True})
+
+  def materialize(self):
+    return jnp.diag(self.d)
+
+  def dot_general(self, other, dimension_numbers, *, weight_is_lhs, **params):
+    if weight_is_lhs or dimension_numbers != (((1,), (0,)), ((), ())):
+      raise lora_jax.NotFactored("only x @ w is")
+    return other * self.d
+
+
+def test_a_weight_of_the_user_s_own_kind_is_applied_by_its_methods_and_else_materialized():
+  w = Diagonal(normal(11))
+  assert (w.shape, w.ndim, w.dtype) == ((11, 11), 2, jnp.float32)
+  product = adapt(lambda p, x: x @ p["w"], strict=True)
+  assert full_size_values(product, ({"w": w}, X), {(11, 11)}) == 0
+  assert_close(product({"w": w}, X), X * w.d)
+
+  def transposed(p, x):
+    return x @ p["w"].T
+
+  assert_close(adapt(transposed)({"w": w}, X), X * w.d)
+  with pytest.raises(lora_jax.MaterializationError, match="Diagonal has no factored form of trans"):
+    adapt(transposed, strict=True)({"w": w}, X)
+
+
+def test_a_low_rank_update_of_a_user_s_own_kind_of_weight_is_factored():
+  base = Diagonal(normal(11))
+  w = lora_jax.LowRank(base, normal(11, 2), normal(2, 11))
+  assert_close(adapt(dense, strict=True)({"w": w}, X), dense({"w": w.materialize()}, X))
+  assert not any(jax.tree.leaves(w.trainable().w))
+
+
+@pytest.mark.parametrize(
+  "program",
+  [
+    pytest.param(p, id=name, marks=[pytest.mark.slow] if row % 4 else [])
+    for row, (name, p) in enumerate(PROGRAMS.items())
+    if p.vmap
   ],
 )
-def test_also_refuses_a_pattern_that_matches_nothing_or_a_weight(pattern, words):
-  with pytest.raises(ValueError, match=words):
-    trainable_mask(attach(PARAMS, init(KEY, PARAMS, SPECS)), also=[pattern])
+def test_vmap_over_adapters_gives_what_each_adapter_gives_alone(program):
+  params, x = arguments(program, WEIGHTS["float32"])
+  train, frozen = lora_jax.partition(params, lora_jax.trainable_mask(params))
+  members = [jax.tree.map(lambda leaf, c=c: c * leaf, train) for c in (1.0, -0.5)]
 
+  def f(train):
+    return adapt(program.f)(lora_jax.join(train, frozen), x)
 
-def test_masked_optax_holds_state_for_the_factors_alone_and_leaves_the_base_bit_identical():
-  weights = attach(PARAMS, init(KEY, PARAMS, SPECS))
-  mask = trainable_mask(weights)
-  frozen = jax.tree.map(lambda trains: not trains, mask)
-  optimizer = optax.chain(
-    optax.masked(optax.adam(0.1), mask), optax.masked(optax.set_to_zero(), frozen)
-  )
-  state = optimizer.init(weights)
-  sizes = sorted(x.size for x in jax.tree.leaves(state) if x.ndim)
-  assert sizes == sorted(2 * [22, 26, 26, 22])
-
-  def loss(weights):
-    return jnp.sum(adapt(model)(weights, normal(3, 11)) ** 2)
-
-  after = weights
-  for _ in range(3):
-    updates, state = optimizer.update(jax.grad(loss)(after), state, after)
-    after = optax.apply_updates(after, updates)
-  assert loss(after) < loss(weights)
-  changed = jax.tree.map(lambda x, y: bool((x != y).any()), after, weights)
-  assert changed == mask
-
-
-def test_the_gradient_by_the_trainable_part_is_a_tree_of_factors_alone():
-  weights = attach(PARAMS, init(KEY, PARAMS, SPECS))
-  train, frozen = lora_jax.partition(weights, trainable_mask(weights))
-  gradient = jax.grad(
-    lambda train: jnp.sum(adapt(model)(lora_jax.join(train, frozen), normal(3, 11)) ** 2)
-  )(train)
-  assert sorted(x.shape for x in jax.tree.leaves(gradient)) == [(2, 11), (2, 13), (11, 2), (13, 2)]
-
-
-def test_adapters_are_a_pytree_that_can_be_stacked():
-  two = [init(jax.random.key(n), PARAMS, SPECS) for n in range(2)]
-  stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *two)
-  assert isinstance(stacked[PATHS[0]], LowRank)
-  assert stacked[PATHS[0]].a.shape == (2, 11, 2)
-
-
-def partly_trained(also):
-  """A tree in which the adapters and further leaves have moved, and the adapters of its start."""
-  adapters = init(KEY, PARAMS, SPECS)
-  weights = attach(PARAMS, adapters)
-  train, frozen = lora_jax.partition(weights, trainable_mask(weights, also=also))
-  moved = jax.jit(lambda train: jax.tree.map(lambda x: x + normal(*x.shape), train))(train)
-  return lora_jax.join(moved, frozen), adapters
-
-
-def test_detach_does_not_drop_what_the_mask_trains_in_full():
-  weights, adapters = partly_trained([r".*/bias", "head/kernel"])
-  leaves = "block_0/query/bias, block_1/query/bias, head/kernel"
-  for asked in (adapters, list(adapters)):
-    with pytest.raises(
-      ValueError, match=f"{leaves}: trained in full, and would be dropped.*params"
-    ):
-      lora_jax.detach(weights, asked)
-  found = lora_jax.detach(weights, adapters, PARAMS)
-  assert found.keys() == {*adapters, *leaves.split(", ")}
-  jax.tree.map(assert_close, merge(PARAMS, found), lora_jax.materialize(weights))
-  traced = jax.jit(lambda weights, params: lora_jax.detach(weights, adapters, params))
-  jax.tree.map(assert_close, traced(weights, PARAMS), found)
-
-
-def test_detach_with_the_base_finds_what_was_trained_in_full_without_a_mask():
-  adapters = init(KEY, PARAMS, SPECS)
-  weights = attach(PARAMS, adapters)
-  assert lora_jax.detach(weights, adapters, PARAMS).keys() == adapters.keys()
-  weights["head"]["kernel"] = weights["head"]["kernel"] + 1
-  found = lora_jax.detach(weights, adapters, PARAMS)
-  assert found.keys() == {*adapters, "head/kernel"}
-  jax.tree.map(assert_close, merge(PARAMS, found), lora_jax.materialize(weights))
-
-
-def test_detach_does_not_drop_an_adapter_that_is_not_asked_for():
-  weights, _ = partly_trained([])
-  with pytest.raises(ValueError, match=f"{PATHS[1]}: has an adapter that would be dropped"):
-    lora_jax.detach(weights, PATHS[:1])
-
-
-def test_a_mask_that_trains_nothing_in_full_leaves_detach_as_it_was():
-  weights, adapters = partly_trained([])
-  assert lora_jax.detach(weights, adapters).keys() == adapters.keys()
+  together = quick_jit(jax.vmap(f))(jax.tree.map(lambda *leaves: jnp.stack(leaves), *members))
+  for n, member in enumerate(members):
+    alone = program.f(materialize(lora_jax.join(member, frozen)), x)
+    assert_close(jax.tree.map(lambda leaf, n=n: leaf[n], together), alone)

@@ -13,7 +13,7 @@ from configs import compress
 from experiments import parts
 from lora_jax import exchange
 from lora_jax.models import llama
-from lora_jax.train import workdir
+from lora_jax.run import workdir
 
 
 def write(folder: pathlib.Path, tokenizer):

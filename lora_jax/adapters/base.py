@@ -17,6 +17,10 @@ class Method:
   NEEDS_ROLES: ClassVar[bool] = True
   """True if the method needs to know inputs, outputs and stacks; otherwise `init` gets no roles."""
 
+  STARTED_BY: ClassVar[str] = ""
+  """The function that makes the adapters, if they start from more than the base; `lora_jax.init`
+  then refuses the spec."""
+
   def settle(self, name: str, check: Callable, **options: Any) -> None:
     """Checks one setting in `__post_init__` by a function of `lora_jax.checks`; None passes if it
     is the setting's default."""

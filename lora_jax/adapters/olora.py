@@ -16,7 +16,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lora_jax import factorization
+from lora_jax import decompositions
 from lora_jax.adapters.recentred import FromKernel
 
 
@@ -30,7 +30,7 @@ class OLoRA(FromKernel):
     rslora: True to divide alpha by sqrt(rank) instead of rank.
   """
 
-  def factorize(self, key: jax.Array, matrix: jax.Array) -> factorization.Factors:
+  def factorize(self, key: jax.Array, matrix: jax.Array) -> decompositions.Factors:
     q, r = jnp.linalg.qr(jnp.swapaxes(matrix, -2, -1))
     a, b = jnp.swapaxes(r, -2, -1), jnp.swapaxes(q, -2, -1)
     return a[..., : self.rank], b[..., : self.rank, :]

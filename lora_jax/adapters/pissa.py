@@ -18,7 +18,7 @@ import dataclasses
 
 import jax
 
-from lora_jax import checks, factorization
+from lora_jax import checks, decompositions
 from lora_jax.adapters.recentred import FromKernel
 
 
@@ -42,9 +42,9 @@ class PiSSA(FromKernel):
       raise ValueError(f"PiSSA: alpha {self.alpha} is not above 0; the factors divide by its root")
     self.settle("iterations", checks.whole, least=0)
 
-  def factorize(self, key: jax.Array, matrix: jax.Array) -> factorization.Factors:
+  def factorize(self, key: jax.Array, matrix: jax.Array) -> decompositions.Factors:
     if self.iterations is None:
-      u, s, vt = factorization.svd(matrix, self.rank)
+      u, s, vt = decompositions.svd(matrix, self.rank)
     else:
-      u, s, vt = factorization.randomized_svd(key, matrix, self.rank, self.iterations)
-    return factorization.balanced(factorization.Svd(u, s / self.scale, vt))
+      u, s, vt = decompositions.randomized_svd(key, matrix, self.rank, self.iterations)
+    return decompositions.balanced(decompositions.Svd(u, s / self.scale, vt))

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from lora_jax import checks, factorization
+from lora_jax import checks, decompositions
 from lora_jax.adapters.base import Method, sizes
 from lora_jax.adapters.lora import check_rank, check_rank_fits, scale_of
 from lora_jax.weights.base import materialize
@@ -34,7 +34,7 @@ class FromKernel(Method):
   def scale(self) -> float:
     return scale_of(self)
 
-  def factorize(self, key: jax.Array, matrix: jax.Array) -> factorization.Factors:
+  def factorize(self, key: jax.Array, matrix: jax.Array) -> decompositions.Factors:
     """Returns a, [*stack, d, rank], and b, [*stack, rank, k], of matrices [*stack, d, k]."""
     raise NotImplementedError
 
@@ -47,7 +47,7 @@ class FromKernel(Method):
         f"{path}: {type(self).__name__} starts from the values of the weights, and this is only a "
         "shape; pass arrays, or call init under jax.eval_shape"
       )
-    a, b = factorization.factorized(
+    a, b = decompositions.factorized(
       materialize(w), roles, lambda matrix: self.factorize(key, matrix)
     )
     return Recentred.start(a, b, self.scale, roles)

@@ -23,8 +23,8 @@ import numpy as np
 import scipy.linalg
 
 from lora_jax import tree
-from lora_jax.compress.factorize import check_rows, factor_root
-from lora_jax.compress.structured import check_alike, check_separate
+from lora_jax.compress.factorization import check_rows, factor_root
+from lora_jax.compress.structured_pruning import check_alike, check_separate
 from lora_jax.families import Config
 from lora_jax.models.llama_config import value_features
 from lora_jax.weights import is_weight
@@ -131,7 +131,7 @@ def shrink_values(
     value_dim: the features of a value head, the same in every layer.
     moments: of the inputs of `block_{i}/attn/value/kernel`, whole matrices; None weighs all
       directions of the residual stream alike.
-    damping: as in `compress.factorize.Whitened`.
+    damping: as in `compress.factorization.Whitened`.
 
   Raises:
     ValueError: if the layers are stacked or a kernel is compressed already, if `value_dim` is below

@@ -23,7 +23,7 @@ from jax import lax
 
 from lora_jax import checks, tree
 from lora_jax.axes import Axes
-from lora_jax.compress.quantize import check_finite, columns_of
+from lora_jax.compress.quantization import check_finite, columns_of
 from lora_jax.targets import axes_of
 from lora_jax.weights import is_weight
 from lora_jax.weights.coded import rows_of

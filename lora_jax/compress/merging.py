@@ -20,6 +20,7 @@ from lora_jax.weights import (
   Weight,
   is_weight,
   materialize,
+  unmasked,
 )
 from lora_jax.weights.base import astype
 from lora_jax.weights.quantized import Quantized
@@ -121,7 +122,7 @@ def _resolved(leaf: jax.Array | Weight, resident: bool) -> jax.Array | Weight:
     leaf = dataclasses.replace(leaf, a=a, b=b)
     values = sum(math.prod(x.shape) for x in (a, b))
     return leaf if values < math.prod(leaf.shape) else materialize(leaf)
-  if resident and isinstance(leaf.w if isinstance(leaf, Adapted | Pruned) else leaf, Quantized):
+  if resident and isinstance(leaf.w if isinstance(leaf, Adapted) else unmasked(leaf), Quantized):
     return materialize(leaf)
   return leaf
 

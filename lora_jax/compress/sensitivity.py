@@ -2,7 +2,7 @@
 
     inputs    = lora_jax.second_moments(f, params, paths, batches, axes=axes)
     gradients = sensitivity.gradient_moments(loss, params, paths, batches, axes=axes)
-    whitened  = factorize.Whitened(inputs, gradients)
+    whitened  = factorization.Whitened(inputs, gradients)
     losses    = factorize.tails(params, paths, whitened, axes=axes)
     costs     = {path: sensitivity.parameters(shape, axes) ...}
     ranks     = sensitivity.allocate(losses, costs, budget)
@@ -28,13 +28,11 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from lora_jax import tree
-from lora_jax.adapt import adapt
-from lora_jax.adapters import Method
-from lora_jax.axes import Axes
+from lora_jax.axes import Axes, roles_of
 from lora_jax.targets import axes_of
-from lora_jax.transform import roles_of
+from lora_jax.transform import adapt
 from lora_jax.weights import is_weight
-from lora_jax.weights.factors import part_sizes
+from lora_jax.weights.factor_axes import part_sizes
 from lora_jax.weights.gradient_probe import GradientProbe
 
 PyTree = Any
@@ -70,7 +68,7 @@ def gradient_moments(
   missing = sorted(set(paths) - set(leaves))
   if missing:
     raise ValueError(f"the tree has no leaf at {', '.join(missing)}, to compute gradients for")
-  roles = {path: roles_of(Method(), path, leaves, axes) for path in paths}
+  roles = {path: roles_of(path, leaves, axes) for path in paths}
   slots = {path: _slot(leaves[path].shape, roles[path]) for path in paths}
   probed = adapt(loss)
 

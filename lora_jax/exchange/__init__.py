@@ -30,8 +30,8 @@ import numpy as np
 
 from lora_jax import families, tree
 from lora_jax.axes import Axes
-from lora_jax.exchange import gguf, modules, reading, writing
-from lora_jax.io import gguf_configs, gguf_lora, names, peft
+from lora_jax.exchange import gguf, gguf_files, modules, peft_files, reading, writing
+from lora_jax.io import gguf_configs, names
 from lora_jax.weights import Adapted, is_weight
 
 PyTree = Any
@@ -69,7 +69,7 @@ def load(
     ValueError: if a file is damaged, has unsupported settings, or does not fit the model.
   """
   table = _given(table)
-  file = peft.read(folder)
+  file = peft_files.read(folder)
   found = modules.modules(params, axes, table)
   try:
     return reading.adapters(file, found, tree.flatten(params, is_leaf=is_weight))
@@ -115,7 +115,7 @@ def save(
     "task_type": task_type,
     "inference_mode": True,
   }
-  peft.write(folder, config | common, tensors)
+  peft_files.write(folder, config | common, tensors)
 
 
 def check(
@@ -172,7 +172,7 @@ def save_gguf(
     factors, alpha = gguf.factors(adapters, found, config)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from None
-  gguf_lora.write(path, factors, alpha=alpha, architecture=architecture, dtype=dtype)
+  gguf_files.write(path, factors, alpha=alpha, architecture=architecture, dtype=dtype)
 
 
 def _given(table: names.Table | None) -> names.Table:

@@ -15,8 +15,8 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from lora_jax.exchange import peft_files
 from lora_jax.exchange.modules import Module, module_of
-from lora_jax.io import peft
 
 FACTORS = ("lora_A.weight", "lora_B.weight")
 _LISTED = 8
@@ -25,7 +25,7 @@ Nested = dict[str, str]
 """`{PEFT's name of a factor: its name if the parameter were a module's weight}`."""
 
 
-def unnested(file: peft.AdapterFile, modules: Mapping[str, Module]) -> peft.AdapterFile:
+def unnested(file: peft_files.AdapterFile, modules: Mapping[str, Module]) -> peft_files.AdapterFile:
   """The file with the factors of parameters named like those of modules.
 
   Raises:
@@ -46,7 +46,7 @@ def unnested(file: peft.AdapterFile, modules: Mapping[str, Module]) -> peft.Adap
       f"{len(unmet) + len(missing)} of target_parameters and their factors are not there: {listed}"
     )
   tensors = {names.get(name, name): tensor for name, tensor in file.tensors.items()}
-  return peft.AdapterFile(file.path, file.config, tensors)
+  return peft_files.AdapterFile(file.path, file.config, tensors)
 
 
 def nested(

@@ -11,11 +11,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.exchange import parameters
-from lora_jax.exchange.factored import Layer, Reader, format_of, load
+from lora_jax.exchange import parameters, peft_files
 from lora_jax.exchange.formats import IN_THE_HEAD, ROWS, ROWS_BESIDE, WHOLE, Format
+from lora_jax.exchange.layer_tensors import Layer, Reader, format_of, load
 from lora_jax.exchange.modules import Module, module_of
-from lora_jax.io import peft
 from lora_jax.weights import Adapted, Full, TokenRows
 
 _ITSELF, _BASE, _COPY, _ORIGINAL = "", "base_layer.", "modules_to_save.", "original_module."
@@ -34,7 +33,7 @@ stores a fully trained leaf a second time, as the `_COPY`, and the `_ORIGINAL` a
 
 
 def adapters(
-  file: peft.AdapterFile, modules: Mapping[str, Module], leaves: Mapping[str, Any]
+  file: peft_files.AdapterFile, modules: Mapping[str, Module], leaves: Mapping[str, Any]
 ) -> dict[str, Adapted]:
   """The adapters in a file, in the order of the tree; errors as in `lora_jax.exchange.load`."""
   format = format_of(file.config)

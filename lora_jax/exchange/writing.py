@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.exchange import beside, lokr, parameters
+from lora_jax.exchange import lokr, parameters, whole_leaves
 from lora_jax.exchange.formats import (
   ADALORA_EPSILON,
   FORMATS,
@@ -39,7 +39,7 @@ Modules = Mapping[str, Module]
 Leaves = Mapping[str, Any]
 
 
-def folder(adapters: Adapters, modules: Modules, leaves: Leaves) -> beside.Folder:
+def folder(adapters: Adapters, modules: Modules, leaves: Leaves) -> whole_leaves.Folder:
   """The adapters in PEFT's form; errors as in `lora_jax.exchange.save`."""
   _check(adapters, modules, leaves)
   adapters = {path: _in_peft(x, modules[path], leaves[path]) for path, x in adapters.items()}
@@ -49,19 +49,19 @@ def folder(adapters: Adapters, modules: Modules, leaves: Leaves) -> beside.Folde
   if factored:
     format, factored = _one_format(factored)
     written = _factored(format, factored, modules)
-    written |= beside.full(format, full, set(factored), modules, leaves)
-    written |= beside.rows_beside(format, rows, modules, leaves)
+    written |= whole_leaves.full(format, full, set(factored), modules, leaves)
+    written |= whole_leaves.rows_beside(format, rows, modules, leaves)
   elif not rows:
-    written = beside.full_alone(full, modules, leaves)
+    written = whole_leaves.full_alone(full, modules, leaves)
   elif not full:
-    written = beside.rows_alone(rows, modules, leaves)
+    written = whole_leaves.rows_alone(rows, modules, leaves)
   else:
     raise ValueError(
       f"{next(iter(rows))} and {next(iter(full))}: PEFT trains rows of tokens and other leaves in "
       "full only alongside adapters; save them to folders of their own"
     )
   tied = [modules[path] for path in adapters if modules[path].is_head_too]
-  return written | beside.heads(written, tied)
+  return written | whole_leaves.heads(written, tied)
 
 
 def _check(adapters: Adapters, modules: Modules, leaves: Leaves) -> None:
@@ -136,7 +136,7 @@ class _Layer(NamedTuple):
     return self.parts[part.field].shape[axis]
 
 
-def _factored(format: Format, adapters: Adapters, modules: Modules) -> beside.Folder:
+def _factored(format: Format, adapters: Adapters, modules: Modules) -> whole_leaves.Folder:
   tensors, layers = {}, {}
   for path, adapter in adapters.items():
     module = modules[path]
@@ -165,14 +165,14 @@ def _factored(format: Format, adapters: Adapters, modules: Modules) -> beside.Fo
       ),
       "use_dora": format.kind is DoRA,
     }
-  return beside.Folder(config | _numbers(format, layers, tensors), tensors)
+  return whole_leaves.Folder(config | _numbers(format, layers, tensors), tensors)
 
 
 def _targets(layers: Mapping[str, _Layer], modules: Modules) -> dict[str, Any]:
   """The config's fields for the targets; parameters are listed separately from modules."""
   linear = {path: module for path, module in modules.items() if not module.parameter}
   own = {key for key, layer in layers.items() if layer.module.parameter}
-  fields = {"target_modules": beside.targets(layers.keys() - own, linear)}
+  fields = {"target_modules": whole_leaves.targets(layers.keys() - own, linear)}
   return fields | ({"target_parameters": sorted(own)} if own else {})
 
 
@@ -284,7 +284,7 @@ def _numerator(scale: float, denominator: float) -> int | float:
 def _with_exceptions(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
   """The most common value, and a pattern for every module with another one."""
   ((common, _),) = collections.Counter(values.values()).most_common(1)
-  ends = collections.Counter(ending for module in values for ending in beside.endings(module))
+  ends = collections.Counter(ending for module in values for ending in whole_leaves.endings(module))
   return common, {
     f"^{re.escape(module)}" if ends[module] else module: value
     for module, value in values.items()

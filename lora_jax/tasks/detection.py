@@ -35,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import families
+from lora_jax.attachment import key_of
 from lora_jax.checks import shown
 from lora_jax.data import box_batches, box_sets, pictures
 from lora_jax.data.batches import Shard, Watch
@@ -45,7 +46,6 @@ from lora_jax.models import boxes, ssdlite
 from lora_jax.models.mobilenet import MobileNetV2Config
 from lora_jax.tasks import box_drawings, box_losses, coco_metrics, heads, of_images, questions
 from lora_jax.train.step import Batch, Objective
-from lora_jax.transform import key_of
 
 PyTree = Any
 Record = dict[str, Any]

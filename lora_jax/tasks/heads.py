@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from lora_jax import families
+from lora_jax.attachment import key_of
 from lora_jax.checks import shown
 from lora_jax.io.pretrained import Pretrained
-from lora_jax.transform import key_of
 
 PyTree = Any
 Start = Callable[[str, tuple[int, ...], jax.Array], jax.Array]

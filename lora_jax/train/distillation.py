@@ -14,7 +14,7 @@ Source: Hinton, Vinyals and Dean 2015, arXiv 1503.02531, section 2; for the term
 Jiao et al. 2019, TinyBERT, arXiv 1909.10351, equation 8, with states of equal width.
 """
 
-import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.train.step import Batch, Objective, completion_loss
-from lora_jax.weights import Adapted, Pruned, Recentred, is_weight
+from lora_jax.weights import Adapted, Recentred, inside_mask, is_weight
 
 PyTree = Any
 Reading = jax.Array | tuple[jax.Array, jax.Array]  # logits_BCV, or with hidden_BCD
@@ -36,8 +36,6 @@ def without_adapters(weights: PyTree) -> PyTree:
   """
 
   def base_of(leaf):
-    if isinstance(leaf, Pruned) and isinstance(leaf.w, Adapted):
-      return dataclasses.replace(leaf, w=base_of(leaf.w))
     if isinstance(leaf, Recentred):
       raise ValueError(
         f"{leaf.path}: holds the residual that its adapter starts from and not the base; give the "
@@ -45,7 +43,7 @@ def without_adapters(weights: PyTree) -> PyTree:
       )
     return base_of(leaf.w) if isinstance(leaf, Adapted) else leaf
 
-  return jax.tree.map(base_of, weights, is_leaf=is_weight)
+  return jax.tree.map(functools.partial(inside_mask, base_of), weights, is_leaf=is_weight)
 
 
 def divergence(

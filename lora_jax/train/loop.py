@@ -21,8 +21,8 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
+from lora_jax.run.progress import compiling
 from lora_jax.train.checkpoint import Checkpoints
-from lora_jax.train.progress import compiling
 from lora_jax.train.step import Batch, State
 from lora_jax.train.step import shape_of as shape_of_tokens
 
@@ -38,13 +38,13 @@ class Batches(Protocol):
 
 
 class Writer(Protocol):
-  """The interface of `lora_jax.train.metrics.MetricsWriter` that the loop uses."""
+  """The interface of `lora_jax.run.metrics.MetricsWriter` that the loop uses."""
 
   def write(self, step: int, metrics: dict[str, float]) -> None: ...
 
 
 class Bar(Protocol):
-  """The interface of `lora_jax.train.progress.Progress` that the loop uses."""
+  """The interface of `lora_jax.run.progress.Progress` that the loop uses."""
 
   def update(self, *, loss: float, tokens_per_second: float) -> None: ...
 

@@ -25,10 +25,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lora_jax.attachment import attach, detach, trainable_mask
 from lora_jax.axes import Axes
 from lora_jax.train import step
 from lora_jax.train.step import State
-from lora_jax.transform import attach, detach, trainable_mask
 from lora_jax.tree import join, partition
 from lora_jax.weights import Adapted, LowRank, Recentred
 from lora_jax.weights.masked import Masked

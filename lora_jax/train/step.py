@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lora_jax.attachment import with_dropout
 from lora_jax.train.accumulation import accumulated
-from lora_jax.transform import with_dropout
 from lora_jax.tree import join
 
 PyTree = Any

@@ -23,7 +23,7 @@ from jax import lax
 
 from lora_jax.weights import base, explicit, promotion
 from lora_jax.weights.base import NotFactored, Weight
-from lora_jax.weights.factors import part_axes
+from lora_jax.weights.factor_axes import part_axes
 
 if TYPE_CHECKING:
   from lora_jax.weights.low_rank import LowRank

@@ -17,7 +17,7 @@ from jax import lax
 from lora_jax.weights import base
 from lora_jax.weights.base import NotFactored, is_weight
 from lora_jax.weights.combined import Combined, summed
-from lora_jax.weights.factors import labels
+from lora_jax.weights.factor_axes import labels
 from lora_jax.weights.products import dot_labels
 from lora_jax.weights.pytree import register
 from lora_jax.weights.scaled import scaled_along

@@ -25,7 +25,7 @@ from jax import lax
 from lora_jax.weights import base, explicit, promotion
 from lora_jax.weights.adapted import Adapted
 from lora_jax.weights.base import NotFactored
-from lora_jax.weights.factors import RANK, Labels, factor_labels, labels, part_labels
+from lora_jax.weights.factor_axes import RANK, Labels, factor_labels, labels, part_labels
 from lora_jax.weights.low_rank import LowRank
 from lora_jax.weights.pytree import register
 from lora_jax.weights.scaled import ScaledOutputs, spread, times

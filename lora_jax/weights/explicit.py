@@ -18,7 +18,7 @@ import jax
 from jax.sharding import AxisType, NamedSharding, auto_axes
 
 from lora_jax.weights.base import NotFactored
-from lora_jax.weights.factors import part_axes
+from lora_jax.weights.factor_axes import part_axes
 
 PyTree = Any
 

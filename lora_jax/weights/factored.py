@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 
 from lora_jax.weights import explicit, promotion
 from lora_jax.weights.base import NotFactored, Weight, check_zero, is_weight, materialize
-from lora_jax.weights.factors import A, B, part_axes
+from lora_jax.weights.factor_axes import A, B, part_axes
 from lora_jax.weights.low_rank import LowRank
 from lora_jax.weights.pytree import register
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.weights import base, promotion
-from lora_jax.weights.factors import factor_labels, labels, part_labels
+from lora_jax.weights.factor_axes import factor_labels, labels, part_labels
 from lora_jax.weights.low_rank import LowRank, plus
 from lora_jax.weights.products import dot_labels
 from lora_jax.weights.pytree import register

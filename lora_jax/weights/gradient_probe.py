@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from lora_jax.weights import base, explicit
 from lora_jax.weights.base import NotFactored
-from lora_jax.weights.factors import Labels, labels, part_labels, reordered
+from lora_jax.weights.factor_axes import Labels, labels, part_labels, reordered
 from lora_jax.weights.products import dot_labels
 from lora_jax.weights.pytree import register
 from lora_jax.weights.structured import Structured

@@ -22,7 +22,7 @@ from jax import lax
 from lora_jax.weights import base, explicit, promotion
 from lora_jax.weights.adapted import Adapted
 from lora_jax.weights.base import NotFactored
-from lora_jax.weights.factors import (
+from lora_jax.weights.factor_axes import (
   RANK,
   Labels,
   contract,

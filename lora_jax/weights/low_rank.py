@@ -28,7 +28,7 @@ from jax.typing import DTypeLike
 from lora_jax.weights import base, explicit, promotion
 from lora_jax.weights.base import NotFactored
 from lora_jax.weights.combined import added, subtracted
-from lora_jax.weights.factors import factor_labels, labels, part_axes, part_labels
+from lora_jax.weights.factor_axes import factor_labels, labels, part_axes, part_labels
 from lora_jax.weights.products import dot_labels, low_rank_product
 from lora_jax.weights.pytree import register
 from lora_jax.weights.scaled import scaled_along, spread

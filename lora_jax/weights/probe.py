@@ -18,7 +18,7 @@ from jax import lax
 
 from lora_jax.weights import base, explicit
 from lora_jax.weights.base import NotFactored, materialize
-from lora_jax.weights.factors import Labels, labels, part_labels, part_sizes, reordered
+from lora_jax.weights.factor_axes import Labels, labels, part_labels, part_sizes, reordered
 from lora_jax.weights.products import dot_labels
 from lora_jax.weights.pytree import register
 from lora_jax.weights.structured import Structured

@@ -8,14 +8,7 @@ import jax
 from jax import lax
 
 from lora_jax.weights import promotion
-from lora_jax.weights.factors import (
-  RANK,
-  Labels,
-  contract,
-  factor_labels,
-  labels,
-  reordered,
-)
+from lora_jax.weights.factor_axes import RANK, Labels, contract, factor_labels, labels, reordered
 
 
 def dot_labels(

@@ -11,6 +11,7 @@ product of a mask and thin factors has no thin form.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Self
 
 import jax
@@ -105,3 +106,15 @@ class Pruned(Moved):
   def _moved(self, op: str, *args, **placed) -> Self:
     mask = getattr(lax, op)(self.mask, *args, **placed)
     return dataclasses.replace(self, w=base.call(op, self.w, *args, **placed), mask=mask)
+
+
+def unmasked(leaf: Any) -> Any:
+  """What a leaf's mask is around, or the leaf itself if it has none."""
+  return leaf.w if isinstance(leaf, Pruned) else leaf
+
+
+def inside_mask(change: Callable[[Any], Any], leaf: Any) -> Any:
+  """Returns a leaf with a change of what its mask is around, or of all of it if it has none."""
+  if isinstance(leaf, Pruned):
+    return dataclasses.replace(leaf, w=change(leaf.w))
+  return change(leaf)

@@ -23,7 +23,7 @@ import numpy as np
 from lora_jax import checks
 from lora_jax.weights import explicit, promotion
 from lora_jax.weights.coded import Coded, rows_of
-from lora_jax.weights.factors import labels
+from lora_jax.weights.factor_axes import labels
 from lora_jax.weights.products import dot_labels
 from lora_jax.weights.pytree import register
 from lora_jax.weights.scaled import times

@@ -15,7 +15,7 @@ from jax import lax
 
 from lora_jax.weights import base, explicit, promotion
 from lora_jax.weights.base import NotFactored, check_zero
-from lora_jax.weights.factors import Labels, labels, part_labels
+from lora_jax.weights.factor_axes import Labels, labels, part_labels
 from lora_jax.weights.products import dot_labels
 from lora_jax.weights.pytree import register
 from lora_jax.weights.structured import Structured

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from lora_jax.weights import base, explicit
 from lora_jax.weights.adapted import Adapted
 from lora_jax.weights.base import NotFactored
-from lora_jax.weights.factors import RANK, part_axes, part_sizes, permuted_part, reshaped_roles
+from lora_jax.weights.factor_axes import RANK, part_axes, part_sizes, permuted_part, reshaped_roles
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from jax import lax
 from lora_jax.weights import base, explicit, promotion
 from lora_jax.weights.adapted import Adapted
 from lora_jax.weights.base import NotFactored
-from lora_jax.weights.factors import RANK, labels, part_labels, permuted_part, reordered
+from lora_jax.weights.factor_axes import RANK, labels, part_labels, permuted_part, reordered
 from lora_jax.weights.low_rank import plus
 from lora_jax.weights.products import dot_labels
 from lora_jax.weights.pytree import register

@@ -8,7 +8,7 @@ import pytest
 from functions import normal
 
 import lora_jax
-from lora_jax.compress import prune, report
+from lora_jax.compress import pruning, report
 from lora_jax.models import llama
 from lora_jax.weights import Factored
 from lora_jax.weights.quantized import Format, quantized
@@ -17,7 +17,7 @@ PARAMS = {
   "dense": normal(8, 6),
   "factored": Factored(normal(8, 2), normal(2, 6)),
   "codes": quantized(normal(8, 6), Format(levels="int8"), (-2,)),
-  "pruned": prune.prune({"w": normal(8, 6)}, ["w"], prune.magnitude, prune.n_of_m(2, 4))["w"],
+  "pruned": pruning.prune({"w": normal(8, 6)}, ["w"], pruning.magnitude, pruning.n_of_m(2, 4))["w"],
 }
 
 

@@ -9,14 +9,14 @@ from functions import convolve, normal
 
 import lora_jax
 from lora_jax import adapt, cost, materialize, tree
-from lora_jax.compress import factorize, sensitivity
+from lora_jax.compress import factorization, sensitivity
 from lora_jax.weights import Factored
 
 OF_RANK_TWO = np.array([[1.0, 2, 3], [4, 5, 6], [7, 8, 9]])
 EXACT = {
-  "svd": factorize.svd,
-  "pivoted QR": factorize.pivoted_qr,
-  "randomised": factorize.randomized(0),
+  "svd": factorization.svd,
+  "pivoted QR": factorization.pivoted_qr,
+  "randomised": factorization.randomized(0),
 }
 rng = np.random.default_rng(0)
 ROWS = rng.standard_normal((64, 12)) @ rng.standard_normal((12, 12))  # inputs that are correlated
@@ -32,11 +32,11 @@ def moments(rows=ROWS):
 @pytest.mark.parametrize("decompose", EXACT.values(), ids=EXACT)
 def test_truncation_at_the_exact_rank_is_exact(decompose):
   params = {"w": jnp.asarray(OF_RANK_TWO, jnp.float32)}
-  found = factorize.factorize(params, {"w": 2}, decompose)
+  found = factorization.factorize(params, {"w": 2}, decompose)
   np.testing.assert_allclose(found["w"].materialize(), OF_RANK_TWO, rtol=1e-5, atol=1e-5)
   assert (
     np.linalg.norm(
-      factorize.factorize(params, {"w": 1}, decompose)["w"].materialize() - OF_RANK_TWO
+      factorization.factorize(params, {"w": 1}, decompose)["w"].materialize() - OF_RANK_TWO
     )
     > 0.9
   )
@@ -54,33 +54,33 @@ def test_the_svd_is_the_nearest_and_the_pivoted_qr_near():
 
 
 def test_the_rows_of_the_pivoted_qr_say_what_it_loses_at_each_rank():
-  losses = factorize.tails({"w": W}, ["w"], factorize.pivoted_rows)["w"]
+  losses = factorization.tails({"w": W}, ["w"], factorization.pivoted_rows)["w"]
   for rank in (1, 4, 7):
-    a, b = factorize.pivoted_qr("w", W, rank)
+    a, b = factorization.pivoted_qr("w", W, rank)
     assert losses[rank] == pytest.approx(np.linalg.norm(W - a @ b) ** 2, rel=1e-9)
   assert losses[-1] == 0
 
 
 def test_whitening_loses_what_the_singular_values_say_of_the_outputs_and_less_than_the_svd():
-  whitened = factorize.Whitened(moments(), damping=1e-9)
+  whitened = factorization.Whitened(moments(), damping=1e-9)
   a, b = whitened("w", W, 4)
   lost = np.linalg.norm(ROWS @ (W - a @ b)) ** 2 / len(ROWS)
   optimal = np.linalg.svd(ROWS @ W, compute_uv=False)[4:] / np.sqrt(len(ROWS))
   assert lost == pytest.approx((optimal**2).sum(), rel=1e-4)
   assert lost == pytest.approx((whitened.values("w", W)[4:] ** 2).sum(), rel=1e-4)
-  a, b = factorize.svd("w", W, 4)
+  a, b = factorization.svd("w", W, 4)
   assert lost < 0.9 * np.linalg.norm(ROWS @ (W - a @ b)) ** 2 / len(ROWS)
 
 
 def test_a_kernel_of_zeros_has_factors_of_zeros():
   for matrix in (np.zeros((12, 9)), np.zeros((12, 20))):
-    a, b = factorize.Whitened(moments())("w", matrix, 2)
+    a, b = factorization.Whitened(moments())("w", matrix, 2)
     np.testing.assert_allclose(a @ b, 0, atol=1e-12)
 
 
 def test_with_gradients_it_loses_least_of_the_second_order_change_of_the_loss():
   gradients = rng.standard_normal((64, 9)) @ np.diag(np.arange(1.0, 10))
-  metric = factorize.Whitened(moments(), {"w": gradients.T @ gradients}, damping=1e-9)
+  metric = factorization.Whitened(moments(), {"w": gradients.T @ gradients}, damping=1e-9)
 
   def change(a, b):
     """E[(xᵀ E g)²], over all pairs of a row and a gradient."""
@@ -88,14 +88,14 @@ def test_with_gradients_it_loses_least_of_the_second_order_change_of_the_loss():
 
   found = change(*metric("w", W, 4))
   assert found == pytest.approx((metric.values("w", W)[4:] ** 2).sum(), rel=1e-4)
-  assert found < 0.9 * change(*factorize.Whitened(moments())("w", W, 4))
+  assert found < 0.9 * change(*factorization.Whitened(moments())("w", W, 4))
 
 
 def test_the_update_is_the_least_squares_fit_to_the_new_inputs():
   dense = {"w": jnp.asarray(W, jnp.float32)}
-  found = factorize.factorize(dense, {"w": 4})
+  found = factorization.factorize(dense, {"w": 4})
   new = ROWS @ rng.standard_normal((12, 12))
-  updated = factorize.update(found, dense, ["w"], moments(new), damping=1e-9)["w"]
+  updated = factorization.update(found, dense, ["w"], moments(new), damping=1e-9)["w"]
   a = np.asarray(found["w"].a, np.float64)
   expected = np.linalg.lstsq(new @ a, new @ W, rcond=None)[0]
   np.testing.assert_allclose(updated.b, expected, rtol=1e-3, atol=1e-4)
@@ -130,11 +130,11 @@ def test_kernels_of_any_axes_are_factored_and_cost_what_their_factors_do():
   params = {"conv": normal(3, 3, 2, 6), "layers": normal(2, 8, 4, 3), "bias": normal(6)}
   axes = {"conv": "iiio", "layers": "sioo", "bias": ""}
   axes = {path: lora_jax.Axes(roles, ("dot_general",)) for path, roles in axes.items()}
-  found = factorize.factorize(params, {"conv": 6, "layers": 8}, axes=axes)
+  found = factorization.factorize(params, {"conv": 6, "layers": 8}, axes=axes)
   assert (found["layers"].a.shape, found["layers"].b.shape) == ((2, 8, 8), (2, 8, 4, 3))
   for path in ("conv", "layers"):
     np.testing.assert_allclose(found[path].materialize(), params[path], rtol=1e-4, atol=1e-5)
-  smaller = factorize.factorize(params, {"conv": 2, "layers": 2}, axes=axes)
+  smaller = factorization.factorize(params, {"conv": 2, "layers": 2}, axes=axes)
   x = normal(1, 5, 5, 2)
   np.testing.assert_allclose(
     adapt(convolve, strict=True)({"w": smaller["conv"]}, x),
@@ -147,9 +147,14 @@ def test_kernels_of_any_axes_are_factored_and_cost_what_their_factors_do():
 
 def test_a_share_of_the_energy_keeps_the_fewest_ranks_that_hold_it():
   params = {"w": jnp.diag(jnp.array([4.0, 2.0, 1.0, 0.0]))}
-  losses = factorize.tails(params, ["w"], factorize.singular_values)
+  losses = factorization.tails(params, ["w"], factorization.singular_values)
   np.testing.assert_allclose(losses["w"], [21, 5, 1, 0, 0], atol=1e-6)
-  assert [factorize.energy_ranks(losses, e)["w"] for e in (0.1, 0.77, 20 / 21, 1.0)] == [1, 2, 2, 3]
+  assert [factorization.energy_ranks(losses, e)["w"] for e in (0.1, 0.77, 20 / 21, 1.0)] == [
+    1,
+    2,
+    2,
+    3,
+  ]
 
 
 def test_a_budget_goes_where_ranks_are_worth_most_and_is_met():
@@ -191,22 +196,25 @@ def test_the_costs_of_operations_count_rows_and_those_of_time_are_measured():
 @pytest.mark.parametrize(
   ("make", "words"),
   [
-    (lambda p: factorize.factorize(p, {"w": 10}), "w: the rank must be from 1 to 9, .* is 10"),
-    (lambda p: factorize.factorize(p, {"w": 0}), "the rank must be from 1"),
-    (lambda p: factorize.factorize(p, {"v": 1}), "'v' matches no leaf"),
-    (lambda p: factorize.factorize(p, {}), "the ranks are empty"),
-    (lambda p: factorize.factorize({"w": p["w"].at[0, 0].set(jnp.nan)}, {"w": 2}), "holds NaN"),
+    (lambda p: factorization.factorize(p, {"w": 10}), "w: the rank must be from 1 to 9, .* is 10"),
+    (lambda p: factorization.factorize(p, {"w": 0}), "the rank must be from 1"),
+    (lambda p: factorization.factorize(p, {"v": 1}), "'v' matches no leaf"),
+    (lambda p: factorization.factorize(p, {}), "the ranks are empty"),
+    (lambda p: factorization.factorize({"w": p["w"].at[0, 0].set(jnp.nan)}, {"w": 2}), "holds NaN"),
     (
-      lambda p: factorize.factorize(factorize.factorize(p, {"w": 3}), {"w": 2}),
+      lambda p: factorization.factorize(factorization.factorize(p, {"w": 3}), {"w": 2}),
       "w: is compressed already, a Factored",
     ),
-    (lambda p: factorize.factorize(p, {"w": 2}, factorize.Whitened({})), "w: has no moments"),
     (
-      lambda p: factorize.factorize(p, {"w": 2}, factorize.Whitened(moments(ROWS[:8]))),
+      lambda p: factorization.factorize(p, {"w": 2}, factorization.Whitened({})),
+      "w: has no moments",
+    ),
+    (
+      lambda p: factorization.factorize(p, {"w": 2}, factorization.Whitened(moments(ROWS[:8]))),
       "w: the calibration data have 8 rows for its 12 inputs; give more",
     ),
-    (lambda p: factorize.energy_ranks({}, 1.5), "energy 1.5 must be above 0"),
-    (lambda p: factorize.update(p, p, ["w"], {}), "is not a factorized kernel"),
+    (lambda p: factorization.energy_ranks({}, 1.5), "energy 1.5 must be above 0"),
+    (lambda p: factorization.update(p, p, ["w"], {}), "is not a factorized kernel"),
   ],
 )
 def test_what_cannot_be_factorised_is_refused_with_the_reason(make, words):
@@ -216,7 +224,7 @@ def test_what_cannot_be_factorised_is_refused_with_the_reason(make, words):
 
 def test_a_factorised_model_is_adapted_and_heals():
   params = {"w": jnp.asarray(W, jnp.float32)}
-  found = factorize.factorize(params, {"w": 3})
+  found = factorization.factorize(params, {"w": 3})
   specs = lora_jax.match(found, [("w", lora_jax.LoRA(rank=2, alpha=2.0))])
   x = jnp.asarray(ROWS, jnp.float32)
   adapters = lora_jax.init(jax.random.key(0), found, specs)
@@ -268,12 +276,12 @@ def test_convolutions_and_embeddings_of_a_network_are_factored_and_cost_less(
 
   strict = adapt(f, strict=True)
   axes = lora_jax.trace_axes(f, params, x)
-  paths = factorize.select(params, patterns, axes)
+  paths = factorization.select(params, patterns, axes)
   assert len(paths) == len(full)
-  whole = factorize.factorize(params, dict(zip(paths, full, strict=True)), axes=axes)
+  whole = factorization.factorize(params, dict(zip(paths, full, strict=True)), axes=axes)
   np.testing.assert_allclose(strict(whole, x), f(params, x), rtol=1e-4, atol=1e-5)
 
-  smaller = factorize.factorize(params, dict.fromkeys(paths, low), axes=axes)
+  smaller = factorization.factorize(params, dict.fromkeys(paths, low), axes=axes)
   np.testing.assert_allclose(strict(smaller, x), f(materialize(smaller), x), rtol=1e-4, atol=1e-5)
   operations, numbers = (
     [count(tree) for tree in (smaller, params)]

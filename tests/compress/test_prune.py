@@ -10,20 +10,20 @@ from tolerances import assert_close
 
 import lora_jax
 from lora_jax import adapt, materialize, tree
-from lora_jax.compress import prune
+from lora_jax.compress import pruning
 from lora_jax.weights import Pruned
 from lora_jax.weights.probe import Moments
 
 W = {"kernel": normal(8, 6)}
 
 
-def mask_of(w, pattern, score=prune.magnitude, **options):
-  return np.asarray(prune.prune({"w": w}, ["w"], score, pattern, **options)["w"].mask)
+def mask_of(w, pattern, score=pruning.magnitude, **options):
+  return np.asarray(pruning.prune({"w": w}, ["w"], score, pattern, **options)["w"].mask)
 
 
 def test_by_magnitude_the_smallest_numbers_of_every_output_go():
   w = np.asarray(normal(8, 6))
-  mask = mask_of(jnp.asarray(w), prune.share(0.25))
+  mask = mask_of(jnp.asarray(w), pruning.share(0.25))
   for column, kept in zip(w.T, mask.T, strict=True):
     assert set(np.flatnonzero(~kept)) == set(np.argsort(np.abs(column))[:2])
 
@@ -34,13 +34,13 @@ def test_wanda_weighs_a_number_by_the_norm_of_its_input():
   whole = Moments(jnp.asarray(inputs.T @ inputs), jnp.float32(2))
   diagonal = Moments(jnp.asarray((inputs**2).sum(0)), jnp.float32(2))
   for moments in (whole, diagonal):
-    mask = mask_of(jnp.asarray(w), prune.share(0.5), prune.wanda({"w": moments}))
+    mask = mask_of(jnp.asarray(w), pruning.share(0.5), pruning.wanda({"w": moments}))
     np.testing.assert_array_equal(mask[:, 0], [True, False, True, False])
 
 
 def test_two_of_every_four_inputs_stay_for_every_output():
   w = np.asarray(normal(8, 6))
-  mask = mask_of(jnp.asarray(w), prune.n_of_m(2, 4))
+  mask = mask_of(jnp.asarray(w), pruning.n_of_m(2, 4))
   assert (mask.reshape(2, 4, 6).sum(1) == 2).all()
   kept = np.sort(np.abs(np.where(mask, w, 0)).reshape(2, 4, 6), axis=1)[:, 2:]
   np.testing.assert_array_equal(kept, np.sort(np.abs(w).reshape(2, 4, 6), axis=1)[:, 2:])
@@ -49,9 +49,9 @@ def test_two_of_every_four_inputs_stay_for_every_output():
 def test_the_inputs_and_outputs_of_a_stack_are_where_the_function_has_them():
   w = normal(3, 2, 4, 5)  # layers, heads and their features, outputs
   axes = {"w": lora_jax.Axes("siio", ("dot_general",))}
-  mask = mask_of(w, prune.share(0.5), axes=axes)
+  mask = mask_of(w, pruning.share(0.5), axes=axes)
   assert (mask.sum((1, 2)) == 4).all()
-  layer = mask_of(w[1].reshape(8, 5), prune.share(0.5))
+  layer = mask_of(w[1].reshape(8, 5), pruning.share(0.5))
   np.testing.assert_array_equal(mask[1].reshape(8, 5), layer)
 
 
@@ -70,7 +70,7 @@ def test_a_function_of_pruned_leaves_is_that_of_their_arrays(name):
   "method", [lora_jax.LoRA(rank=2, alpha=2.0), lora_jax.PiSSA(rank=2, alpha=2.0)]
 )
 def test_what_is_trained_beside_a_pruned_kernel_keeps_its_zeros_when_merged(method):
-  params = prune.prune(W, ["kernel"], prune.magnitude, prune.n_of_m(2, 4))
+  params = pruning.prune(W, ["kernel"], pruning.magnitude, pruning.n_of_m(2, 4))
   adapters = lora_jax.init(jax.random.key(0), params, {"kernel": method})
   x, y = normal(5, 8), normal(5, 6)
   apply = adapt(lambda p, x: x @ p["kernel"])
@@ -97,32 +97,32 @@ def test_what_is_trained_beside_a_pruned_kernel_keeps_its_zeros_when_merged(meth
 
 
 def test_dropout_is_refused_where_an_adapter_is_inside_a_mask():
-  params = prune.prune(W, ["kernel"], prune.magnitude, prune.share(0.5))
+  params = pruning.prune(W, ["kernel"], pruning.magnitude, pruning.share(0.5))
   spec = lora_jax.LoRA(rank=2, alpha=2.0, dropout=0.5)
   with pytest.raises(ValueError, match=r"kernel: is pruned, .* set its dropout to 0"):
     lora_jax.attach(params, lora_jax.init(jax.random.key(0), params, {"kernel": spec}))
 
 
 def test_sparsity_is_the_share_of_zeros():
-  assert prune.sparsity(W) == 0
-  params = prune.prune(W, ["kernel"], prune.magnitude, prune.n_of_m(1, 4))
-  assert prune.sparsity(params) == 0.75
+  assert pruning.sparsity(W) == 0
+  params = pruning.prune(W, ["kernel"], pruning.magnitude, pruning.n_of_m(1, 4))
+  assert pruning.sparsity(params) == 0.75
 
 
 @pytest.mark.parametrize(
   ("make", "words"),
   [
-    (lambda: prune.share(0.0), "must be above 0"),
-    (lambda: prune.n_of_m(4, 4), "is no pattern"),
-    (lambda: mask_of(normal(6, 8), prune.n_of_m(2, 4)), "w: has 6 inputs, .* no multiple of 4"),
-    (lambda: mask_of(normal(8, 6), prune.share(0.5), prune.wanda({})), "w: has no moments"),
-    (lambda: mask_of(normal(8, 6).at[0, 0].set(jnp.nan), prune.share(0.5)), "holds NaN"),
+    (lambda: pruning.share(0.0), "must be above 0"),
+    (lambda: pruning.n_of_m(4, 4), "is no pattern"),
+    (lambda: mask_of(normal(6, 8), pruning.n_of_m(2, 4)), "w: has 6 inputs, .* no multiple of 4"),
+    (lambda: mask_of(normal(8, 6), pruning.share(0.5), pruning.wanda({})), "w: has no moments"),
+    (lambda: mask_of(normal(8, 6).at[0, 0].set(jnp.nan), pruning.share(0.5)), "holds NaN"),
     (
-      lambda: prune.prune(
-        prune.prune(W, ["kernel"], prune.magnitude, prune.share(0.5)),
+      lambda: pruning.prune(
+        pruning.prune(W, ["kernel"], pruning.magnitude, pruning.share(0.5)),
         ["kernel"],
-        prune.magnitude,
-        prune.share(0.5),
+        pruning.magnitude,
+        pruning.share(0.5),
       ),
       "is compressed already",
     ),
@@ -134,5 +134,5 @@ def test_what_cannot_be_pruned_is_refused_with_the_reason(make, words):
 
 
 def test_of_few_inputs_one_stays_whatever_the_share_is():
-  mask = mask_of(normal(2, 6), prune.share(0.9))
+  mask = mask_of(normal(2, 6), pruning.share(0.9))
   np.testing.assert_array_equal(mask.sum(0), 1)

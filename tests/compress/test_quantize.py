@@ -9,8 +9,8 @@ from functions import normal
 from tolerances import assert_close
 
 import lora_jax
-from lora_jax import Axes, LoRA, adapt, compress
-from lora_jax.compress import gptq, loftq
+from lora_jax import Axes, LoRA, adapt, compress, loftq
+from lora_jax.compress import gptq
 from lora_jax.weights import Coded, Format, Quantized
 from lora_jax.weights.probe import Moments
 

@@ -7,7 +7,7 @@ import pytest
 
 import lora_jax
 from lora_jax import families, tree
-from lora_jax.compress import structured
+from lora_jax.compress import structured_pruning
 from lora_jax.models import llama
 from lora_jax.weights.probe import Moments
 
@@ -48,7 +48,7 @@ def moments_of(params, name):
 
 def test_channels_that_give_nothing_go_and_nothing_changes():
   params = model(up=np.array([0, 5, 7, 23]))
-  small, config = structured.prune_channels(params, CONFIG, 20, moments_of(params, "down"))
+  small, config = structured_pruning.prune_channels(params, CONFIG, 20, moments_of(params, "down"))
   assert config.mlp_width == 20
   assert {p: x.shape for p, x in tree.flatten(small).items()} == families.param_shapes(config)
   np.testing.assert_allclose(apply(config, small), apply(CONFIG, params), rtol=1e-3, atol=1e-4)
@@ -56,7 +56,7 @@ def test_channels_that_give_nothing_go_and_nothing_changes():
 
 def test_a_head_that_gives_nothing_goes_with_the_queries_that_attend_to_it():
   params = model(value=np.arange(4))  # the first of two key/value heads
-  small, config = structured.prune_heads(params, CONFIG, 1, moments_of(params, "out"))
+  small, config = structured_pruning.prune_heads(params, CONFIG, 1, moments_of(params, "out"))
   assert (config.num_heads, config.num_kv_heads) == (2, 1)
   np.testing.assert_array_equal(
     small["block_0"]["attn"]["query"]["kernel"], params["block_0"]["attn"]["query"]["kernel"][:, 8:]
@@ -69,7 +69,7 @@ def test_what_stays_is_fitted_to_what_went():
   x = rng.standard_normal((200, 8)) @ rng.standard_normal((8, 8))
   w = rng.standard_normal((8, 3))
   moments = {"w": Moments(x.T @ x, np.float32(len(x)))}
-  kept, fitted = structured._fewer_inputs("w", jnp.asarray(w), 5, 1, moments, 1e-9)
+  kept, fitted = structured_pruning._fewer_inputs("w", jnp.asarray(w), 5, 1, moments, 1e-9)
   scores = [np.sum((x[:, [n]] @ w[[n]]) ** 2) for n in range(8)]
   assert set(kept) == set(np.argsort(scores)[3:])
   expected = np.linalg.lstsq(x[:, kept], x @ w, rcond=None)[0]
@@ -84,4 +84,4 @@ def test_what_cannot_be_pruned_is_refused_with_the_reason(width, rows, words):
   params = model()
   moments = {f"block_{i}/mlp/down/kernel": Moments(np.eye(24), np.float32(rows)) for i in range(2)}
   with pytest.raises(ValueError, match=words):
-    structured.prune_channels(params, CONFIG, width, moments)
+    structured_pruning.prune_channels(params, CONFIG, width, moments)

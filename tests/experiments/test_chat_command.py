@@ -23,7 +23,7 @@ from configs import sft
 from experiments import programs, speakers
 from lora_jax import tree
 from lora_jax.io import pretrained
-from lora_jax.train import workdir
+from lora_jax.run import workdir
 from lora_jax.weights import is_weight
 
 train = imported("experiments.train")

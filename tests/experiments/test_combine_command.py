@@ -9,7 +9,8 @@ from weight_table import factors
 
 import lora_jax
 from experiments import parts
-from lora_jax import LowRank, combiners, exchange
+from lora_jax import LowRank, exchange
+from lora_jax.compose import combiners
 from lora_jax.io import export, names
 from lora_jax.models import llama
 

@@ -23,8 +23,8 @@ from experiments import parts
 from lora_jax import exchange
 from lora_jax.io import safetensors
 from lora_jax.models import llama
+from lora_jax.run import workdir as workdir_lib
 from lora_jax.train import evaluation, loop
-from lora_jax.train import workdir as workdir_lib
 
 train = imported("experiments.train")
 

@@ -17,7 +17,7 @@ from experiments import compression, compression_data, parts
 from lora_jax import exchange, tree
 from lora_jax.compress import perplexity, storage
 from lora_jax.io import names, pretrained, safetensors
-from lora_jax.train import workdir
+from lora_jax.run import workdir
 from lora_jax.weights import Factored, Pruned, is_weight
 from lora_jax.weights.quantized import INT8, Quantized, quantized
 

@@ -19,8 +19,8 @@ from lora_jax import tree
 from lora_jax.compress import storage
 from lora_jax.io import export, pretrained, tokenizer
 from lora_jax.models import bert
+from lora_jax.run import workdir
 from lora_jax.tasks import heads
-from lora_jax.train import workdir
 from lora_jax.weights import Factored, Pruned, is_weight
 
 SMALL = {"report.batches": (1,), "report.repeats": 1, "factorize.budget": 0.6}

@@ -11,9 +11,9 @@ import lora_jax
 from configs import compress
 from experiments import compression, compression_checks, parts
 from lora_jax import tree
-from lora_jax.compress import factorize, storage
+from lora_jax.compress import factorization, storage
 from lora_jax.io import export, pretrained
-from lora_jax.train import workdir
+from lora_jax.run import workdir
 from lora_jax.weights import Pruned
 
 
@@ -189,7 +189,7 @@ def test_of_a_compressed_model_the_steps_that_it_went_through_count_as_steps_bef
   program, tmp_path, tiny, tokenizer, model, monkeypatch, steps, fields, words
 ):
   ranks = {f"block_{n}/mlp/up/kernel": 6 for n in range(2)}
-  params = factorize.factorize(model.params, ranks)
+  params = factorization.factorize(model.params, ranks)
   storage.save(tmp_path / "small", params, model.config, tokenizer, steps=["factorize"])
   config = tiny_compression.config(*tiny, f"steps={steps}", **fields)
   config.model.source = str(tmp_path / "small")

@@ -22,12 +22,12 @@ from peers import torch, transformers
 
 import lora_jax
 from experiments import methods, parts
-from lora_jax import compress, exchange, factorization, families, tree
+from lora_jax import compress, decompositions, exchange, families, tree
 from lora_jax.compress import storage
 from lora_jax.io import export as export_lib
 from lora_jax.io import gguf_model, pretrained, safetensors
 from lora_jax.models import llama
-from lora_jax.train import workdir
+from lora_jax.run import workdir
 from lora_jax.weights import Factored, Pruned
 
 TEXT = "A joy of a film."  # the README's
@@ -77,7 +77,7 @@ def compressed(source, folder):
   params = compress.quantize(params, formats, axes)
   for block in ("block_0", "block_1"):
     mlp = params[block]["mlp"]
-    a, b = factorization.balanced(factorization.svd(mlp["gate"]["kernel"], 8))
+    a, b = decompositions.balanced(decompositions.svd(mlp["gate"]["kernel"], 8))
     mlp["gate"]["kernel"] = Factored(a, b, path=f"{block}/mlp/gate/kernel")
     mask = jnp.abs(mlp["down"]["kernel"]) > 0.05
     mlp["down"]["kernel"] = Pruned.of(mlp["down"]["kernel"], mask, f"{block}/mlp/down/kernel")

@@ -14,7 +14,7 @@ from configs import quickstart
 from experiments import inputs, parts, samples
 from lora_jax.data import examples
 from lora_jax.io import pretrained
-from lora_jax.train import workdir
+from lora_jax.run import workdir
 
 train = imported("experiments.train")
 

@@ -14,7 +14,8 @@ from lora_jax import exchange
 from lora_jax.io import export, safetensors
 from lora_jax.models import encoder_attention
 from lora_jax.models.low_rank_attention import Linformer, Nystrom
-from lora_jax.train import evaluation, workdir
+from lora_jax.run import workdir
+from lora_jax.train import evaluation
 
 train = imported("experiments.train")
 FIELDS = ("attention", "attention_rank", "attention_iterations")

@@ -12,7 +12,7 @@ from main_programs import imported, run
 from experiments import methods, parts
 from lora_jax import exchange, tree
 from lora_jax.io import pretrained, tokenizer
-from lora_jax.train import workdir as workdir_lib
+from lora_jax.run import workdir as workdir_lib
 from lora_jax.weights import LowRank, TokenRows
 
 train = imported("experiments.train")

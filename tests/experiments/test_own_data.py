@@ -13,7 +13,7 @@ from pyarrow import parquet
 
 from experiments import inputs, parts
 from lora_jax.io import pretrained
-from lora_jax.train import workdir
+from lora_jax.run import workdir
 
 train = imported("experiments.train")
 

@@ -10,7 +10,7 @@ from main_programs import imported, run
 from configs import compress as compress_config
 from configs import quickstart
 from experiments import methods, parts
-from lora_jax.train import workdir
+from lora_jax.run import workdir
 
 train = imported("experiments.train")
 compress = imported("experiments.compress")

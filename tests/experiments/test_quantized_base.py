@@ -16,8 +16,8 @@ import lora_jax
 from experiments import methods, parts
 from lora_jax import exchange, tree
 from lora_jax.models import llama
+from lora_jax.run import workdir as workdir_lib
 from lora_jax.train import evaluation
-from lora_jax.train import workdir as workdir_lib
 from lora_jax.weights import Factored, Pruned, Quantized, is_weight
 
 train = imported("experiments.train")

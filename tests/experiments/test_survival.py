@@ -21,7 +21,7 @@ import tiny_pictures
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lora_jax.io import pretrained
-from lora_jax.train.metrics import read_metrics
+from lora_jax.run.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 36

@@ -20,9 +20,10 @@ from main_programs import imported
 from experiments import parts, planning, sweep_config
 from lora_jax import sharding
 from lora_jax.io import safetensors
-from lora_jax.train import loop, workdir
+from lora_jax.run import workdir
+from lora_jax.run.metrics import read_metrics
+from lora_jax.train import loop
 from lora_jax.train.checkpoint import Checkpoints
-from lora_jax.train.metrics import read_metrics
 
 train = imported("experiments.train")
 

@@ -16,8 +16,8 @@ from experiments import parts, planning, sweep_config, teachers
 from lora_jax import sharding
 from lora_jax.io import export
 from lora_jax.models import llama
-from lora_jax.train import metrics
-from lora_jax.train import workdir as workdir_lib
+from lora_jax.run import metrics
+from lora_jax.run import workdir as workdir_lib
 
 train = imported("experiments.train")
 

@@ -75,7 +75,7 @@ def write_folder(path, text):
 
 
 def write_config(path, text):
-  from lora_jax.train import workdir
+  from lora_jax.run import workdir
 
   with workdir.open_workdir(path.parent, {"rank": 8}):
     workdir.write_json(path, {"text": text})
@@ -103,7 +103,7 @@ def main(case, folder):
   path, found = pathlib.Path(folder) / "it", []
   current = before is os.chdir
   if case == "file of a run":
-    import lora_jax.train.workdir  # noqa: F401, before the children, which would each do it
+    import lora_jax.run.workdir  # noqa: F401, before the children, which would each do it
   for number in range(1, 10_000):
     os.chdir(folder)
     shutil.rmtree(path, ignore_errors=True)

@@ -11,7 +11,8 @@ from flax import traverse_util
 import lora_jax
 from lora_jax import exchange, families, weights
 from lora_jax.compress import storage
-from lora_jax.io import casting, export, gguf_lora, gguf_model, names, peft, pretrained
+from lora_jax.exchange import gguf_files, peft_files
+from lora_jax.io import casting, export, gguf_model, names, pretrained
 from lora_jax.models import llama
 
 CONFIG = llama.LlamaConfig(
@@ -97,8 +98,8 @@ def not_finite(tmp_path, words):
     "merged": lambda: export.save(tmp_path / "out", params, CONFIG, words),
     "compressed": lambda: storage.save(tmp_path / "out", params, CONFIG, words),
     "gguf": lambda: gguf_model.save(tmp_path / "out", params, CONFIG, words),
-    "peft": lambda: peft.write(tmp_path / "out", {}, {"x.lora_B.weight": low.b}),
-    "gguf adapter": lambda: gguf_lora.write(
+    "peft": lambda: peft_files.write(tmp_path / "out", {}, {"x.lora_B.weight": low.b}),
+    "gguf adapter": lambda: gguf_files.write(
       tmp_path / "out", {"x": (low.a.T, low.b.T)}, alpha=2.0, architecture="llama"
     ),
     "half": lambda: export.save(
@@ -123,7 +124,7 @@ def test_adapters_and_models_for_llama_cpp_are_refused_where_they_overflow(
 ):
   a, b = np.ones((2, 8), np.float32), np.full((32, 2), value, np.float32)
   with pytest.raises(ValueError, match=rf"{dtype} ends at .*blk.0.ffn_up.weight.lora_b"):
-    gguf_lora.write(
+    gguf_files.write(
       tmp_path / "out.gguf",
       {"blk.0.ffn_up.weight": (a, b)},
       alpha=2.0,

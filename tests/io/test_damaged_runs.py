@@ -19,7 +19,7 @@ from main_programs import imported
 from experiments import inputs, methods, parts
 from lora_jax import exchange
 from lora_jax.models import llama
-from lora_jax.train import metrics, report, workdir
+from lora_jax.run import metrics, report, workdir
 
 train = imported("experiments.train")
 

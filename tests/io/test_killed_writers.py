@@ -12,7 +12,8 @@ import killed_writer
 import numpy as np
 import pytest
 
-from lora_jax.io import outputs, peft
+from lora_jax.exchange import peft_files
+from lora_jax.io import outputs
 
 ROOT = pathlib.Path(__file__).parents[2]
 OLD, NEW, NEXT = ({"a": text, "b": text} for text in ("old", "new", "next"))
@@ -113,11 +114,11 @@ def test_a_failed_write_leaves_what_was_there_and_nothing_else(tmp_path):
 def test_a_link_to_a_folder_stays_and_what_it_points_to_is_replaced(tmp_path):
   tensors = {"x.lora_A.weight": np.ones((2, 3), np.float32)}
   (tmp_path / "elsewhere").mkdir()
-  peft.write(tmp_path / "elsewhere" / "adapter", {"peft_type": "LORA", "r": 1}, tensors)
+  peft_files.write(tmp_path / "elsewhere" / "adapter", {"peft_type": "LORA", "r": 1}, tensors)
   (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "adapter")
-  peft.write(tmp_path / "link", {"peft_type": "LORA", "r": 2}, tensors)
+  peft_files.write(tmp_path / "link", {"peft_type": "LORA", "r": 2}, tensors)
   assert (tmp_path / "link").is_symlink()
-  content = json.loads((tmp_path / "elsewhere" / "adapter" / peft.CONFIG).read_text())
+  content = json.loads((tmp_path / "elsewhere" / "adapter" / peft_files.CONFIG).read_text())
   assert content["r"] == 2
   assert [x.name for x in (tmp_path / "elsewhere").iterdir()] == ["adapter"]
 
@@ -146,8 +147,8 @@ _OTHER_WRITERS = {
   "lora_jax/io/outputs.py",
   "lora_jax/io/archives.py",
   "lora_jax/io/assets.py",
-  "lora_jax/train/metrics.py",
-  "lora_jax/train/workdir.py",
+  "lora_jax/run/metrics.py",
+  "lora_jax/run/workdir.py",
   "experiments/processes.py",
 }
 _WRITE = re.compile(r"open\([^)]*\"[rbt]*[wax+][rbt+]*\"|\.write_(text|bytes)\(|savefig\(")

@@ -5,7 +5,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from lora_jax.io import gguf_lora, outputs, peft, safetensors
+from lora_jax.exchange import gguf_files, peft_files
+from lora_jax.io import outputs, safetensors
 
 
 @pytest.fixture
@@ -121,17 +122,17 @@ def test_an_adapter_replaces_an_adapter_and_nothing_else(here):
   tensors = {"x.lora_A.weight": np.ones((2, 3), np.float32)}
   for path in ("new", "new", ".", "."):
     if path == ".":
-      (here / "new" / peft.CONFIG).unlink(missing_ok=True)
-      (here / "new" / peft.TENSORS).unlink(missing_ok=True)
+      (here / "new" / peft_files.CONFIG).unlink(missing_ok=True)
+      (here / "new" / peft_files.TENSORS).unlink(missing_ok=True)
       if (here / "new").exists():
         (here / "new").rmdir()
-    peft.write(path, {"peft_type": "LORA"}, tensors)
-    assert set(contents(here / path)) == {peft.CONFIG, peft.TENSORS}
+    peft_files.write(path, {"peft_type": "LORA"}, tensors)
+    assert set(contents(here / path)) == {peft_files.CONFIG, peft_files.TENSORS}
   assert pathlib.Path.cwd().samefile(here)
   (here / "notes").mkdir()
   (here / "notes" / "README.md").write_text("mine")
   with pytest.raises(FileExistsError, match=r"holds README\.md, which is no adapter's"):
-    peft.write("notes", {"peft_type": "LORA"}, tensors)
+    peft_files.write("notes", {"peft_type": "LORA"}, tensors)
   assert (here / "notes" / "README.md").read_text() == "mine"
 
 
@@ -142,5 +143,5 @@ def test_writers_of_one_file_refuse_what_is_no_file(path, here):
   with pytest.raises((ValueError, FileExistsError, NotADirectoryError)):
     safetensors.save_file({"a": pair[0]}, path)
   with pytest.raises((ValueError, FileExistsError, NotADirectoryError)):
-    gguf_lora.write(path, {"x": pair}, alpha=1.0, architecture="llama")
+    gguf_files.write(path, {"x": pair}, alpha=1.0, architecture="llama")
   assert contents(here.parent) == before

@@ -23,7 +23,8 @@ from configs import sft
 from experiments import parts
 from lora_jax import tasks
 from lora_jax.io import pretrained
-from lora_jax.train import evaluation, workdir
+from lora_jax.run import workdir
+from lora_jax.train import evaluation
 
 train = imported("experiments.train")
 

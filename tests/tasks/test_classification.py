@@ -16,7 +16,8 @@ from configs import classify
 from experiments import methods, parts, planning
 from lora_jax import exchange
 from lora_jax.io import export, pretrained
-from lora_jax.train import evaluation, workdir
+from lora_jax.run import workdir
+from lora_jax.train import evaluation
 
 train = imported("experiments.train")
 

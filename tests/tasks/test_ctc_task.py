@@ -16,8 +16,9 @@ from configs import speech
 from experiments import methods, parts, planning
 from lora_jax import exchange
 from lora_jax.io import pretrained
+from lora_jax.run import workdir
 from lora_jax.tasks import ctc_decoding
-from lora_jax.train import evaluation, plan, workdir
+from lora_jax.train import evaluation, plan
 
 train = imported("experiments.train")
 

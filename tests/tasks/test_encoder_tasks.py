@@ -18,8 +18,9 @@ from experiments import methods, parts, planning
 from lora_jax import exchange, families
 from lora_jax.io import export, pretrained, safetensors
 from lora_jax.models import gpt2
+from lora_jax.run import workdir
 from lora_jax.tasks import embedding
-from lora_jax.train import evaluation, workdir
+from lora_jax.train import evaluation
 
 train = imported("experiments.train")
 

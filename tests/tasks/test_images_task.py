@@ -19,8 +19,9 @@ from configs import classify, images
 from experiments import methods, parts, planning
 from lora_jax import exchange
 from lora_jax.io import export, pretrained
+from lora_jax.run import report, workdir
 from lora_jax.tasks import heads
-from lora_jax.train import evaluation, plan, report, workdir
+from lora_jax.train import evaluation, plan
 
 train = imported("experiments.train")
 command = imported("experiments.plan")

@@ -23,8 +23,9 @@ from experiments import methods, parts, planning
 from lora_jax import exchange
 from lora_jax.data import log_mel
 from lora_jax.io import pretrained
+from lora_jax.run import report, word_marks, workdir
 from lora_jax.tasks import transcripts
-from lora_jax.train import evaluation, plan, report, word_marks, workdir
+from lora_jax.train import evaluation, plan
 
 train = imported("experiments.train")
 command = imported("experiments.plan")

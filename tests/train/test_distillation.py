@@ -8,7 +8,7 @@ import pytest
 from scipy import special
 
 import lora_jax
-from lora_jax.compress import prune
+from lora_jax.compress import pruning
 from lora_jax.train import distillation, step
 
 rng = np.random.default_rng(0)
@@ -86,7 +86,7 @@ def test_a_student_learns_from_the_base_that_it_shares_with_its_teacher():
 
 def test_the_base_of_a_pruned_leaf_stays_pruned():
   params = {"w": jnp.asarray(rng.standard_normal((4, 5)), jnp.float32)}
-  params = prune.prune(params, ["w"], prune.magnitude, prune.n_of_m(2, 4))
+  params = pruning.prune(params, ["w"], pruning.magnitude, pruning.n_of_m(2, 4))
   adapters = lora_jax.init(jax.random.key(0), params, {"w": lora_jax.LoRA(rank=2, alpha=2.0)})
   found = distillation.without_adapters(lora_jax.attach(params, adapters))
   assert jax.tree.structure(found) == jax.tree.structure(params)

@@ -14,10 +14,10 @@ import pytest
 import tiny_run
 from tiny_run import assert_same_run, log_lines
 
+from lora_jax.run.metrics import MetricsWriter, read_metrics
+from lora_jax.run.workdir import write_json
 from lora_jax.train.checkpoint import Checkpoints
-from lora_jax.train.metrics import MetricsWriter, read_metrics
 from lora_jax.train.step import State
-from lora_jax.train.workdir import write_json
 
 ROOM = r"If the disk is full make room; the same command then goes on from the last (whole )?check"
 

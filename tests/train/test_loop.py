@@ -13,8 +13,8 @@ import pytest
 import tiny_run
 from tiny_run import assert_same_run, log_lines
 
+from lora_jax.run.metrics import read_metrics
 from lora_jax.train.loop import Interrupted, interruptible
-from lora_jax.train.metrics import read_metrics
 from lora_jax.tree import flatten
 
 SCRIPT = pathlib.Path(tiny_run.__file__)

@@ -14,7 +14,7 @@ import pytest
 import tiny_experiment
 
 from lora_jax.io import safetensors
-from lora_jax.train.metrics import read_metrics
+from lora_jax.run.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
 STATEMENTS = [

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.run.metrics import MetricsWriter, read_metrics
+from lora_jax.run.progress import Progress
+from lora_jax.run.workdir import fingerprint, open_workdir
 from lora_jax.train.checkpoint import Checkpoints
 from lora_jax.train.evaluation import evaluate, make_eval_step
 from lora_jax.train.loop import fit
-from lora_jax.train.metrics import MetricsWriter, read_metrics
 from lora_jax.train.optimizer import adamw, schedule
-from lora_jax.train.progress import Progress
 from lora_jax.train.step import completion_objective, init_state, make_train_step
-from lora_jax.train.workdir import fingerprint, open_workdir
 from lora_jax.tree import flatten, join, map_with_path, partition
 
 VOCAB, WIDTH, BATCH, LENGTH = 13, 8, 4, 6
