@@ -83,15 +83,15 @@ FAMILIES = """\
 Families of decoders and encoders, by the `model_type` of a config.json
 
 Against `transformers` and `peft`, on tiny random models (`tests/models/test_families.py`,
-`tests/test_family_exchange.py`, `tests/io/test_family_configs.py`, `tests/test_gpt2_files.py`):
+`tests/exchange/test_family_exchange.py`, `tests/io/test_family_configs.py`, `tests/test_gpt2_files.py`):
 logits, greedy tokens with a cache and without, adapters in and out, presets, merging, nf4, factors,
 the merged model exported. Encoders with heads of classes (`tests/models/test_encoders.py`,
-`tests/test_encoder_exchange.py`): the same but for greedy tokens, with padding and types of tokens;
+`tests/exchange/test_encoder_exchange.py`): the same but for greedy tokens, with padding and types of tokens;
 MiniLM-L6 on its own weights. On a mesh (`tests/sharding_worker.py`): Llama, models that have their
 switches together, two with experts, GPT-2, Gemma 4 and BERT. What Gemma 4's layers share:
 `tests/models/test_gemma4.py`. Rotary frequencies, linear, dynamic, YaRN, LongRoPE and Llama 3.1's,
 at lengths up to and beyond the first context: `tests/models/test_rope.py`. Experts
-(`tests/models/test_experts.py`, `tests/test_experts_exchange.py`): their router's loss is not
+(`tests/models/test_experts.py`, `tests/exchange/test_experts_exchange.py`): their router's loss is not
 computed, and members of a sweep take each step in turn (`tests/train/test_members.py`), for JAX has
 no `vmap` of `ragged_dot` over adapters alone. Experts in MXFP4, of safetensors
 (`tests/io/test_mxfp4.py`) and of GGUF: gpt-oss.

@@ -109,12 +109,12 @@ class Pruned(Moved):
 
 
 def unmasked(leaf: Any) -> Any:
-  """What a leaf's mask is around, or the leaf itself if it has none."""
+  """Returns the array or Weight inside a leaf's mask, or the leaf itself if it has none."""
   return leaf.w if isinstance(leaf, Pruned) else leaf
 
 
 def inside_mask(change: Callable[[Any], Any], leaf: Any) -> Any:
-  """Returns a leaf with a change of what its mask is around, or of all of it if it has none."""
+  """Returns a leaf whose part inside the mask is changed, or all of it if it has no mask."""
   if isinstance(leaf, Pruned):
     return dataclasses.replace(leaf, w=change(leaf.w))
   return change(leaf)

@@ -165,7 +165,7 @@ def test_a_file_of_a_run_that_was_damaged_by_hand_is_named_with_a_remedy(name, d
 
 READ = """
 import pathlib, sys
-from lora_jax.train import metrics, report, workdir
+from lora_jax.run import metrics, report, workdir
 run = pathlib.Path(sys.argv[1])
 for read, path in (
   (workdir.read_config, run),

@@ -200,7 +200,7 @@ def test_what_a_killed_run_left_half_written_is_gone_when_the_folder_is_opened_a
 
 HOLDER = """
 import sys, time
-from lora_jax.train.workdir import open_workdir
+from lora_jax.run.workdir import open_workdir
 with open_workdir(sys.argv[1], {"model": "tiny"}):
   print("held", flush=True)
   time.sleep(60)

@@ -250,16 +250,11 @@ def test_what_eva_cannot_start_from_is_refused(settings, words):
     start_of(**settings)
 
 
-@pytest.mark.parametrize(
-  "spec", [lora_jax.EVA(rank=2, alpha=3.0), lora_jax.LoftQ(rank=2, alpha=3.0)]
-)
-def test_init_refuses_what_starts_from_more_than_the_base(spec):
-  """And `start` takes the spec, where `summary` counts the adapter's parameters."""
-  specs = match(PARAMS, [("all-linear", spec)])
-  name = type(spec).__name__
-  with pytest.raises(
-    ValueError, match=f"{name} starts from more .*by lora_jax.{name.lower()}.start"
-  ):
+@pytest.mark.parametrize("method", [lora_jax.EVA, lora_jax.LoftQ])
+def test_init_refuses_what_starts_from_more_than_the_base_and_summary_counts_it(method):
+  specs = lora_jax.match(PARAMS, [(".*", method(rank=2, alpha=3.0))])
+  start = f"lora_jax.{method.__name__.lower()}.start"
+  with pytest.raises(ValueError, match=f"{method.__name__} starts from more than .* by {start}"):
     lora_jax.init(jax.random.key(0), PARAMS, specs)
   shapes = [leaf.shape for leaf in PARAMS.values()]
   assert lora_jax.summary(PARAMS, specs).trainable == sum(2 * (d + k) for d, k in shapes)

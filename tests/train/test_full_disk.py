@@ -138,7 +138,7 @@ def test_a_json_file_that_does_not_fit_leaves_the_one_before_it_and_nothing_else
 
 OPEN = """
 import sys
-from lora_jax.train.workdir import open_workdir
+from lora_jax.run.workdir import open_workdir
 try:
   with open_workdir(sys.argv[1], {}):
     print("open")
