@@ -8,7 +8,7 @@ import sys
 
 # The folders of the tests, which pytest finds by itself.
 sys.path += [
-  str(pathlib.Path(__file__).parent / room) for room in ("models", "io", "tasks", "experiments")
+  str(pathlib.Path(__file__).parent / room) for room in ("models", "io", "exchange", "tasks", "experiments")
 ]
 
 import families as shapes
