@@ -8,7 +8,8 @@ import sys
 
 # The folders of the tests, which pytest finds by itself.
 sys.path += [
-  str(pathlib.Path(__file__).parent / room) for room in ("models", "io", "exchange", "tasks", "experiments")
+  str(pathlib.Path(__file__).parent / room)
+  for room in ("models", "io", "exchange", "tasks", "experiments")
 ]
 
 import families as shapes
@@ -54,8 +55,8 @@ Every program below is run on these weights: {", ".join(WEIGHTS)}.
 At every commit on {", ".join(EVERYDAY)}, and every tenth program, other ones for each weight, on
 {", ".join(SOME)}.
 All the other pairs run on request, by `pytest -m slow`, as do the rarer pairs of a method and a
-kernel, `vmap` of three programs in four, runs that are killed, healed and compared over many steps,
-and every command of the README and the docs.
+kernel, `vmap` of three programs in four, runs that are killed, healed and compared over many steps, the notebooks,
+and every command of the README and the docs; of these `.ci/run` runs the notebooks, once.
 Its values under `adapt`, and its values and gradients under `jit`, equal those of the materialized
 oracle, `adapt(f)(tree, x) == f(materialize(tree), x)`, a second call compiles nothing, and `vmap`
 over adapters gives what each gives alone (but where JAX has no `vmap` of the program itself).
@@ -83,17 +84,18 @@ FAMILIES = """\
 Families of decoders and encoders, by the `model_type` of a config.json
 
 Against `transformers` and `peft`, on tiny random models (`tests/models/test_families.py`,
-`tests/exchange/test_family_exchange.py`, `tests/io/test_family_configs.py`, `tests/test_gpt2_files.py`):
-logits, greedy tokens with a cache and without, adapters in and out, presets, merging, nf4, factors,
-the merged model exported. Encoders with heads of classes (`tests/models/test_encoders.py`,
-`tests/exchange/test_encoder_exchange.py`): the same but for greedy tokens, with padding and types of tokens;
+`tests/exchange/test_family_exchange.py`, `tests/io/test_family_configs.py`,
+`tests/test_gpt2_files.py`): logits, greedy tokens with a cache and without, adapters in and out,
+presets, merging, nf4, factors, the merged model exported. Encoders with heads of classes
+(`tests/models/test_encoders.py`, `tests/exchange/test_encoder_exchange.py`): the same but for
+greedy tokens, with padding and types of tokens;
 MiniLM-L6 on its own weights. On a mesh (`tests/sharding_worker.py`): Llama, models that have their
 switches together, two with experts, GPT-2, Gemma 4 and BERT. What Gemma 4's layers share:
 `tests/models/test_gemma4.py`. Rotary frequencies, linear, dynamic, YaRN, LongRoPE and Llama 3.1's,
 at lengths up to and beyond the first context: `tests/models/test_rope.py`. Experts
-(`tests/models/test_experts.py`, `tests/exchange/test_experts_exchange.py`): their router's loss is not
-computed, and members of a sweep take each step in turn (`tests/train/test_members.py`), for JAX has
-no `vmap` of `ragged_dot` over adapters alone. Experts in MXFP4, of safetensors
+(`tests/models/test_experts.py`, `tests/exchange/test_experts_exchange.py`): their router's loss is
+not computed, and members of a sweep take each step in turn (`tests/train/test_members.py`), for JAX
+has no `vmap` of `ragged_dot` over adapters alone. Experts in MXFP4, of safetensors
 (`tests/io/test_mxfp4.py`) and of GGUF: gpt-oss.
 
 Y: a test of the family holds it, every day or by `pytest -m slow`. –: no test of its own; it is the

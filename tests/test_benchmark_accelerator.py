@@ -29,6 +29,7 @@ def case():
   return MODELS["tiny"].make(np.float32, 2, 8, True)
 
 
+@pytest.mark.slow
 def test_a_merged_adapter_and_one_kept_apart_decode_the_same_tokens(case):
   programs = generation.make_programs(case, rank=2, count=5)
   tokens = {label: np.asarray(program()) for label, program in programs.items()}

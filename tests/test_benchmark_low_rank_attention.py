@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from main_programs import imported
 
 from lora_jax.models import bert
@@ -10,6 +11,7 @@ from lora_jax.models import bert
 benchmark = imported("benchmarks.low_rank_attention")
 
 
+@pytest.mark.slow
 def test_a_case_has_a_line_for_each_row_and_as_many_landmarks_as_tokens_are_exact():
   config = bert.BertConfig(
     vocab_size=61, width=16, mlp_width=24, num_layers=1, num_heads=2, head_dim=8, max_length=32

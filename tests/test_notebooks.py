@@ -2,6 +2,7 @@
 
 They run in their short form, on the CPU, in a folder of their own. Those that run the main programs
 find them there, as in a clone. `lora_from_scratch.ipynb` has nothing but the installed library.
+`.ci/run` runs them once, in the README's environment.
 """
 
 import pathlib
@@ -73,6 +74,7 @@ def test_a_notebook_is_committed_without_outputs_and_with_minimal_metadata(name)
       assert cell.execution_count is None, cell.id
 
 
+@pytest.mark.slow
 def test_the_quickstart_notebook_trains_a_real_model_and_keeps_the_adapter(tmp_path, monkeypatch):
   printed, errors, folder = execute("quickstart_colab.ipynb", tmp_path, monkeypatch)
   assert "2,442,240 of 134,515,008 parameters train (1.82%)" in printed
@@ -95,6 +97,7 @@ def test_the_quickstart_notebook_trains_a_real_model_and_keeps_the_adapter(tmp_p
   assert "arning" not in errors
 
 
+@pytest.mark.slow
 def test_the_notebook_on_own_data_previews_trains_talks_and_exports(tmp_path, monkeypatch):
   printed, errors, folder = execute("own_data_colab.ipynb", tmp_path, monkeypatch)
   printed = printed.replace("\r\n", "\n")
@@ -112,6 +115,7 @@ def test_the_notebook_on_own_data_previews_trains_talks_and_exports(tmp_path, mo
   assert "Traceback" not in printed and "Error" not in printed and errors == ""
 
 
+@pytest.mark.slow
 def test_the_notebook_on_speech_trains_and_plays_a_clip_alongside_its_transcript(
   tmp_path, monkeypatch
 ):
@@ -125,6 +129,7 @@ def test_the_notebook_on_speech_trains_and_plays_a_clip_alongside_its_transcript
   assert "Traceback" not in printed and errors == ""
 
 
+@pytest.mark.slow
 def test_the_notebook_on_images_learns_classes_and_boxes_and_shows_them(tmp_path, monkeypatch):
   printed, errors, folder = execute("images_colab.ipynb", tmp_path, monkeypatch)
   before, after = numbers(
@@ -143,6 +148,7 @@ def test_the_notebook_on_images_learns_classes_and_boxes_and_shows_them(tmp_path
   assert "Traceback" not in printed and "Error" not in printed and errors == ""
 
 
+@pytest.mark.slow
 def test_the_notebook_from_scratch_builds_a_transform_that_agrees_with_the_library(
   tmp_path, monkeypatch
 ):

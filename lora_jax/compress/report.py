@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 
 from lora_jax import cost, families
 from lora_jax.checks import shown
@@ -277,6 +276,8 @@ def plot_pareto(rows: Sequence[Row], path: Path) -> None:
   Pareto-optimal points."""
   figure_of = _loss_of(rows)
   points = [(row.measures.memory / 1e6, row.measures.figures[figure_of]) for row in rows]
+  from matplotlib.figure import Figure  # the import takes half a second
+
   figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
   axes = figure.subplots()
   axes.scatter(*zip(*points, strict=True), color="#2563a8", zorder=3)

@@ -22,7 +22,6 @@ import math
 from pathlib import Path
 
 import numpy as np
-import scipy.signal
 
 from lora_jax.data.log_mel import RATE
 from lora_jax.io import files
@@ -128,6 +127,8 @@ def _at_rate(samples: np.ndarray, rate: int) -> np.ndarray:
   if np.ptp(samples) <= _SILENCE:
     raise ValueError("is silent; take it out")
   if rate != RATE:
+    import scipy.signal  # the import takes most of a second
+
     divisor = math.gcd(rate, RATE)
     samples = scipy.signal.resample_poly(samples, RATE // divisor, rate // divisor)
   return np.ascontiguousarray(samples, np.float32)

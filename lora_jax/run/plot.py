@@ -6,13 +6,15 @@ plot_members(read_metrics(workdir.metrics), ["0: rank 4", "1: rank 8"], workdir.
 
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from lora_jax.io import outputs
+
+if TYPE_CHECKING:
+  from matplotlib.axes import Axes
+  from matplotlib.figure import Figure
 
 _TRAIN = "#2563a8"
 _VALIDATION = "#d9541e"
@@ -53,8 +55,7 @@ def plot_loss(metrics: Sequence[dict[str, float]], path: pathlib.Path, unit: str
   losses = [record["loss"] for record in metrics]
   validation = [record for record in metrics if "validation/loss" in record]
 
-  # A Figure without pyplot touches no global state and needs no display.
-  figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
+  figure = _figure(7, 4)
   axes = figure.subplots()
   axes.plot(steps, losses, color=_TRAIN, alpha=0.25, linewidth=1)
   # The width grows with the run, so that a long curve is as readable as a short one.
@@ -95,7 +96,9 @@ def plot_members(
   """
   if not metrics:
     raise ValueError(f"{path}: there is nothing to plot, no step was logged")
-  figure = Figure(figsize=(9, 4.5), dpi=150, layout="constrained")
+  import matplotlib
+
+  figure = _figure(9, 4.5)
   axes = figure.subplots()
   # From dark to light in the members' order, so that neighbors in a grid look alike.
   colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(labels)))
@@ -111,7 +114,15 @@ def plot_members(
     figure.savefig(partial)
 
 
-def _finish(axes: Axes, unit: str) -> None:
+def _figure(width: float, height: float) -> "Figure":
+  """An empty figure, of a size in inches."""
+  from matplotlib.figure import Figure  # the import takes half a second, and few programs plot
+
+  # A Figure without pyplot touches no global state and needs no display.
+  return Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def _finish(axes: "Axes", unit: str) -> None:
   """Adds the labels and lines around the curves."""
   axes.set_xlabel("step")
   axes.set_ylabel(f"loss (nats per {unit})")

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import scipy.stats
 
 
 def added(outputs: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
@@ -46,6 +45,8 @@ def correlations(said: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
   constant, where they are undefined."""
   if len(said) < 2 or np.ptp(said) == 0 or np.ptp(wanted) == 0:
     return {"pearson": 0.0, "spearman": 0.0}
+  import scipy.stats  # the import takes a second, and few tasks need it
+
   return {
     "pearson": _statistic(scipy.stats.pearsonr(said, wanted)),
     "spearman": _statistic(scipy.stats.spearmanr(said, wanted)),

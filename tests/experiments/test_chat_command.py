@@ -137,6 +137,7 @@ def test_the_turns_of_a_conversation_are_those_of_transformers_and_of_generate(c
   assert len(messages) == 5
 
 
+@pytest.mark.slow
 def test_sampling_has_a_seed(call, folder):
   arguments = [f"--source={folder / 'model'}", "--max_tokens=8", "--temperature=2", "--top_p=0.9"]
   one, other = (

@@ -54,9 +54,10 @@ def tiny(tmp_path_factory, smollm2):
   ("arguments", "method"),
   [
     (("--method=cat",), combiners.cat),
-    (
+    pytest.param(
       ("--method=ties_svd", "--density=0.5", "--rank=3", "--elect=frequency"),
       combiners.on_delta(combiners.ties(0.5, combiners.by_frequency), rank=3),
+      marks=pytest.mark.slow,
     ),
   ],
 )

@@ -157,6 +157,7 @@ def test_a_run_is_evaluated_on_its_mesh_and_in_chunks_of_positions_with_the_same
   assert four["beams 1"]["bleu"] == one["beams 1"]["bleu"]
 
 
+@pytest.mark.slow
 def test_a_model_that_no_run_trained_is_evaluated_on_the_data_of_a_config(config_file, finished):
   arguments = f"--config={config_file}", "--examples=16"
   found = json.loads(_json_line(run("evaluate", *arguments)))
@@ -295,6 +296,7 @@ def test_what_trains_is_in_memory_once_while_it_trains(config_file, tmp_path, mo
   assert held[0] < 1e6 < 4 * 49152 * 32  # the batches that are read ahead; less than the embedding
 
 
+@pytest.mark.slow
 def test_a_diverging_run_stops_at_the_step_and_keeps_its_checkpoint(config_file, tmp_path):
   workdir = tmp_path / "run"
   arguments = [f"--config={config_file}", f"--workdir={workdir}"]

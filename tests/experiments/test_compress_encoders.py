@@ -104,7 +104,7 @@ def steps_of(folder):
   return json.loads((folder / "report.json").read_text())["steps"]
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", ["images", pytest.param("text", marks=pytest.mark.slow)])
 def test_it_is_compressed_by_its_tasks_batches_and_measured_by_its_metric(program, case, kind):
   folder, model, run = case(kind)
   config = config_of(folder, model, run, "factorize+prune+quantize")
@@ -227,7 +227,7 @@ def test_deployed_pruned_factors_have_no_masks_and_the_flag_chooses_copies(progr
   assert any(isinstance(x, Pruned) for x in jax.tree.leaves(small, is_leaf=is_weight))
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", ["text", pytest.param("images", marks=pytest.mark.slow)])
 def test_a_teachers_logits_are_learned_from_and_a_head_of_the_same_classes_is_kept(case, kind):
   folder, _, run = case(kind)
   config = run.copy_and_resolve_references()

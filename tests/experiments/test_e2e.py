@@ -71,7 +71,8 @@ def run(home, program, *arguments):
   return done.stdout
 
 
-@pytest.mark.parametrize("arguments", ["smoke,full", pytest.param("smoke", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", ["smoke,full", "smoke"])
 def test_a_run_is_scored_by_the_texts_that_it_keeps(home, arguments):
   workdir = home / arguments
   run(

@@ -161,6 +161,7 @@ def test_a_program_of_an_adapted_dense_model_runs_without_this_package(
   )
 
 
+@pytest.mark.slow
 def test_codes_stay_in_the_program_with_the_adapter_on_top_and_factors_with_it_inside(
   export, healed, tmp_path
 ):
@@ -303,6 +304,7 @@ def test_outputs_that_cannot_be_written_are_refused_before_anything_is_loaded(
   assert [path.name for path in tmp_path.rglob("*")] == ["here", "file"]
 
 
+@pytest.mark.slow
 def test_what_float16_cannot_hold_is_refused_by_name_and_the_current_folder_is_an_output(
   export, folder, tmp_path, monkeypatch
 ):

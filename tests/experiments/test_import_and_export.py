@@ -95,6 +95,7 @@ def test_for_peft_it_is_what_peft_wrote(imported, made_by_peft, tmp_path):
     np.testing.assert_array_equal(before[name], after[name])
 
 
+@pytest.mark.slow
 def test_as_a_plain_lora_of_full_rank_it_loses_nothing(
   imported, made_by_peft, config_file, tmp_path
 ):

@@ -236,6 +236,7 @@ def test_a_model_without_biases_says_so(tiny):
     run_of("bias", tiny)
 
 
+@pytest.mark.slow
 def test_lora_plus_trains_b_at_a_multiple_of_the_rate(tiny):
   """At the first update of Adam every number moves by the rate."""
   rates = {}

@@ -49,6 +49,7 @@ def test_a_run_trains_the_row_of_a_new_token_beside_its_adapters(config, workdir
   assert adapters and all(isinstance(adapter, LowRank) for adapter in adapters.values())
 
 
+@pytest.mark.slow
 def test_what_is_exported_has_the_tokenizer_and_the_rows(config, workdir, tmp_path):
   run("export", f"--workdir={workdir}", "--to=merged", f"--output={tmp_path / 'merged'}")
   merged = pretrained.load(tmp_path / "merged", scan_layers=True)

@@ -48,6 +48,7 @@ def run(folder, name, **fields):
   return json.loads(opened.evaluation.read_text()), opened
 
 
+@pytest.mark.slow
 def test_a_run_on_several_files_is_that_on_one_with_all_their_records(folder):
   unquoted = [x for x in PARTS if x != "c.tsv"]
   (folder / "c.csv").write_bytes(
@@ -139,7 +140,7 @@ def test_few_records_fill_each_split(folder, count, sizes):
   assert [len(found[name]) for name in ("train", "validation", "test")] == sizes
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_run_on_few_records_has_some_in_each_split_or_says_what_it_leaves_out(
   folder, capsys, count
 ):

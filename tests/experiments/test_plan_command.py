@@ -102,6 +102,7 @@ def test_the_arguments_are_those_that_training_has(config):
   assert planned(config, mesh).base == 4 * params
 
 
+@pytest.mark.slow
 def test_packing_accumulation_and_the_chunked_loss_are_planned(config):
   mesh = mesh_of(1, 1, 1)
   plain = planned(config, mesh)
@@ -264,6 +265,7 @@ def test_the_compiler_reports_what_was_planned_for_minilm(public_data, arguments
   assert share_of_the_compiled(printed) == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.slow
 def test_a_change_that_would_help_is_compiled_and_named(config, monkeypatch):
   settings = defaults.Settings("none", 0)
   config = settings.applied(config)
@@ -305,6 +307,7 @@ def test_without_the_compiler_of_tpus_the_remedy_is_told(monkeypatch):
     topologies.devices_of("v5e:2x2")
 
 
+@pytest.mark.slow
 def test_the_program_ends_with_that_remedy_before_anything_is_read(config_file):
   if importlib.util.find_spec("libtpu") is not None:
     pytest.skip("libtpu is installed")
@@ -312,7 +315,7 @@ def test_the_program_ends_with_that_remedy_before_anything_is_read(config_file):
   assert "pip install" in printed and "data:" not in printed
 
 
-@pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.parametrize("format", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_quantized_base_is_planned_as_it_is_loaded(config, tmp_path, format):
   config.model.quantize = format
   case = planning.read(config)

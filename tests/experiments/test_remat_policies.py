@@ -52,13 +52,10 @@ def compiled(remat):
   return gradient.lower(trainable, frozen).compile(), (trainable, frozen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "remat",
-  [
-    pytest.param(name, marks=[] if name == "dots" else [pytest.mark.slow])
-    for name in REMAT_POLICIES
-    if name != "none"
-  ],
+  [name for name in REMAT_POLICIES if name != "none"],
 )
 def test_a_policy_leaves_the_loss_and_the_gradient_as_they_are(remat):
   results = []

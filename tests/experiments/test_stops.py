@@ -169,7 +169,7 @@ def callback(*_):
     time.sleep(0.1)
 gc.callbacks.append(callback)
 gc.collect()
-time.sleep(2)
+time.sleep(20)  # longer than the watcher waits for a program to heed it
 print("went on to its end")"""
   code, printed, errors = ended(tmp_path, body)
   words = "stopped before its end; the same command starts over\n"

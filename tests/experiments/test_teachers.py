@@ -66,6 +66,7 @@ def test_an_adapter_that_has_learnt_nothing_says_what_its_base_does(make_config,
   assert abs(losses[0]) < 1e-6 and max(losses) < 0.1
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_another_model(make_config, other, tmp_path):
   """The first loss is the formula's, of both models' own logits, and it falls."""
   config = make_config(teacher=str(other), hard=0.25, hidden=0.5, temperature=3.0)

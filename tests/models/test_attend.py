@@ -140,8 +140,11 @@ GPT2 = gpt2.GPT2Config(
 )
 
 
-@pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("config", [CONFIG, GPT2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize(
+  "config",
+  [pytest.param(CONFIG, id="llama"), pytest.param(GPT2, id="gpt2", marks=pytest.mark.slow)],
+)
 def test_a_decoder_with_adapters_trains_alike_and_stays_factored(config, scan, small_blocks):
   tokens = jax.random.randint(jax.random.key(1), (2, LENGTH), 0, 64)
 

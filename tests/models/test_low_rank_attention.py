@@ -325,9 +325,24 @@ def test_a_model_with_a_landmark_for_every_token_has_the_logits_of_exact_attenti
   assert np.abs(logits(config, Linformer(rank=2)) - exact).max() > 2e-3
 
 
-@pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("how", [HOW, Linformer(rank=6)], ids=["nystrom", "linformer"])
-@pytest.mark.parametrize("config", [BERT, VIT], ids=["bert", "vit"])
+@pytest.mark.parametrize(
+  ("config", "how", "scan"),
+  [
+    pytest.param(BERT, HOW, True, id="bert-nystrom-scanned"),
+    pytest.param(VIT, Linformer(rank=6), False, id="vit-linformer"),
+    *(
+      pytest.param(config, how, scan, marks=pytest.mark.slow)
+      for config, how, scan in [
+        (BERT, HOW, False),
+        (BERT, Linformer(rank=6), False),
+        (BERT, Linformer(rank=6), True),
+        (VIT, HOW, False),
+        (VIT, HOW, True),
+        (VIT, Linformer(rank=6), True),
+      ]
+    ),
+  ],
+)
 def test_adapters_train_on_it_factored_and_its_own_leaves_in_full(config, how, scan):
   """Also in strict mode, which raises where a full matrix would be made."""
   specs, gradients = logits(config, how, scan, adapted="full")

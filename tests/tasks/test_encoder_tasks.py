@@ -175,6 +175,7 @@ def _train(config):
   return parts.load_records(config.data, parts.make_task(config))["train"]
 
 
+@pytest.mark.slow
 def test_a_member_of_a_sweep_over_seeds_becomes_what_a_run_of_it_becomes(folder, tmp_path):
   """Its head starts from its own seed, as that of a run does."""
   config = tiny_encoder.config_of(folder, "classification", "sweep")

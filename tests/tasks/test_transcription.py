@@ -350,6 +350,7 @@ def test_it_takes_no_prompts_and_no_teacher(config, bound):
 # ---- stops, sweeps, devices
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_with_the_bytes_of_one_that_was_not(config, run, tmp_path):
   with workdir.open_workdir(tmp_path, config.to_dict()) as opened:
     loop = train.loop
@@ -372,6 +373,7 @@ def test_a_run_that_was_stopped_ends_with_the_bytes_of_one_that_was_not(config, 
     assert (run.path / name).read_bytes() == (again.path / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_sweep_of_learning_rates_trains_in_one_program(config, run, tmp_path):
   own = changed(config, sweep__grid=(("optimizer.peak", (1e-3, 1e-2)),))
   swept = run_of(own, tmp_path / "sweep")

@@ -59,7 +59,7 @@ def test_each_prompt_is_in_one_batch_of_its_length_and_the_last_is_filled_up():
       assert length == len(prompt)
 
 
-@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("beams", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_text_of_a_prompt_does_not_depend_on_its_batch(params, beams):
   together = run(params, PROMPTS, batch_size=2, buckets=(2, 8), beams=beams)
   tokens, lengths = decode.pad_prompts(PROMPTS, pad_id=0)

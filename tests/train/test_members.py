@@ -144,7 +144,7 @@ def test_members_of_different_rank_alpha_rate_seed_and_steps_are_what_each_is_al
       id="LoRA-FA",
       marks=pytest.mark.slow,
     ),
-    pytest.param((lora_jax.DoRA(rank=2, alpha=3.0),) * 2, id="DoRA"),
+    pytest.param((lora_jax.DoRA(rank=2, alpha=3.0),) * 2, id="DoRA", marks=pytest.mark.slow),
     pytest.param((lora_jax.VeRA(rank=4),) * 2, id="VeRA", marks=pytest.mark.slow),
     pytest.param((lora_jax.LoKr(rank=2, alpha=3.0),) * 2, id="LoKr", marks=pytest.mark.slow),
     pytest.param((lora_jax.Full(),) * 2, id="full", marks=pytest.mark.slow),
@@ -258,6 +258,7 @@ def test_the_weights_of_a_member_are_the_base_with_its_adapters():
     assert_close(lora_jax.materialize(members.member_weights(state, frozen, n)), merged)
 
 
+@pytest.mark.slow
 def test_members_of_a_base_with_experts_take_turns_and_are_what_each_is_alone():
   module = Experts(ExpertConfig(num_experts=4, per_token=2, width=6))
   rng = np.random.default_rng(0)

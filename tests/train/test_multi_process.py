@@ -101,6 +101,7 @@ def assert_same_run(workdir, other):
     np.testing.assert_allclose(left[name], right[name], rtol=0, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(alone, together):
   workdir, _ = together
   assert_same_run(workdir, alone)

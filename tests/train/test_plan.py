@@ -149,7 +149,7 @@ def test_the_share_of_a_device_says_its_activations():
   assert plan.flops == make_plan(run).flops
 
 
-@pytest.mark.parametrize("in_turn", [False, True])
+@pytest.mark.parametrize("in_turn", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_plan_of_members_is_what_the_compiler_reports_of_their_one_program(in_turn):
   plan = make_plan(make_run(rows=2)).of_members(4, in_turn=in_turn)
   program = make_run(rows=2, together=4, in_turn=in_turn)
