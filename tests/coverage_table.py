@@ -55,8 +55,8 @@ Every program below is run on these weights: {", ".join(WEIGHTS)}.
 At every commit on {", ".join(EVERYDAY)}, and every tenth program, other ones for each weight, on
 {", ".join(SOME)}.
 All the other pairs run on request, by `pytest -m slow`, as do the rarer pairs of a method and a
-kernel, `vmap` of three programs in four, runs that are killed, healed and compared over many steps, the notebooks,
-and every command of the README and the docs; of these `.ci/run` runs the notebooks, once.
+kernel, `vmap` of three programs in four, runs that are killed, healed and compared over many steps,
+the notebooks, and every command of the README and the docs. Of these `.ci/run` runs the notebooks.
 Its values under `adapt`, and its values and gradients under `jit`, equal those of the materialized
 oracle, `adapt(f)(tree, x) == f(materialize(tree), x)`, a second call compiles nothing, and `vmap`
 over adapters gives what each gives alone (but where JAX has no `vmap` of the program itself).
