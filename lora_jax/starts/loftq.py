@@ -88,7 +88,8 @@ def start(
 def _quantizers(quantize, specs, leaves, axes) -> dict[str, Callable]:
   """`{path: function}` that quantizes the leaf."""
   if not isinstance(quantize, Mapping):
-    return dict.fromkeys(specs, checks.function("LoftQ: quantize", quantize))
+    function: Callable = checks.function("LoftQ: quantize", quantize)
+    return dict.fromkeys(specs, function)
   checks.by_path(quantize, Format, "format", leaves)
   if set(specs) != set(quantize):
     one_sided = ", ".join(sorted(set(specs) ^ set(quantize)))
