@@ -1,10 +1,11 @@
-"""How a model computes its attention, as a config's `model` section says.
+"""How a model computes its attention and its depthwise convolutions, by its config and the device.
 
 found = with_attention(found, config.model, mesh)
 print(attention_line(found.config, config.data))
 """
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -84,14 +85,39 @@ def _with_new_leaves(found: pretrained.Pretrained, config: families.Config) -> A
   return traverse_util.unflatten_dict(leaves, sep="/")
 
 
+def for_device(found: pretrained.Pretrained) -> pretrained.Pretrained:
+  """The model whose depthwise convolutions suit JAX's default backend."""
+  return dataclasses.replace(found, config=_with_depthwise(found.config, jax.default_backend()))
+
+
+def for_dropout(
+  found: pretrained.Pretrained, specs: Iterable[Mapping[str, Any]]
+) -> pretrained.Pretrained:
+  """The model that drops inputs of depthwise kernels where an adapter of one has a dropout."""
+  drops = any(getattr(spec, "dropout", 0) for each in specs for spec in each.values())
+  return dataclasses.replace(found, config=traceable(found.config)) if drops else found
+
+
+def traceable(model: families.Config) -> families.Config:
+  """The model whose convolutions are all `lax.conv_general_dilated`, which shows their groups."""
+  return _with_depthwise(model, "tpu")
+
+
+def _with_depthwise(model: families.Config, platform: str) -> families.Config:
+  if not hasattr(model, "depthwise"):
+    return model
+  how = "shifts" if platform == "cpu" else "convolution"
+  return dataclasses.replace(model, depthwise=how)
+
+
 def on_mesh(model: families.Config, mesh: Mesh) -> families.Config:
   """The model whose attention knows over which devices its rows and heads lie."""
   return _with_choice(model, mesh=mesh)
 
 
 def for_platform(model: families.Config, platform: str) -> families.Config:
-  """The model whose attention is computed as on a "cpu", "gpu" or "tpu", on any machine."""
-  return _with_choice(model, platform=platform)
+  """The model that is computed as on a "cpu", "gpu" or "tpu", on any machine."""
+  return _with_choice(_with_depthwise(model, platform), platform=platform)
 
 
 def for_any_platform(model: families.Config) -> families.Config:

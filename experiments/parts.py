@@ -216,7 +216,8 @@ def read_shapes(model: ConfigDict) -> pretrained.Pretrained:
   """The base before any compression, with shapes instead of arrays: none of them is read."""
   inspect = storage.inspect if storage.is_compressed(model.source) else pretrained.inspect
   found = inspect(model.source, **_model_options(model))
-  return new_tokens.add(model_options.with_attention(found, model), new_tokens_of(model))
+  found = model_options.for_device(model_options.with_attention(found, model))
+  return new_tokens.add(found, new_tokens_of(model))
 
 
 def new_tokens_of(model: ConfigDict) -> tuple[str, ...]:
@@ -236,7 +237,7 @@ def load_model(model: ConfigDict, mesh: Mesh | None = None) -> pretrained.Pretra
       **_quantization(model, mesh),
       watch=functools.partial(progress.watched, what="load", disable=jax.process_index() > 0),
     )
-  found = model_options.with_attention(found, model, mesh)
+  found = model_options.for_device(model_options.with_attention(found, model, mesh))
   if not new_tokens_of(model):
     return found
   found = new_tokens.add(found, new_tokens_of(model))
@@ -387,6 +388,7 @@ def make_model(config: families.Config) -> nn.Module:
 
 def trace_axes(model: nn.Module, params: PyTree) -> dict[str, lora_jax.Axes]:
   """The roles of the axes of every parameter, by tracing one short call."""
+  model = make_model(model_options.traceable(model.config))
   inputs = families.family_of(model.config).example_inputs(model.config)
   shapes = jax.eval_shape(weights.materialize, params)  # of a compressed model as of a dense one
   return lora_jax.trace_axes(

@@ -104,6 +104,7 @@ def make_case(
   examples: Sequence[Any],
 ) -> Case:
   """The case of a run whose model and examples are known; of the model the shapes are enough."""
+  base = model_options.for_dropout(base, [specs])
   params = methods.shapes_of_base(config.adapter, base.params, specs, axes)
   adapters = methods.init_shapes(params, specs, axes)
   return Case(

@@ -179,6 +179,7 @@ def prepare(config: ConfigDict, configs: Sequence[ConfigDict], run: workdir.Work
   base = settings.of_model(parts.extend(loaded, task, config))
   axes = parts.trace_axes(parts.make_model(base.config), base.params)
   specs = [methods.specs_of(base, config.model, each, axes) for each in rules]
+  base = model_options.for_dropout(base, specs)
 
   def one_pass(examples: Sequence[Any]) -> grain.MapDataset:
     found = task.eval_batches(examples, config.evaluation.batch_size, **own_rows)

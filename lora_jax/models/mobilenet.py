@@ -47,6 +47,8 @@ class MobileNetV2Config:
   channels: C.
   norm_eps: added to the variance in BatchNorm.
   activation: a name of `convolutions.ACTIVATIONS`.
+  depthwise: a name of `convolutions.DEPTHWISE`; "shifts" is faster on CPUs. Dropout of an adapter
+    on a depthwise kernel requires "convolution", where the input is an operand of its own.
   classes: the names of the head's outputs; () for a model without a head.
   scan_layers: False, as the layers differ.
   remat_policy, constrain, dtype, param_dtype: as in `llama_config.LlamaConfig`.
@@ -67,6 +69,7 @@ class MobileNetV2Config:
   channels: int = 3
   norm_eps: float = 1e-5
   activation: str = "relu6"
+  depthwise: str = "convolution"
   classes: tuple[str, ...] = ()
   scan_layers: bool = False
   remat_policy: Callable[..., bool] | None = None
