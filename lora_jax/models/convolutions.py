@@ -7,17 +7,14 @@ BatchNorm always uses the statistics from training: `norm/mean` and `norm/var` a
 Shapes: B images; H, W pixels; C channels in; D channels out; K classes.
 """
 
-import itertools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from lora_jax.models import limits
+from lora_jax.models import depthwise, limits
 
 STATISTICS = r"(.*/)?norm/(mean|var)"
 """The leaves that are measured and not learned."""
@@ -28,48 +25,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "silu": nn.silu,
   "gelu": lambda x: nn.gelu(x, approximate=False),
 }
-
-
-def _by_shifts(
-  x_BHWC: jax.Array,
-  kernel_hw1C: jax.Array,
-  strides: Sequence[int],
-  padding: str | Sequence[tuple[int, int]],
-  *,
-  rhs_dilation: Sequence[int],
-  **_: Any,
-) -> jax.Array:
-  """A depthwise convolution as a sum over the window: the shifted input times a value a channel."""
-  *window, _, channels = kernel_hw1C.shape
-  # A product, so that thin factors of a kernel stay factors, and its axes keep their roles.
-  taps_nC = jnp.dot(
-    jnp.eye(math.prod(window), dtype=kernel_hw1C.dtype),
-    kernel_hw1C.reshape(-1, channels),
-    precision=lax.Precision.HIGHEST,
-  )
-  reach = [(size - 1) * step for size, step in zip(window, rhs_dilation, strict=True)]
-  if isinstance(padding, str):
-    padding = lax.padtype_to_pads(x_BHWC.shape[1:3], [n + 1 for n in reach], strides, padding)
-  x_BHWC = jnp.pad(x_BHWC, ((0, 0), *padding, (0, 0)))
-  spans = [size - n for size, n in zip(x_BHWC.shape[1:3], reach, strict=True)]
-  dtype = jnp.promote_types(x_BHWC.dtype, jnp.float32)  # of the sum
-  y_BHWC = jnp.zeros((), dtype)
-  for n, at in enumerate(itertools.product(*map(range, window))):
-    start = [index * step for index, step in zip(at, rhs_dilation, strict=True)]
-    end = [first + span for first, span in zip(start, spans, strict=True)]
-    shifted = lax.slice(
-      x_BHWC,
-      (0, *start, 0),
-      (x_BHWC.shape[0], *end, channels),
-      (1, *strides, 1),
-    )
-    y_BHWC += shifted.astype(dtype) * taps_nC[n].astype(dtype)
-  return y_BHWC.astype(x_BHWC.dtype)
-
-
-DEPTHWISE: dict[str, Callable] = {"convolution": lax.conv_general_dilated, "shifts": _by_shifts}
-"""Ways to compute a depthwise convolution. XLA's CPU compiler has no good code for a convolution
-in groups; shifts take a tenth of the time there, and less in the backward pass."""
 
 
 class FrozenBatchNorm(nn.Module):
@@ -126,7 +81,7 @@ class ConvNorm(nn.Module):
       kernel_dilation=self.dilation,
       padding=padding if isinstance(padding, str) else [(padding, padding)] * 2,
       feature_group_count=self.features if self.depthwise else 1,
-      conv_general_dilated=DEPTHWISE[c.depthwise] if self.depthwise else None,
+      conv_general_dilated=depthwise.WAYS[c.depthwise] if self.depthwise else None,
       use_bias=False,
       dtype=c.dtype,
       param_dtype=c.param_dtype,
@@ -144,7 +99,7 @@ def check(config: Any) -> None:
   where = type(config).__name__
   limits.check_choice(where, "activation", config.activation, tuple(ACTIVATIONS))
   if hasattr(config, "depthwise"):
-    limits.check_choice(where, "depthwise", config.depthwise, tuple(DEPTHWISE))
+    limits.check_choice(where, "depthwise", config.depthwise, tuple(depthwise.WAYS))
   if config.scan_layers:
     raise ValueError(
       f"{where}: scan_layers=True: its layers differ in shape and cannot be stacked; use "

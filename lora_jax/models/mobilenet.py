@@ -47,8 +47,8 @@ class MobileNetV2Config:
   channels: C.
   norm_eps: added to the variance in BatchNorm.
   activation: a name of `convolutions.ACTIVATIONS`.
-  depthwise: a name of `convolutions.DEPTHWISE`; "shifts" is faster on CPUs. Dropout of an adapter
-    on a depthwise kernel requires "convolution", where the input is an operand of its own.
+  depthwise: a name of `lora_jax.models.depthwise.WAYS`; "shifts" is faster on CPUs. An adapter with
+    dropout on a depthwise kernel needs "convolution", which has the input as an operand.
   classes: the names of the head's outputs; () for a model without a head.
   scan_layers: False, as the layers differ.
   remat_policy, constrain, dtype, param_dtype: as in `llama_config.LlamaConfig`.

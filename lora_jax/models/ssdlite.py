@@ -26,7 +26,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lora_jax.models import boxes, convolutions, limits, mobilenet
+from lora_jax.models import boxes, depthwise, limits, mobilenet
 from lora_jax.models.mobilenet import MobileNetV2Config
 
 FAMILY = "ssdlite_mobilenet_v2"
@@ -106,7 +106,7 @@ class Separable(nn.Module):
       strides=self.stride,
       padding=1,
       feature_group_count=channels,
-      conv_general_dilated=convolutions.DEPTHWISE[c.depthwise],
+      conv_general_dilated=depthwise.WAYS[c.depthwise],
       name="depthwise",
       **how,
     )(x_BHWC)

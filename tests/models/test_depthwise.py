@@ -11,7 +11,7 @@ from functions import normal
 from jax import lax
 
 import lora_jax
-from lora_jax.models import convolutions, mobilenet
+from lora_jax.models import depthwise, mobilenet
 
 
 def alike(ours, theirs, **tolerances):
@@ -28,7 +28,7 @@ def test_values_and_gradients_by_shifts_are_those_of_lax(stride, dilation, paddi
 
   def values(name):
     def run(x, kernel):
-      return convolutions.DEPTHWISE[name](
+      return depthwise.WAYS[name](
         x,
         kernel,
         (stride, stride),
