@@ -56,12 +56,13 @@ def table(size: int, batch: int, rounds: int) -> str:
   axes = lora_jax.trace_axes(lambda p, x: first.apply({"params": p}, x), params, images)
   rows = {}
   for way, model in models.items():
+    apply = lora_jax.adapt(model.apply)
     rows["forward", way] = jax.jit(lambda p, x, model=model: model.apply({"params": p}, x))
     rows["forward", way] = timed(functools.partial(rows["forward", way], params, images))
     for name, rules in _RULES.items():
       adapters = lora_jax.init(jax.random.key(2), params, lora_jax.match(params, rules, axes))
 
-      def loss(adapters, params, x, apply=lora_jax.adapt(model.apply)):
+      def loss(adapters, params, x, apply=apply):
         return jnp.mean(apply({"params": lora_jax.attach(params, adapters)}, x) ** 2)
 
       gradient = jax.jit(jax.grad(loss))
