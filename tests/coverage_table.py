@@ -52,7 +52,7 @@ HEADER = f"""\
 Written by `python tests/coverage_table.py` from the tables that the tests run; do not edit.
 
 Every program below is run on these weights: {", ".join(WEIGHTS)}.
-At every commit on {", ".join(EVERYDAY)}, and every tenth program, other ones for each weight, on
+At every commit on {", ".join(EVERYDAY)}, and every 20th program, other ones for each weight, on
 {", ".join(SOME)}.
 All the other pairs run on request, by `pytest -m slow`, as do the rarer pairs of a method and a
 kernel, `vmap` of three programs in four, runs that are killed, healed and compared over many steps,

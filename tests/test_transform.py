@@ -22,7 +22,7 @@ all_programs = pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAM
 def pairs(*everyday: str, some: tuple[str, ...] = (), formed: bool = True):
   """The rows of the table of programs with those of the table of weights.
 
-  At every commit: every program with the weights named in `everyday`, and every tenth program,
+  At every commit: every program with the weights named in `everyday`, and every 20th program,
   other ones for each weight, with those in `some`. The rest are slow tests. Without `formed` those
   weights are left out whose arrays are formed anyway.
   """
@@ -33,7 +33,7 @@ def pairs(*everyday: str, some: tuple[str, ...] = (), formed: bool = True):
     for row, (name, program) in enumerate(PROGRAMS.items()):
       why = program.refused or program.refused_for.get(weight, "")
       program = program._replace(refused=why)
-      often = weight in everyday or (weight in some and (row + column) % 10 == 0)
+      often = weight in everyday or (weight in some and (row + column) % 20 == 0)
       marks = [] if often else [pytest.mark.slow]
       found.append(pytest.param(program, kind, id=f"{name}-{weight}", marks=marks))
   return pytest.mark.parametrize(("program", "kind"), found)

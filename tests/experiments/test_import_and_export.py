@@ -70,6 +70,7 @@ def test_an_imported_adapter_is_a_run_that_says_what_it_changes(imported):
   assert json.loads((workdir / "config.json").read_text())["adapter"]["method"] == "imported"
 
 
+@pytest.mark.slow
 def test_it_is_evaluated(imported):
   workdir, _ = imported
   printed = run("evaluate", f"--workdir={workdir}", "--examples=8")
@@ -143,6 +144,7 @@ def test_options_without_a_meaning_are_refused(imported, tmp_path, arguments, wo
   )
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_written_over(imported, made_by_peft, config_file):
   workdir, _ = imported
   there = workdir / "adapter"

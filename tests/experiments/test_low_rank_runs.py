@@ -38,6 +38,7 @@ def run(tmp_path_factory):
   return opened, config
 
 
+@pytest.mark.slow
 def test_linformers_leaves_train_in_full_and_are_stored_in_the_adapter(run):
   opened, config = run
   base = methods.load_base(config)

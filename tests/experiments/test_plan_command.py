@@ -233,6 +233,7 @@ def share_of_the_compiled(printed):
   return int(percent) / 100
 
 
+@pytest.mark.slow
 def test_the_compiler_reports_what_was_planned(config_file):
   printed = run("plan", f"--config={config_file}", "--topology=here")
   assert share_of_the_compiled(printed) == pytest.approx(1, abs=0.1)

@@ -37,6 +37,7 @@ def answers(printed):
   return [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
 
 
+@pytest.mark.slow
 def test_a_text_and_the_lines_of_a_file_have_the_same_embedding(embedded, tmp_path):
   texts = ["a fine film, number 3", "dull"]
   (tmp_path / "texts.txt").write_text(f"{texts[0]}\n\n{texts[1]}\n")

@@ -155,6 +155,7 @@ def test_members_of_other_methods_are_what_each_is_alone(specs):
   assert_as_alone(tuple(each))
 
 
+@pytest.mark.slow
 def test_members_accumulate_gradients_as_each_does_alone():
   assert_as_alone(DIFFERENT[:2], parts=2)
 
