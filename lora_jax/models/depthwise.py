@@ -52,7 +52,7 @@ def _by_shifts(
   **_: Any,
 ) -> jax.Array:
   """A convolution by the arguments that `flax.linen.Conv` passes; kernel [rows, columns, 1, C]."""
-  *sizes, _, channels = kernel.shape
+  sizes, channels = kernel.shape[:-2], kernel.shape[-1]
   reach = [(size - 1) * step for size, step in zip(sizes, rhs_dilation, strict=True)]
   if isinstance(padding, str):
     padding = lax.padtype_to_pads(x_BHWC.shape[1:3], [n + 1 for n in reach], strides, padding)
