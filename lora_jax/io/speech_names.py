@@ -55,7 +55,7 @@ WHISPER: Table = {
   **_leaves("model.decoder.layer_norm", "decoder/norm", norm=True),
   "proj_out.weight": None,  # a second copy of the tied embedding
 }
-"""Of `transformers`, in files and as PEFT's modules."""
+"""Of `transformers`, in files."""
 
 CTC_HEAD = {"ctc_head.weight": "head/kernel", "ctc_head.bias": "head/bias"}
 """The head of a Whisper on its frames, which `transformers` does not have."""
@@ -108,6 +108,13 @@ WHISPER_CTRANSLATE2: Table = {
   **_half("decoder", cross=True),
 }
 """Of CTranslate2's model.bin, its fused projections split."""
+
+WHISPER_FORMATS: dict[str, Table] = {
+  "safetensors": WHISPER,
+  # PEFT wraps the head and the embedding that it is tied to as two modules.
+  "modules": WHISPER | {"proj_out.weight": "decoder/embed/embedding"},
+  "ctranslate2": WHISPER_CTRANSLATE2,
+}
 
 
 def _wav2vec2() -> Table:

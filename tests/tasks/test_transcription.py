@@ -196,12 +196,20 @@ def shaken(adapters):
   return jax.tree.unflatten(treedef, moved)
 
 
-@pytest.mark.parametrize("targets", ["attention", "all-linear"])
+@pytest.mark.parametrize("targets", ["attention", "all-linear", "full"])
 def test_adapters_of_a_whisper_give_the_same_logits_in_peft(config, trained, tmp_path, targets):
+  """Of full fine-tuning too, with the head that is tied to the embedding.
+
+  Without convolutions and positions: transformers reads their stride and number, which PEFT's
+  whole layers lack.
+  """
   base, axes, _ = trained
-  specs = lora_jax.match(base.params, [(targets, lora_jax.LoRA(rank=3, alpha=2.0))], axes)
-  kinds = {path.split("/")[-3] for path in specs}
-  assert kinds == {"attn", "cross_attn"} | ({"mlp"} if targets == "all-linear" else set())
+  rules = {"full": [("encoder/conv.*|.*/positions/.*", None), (".*", lora_jax.Full())]}.get(
+    targets, [(targets, lora_jax.LoRA(rank=3, alpha=2.0))]
+  )
+  specs = lora_jax.match(base.params, rules, axes)
+  kinds = {path.split("/")[-3] for path in specs if path.endswith("kernel")}
+  assert kinds == {"attn", "cross_attn"} | (set() if targets == "attention" else {"mlp"})
   adapters = shaken(lora_jax.init(jax.random.key(1), base.params, specs, axes))
   exchange.save(
     tmp_path, adapters, base.params, axes, base_model="tiny", table=base.table, task_type=None
