@@ -199,7 +199,7 @@ def of_ctranslate2(tiny, mels, most):
     ctranslate2.StorageView.from_array(np.ascontiguousarray(mels.transpose(0, 2, 1))),
     [prompt] * len(mels),
     beam_size=1,
-    max_length=most,
+    max_length=2 * most,  # CTranslate2 writes half of it at most
     suppress_blank=False,
     suppress_tokens=list(range(end + 1, tiny.config.vocab_size)),
   )
