@@ -7,7 +7,7 @@ window of the shifted input times a value for each channel:
 
     y[b, h, w, c] = Σ_ij  x[b, s h + d i, w s + d j, c] k[i, j, c],      stride s, dilation d
 
-The gradients are sums of the same form. `benchmarks.depthwise` measures both ways.
+The gradients are sums of the same form. `python -m benchmarks.depthwise` measures both.
 
 Shapes: B images; H, W pixels of the padded input; C channels; N values of the window.
 """
@@ -127,4 +127,4 @@ def _sum(x_BHWC, taps_NC, window: _Window):
 
 
 WAYS: dict[str, Callable] = {"convolution": lax.conv_general_dilated, "shifts": _by_shifts}
-"""What `flax.linen.Conv` takes as `conv_general_dilated`, by name."""
+"""Functions for the argument `conv_general_dilated` of `flax.linen.Conv`, by name."""
