@@ -4,10 +4,10 @@ r"""Detection with LoRA: blood cells or your own objects, by SSDLite on MobileNe
 
 The backbone is torchvision's MobileNetV2, trained on ImageNet, with LoRA on its convolutions. The
 detection head is new and trains in full. The data are BCCD: 205 photographs of blood smears with
-boxes around red cells, white cells and platelets, and 87 held out. On two CPU cores it takes about
-eight minutes, and the mean average precision at an overlap of 0.5 on the held-out ones is 73.3 %
-(red cells 79.6, white cells 99.3, platelets 41.1; seed 0). By full fine-tuning it is 74.1 %, by the head
-alone 61.4 %; see benchmarks/results.md.
+boxes around red cells, white cells and platelets, and 87 held out. On two CPU cores it takes less
+than ten minutes. The mean average precision at an overlap of 0.5 on the held-out ones is then
+73.3 % (red cells 79.6, white cells 99.3, platelets 41.1; seed 0). By full fine-tuning it is 74.1 %,
+by the head alone 61.4 %; see benchmarks/results.md.
 
     :data=folder    your own: a folder with annotations.json in COCO's format, and the pictures in
                     its folder images; a tenth is for validation and a tenth for the test
