@@ -81,8 +81,9 @@ def start(
     base[path], adapters[path] = _alternate(
       path, leaves[path], spec, roles[path], quantizers[path], iterations
     )
-  quantized = tree.map_with_path(lambda path, leaf: base.get(path, leaf), params, is_leaf=is_weight)
-  return quantized, adapters
+  return tree.map_with_path(
+    lambda path, leaf: base.get(path, leaf), params, is_leaf=is_weight
+  ), adapters
 
 
 def _quantizers(quantize, specs, leaves, axes) -> dict[str, Callable]:
