@@ -1,8 +1,8 @@
 """The notebooks run from the first cell to the last, and are committed without what running leaves.
 
-They run in their short form, on the CPU, in a folder of their own. Those that run the main programs
-find them there, as in a clone. `lora_from_scratch.ipynb` has nothing but the installed library.
-`.ci/run` runs them once, in the README's environment.
+Each runs in its short form, on the CPU, in a folder of its own. The folder has the main programs,
+as a clone does, except for `lora_from_scratch.ipynb`, which uses the installed library alone.
+`.ci/run` runs the notebooks in the README's environment.
 """
 
 import pathlib

@@ -22,9 +22,9 @@ all_programs = pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAM
 def pairs(*everyday: str, some: tuple[str, ...] = (), formed: bool = True):
   """The rows of the table of programs with those of the table of weights.
 
-  At every commit: every program with the weights named in `everyday`, and every 20th program,
-  other ones for each weight, with those in `some`. The rest are slow tests. Without `formed` those
-  weights are left out whose arrays are formed anyway.
+  Every program runs at every commit with the weights named in `everyday`. With those in `some`,
+  every 20th program does, other ones for each weight. The rest are slow tests. `formed=False`
+  leaves out the weights that are always materialized.
   """
   found = []
   for column, (weight, kind) in enumerate(WEIGHTS.items()):

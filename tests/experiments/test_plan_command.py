@@ -311,7 +311,7 @@ def test_without_the_compiler_of_tpus_the_remedy_is_told(monkeypatch):
 @pytest.mark.slow
 def test_the_program_ends_with_that_remedy_before_anything_is_read(config_file):
   if importlib.util.find_spec("libtpu") is not None:
-    pytest.skip("libtpu is installed")
+    pytest.skip("needs an environment without libtpu, which is installed")
   printed = run("plan", "--config=configs/quickstart.py", "--topology=v5e:2x2", fails=True)
   assert "pip install" in printed and "data:" not in printed
 
