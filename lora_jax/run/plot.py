@@ -49,13 +49,11 @@ def plot_loss(metrics: Sequence[dict[str, float]], path: pathlib.Path, unit: str
   Raises:
     ValueError: if nothing was logged.
   """
-  if not metrics:
-    raise ValueError(f"{path}: there is nothing to plot, no step was logged")
+  figure = _figure(metrics, path, 7, 4)
   steps = [record["step"] for record in metrics]
   losses = [record["loss"] for record in metrics]
   validation = [record for record in metrics if "validation/loss" in record]
 
-  figure = _figure(7, 4)
   axes = figure.subplots()
   axes.plot(steps, losses, color=_TRAIN, alpha=0.25, linewidth=1)
   # The width grows with the run, so that a long curve is as readable as a short one.
@@ -94,11 +92,9 @@ def plot_members(
   Raises:
     ValueError: if nothing was logged.
   """
-  if not metrics:
-    raise ValueError(f"{path}: there is nothing to plot, no step was logged")
   import matplotlib
 
-  figure = _figure(9, 4.5)
+  figure = _figure(metrics, path, 9, 4.5)
   axes = figure.subplots()
   # From dark to light in the members' order, so that neighbors in a grid look alike.
   colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(labels)))
@@ -114,8 +110,10 @@ def plot_members(
     figure.savefig(partial)
 
 
-def _figure(width: float, height: float) -> "Figure":
-  """An empty figure, of a size in inches."""
+def _figure(metrics: Sequence, path: pathlib.Path, width: float, height: float) -> "Figure":
+  """An empty figure, of a size in inches; raises ValueError if there are no metrics to plot."""
+  if not metrics:
+    raise ValueError(f"{path}: there is nothing to plot, no step was logged")
   from matplotlib.figure import Figure  # the import takes half a second, and few programs plot
 
   # A Figure without pyplot touches no global state and needs no display.
