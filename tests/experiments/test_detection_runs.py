@@ -118,12 +118,10 @@ def test_data_that_cannot_be_are_refused_before_the_model_is_loaded(config, tmp_
   fields = json.loads(own.read_text())
   fields["annotations"][3]["bbox"][2] = 500
   (config.parent / "set" / "bad.json").write_text(json.dumps(fields))
-  printed = main_programs.run(
-    "train",
-    f"--config={config}",
-    f"--workdir={tmp_path / 'run'}",
-    "--config.data.annotations=bad.json",
-    fails=True,
-  )
+  command = ("train", f"--config={config}", f"--workdir={tmp_path / 'run'}")
+  printed = main_programs.run(*command, "--config.data.annotations=bad.json", fails=True)
   assert re.search(r"bad\.json: annotations\[3\]: bbox .* is outside of its picture", printed)
   assert "load:" not in printed and not (tmp_path / "run" / "checkpoints").exists()
+  # The folder is free for the corrected command.
+  main_programs.run(*command, "--config.train.steps=1")
+  assert (tmp_path / "run" / "eval.json").exists()
