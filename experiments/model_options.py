@@ -87,27 +87,35 @@ def _with_new_leaves(found: pretrained.Pretrained, config: families.Config) -> A
 
 def for_device(found: pretrained.Pretrained) -> pretrained.Pretrained:
   """The model whose depthwise convolutions suit JAX's default backend."""
-  return dataclasses.replace(found, config=_with_depthwise(found.config, jax.default_backend()))
+  config = _with_depthwise(found.config, _depthwise_on(jax.default_backend()))
+  return dataclasses.replace(found, config=config)
 
 
 def for_dropout(
   found: pretrained.Pretrained, specs: Iterable[Mapping[str, Any]]
 ) -> pretrained.Pretrained:
-  """The model that drops inputs of depthwise kernels where an adapter of one has a dropout."""
-  drops = any(getattr(spec, "dropout", 0) for each in specs for spec in each.values())
+  """The model whose depthwise convolutions have their input as an operand, if an adapter of one
+  drops inputs."""
+  drops = any(
+    getattr(spec, "dropout", 0)
+    for each in specs
+    for path, spec in each.items()
+    if "/depthwise/" in path
+  )
   return dataclasses.replace(found, config=traceable(found.config)) if drops else found
 
 
 def traceable(model: families.Config) -> families.Config:
   """The model whose convolutions are all `lax.conv_general_dilated`, which shows their groups."""
-  return _with_depthwise(model, "tpu")
+  return _with_depthwise(model, "convolution")
 
 
-def _with_depthwise(model: families.Config, platform: str) -> families.Config:
-  if not hasattr(model, "depthwise"):
-    return model
-  how = "shifts" if platform == "cpu" else "convolution"
-  return dataclasses.replace(model, depthwise=how)
+def _depthwise_on(platform: str) -> str:
+  return "shifts" if platform == "cpu" else "convolution"
+
+
+def _with_depthwise(model: families.Config, how: str) -> families.Config:
+  return dataclasses.replace(model, depthwise=how) if hasattr(model, "depthwise") else model
 
 
 def on_mesh(model: families.Config, mesh: Mesh) -> families.Config:
@@ -117,7 +125,7 @@ def on_mesh(model: families.Config, mesh: Mesh) -> families.Config:
 
 def for_platform(model: families.Config, platform: str) -> families.Config:
   """The model that is computed as on a "cpu", "gpu" or "tpu", on any machine."""
-  return _with_choice(_with_depthwise(model, platform), platform=platform)
+  return _with_choice(_with_depthwise(model, _depthwise_on(platform)), platform=platform)
 
 
 def for_any_platform(model: families.Config) -> families.Config:

@@ -94,12 +94,10 @@ class ConvNorm(nn.Module):
 def check(config: Any) -> None:
   """Checks the fields that the configs of convolutional networks share.
 
-  Raises ValueError for an unknown activation or way to convolve, and for stacked layers.
+  Raises ValueError for an unknown activation, and for stacked layers.
   """
   where = type(config).__name__
   limits.check_choice(where, "activation", config.activation, tuple(ACTIVATIONS))
-  if hasattr(config, "depthwise"):
-    limits.check_choice(where, "depthwise", config.depthwise, tuple(depthwise.WAYS))
   if config.scan_layers:
     raise ValueError(
       f"{where}: scan_layers=True: its layers differ in shape and cannot be stacked; use "

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lora_jax.models import convolutions, limits
+from lora_jax.models import convolutions, depthwise, limits
 from lora_jax.models.convolutions import ConvNorm
 from lora_jax.models.decoder import rematerialized
 
@@ -82,6 +82,7 @@ class MobileNetV2Config:
     for field in dataclasses.fields(self):
       limits.check("MobileNetV2Config", field.name, field.type, getattr(self, field.name))
     convolutions.check(self)
+    limits.check_choice("MobileNetV2Config", "depthwise", self.depthwise, tuple(depthwise.WAYS))
     if self.output_stride not in _OUTPUT_STRIDES:
       raise ValueError(
         f"MobileNetV2Config: output_stride {self.output_stride} is not one of {_OUTPUT_STRIDES}"
