@@ -57,6 +57,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   # True: quantized values are dequantized once, as fast and as large as dense ones. False: at each
   # use, as small as they are, and slower where the device has no product of such values.
   report.resident = False
+  report.onnx = False  # True: time ONNX Runtime as well; needs pip install -e ".[onnx]"
   # Blocks alone, without what trains in full while the model is healed.
   targets = ("all-linear",) if args["model"] == "smollm2" else (r"block_\d+/(attn|mlp)/.*/kernel",)
   if args["model"] == "smollm2":

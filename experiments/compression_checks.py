@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from experiments import compression, config_checks
 from experiments.compression import Model
 from lora_jax import families, tree
-from lora_jax.compress import factorization, sensitivity, structured_pruning
+from lora_jax.compress import factorization, onnx_program, sensitivity, structured_pruning
 from lora_jax.io.pretrained import Pretrained
 from lora_jax.models import encoder_attention
 from lora_jax.weights import DoRA, Factored, Full, Pruned, TokenRows, is_weight
@@ -101,6 +101,13 @@ def check_config(config: ConfigDict, done: Sequence[str] = ()) -> None:
       raise ValueError(f"report.prompt {config.report.prompt} must be 1 or more")
   if min(config.report.repeats, *config.report.batches) < 1:
     raise ValueError("report: repeats and batches must be 1 or more")
+  if config.report.onnx:
+    if config.text.source:
+      raise ValueError(
+        "report.onnx: ONNX Runtime is timed on the batches of a task, and text.source asks for "
+        "running text; set it to False"
+      )
+    onnx_program.require_jax2onnx()
   for step in config.steps:
     if "damping" in config[step] and config[step].damping < 0:
       raise ValueError(f"{step}.damping {config[step].damping} must be 0 or more")

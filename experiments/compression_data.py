@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from experiments import compression, parts
 from experiments.compression import Model
 from lora_jax import cost, tasks
-from lora_jax.compress import make_windows, perplexity, report
+from lora_jax.compress import make_windows, onnx_program, perplexity, report
 from lora_jax.data import records
 from lora_jax.io import outputs
 from lora_jax.io.pretrained import Pretrained
@@ -152,6 +152,7 @@ class TaskData:
     held_out: batches to measure by.
     largest: the shape of the largest of these, as in `Task.summary`, at which models are timed.
     batches: the batch sizes that models are timed at.
+    onnx: whether they are also timed as ONNX programs.
   """
 
   UNIT: ClassVar[str] = "input"
@@ -160,6 +161,7 @@ class TaskData:
   held_out: Any
   largest: Any
   batches: Sequence[int]
+  onnx: bool
 
   @classmethod
   def of(cls, config: ConfigDict, found: Pretrained) -> "TaskData":
@@ -177,7 +179,13 @@ class TaskData:
     batches = list(task.eval_batches(task.examples(rows), section.batch_size))
     held_out, examples = _held_out(config, task, read)
     largest = max(task.summary(examples, section.batch_size)["shapes"])
-    return cls(compression.TaskBatches(task, batches), held_out, largest, config.report.batches)
+    return cls(
+      compression.TaskBatches(task, batches),
+      held_out,
+      largest,
+      config.report.batches,
+      config.report.onnx,
+    )
 
   @property
   def task(self) -> tasks.Task:
@@ -191,10 +199,16 @@ class TaskData:
     }
 
   def runs(self, model: Model, weights: PyTree) -> report.Runs:
-    run = jax.jit(self._run(model))
+    run = self._run(model)
+    jitted = jax.jit(run)
     shapes = {rows: self.task.batch_of(self.largest, rows) for rows in self.batches}
     made = {n: jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), x) for n, x in shapes.items()}
-    return {("latency", n): functools.partial(run, weights, batch) for n, batch in made.items()}
+    timed: dict[tuple[str, int], Callable[[], Any]] = {
+      ("latency", n): functools.partial(jitted, weights, batch) for n, batch in made.items()
+    }
+    if self.onnx:
+      timed |= {("ONNX Runtime", n): in_onnx(run, weights, x) for n, x in made.items()}
+    return timed
 
   def flops(self, model: Model, weights: PyTree) -> int:
     shapes = jax.eval_shape(lambda: weights), self.task.batch_of(self.largest, 1)
@@ -205,6 +219,19 @@ class TaskData:
 
   def write_rest(self, folder: pathlib.Path) -> None:
     """Writes nothing: a run heals on the task's own training split."""
+
+
+def in_onnx(run: Callable, weights: PyTree, batch: Any) -> Callable[[], Any]:
+  """A call of `run(weights, batch)` in ONNX Runtime."""
+  leaves, structure = jax.tree.flatten(batch)
+  shapes = {f"input_{n}": jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in enumerate(leaves)}
+
+  def forward(*arrays):
+    made = run(weights, jax.tree.unflatten(structure, arrays))
+    return tuple(jax.tree.leaves(made))
+
+  session = onnx_program.convert(forward, shapes).session()
+  return functools.partial(session, *map(np.asarray, leaves))
 
 
 # ---- running text

@@ -321,6 +321,7 @@ COMPRESSION = {
   "task.batch_size": COUNT,
   "task.split": NAME,
   "report.resident": FLAG,
+  "report.onnx": FLAG,
   **{f"{step}.damping": real(0.0) for step in ("channels", "heads", "value_heads")},
   **{f"{step}.damping": real(0.0) for step in ("factorize", "quantize")},
 }

@@ -4,6 +4,7 @@ r"""Exports a run, or a model without a run, for programs that do not use this p
     python -m experiments.export --workdir=runs/quickstart --to=merged_gguf --dtype=q8_0 \
         --output=model.gguf
     python -m experiments.export --model=runs/small/model --to=artifact --output=runs/artifact
+    python -m experiments.export --workdir=runs/cifar --to=onnx --output=runs/onnx
     python -m experiments.export --workdir=runs/quickstart --to=gguf --output=adapter.gguf
     python -m experiments.export --workdir=runs/dora --to=peft --rank=16 --output=runs/as_lora
 
@@ -15,7 +16,9 @@ channels and heads stay removed. The merge is computed in float32 and rounded on
 
 --to=artifact writes the forward pass as a program with its parameters, which needs only JAX and
 safetensors (see `lora_jax.compress.artifact`). Quantized values and factors are kept, and so is an
-adapter on them; an adapter on a dense base is merged.
+adapter on them; an adapter on a dense base is merged. --to=onnx writes the same as one ONNX file,
+which needs only onnxruntime (see `lora_jax.compress.onnx_program`; `pip install -e ".[onnx]"`). It
+runs the file once and compares the outputs.
 
 --to=peft writes only the adapter of a run, as in its adapter/. With --rank it writes the nearest
 plain LoRA of that rank, for any method, and reports the error. --to=gguf writes it as one file that
@@ -31,12 +34,13 @@ from absl import app, flags, logging
 import lora_jax
 from experiments import inputs, methods, model_options, parts, programs
 from lora_jax import exchange, tree
-from lora_jax.compress import artifact, merging
+from lora_jax.compress import artifact, merging, onnx_program
 from lora_jax.io import casting, export, gguf_model, outputs, pretrained
+from lora_jax.models import layers
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "A run's folder: its model with its adapter.")
 _MODEL = flags.DEFINE_string("model", None, "Or a model alone, compressed or not, by its address.")
-_FORMATS = ["peft", "gguf", "merged", "merged_gguf", "artifact"]
+_FORMATS = ["peft", "gguf", "merged", "merged_gguf", "artifact", "onnx"]
 _TO = flags.DEFINE_enum("to", None, _FORMATS, "The format of the output.", required=True)
 _OUTPUT = flags.DEFINE_string(
   "output", None, "The output: a new or empty folder, or for GGUF a new file.", required=True
@@ -48,7 +52,7 @@ _RANK = flags.DEFINE_integer("rank", None, "For peft: convert to a plain LoRA of
 _FETCH = flags.DEFINE_bool(
   "fetch", False, "Download what the run's config.json names, where it is not on this machine."
 )
-_ROWS = flags.DEFINE_integer("rows", 1, "How many texts or images the artifact takes at once.", 1)
+_ROWS = flags.DEFINE_integer("rows", 1, "How many texts or images the program takes at once.", 1)
 _LENGTH = flags.DEFINE_integer(
   "length", None, "Tokens of each text (128 by default), or pixels of a side of each image.", 1
 )
@@ -70,8 +74,8 @@ def check_flags():
   meant_for = {
     "rank": ("peft",),
     "dtype": ("gguf", "merged", "merged_gguf"),
-    "rows": ("artifact",),
-    "length": ("artifact",),
+    "rows": ("artifact", "onnx"),
+    "length": ("artifact", "onnx"),
     "platforms": ("artifact",),
   }
   for name, formats in meant_for.items():
@@ -116,7 +120,7 @@ def main(argv):
       return
     weights = methods.finish(config, found.params, adapters, axes)
 
-  if to != "artifact" and (line := model_options.exact_elsewhere(found.config)):
+  if to not in ("artifact", "onnx") and (line := model_options.exact_elsewhere(found.config)):
     print(line)
   wider: dict[str, str] = {}
   dtype = _DTYPE.value or found.stored_dtype
@@ -128,25 +132,35 @@ def main(argv):
     arrays = merging.to_arrays(weights)
     wider = gguf_model.save(output, arrays, found.config, found.tokenizer, dtype=dtype)
   else:
-    smaller = merging.keep_smaller(weights)
-    casting.check_finite(tree.flatten(smaller))
-    # A forward pass keeps nothing for a backward pass.
-    how = model_options.for_any_platform(found.config)
-    model = parts.make_model(dataclasses.replace(how, remat_policy=None))
-    artifact.save(
-      output,
-      lora_jax.adapt(model.apply),
-      smaller,
-      inputs=found.family.inputs(found.config, _ROWS.value, _LENGTH.value),
-      platforms=_PLATFORMS.value,
-      tokenizer=found.tokenizer,
-      options=found.family.options(found.config),
-    )
+    export_program(output, weights, found)
   for stored in sorted(set(wider.values())):
     listed = ", ".join(name for name in wider if wider[name] == stored)
     print(f"wider than asked, in {stored}: {listed}")
-  described = "" if to == "artifact" else f" in {dtype}"
+  described = "" if to in ("artifact", "onnx") else f" in {dtype}"
   print(f"wrote the model{described} to {output}, {size(output):,} bytes")
+
+
+def export_program(output: pathlib.Path, weights, found: pretrained.Pretrained):
+  """Writes the forward pass and its parameters, for JAX alone or for ONNX Runtime."""
+  smaller = merging.keep_smaller(weights)
+  casting.check_finite(tree.flatten(smaller))
+  # A forward pass keeps nothing for a backward pass.
+  how = dataclasses.replace(model_options.for_any_platform(found.config), remat_policy=None)
+  given = {
+    "inputs": found.family.inputs(found.config, _ROWS.value, _LENGTH.value),
+    "options": found.family.options(found.config),
+    "tokenizer": found.tokenizer,
+  }
+  if _TO.value == "artifact":
+    apply = lora_jax.adapt(parts.make_model(how).apply)
+    artifact.save(output, apply, smaller, platforms=_PLATFORMS.value, **given)
+    return
+  if how.scan_layers:  # a loop's layers are not fused
+    how, smaller = dataclasses.replace(how, scan_layers=False), layers.unstack_layers(smaller)
+  apply = lora_jax.adapt(parts.make_model(how).apply)
+  tokens = found.config.vocab_size if found.family.has_tokenizer else 2
+  error = onnx_program.save(output, apply, smaller, tokens=tokens, **given)
+  print(f"ONNX Runtime's outputs differ by {error:.1e} of the largest")
 
 
 def export_adapters(output, adapters, found: pretrained.Pretrained, axes, *, base_model: str):

@@ -52,10 +52,10 @@ def commands() -> list[list[str]]:
   return found
 
 
-def artifact_program() -> str:
-  """The program that runs an exported artifact without this package."""
+def exported_program(title: str) -> str:
+  """The program of a title that runs what was exported, without this package."""
   page = (ROOT / "docs" / "tutorials" / "compress.md").read_text()
-  (code,) = re.findall(r'```python title="[^"]+"\n(.*?)```', page, flags=re.DOTALL)
+  (code,) = re.findall(rf'```python title="{title}"\n(.*?)```', page, flags=re.DOTALL)
   return code
 
 

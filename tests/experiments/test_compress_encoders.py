@@ -262,3 +262,27 @@ def test_a_teachers_logits_are_learned_from_and_a_head_of_the_same_classes_is_ke
   expected = 4 * jnp.sum(p * jnp.log(p / q), axis=-1).mean()
   assert loss(0.0, other) == pytest.approx(float(expected), rel=1e-4)
   assert loss(0.0, other) > 1e-3
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_model_is_timed_in_onnx_runtime_as_well(program, case, kind):
+  pytest.importorskip("jax2onnx", reason='needs jax2onnx: pip install -e ".[onnx]"')
+  folder, model, run = case(kind)
+  config = config_of(folder, model, run, "factorize+quantize", **{"report.onnx": True})
+  for row in steps_of(compressed(program, folder, config, "timed")):
+    assert set(row["times"]) == {"latency", "ONNX Runtime"}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_onnx_runtime_computes_what_is_timed(case, kind):
+  pytest.importorskip("jax2onnx", reason='needs jax2onnx: pip install -e ".[onnx]"')
+  folder, model, run = case(kind)
+  config = config_of(folder, model, run, "factorize")
+  found = parts.load_model(config.model)
+  data = compression_data.of(config, found)
+  own = compression.Model(found.config, found.params, adapters={})
+  forward, batch = data.task.run(data.calibration.forward(own)), data.calibration.batches[0]
+  outputs = compression_data.in_onnx(forward, found.params, batch)()
+  expected = jax.tree.leaves(forward(found.params, batch))
+  for a, b in zip(outputs, expected, strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * max(1.0, abs(b).max()))

@@ -132,7 +132,7 @@ def healed(folder):
 
 def run_as_the_readme_says(artifact) -> np.ndarray:
   """The logits after the text, by an interpreter in which this package cannot be imported."""
-  snippet = readme_commands.artifact_program()
+  snippet = readme_commands.exported_program("runs without lora_jax")
   assert f'"{TEXT}"' in snippet
   there = artifact.parent / "elsewhere"
   (there / "runs").mkdir(parents=True)
