@@ -1,16 +1,16 @@
 r"""Heals a compressed model with LoRA, and with what its task trains in full.
 
-python -m experiments.train --config=configs/heal.py:compressed=runs/small --workdir=runs/healed
-python -m experiments.train --config=configs/heal.py:model=vit,compressed=runs/small_vit,distill \
-    --workdir=runs/healed_vit
+    python -m experiments.train --config=configs/heal.py:compressed=runs/small --workdir=runs/healed
+    python -m experiments.train --workdir=runs/healed_vit \
+        --config=configs/heal.py:model=vit,compressed=runs/small_vit,distill
 
-:compressed=runs/small   the workdir of experiments.compress
-:model=smollm2   as in configs/compress.py. SmolLM2 heals on the text that was used neither for
-                 calibration nor for evaluation, MiniLM and the ViT on the task's training split
-:rank=16         of the adapter
-:distill         also learn from the model before its compression
-:scan            stack the layers; all must be compressed the same way
-:smoke           a few steps
+    :compressed=runs/small   the workdir of experiments.compress
+    :model=smollm2   as in configs/compress.py. SmolLM2 heals on the text that was used neither for
+                     calibration nor for evaluation, the others on the task's training split
+    :rank=16         of the adapter
+    :distill         also learn from the model before its compression
+    :scan            stack the layers; all must be compressed the same way
+    :smoke           a few steps
 """
 
 import pathlib
@@ -28,7 +28,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   if args["model"] not in compress.MODELS:
     raise ValueError(f"the model {args['model']!r} is unknown; use {', '.join(compress.MODELS)}")
   is_text = args["model"] == "smollm2"
-  config = compress.run_of(args["model"], args["smoke"] and not is_text, args["rank"])
+  config = compress.run_of(args["model"], args["smoke"], args["rank"])
   folder = pathlib.Path(args["compressed"])
   config.model.source = str(folder / "model")
   config.model.scan_layers = args["scan"]

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 import lora_jax
 from experiments import parts
 from lora_jax import calibration, families, tree
+from lora_jax.axes import roles_of
 from lora_jax.compress import (
   attention,
   factorization,
@@ -133,7 +134,7 @@ class TaskBatches:
     )
     leaves = tree.flatten(model.params, is_leaf=is_weight)
     for path, moments in found.items():
-      rows, inputs = int(jnp.min(moments.rows)), leaves[path].shape[0]
+      rows, (inputs, _) = int(jnp.min(moments.rows)), matrix_of(path, leaves, model)
       if not diagonal and rows < inputs:
         raise ValueError(
           f"{path}: the calibration examples give it {rows} rows, and it has {inputs} inputs; "
@@ -204,8 +205,14 @@ def costs_and_budget(
   """The cost of each kernel in the section's unit, and the budget for all of them together."""
   leaves = tree.flatten(model.params, is_leaf=is_weight)
   unit, dtype = UNITS[section.unit], jnp.dtype(model.config.dtype)
-  costs = {path: unit(*leaves[path].shape, rows=section.rows, dtype=dtype) for path in paths}
+  costs = {path: unit(*matrix_of(path, leaves, model), section.rows, dtype) for path in paths}
   return costs, section.budget * sum(cost.dense for cost in costs.values())
+
+
+def matrix_of(path: str, leaves: Mapping[str, Any], model: Model) -> tuple[int, int]:
+  """The inputs and outputs of a kernel, which may be a convolution's."""
+  _, inputs, outputs = factorization.sizes(leaves[path], roles_of(path, leaves, model.axes))
+  return inputs, outputs
 
 
 def _whitened(section, model, data, paths):
@@ -252,7 +259,8 @@ def prune_step(section: ConfigDict, model: Model, data: Calibration) -> Model:
   opened = factors_as_kernels.open_factors(params)
   thin = [f"{path}/{x}" for path in paths if path not in dense for x in "ab"]
   if thin:
-    opened = pruning.prune(opened, thin, pruning.magnitude, pattern_of(section))
+    axes = factors_as_kernels.open_axes(params, axes)
+    opened = pruning.prune(opened, thin, pruning.magnitude, pattern_of(section), axes=axes)
   print(f"prune: {len(dense)} kernels, and {len(thin)} factors by magnitude")
   return model._replace(params=factors_as_kernels.close_factors(opened, params))
 
@@ -275,6 +283,7 @@ def quantize_step(section: ConfigDict, model: Model, data: Calibration) -> Model
       params, dict.fromkeys(calibrated, format), moments, axes, damping=section.damping
     )
   opened = factors_as_kernels.open_factors(params)
+  opened_axes = factors_as_kernels.open_axes(params, axes)
   leaves = tree.flatten(opened, is_leaf=is_weight)
   names = {
     name
@@ -286,8 +295,7 @@ def quantize_step(section: ConfigDict, model: Model, data: Calibration) -> Model
   def smaller(name, leaf):
     if name not in names:
       return leaf
-    own_axes = axes if name in axes else None
-    return inside_mask(lambda w: quantize_leaf(name, w, format, own_axes), leaf)
+    return inside_mask(lambda w: quantize_leaf(name, w, format, opened_axes), leaf)
 
   opened = tree.map_with_path(smaller, opened, is_leaf=is_weight)
   print(

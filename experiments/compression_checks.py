@@ -217,10 +217,11 @@ def _check_inputs(step: str, model: Model, paths: Sequence[str], tokens: int | N
         f"{path}: its rows are looked up, and {step} calibrates by inputs; leave it out, or choose "
         "a method that does without"
       )
-    if tokens is not None and tokens < leaves[path].shape[0]:
+    inputs, _ = compression.matrix_of(path, leaves, model)
+    if tokens is not None and tokens < inputs:
       raise ValueError(
-        f"{step}: the calibration text has {tokens} tokens, and {path} {leaves[path].shape[0]} "
-        "inputs; raise config.text.calibration"
+        f"{step}: the calibration text has {tokens} tokens, and {path} {inputs} inputs; raise "
+        "config.text.calibration"
       )
 
 
@@ -279,7 +280,7 @@ def _check_prune(config, model, paths, selected, tokens) -> None:
   if section.score == "wanda":
     _check_inputs("prune", model, dense, tokens=None)  # it takes the norms of as few as there are
   for path in paths:
-    leaf, d = leaves[path], leaves[path].shape[0]
+    leaf, (d, _) = leaves[path], compression.matrix_of(path, leaves, model)
     inputs = [d, leaf.rank] if isinstance(leaf, Factored) else [d]
     odd = [count for count in inputs if section.of and count % section.of]
     if odd:

@@ -345,7 +345,7 @@ def update(
   their final values.
 
   Args:
-    compressed: the tree with `Factored` kernels of two axes at these paths.
+    compressed: the tree with `Factored` kernels at these paths, none of them a stack of layers.
     dense: the tree that it was made from.
     paths: the kernels.
     moments: `{path: Moments}` of the inputs in the compressed model.
@@ -359,13 +359,15 @@ def update(
   found = {}
   for path in paths:
     leaf = leaves[path]
-    if not isinstance(leaf, Factored) or leaf.all_roles != "io":
-      raise ValueError(f"{path}: is not a factorized kernel of two axes; only those are updated")
-    w = np.asarray(originals[path], np.float64)
+    if not isinstance(leaf, Factored) or "s" in leaf.all_roles:
+      raise ValueError(
+        f"{path}: is not a factorized kernel, or is a stack of them; layers are updated one by one"
+      )
+    (w,) = _matrices(originals[path], leaf.all_roles)
     root = factor_root(path, np.asarray(moments[path].mean), w.shape[0], "inputs", damping)
-    a = np.asarray(leaf.a, np.float64)
+    a = np.asarray(leaf.a, np.float64).reshape(w.shape[0], leaf.rank)
     b, *_ = cast(tuple[Matrix, ...], scipy.linalg.lstsq(root.T @ a, root.T @ w))
-    found[path] = dataclasses.replace(leaf, b=jnp.asarray(b, leaf.b.dtype))
+    found[path] = dataclasses.replace(leaf, b=jnp.asarray(b.reshape(leaf.b.shape), leaf.b.dtype))
   return tree.map_with_path(lambda path, leaf: found.get(path, leaf), compressed, is_leaf=is_weight)
 
 

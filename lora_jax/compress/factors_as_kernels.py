@@ -7,14 +7,18 @@ They are then pruned and quantized by the same functions as dense kernels.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from lora_jax import tree
+from lora_jax.axes import Axes
 from lora_jax.weights import Factored, is_weight
 
 PyTree = Any
+
+_PRODUCT = ("dot_general",)
 
 
 def open_factors(params: PyTree) -> PyTree:
@@ -22,6 +26,22 @@ def open_factors(params: PyTree) -> PyTree:
   return jax.tree.map(
     lambda x: {"a": x.a, "b": x.b} if isinstance(x, Factored) else x, params, is_leaf=is_weight
   )
+
+
+def open_axes(params: PyTree, axes: Mapping[str, Axes]) -> dict[str, Axes]:
+  """Returns the axes of `open_factors(params)`, given those of the parameters.
+
+  The rank is the output of the first factor and the input of the second, whatever the axes of the
+  kernel, such as those of a convolution.
+  """
+  found = dict(axes)
+  for path, leaf in tree.flatten(params, is_leaf=is_weight).items():
+    if isinstance(leaf, Factored):
+      del found[path]
+      stack, inputs, outputs = (leaf.all_roles.count(role) for role in "sio")
+      found[f"{path}/a"] = Axes("s" * stack + "i" * inputs + "o", _PRODUCT)
+      found[f"{path}/b"] = Axes("s" * stack + "i" + "o" * outputs, _PRODUCT)
+  return found
 
 
 def close_factors(opened: PyTree, like: PyTree) -> PyTree:

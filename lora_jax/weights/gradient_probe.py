@@ -79,5 +79,23 @@ class GradientProbe(Structured):
       raise NotFactored("the product keeps other axes of it than its outputs")
     return _tap(y, self.total, out_labels, stack + rows + outputs, len(stack))
 
+  def conv_general_dilated(self, x, *, feature_group_count, batch_group_count, **params):
+    y = base.conv_general_dilated(
+      x,
+      self.w,
+      feature_group_count=feature_group_count,
+      batch_group_count=batch_group_count,
+      **params,
+    )
+    _, (out, *inputs), y_spec = params["dimension_numbers"]
+    if feature_group_count * batch_group_count != 1:
+      raise NotFactored("the convolution has groups, each with outputs of its own")
+    if "".join(self.all_roles[n] for n in (out, *inputs)).strip("i") != "o":
+      raise NotFactored("the convolution takes other axes as its inputs")
+    output, rows = labels(self.ndim)[out], "ABCDEFGH"[: y.ndim - 1]
+    batch, feature, *positions = y_spec
+    y_labels = dict(zip((batch, *positions), rows, strict=True)) | {feature: output}
+    return _tap(y, self.total, "".join(y_labels[n] for n in range(y.ndim)), rows + output, 0)
+
   def scaled(self, c):
     raise NotFactored("it is multiplied by a scalar")

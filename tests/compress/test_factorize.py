@@ -9,8 +9,9 @@ from functions import convolve, normal
 
 import lora_jax
 from lora_jax import adapt, cost, materialize, tree
-from lora_jax.compress import factorization, sensitivity
+from lora_jax.compress import factorization, factors_as_kernels, pruning, sensitivity
 from lora_jax.weights import Factored
+from lora_jax.weights.probe import Moments
 
 OF_RANK_TWO = np.array([[1.0, 2, 3], [4, 5, 6], [7, 8, 9]])
 EXACT = {
@@ -124,6 +125,52 @@ def test_the_moments_of_gradients_are_those_that_jax_gives_row_by_row():
 
   g = jax.grad(by_layer)(jnp.zeros((2, 4, 7)))
   np.testing.assert_allclose(found["up"], 2 * jnp.swapaxes(g, 1, 2) @ g, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", [("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NWHC")])
+def test_the_moments_of_a_convolutions_gradients_are_over_all_its_positions(layout):
+  roles = "".join({"O": "o"}.get(c, "i") for c in layout[1])
+  shape = {"H": 3, "W": 3, "I": 2, "O": 4}
+  params = {"w": normal(*(shape[c] for c in layout[1]))}
+  x = normal(*({"N": 2, "H": 6, "W": 5, "C": 2}[c] for c in layout[0]))
+
+  def loss(p, x, probe=0.0):
+    y = jax.lax.conv_general_dilated(x, p["w"], (2, 1), "SAME", dimension_numbers=layout)
+    return jnp.sum(jnp.tanh(y + probe) ** 2)
+
+  axes = {"w": lora_jax.Axes(roles, ("conv_general_dilated",))}
+  found = sensitivity.gradient_moments(loss, params, ["w"], [x, x], axes=axes)["w"]
+  probe = jnp.zeros([{"N": 2, "H": 3, "W": 5, "C": 4}[c] for c in layout[2]])
+  g = jnp.moveaxis(jax.grad(loss, 2)(params, x, probe), layout[2].index("C"), -1).reshape(-1, 4)
+  np.testing.assert_allclose(found, 2 * g.T @ g, rtol=1e-4, atol=1e-5)
+
+
+def test_a_convolution_with_groups_has_no_moments_of_gradients():
+  params, x = {"w": normal(3, 3, 1, 4)}, normal(2, 6, 5, 2)
+
+  def loss(p, x):
+    y = jax.lax.conv_general_dilated(
+      x, p["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=2
+    )
+    return jnp.sum(y**2)
+
+  axes = {"w": lora_jax.Axes("iiio", ("conv_general_dilated",))}
+  with pytest.raises(ValueError, match="no gradient reached the results of w"):
+    sensitivity.gradient_moments(loss, params, ["w"], [x], axes=axes)
+
+
+def test_a_convolutions_update_is_the_fit_to_its_new_windows():
+  dense = {"w": normal(3, 3, 2, 7)}
+  axes = {"w": lora_jax.Axes("iiio", ("conv_general_dilated",))}
+  found = factorization.factorize(dense, {"w": 4}, axes=axes)
+  windows = np.random.default_rng(1).standard_normal((64, 18))
+  total = jnp.asarray(windows.T @ windows, jnp.float32)
+  moments = {"w": Moments(total, jnp.asarray(64.0))}
+  updated = factorization.update(found, dense, ["w"], moments, damping=1e-9)["w"]
+  a, w = np.asarray(found["w"].a, np.float64).reshape(18, 4), dense["w"].reshape(18, 7)
+  expected = np.linalg.lstsq(windows @ a, windows @ w, rcond=None)[0]
+  assert updated.shape == (3, 3, 2, 7)
+  np.testing.assert_allclose(updated.b, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_kernels_of_any_axes_are_factored_and_cost_what_their_factors_do():
@@ -292,3 +339,21 @@ def test_convolutions_and_embeddings_of_a_network_are_factored_and_cost_less(
   )
   assert operations[0] < 0.7 * operations[1]
   assert numbers[0] < 0.7 * numbers[1]
+
+
+def test_the_factors_of_a_convolution_are_kernels_of_their_own():
+  params = {"w": normal(3, 3, 2, 7), "other": normal(4, 4)}
+  axes = {
+    "w": lora_jax.Axes("iiio", ("conv_general_dilated",)),
+    "other": lora_jax.Axes("io", ("dot_general",)),
+  }
+  small = factorization.factorize(params, {"w": 4}, axes=axes)
+  opened, kinds = factors_as_kernels.open_factors(small), factors_as_kernels.open_axes(small, axes)
+  assert {path: x.roles for path, x in kinds.items()} == {
+    "w/a": "iiio", "w/b": "io", "other": "io",
+  }  # fmt: skip
+  pruned = pruning.prune(opened, ["w/a", "w/b"], pruning.magnitude, pruning.share(0.5), axes=kinds)
+  closed = factors_as_kernels.close_factors(pruned, small)["w"]
+  # Half of the inputs of each output: 9 of 18, and 2 of 4.
+  assert (closed.a.mask.sum((0, 1, 2)) == 9).all() and (closed.b.mask.sum(0) == 2).all()
+  assert closed.shape == (3, 3, 2, 7) and (closed.materialize() != 0).any()
