@@ -10,7 +10,8 @@ The memory is that of a program that runs its equations in order, as XLA would c
   operands of products and loops. A reshape or a transpose is a view of the same memory.
 - All other operations are fused into the operation that reads them, which keeps their operands
   alive. An operation is written once nevertheless if several operations read it and it is expensive
-  (exp, division) or has more than two arrays as operands.
+  (exp, division) or has more than two arrays as operands. exp(-x²) counts as read by erfc(x) too,
+  which contains it; exact GELU and its gradient have both.
 - A fused result reuses the memory of an operand of its size that nothing reads afterwards.
 - A loop needs the memory of its stacked results from its start, and that of one step.
 - If an argument is overwritten while other results still depend on it (an optimizer's moments,
@@ -40,7 +41,8 @@ _KERNELS = _IN_PLACE | {
   "cholesky", "qr", "svd", "eigh", "triangular_solve",
 }  # fmt: skip
 _EXPENSIVE = frozenset({"exp", "exp2", "expm1", "log", "log1p", "logistic", "tanh", "sin", "cos",
-                        "erf", "div", "sqrt", "rsqrt", "cbrt", "pow", "integer_pow"})  # fmt: skip
+                        "erf", "erfc", "div", "sqrt", "rsqrt", "cbrt", "pow",
+                        "integer_pow"})  # fmt: skip
 
 
 def flops(jaxpr: jex.ClosedJaxpr) -> int:
@@ -100,6 +102,7 @@ class _Operation:
   inputs: tuple[_Value, ...]
   outputs: tuple[_Value, ...]
   inner: int = 0
+  shared: bool = False  # whether another operation contains it
   carried: tuple[_Value, ...] = ()  # outputs that may reuse the memory of an input
 
   @property
@@ -174,6 +177,9 @@ def _flatten(jaxpr, arguments, operations: list[_Operation]) -> list[_Value]:
   env = dict(zip(jaxpr.jaxpr.invars, arguments, strict=True))
   env |= {v: _Value(_bytes(v), counts=False) for v in jaxpr.jaxpr.constvars}
 
+  made: dict[_Value, tuple[str, _Value]] = {}  # by operations of one operand
+  errors: set[_Value] = set()  # operands of erfc
+
   def read(v) -> _Value:
     return _Value(0, counts=False) if compat.is_literal(v) else env[v]
 
@@ -188,9 +194,25 @@ def _flatten(jaxpr, arguments, operations: list[_Operation]) -> list[_Value]:
       outputs = _flatten(inner, inputs, operations)
     else:
       outputs = [_Value(_bytes(v)) for v in eqn.outvars]
-      operations.append(_operation(eqn, name, inputs, outputs))
+      operation = _operation(eqn, name, inputs, outputs)
+      if len(inputs) == 1:
+        made[outputs[0]] = name, inputs[0]
+      if name == "erfc":
+        errors.add(inputs[0])
+      if name == "exp" and _squared(inputs[0], made) in errors:
+        operation = dataclasses.replace(operation, shared=True)
+      operations.append(operation)
     env.update(zip(eqn.outvars, outputs, strict=True))
   return [read(v) for v in jaxpr.jaxpr.outvars]
+
+
+def _squared(value: _Value, made: dict[_Value, tuple[str, _Value]]) -> _Value | None:
+  """The x of a value -x², or None."""
+  for name in ("neg", "square"):
+    operation, value = made.get(value, ("", value))
+    if operation != name:
+      return None
+  return value
 
 
 def _operation(eqn, name: str, inputs, outputs) -> _Operation:
@@ -206,7 +228,7 @@ def _operation(eqn, name: str, inputs, outputs) -> _Operation:
     inner = max(peak_memory(branch, results_in_place=True) for branch in eqn.params["branches"])
   elif name in _IN_PLACE or name not in _KERNELS | _REDUCTIONS:
     carried = outputs
-  return _Operation(name, tuple(inputs), tuple(outputs), inner, tuple(carried))
+  return _Operation(name, tuple(inputs), tuple(outputs), inner, carried=tuple(carried))
 
 
 def _scan_body(params) -> int:
@@ -247,6 +269,7 @@ def _sources(
         not operation.fused
         or any(reader.name in _KERNELS for reader in readers[value])
         or (costly and len(readers[value]) > 1)
+        or operation.shared
         or (value in results and not results_in_place)
       )
       sources[value] = {value} if written else behind

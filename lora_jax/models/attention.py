@@ -233,6 +233,9 @@ def attend(
       mask = _mask(mask, call.length, call.slots, window, segments_BT, positions_BT)
       if softcap is not None or sinks_N is not None:
         return _attend_plainly(*arrays, mask, is_causal, sinks_N=sinks_N, **scores)
+      own_keys = key_BSKH.shape[2] == query_BTNH.shape[2]
+      if name == "plain" and own_keys and not is_causal and not call.cached:
+        return _attend_everywhere(*arrays, mask, scale=scale)
       features, missing = call.value_features, call.features - call.value_features
       if missing:  # JAX's attention requires values of the keys' size
         value_BSKG = jnp.pad(value_BSKG, ((0, 0), (0, 0), (0, 0), (0, missing)))
@@ -256,6 +259,33 @@ def _mask(mask, length: int, slots: int, window, segments_BT, positions_BT):
     seen_B1TS = visible(places_BT, slots, window)
     mask = seen_B1TS if mask is None else seen_B1TS & mask
   return mask
+
+
+def _attend_everywhere(query_BTNH, key_BSNH, value_BSNG, mask, *, scale):
+  """Computes `attend` of an encoder, or to its outputs, where each head has its own keys."""
+  scores = jnp.einsum("btnh,bsnh->bnts", query_BTNH, key_BSNH, preferred_element_type=jnp.float32)
+  scores *= query_BTNH.shape[-1] ** -0.5 if scale is None else scale
+  if mask is not None:
+    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+  return jnp.einsum("bnts,bsng->btng", _softmax(scores).astype(value_BSNG.dtype), value_BSNG)
+
+
+@jax.custom_jvp
+def _softmax(scores):
+  """The softmax over the last axis, whose result alone is kept for the backward pass.
+
+  In layers that are not scanned, XLA on a CPU otherwise keeps the exponentials and the reciprocals
+  of their sums as well, each as large as the scores.
+  """
+  return jax.nn.softmax(scores, axis=-1)
+
+
+@_softmax.defjvp
+def _softmax_jvp(primals, tangents):
+  (scores,), (change,) = primals, tangents
+  weights = jax.lax.optimization_barrier(jax.nn.softmax(scores, axis=-1))
+  weighted = weights * change
+  return weights, weighted - weights * weighted.sum(axis=-1, keepdims=True)
 
 
 def _attend_plainly(query_BTNH, key_BSKH, value_BSKG, mask, is_causal, *, scale, softcap, sinks_N):

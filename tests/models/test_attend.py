@@ -254,3 +254,39 @@ def test_the_kernel_for_tpus_gives_the_values_and_gradients_of_the_plain_one(opt
   with pltpu.force_tpu_interpret_mode():
     found = value_and_gradients(Choice("splash", "tpu"), inputs, options)
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0.05, atol=0.02), found, expected)
+
+
+# As where tests do not turn most of it off.
+OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+
+
+def test_layers_that_are_not_scanned_keep_the_weights_of_attention_alone():
+  """Per layer of an encoder: the scores' softmax, and neither its numerators nor its factors."""
+  layers, shape = 4, (2, 128, 2, 8)
+
+  def loss(x, attention):
+    for _ in range(layers):
+      x = x + attention(x, x, x)
+    return jnp.sum(x**2)
+
+  def kept(attention):
+    gradient = jax.jit(jax.grad(lambda x: loss(x, attention)))
+    program = gradient.lower(jnp.ones(shape)).compile(OPTIMIZED)
+    return program.memory_analysis().temp_size_in_bytes / (4 * 2 * 2 * 128 * 128)
+
+  assert kept(attend) < 0.7 * kept(jax.nn.dot_product_attention)
+
+
+def test_the_derivatives_of_an_encoders_attention_are_those_of_jax():
+  query, key, value = (normal(0, 2, 5, 4, 8), normal(1, 2, 7, 4, 8), normal(2, 2, 7, 4, 8))
+  change = jax.tree.map(jnp.cos, (query, key, value))
+  for derive in (
+    lambda f: jax.jvp(f, (query, key, value), change)[1],
+    lambda f: jax.grad(lambda *x: jnp.sum(f(*x) ** 2), (0, 1, 2))(query, key, value),
+  ):
+    for a, b in zip(
+      jax.tree.leaves(derive(attend)),
+      jax.tree.leaves(derive(jax.nn.dot_product_attention)),
+      strict=True,
+    ):
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
