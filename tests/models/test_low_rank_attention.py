@@ -1,6 +1,7 @@
 """Nyström attention and Linformer against formulas with every matrix in full, and in the models."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +84,7 @@ def test_nystrom_and_its_gradients_are_those_of_the_matrices_in_full(seen_BT):
   def oracle(*x):
     return of_each_text(plain_nystrom, seen_BT, *x)
 
-  np.testing.assert_allclose(ours(*inputs), oracle(*inputs), rtol=2e-4, atol=2e-5)
+  np.testing.assert_allclose(jax.jit(ours)(*inputs), jax.jit(oracle)(*inputs), rtol=2e-4, atol=2e-5)
   found, expected = (jax.jit(jax.grad(lambda x, f=f: value(f, *x)))(inputs) for f in (ours, oracle))
   for x, y in zip(found, expected, strict=True):
     assert np.linalg.norm(x - y) <= 1e-4 * np.linalg.norm(y)
@@ -219,17 +220,17 @@ def test_padding_changes_nothing_wherever_it_is_and_a_row_of_it_is_finite(kind):
     return low_rank.linformer(*x, start, start, seen_BT)
 
   inputs = arrays(13, 1)
-  alone = run(None, *inputs)
+  alone = jax.jit(functools.partial(run, None))(*inputs)
   padded = [jnp.pad(x, ((0, 0), (4, 7), (0, 0), (0, 0)), constant_values=99.0) for x in inputs]
   seen_BT = jnp.asarray((np.arange(24) >= 4) & (np.arange(24) < 17))[None]
-  found = run(seen_BT, *padded)[:, 4:17]
+  found = jax.jit(run)(seen_BT, *padded)[:, 4:17]
   np.testing.assert_allclose(found, alone, rtol=1e-4, atol=1e-5)
   none = jnp.zeros_like(seen_BT)
 
   def total(x):
     return jnp.sum(run(none, *x))
 
-  for leaf in jax.tree.leaves(jax.value_and_grad(total)(padded)):
+  for leaf in jax.tree.leaves(jax.jit(jax.value_and_grad(total))(padded)):
     assert np.isfinite(leaf).all()
 
 
@@ -294,7 +295,7 @@ def logits(config, how, scan=False, adapted=False):
   inputs, options = (TOKENS_BT,), {"mask_BT": SEEN_BT}
   if config.family == "vit":
     inputs, options = (IMAGES,), {}
-  params = model.init(jax.random.key(0), *inputs)["params"]
+  params = jax.jit(model.init)(jax.random.key(0), *inputs)["params"]
   apply = lora_jax.adapt(model.apply, strict=True)
   if not adapted:
     return apply({"params": params}, *inputs, **options)
@@ -312,7 +313,9 @@ def logits(config, how, scan=False, adapted=False):
   return specs, jax.jit(jax.grad(lambda tree: jnp.sin(run(tree)).sum(), allow_int=True))(adapters)
 
 
-@pytest.mark.parametrize("config", [BERT, VIT], ids=["bert", "vit"])
+@pytest.mark.parametrize(
+  "config", [pytest.param(BERT, id="bert", marks=pytest.mark.slow), pytest.param(VIT, id="vit")]
+)
 def test_a_model_with_a_landmark_for_every_token_has_the_logits_of_exact_attention(config):
   exact = logits(config, Choice("plain"))
   found = logits(config, Nystrom(landmarks=32, iterations=20))
