@@ -134,7 +134,7 @@ def sweep(runs: Sequence[tuple[str, ConfigDict]], results: Path) -> list[dict[st
   )
   shared, lines = None, []
   for name, config in tqdm(runs, desc="runs"):
-    key = {"method": name, "seed": config.seed, "peak": config.optimizer.peak}
+    key = {"method": name, "seed": config.seed, "peak": config.optimizer.peak_learning_rate}
     key["config"] = workdir.fingerprint(config.to_dict())
     line = next((old for old in known if key.items() <= old.items()), None)
     if line is None:

@@ -34,8 +34,8 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   task.labels = ("0", "1")  # negative and positive, as the file has them
 
   data = config.data
-  for field in ("prompt", "completion", "special_tokens", "choices", "append_eos", "packed_length"):
-    del data[field]  # these are for prompts
+  quickstart.remove_prompts(data)
+  del data.packed_length
   data.source = str(_DATA / "train.tsv")
   data.format = "tsv"
   data.columns = ()  # the header line names them

@@ -25,7 +25,7 @@ import pathlib
 
 import ml_collections
 
-from configs import adapters, arguments, images, quickstart
+from configs import adapters, arguments, images, quickstart, rates
 
 _CELLS = ("RBC", "WBC", "Platelets")
 _ANNOTATIONS = "annotations.json"
@@ -88,9 +88,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   optimizer = config.optimizer
   optimizer.warmup_steps = 20
   optimizer.schedule = "cosine"
-  optimizer.peak = {"head": _HEAD_RATE, "lora": 3e-3, "full": 3e-4}.get(method, optimizer.peak)
-  if method != "head":  # which is new, and learns from nothing
-    optimizer.rates = (*optimizer.rates, ("head/.*", _HEAD_RATE / optimizer.peak))
+  rates.choose(optimizer, method, {"head": _HEAD_RATE, "lora": 3e-3, "full": 3e-4}, _HEAD_RATE)
   optimizer.clip_norm = 10.0  # the loss is a sum over offsets
 
   evaluation = config.evaluation
@@ -99,9 +97,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   evaluation.samples = 4  # pictures on the run's page
 
   if args["sweep"]:
-    rates = tuple(factor * optimizer.peak for factor in (0.3, 1.0, 3.0))
-    config.sweep.grid = (("optimizer.peak", rates),)
-    train.steps = 100
+    rates.sweep(config)
 
   if args["smoke"]:
     train.steps, train.batch_size, train.checkpoint_every = 4, 4, 2

@@ -52,7 +52,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   train.steps = 300
   train.batch_size = 16
   train.checkpoint_every = 200  # steps; in full fine-tuning each is 1.6 GB
-  train.keep = 1 if args["full"] else 2
+  train.max_to_keep = 1 if args["full"] else 2
 
   config.optimizer.warmup_steps = 20
 

@@ -32,6 +32,6 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   train.batch_size = 8 if args["smoke"] else 64  # pairs; a larger batch has more negatives
   if not args["smoke"]:
     train.steps, config.optimizer.warmup_steps = 100, 10
-  config.optimizer.peak /= 4  # the model is already trained for this
+  config.optimizer.peak_learning_rate /= 4  # the model is already trained for this
   config.optimizer.rates = ()  # there is no head
   return config

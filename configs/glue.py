@@ -150,8 +150,8 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
     task.labels = chosen.labels
 
   data = config.data
-  for field in ("prompt", "completion", "special_tokens", "choices", "append_eos", "packed_length"):
-    del data[field]  # these are for prompts
+  quickstart.remove_prompts(data)
+  del data.packed_length
   data.source = str(_DATA / chosen.train)
   data.test_source = str(_DATA / chosen.test) if chosen.test else ""
   data.format = chosen.format
@@ -172,7 +172,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   train.checkpoint_every = 200
 
   optimizer = config.optimizer
-  optimizer.peak = _PEAKS.get(args["method"], optimizer.peak)
+  optimizer.peak_learning_rate = _PEAKS.get(args["method"], optimizer.peak_learning_rate)
   optimizer.warmup_steps = train.steps // 10
   if args["method"] == "full":
     optimizer.rates = (("(head|pooler)/.*", 10.0),)  # new, and at the rate of the other methods

@@ -32,7 +32,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   folder = pathlib.Path(args["compressed"])
   config.model.source = str(folder / "model")
   config.model.scan_layers = args["scan"]
-  config.train.steps, config.optimizer.peak = 200, 1e-3
+  config.train.steps, config.optimizer.peak_learning_rate = 200, 1e-3
   if is_text:
     _on_the_rest(config, folder)
   if args["distill"]:

@@ -29,7 +29,7 @@ import pathlib
 
 import ml_collections
 
-from configs import adapters, arguments, attention, quickstart
+from configs import adapters, arguments, attention, quickstart, rates
 
 _DATA = arguments.data_folder()
 _VIT = (
@@ -121,9 +121,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   optimizer = config.optimizer
   optimizer.warmup_steps = 20
   optimizer.schedule = "cosine"
-  optimizer.peak = {"head": _HEAD_RATE, "lora": 1e-3, "full": 1e-4}.get(method, optimizer.peak)
-  if method != "head":  # which is new, and learns from nothing
-    optimizer.rates = (*optimizer.rates, ("head/.*", _HEAD_RATE / optimizer.peak))
+  rates.choose(optimizer, method, {"head": _HEAD_RATE, "lora": 1e-3, "full": 1e-4}, _HEAD_RATE)
 
   evaluation = config.evaluation
   evaluation.examples = 0  # all
@@ -131,9 +129,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   evaluation.samples = 12  # pictures on the run's page
 
   if args["sweep"]:
-    rates = tuple(factor * optimizer.peak for factor in (0.3, 1.0, 3.0))
-    config.sweep.grid = (("optimizer.peak", rates),)
-    train.steps = 100
+    rates.sweep(config)
 
   if args["smoke"]:
     train.steps, train.batch_size, train.checkpoint_every = 4, 4, 2

@@ -26,7 +26,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   smoke = ",smoke" if args["smoke"] else ""
   config = quickstart.get_config(f"method={args['method']}{smoke}")
   config.seed = args["seed"]
-  config.optimizer.peak = args["peak"] or config.optimizer.peak
+  config.optimizer.peak_learning_rate = args["peak"] or config.optimizer.peak_learning_rate
   config.evaluation.split = args["split"]
   config.data.max_length = 41  # one more than the inputs, whose last token is the answer
   config.data.buckets = (40,)  # one shape, so that all steps of a run can be compared

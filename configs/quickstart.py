@@ -96,12 +96,12 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   train.loss_chunk = config_dict.FieldReference("auto", field_type=object)
   train.log_every = 1  # steps
   train.checkpoint_every = 50  # steps
-  train.keep = 2  # checkpoints
+  train.max_to_keep = 2  # checkpoints
   train.evaluate_every = 0  # steps between validations; 0 for none
   train.quantize_merge = "none"  # nf4, …: train with the merged weights quantized like this
 
   config.optimizer = optimizer = ml_collections.ConfigDict()
-  optimizer.peak = method.peak  # learning rate; LoRA needs about ten times that of full fine-tuning
+  optimizer.peak_learning_rate = method.peak  # LoRA: about ten times that of full fine-tuning
   optimizer.rates = method.rates  # (pattern, factor) pairs: leaves at a multiple of it
   optimizer.schedule = "linear"  # after the warm-up: constant, linear or cosine
   optimizer.warmup_steps = 10
@@ -122,11 +122,12 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   evaluation.samples = 4  # examples whose answers are saved, before and after; 0 for none
 
   config.sweep = sweep = ml_collections.ConfigDict()  # several adapters; see experiments/sweep.py
-  sweep.grid = ()  # (field, values) pairs, as ("optimizer.peak", (1e-3, 2e-3)): all combinations
+  # (field, values) pairs, as ("optimizer.peak_learning_rate", (1e-3, 2e-3)): all combinations
+  sweep.grid = ()
   sweep.members = ()  # single members, as {"seed": 1, "adapter.rank": 4}; each with the whole grid
 
   if args["sweep"]:
-    sweep.grid = (("adapter.rank", (2, 8)), ("optimizer.peak", (1e-3, 4e-3)))
+    sweep.grid = (("adapter.rank", (2, 8)), ("optimizer.peak_learning_rate", (1e-3, 4e-3)))
     data.max_length, data.buckets = 41, (40,)  # all batches of a sweep have the same shape
     train.steps, optimizer.warmup_steps = 40, 4
 
@@ -136,3 +137,9 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
     optimizer.warmup_steps = 1
     evaluation.examples, evaluation.batch_size = 16, 8
   return config
+
+
+def remove_prompts(data: ml_collections.ConfigDict) -> None:
+  """Removes the fields of `data` that describe prompts, for another task."""
+  for field in ("prompt", "completion", "special_tokens", "choices", "append_eos"):
+    del data[field]

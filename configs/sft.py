@@ -45,8 +45,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   task.date = "2026-01-01"  # for templates that print the date; a run keeps it
 
   data = config.data
-  for field in ("prompt", "completion", "special_tokens", "choices", "append_eos"):
-    del data[field]  # these are for prompts
+  quickstart.remove_prompts(data)
   data.source = args["data"] or str(_DATA / "train.jsonl")
   data.format = "auto"  # by the file's name
   data.columns = ()  # the file names them
@@ -69,7 +68,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   train.batch_size = 4  # rows per step, 2,560 tokens
   train.accumulate = 4  # one row at a time
   train.checkpoint_every = 20  # steps; in full fine-tuning each is 1.6 GB
-  train.keep = 1 if args["full"] else 2
+  train.max_to_keep = 1 if args["full"] else 2
 
   config.optimizer.warmup_steps = 10
 

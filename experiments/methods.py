@@ -248,7 +248,7 @@ def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, op
   """The optimizer of a whole config, and its learning rate."""
   section = config.optimizer
   learning_rate = optimizer.schedule(
-    peak=section.peak,
+    peak=section.peak_learning_rate,
     warmup_steps=section.warmup_steps,
     total_steps=config.train.steps,
     kind=section.schedule,

@@ -1,7 +1,7 @@
 """A config's `sweep`: which members it asks for, and the config of each.
 
 config.sweep.grid = (("adapter.rank", (2, 8)), ("seed", (0, 1)))     # four members
-config.sweep.members = ({"optimizer.peak": 1e-3}, {"optimizer.peak": 4e-3, "train.steps": 80})
+config.sweep.members = ({"adapter.rank": 4}, {"adapter.rank": 8, "train.steps": 80})
 """
 
 import functools
@@ -16,7 +16,7 @@ Fields = dict[str, Any]
 """The fields that a member changes: `{"adapter.rank": 4}`."""
 
 FIELDS = (
-  "seed", "adapter.rank", "adapter.alpha", "adapter.rslora", "optimizer.peak",
+  "seed", "adapter.rank", "adapter.alpha", "adapter.rslora", "optimizer.peak_learning_rate",
   "optimizer.schedule", "optimizer.warmup_steps", "train.steps",
 )  # fmt: skip
 """The fields that members may differ in; all others are shared."""

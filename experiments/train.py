@@ -68,7 +68,9 @@ def train(config, run):
   state, frozen = trained.state, trained.frozen
 
   with Checkpoints(
-    run.checkpoints, keep=config.train.keep, fingerprint=workdir.fingerprint(config.to_dict())
+    run.checkpoints,
+    keep=config.train.max_to_keep,
+    fingerprint=workdir.fingerprint(config.to_dict()),
   ) as checkpoints:
     weights = trained.weights(state, frozen)
     restored = checkpoints.restore(state)

@@ -115,7 +115,7 @@ def test_the_table_has_a_row_for_each_method_over_its_seeds():
 @pytest.mark.slow
 def test_a_run_that_diverges_is_said_to_and_does_not_stop_the_sweep(get_config, tmp_path):
   config = get_config("lora", 0)
-  config.optimizer.peak = 1e30
+  config.optimizer.peak_learning_rate = 1e30
   (line,) = methods.sweep([("lora", config)], tmp_path / "methods.jsonl")
   assert line["diverged"] <= config.train.steps
   assert f"lora, diverged: seed 0 at step {line['diverged']}" in methods.format_table([line])

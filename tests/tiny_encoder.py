@@ -25,7 +25,7 @@ BOTH = {
   "data.format": "jsonl", "data.columns": (), "data.split_by": "text", "data.train": 0.6,
   "data.validation": 0.2, "data.test": 0.2, "data.test_source": "", "data.max_length": 24,
   "data.buckets": (24,), "train.steps": 30, "train.batch_size": 8, "train.log_every": 5,
-  "train.checkpoint_every": 10, "optimizer.warmup_steps": 2, "optimizer.peak": 1e-2,
+  "train.checkpoint_every": 10, "optimizer.warmup_steps": 2, "optimizer.peak_learning_rate": 1e-2,
   "evaluation.batch_size": 8, "evaluation.samples": 2,
 }  # fmt: skip
 

@@ -23,7 +23,7 @@ def get_config(text=""):
   config.adapter.alpha = 8.0
   config.train.steps, config.train.log_every, config.train.checkpoint_every = 6, 1, 2
   config.train.batch_size = 8
-  config.optimizer.warmup_steps, config.optimizer.peak = 1, 1e-2
+  config.optimizer.warmup_steps, config.optimizer.peak_learning_rate = 1, 1e-2
   config.evaluation.batch_size = 8
   config.evaluation.examples, config.evaluation.samples = 16, 0
   config.update_from_flattened_dict({fields!r})

@@ -9,7 +9,7 @@ from configs import speech
 FIELDS = {
   "data.window": 1.28, "train.steps": 6, "train.batch_size": 8,
   "train.log_every": 1, "train.checkpoint_every": 3, "optimizer.warmup_steps": 1,
-  "optimizer.peak": 1e-2, "optimizer.rates": (), "evaluation.batch_size": 8,
+  "optimizer.peak_learning_rate": 1e-2, "optimizer.rates": (), "evaluation.batch_size": 8,
   "evaluation.samples": 3,
 }  # fmt: skip
 
@@ -56,7 +56,10 @@ def write_config(config, folder: pathlib.Path) -> pathlib.Path:
     for section in ("model", "data", "train", "evaluation", "adapter")
     for name, value in config[section].to_dict().items()
   }
-  fields |= {"optimizer.peak": config.optimizer.peak, "optimizer.warmup_steps": 1}
+  fields |= {
+    "optimizer.peak_learning_rate": config.optimizer.peak_learning_rate,
+    "optimizer.warmup_steps": 1,
+  }
   fields = {name: value for name, value in fields.items() if value is not None}
   path, tests = folder / "config.py", str(pathlib.Path(__file__).parent)
   path.write_text(_FILE.format(tests=tests, argument=f"data={config.data.source}", fields=fields))

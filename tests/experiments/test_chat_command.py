@@ -36,7 +36,7 @@ FIELDS = {
   "data.train": 0.9, "data.validation": 0.0, "data.test": 0.1, "data.test_source": "",
   "data.max_length": 61, "data.buckets": (60,), "data.packed_length": 0, "train.steps": 60,
   "train.batch_size": 8, "train.accumulate": 1, "train.log_every": 20,
-  "train.checkpoint_every": 60, "optimizer.warmup_steps": 1, "optimizer.peak": 2e-2,
+  "train.checkpoint_every": 60, "optimizer.warmup_steps": 1, "optimizer.peak_learning_rate": 2e-2,
   "adapter.also_train": ("embed/embedding",),
   "evaluation.batch_size": 8, "evaluation.samples": 0,
 }  # fmt: skip

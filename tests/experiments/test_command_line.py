@@ -229,7 +229,7 @@ def test_an_unknown_field_is_refused_by_name(config_file, tmp_path):
     ),
     ("train.loss_chunk", -1, "train.loss_chunk is -1; it must be 0 or more"),
     ("train.checkpoint_every", 0, "train.checkpoint_every is 0; it must be 1 or more"),
-    ("train.keep", 0, "train.keep is 0; it must be 1 or more"),
+    ("train.max_to_keep", 0, "train.max_to_keep is 0; it must be 1 or more"),
     ("seed", -1, "seed is -1; it must be 0 or more"),
     ("data.packed_length", 2, "more than a row of 2; make rows of at least"),
   ],
@@ -300,7 +300,7 @@ def test_what_trains_is_in_memory_once_while_it_trains(config_file, tmp_path, mo
 def test_a_diverging_run_stops_at_the_step_and_keeps_its_checkpoint(config_file, tmp_path):
   workdir = tmp_path / "run"
   arguments = [f"--config={config_file}", f"--workdir={workdir}"]
-  printed = run("train", *arguments, "--config.optimizer.peak=1e30", fails=True)
+  printed = run("train", *arguments, "--config.optimizer.peak_learning_rate=1e30", fails=True)
   assert re.search(r"step \d: the loss is nan|step \d: the loss is inf|gradient norm", printed)
 
 

@@ -97,7 +97,7 @@ def test_every_number_of_a_compression_has_a_rule(monkeypatch):
 LARGE = {
   "adapter.alpha", "adapter.d_initial", "adapter.deviation", "adapter.orthogonality", "adapter.rho",
   "data.neutral", "distill.hidden", "distill.temperature", "optimizer.clip_norm", "optimizer.eps",
-  "optimizer.peak", "optimizer.weight_decay",
+  "optimizer.peak_learning_rate", "optimizer.weight_decay",
 }  # fmt: skip
 SIGNED = {"adapter.alpha", "adapter.d_initial"}
 WRONG = [math.nan, math.inf, -math.inf, -1e300, -(2**64), 2**64, 10**400, "8", None, (1,), 1e300]
@@ -156,7 +156,7 @@ def test_the_fields_of_conversations(field, values):
     ("optimizer.b1", [1.0, -0.1, 2, 1 - 1e-12]),
     ("optimizer.b2", [1.0, 2, 1 - 1e-12]),
     ("optimizer.eps", [0.0, -1e-8, 1e-50]),
-    ("optimizer.peak", [0.0, -1e-3, 1e-60]),
+    ("optimizer.peak_learning_rate", [0.0, -1e-3, 1e-60]),
     ("optimizer.weight_decay", [-0.1]),
     ("optimizer.clip_norm", [0.0, -1.0]),
     ("train.steps", [0, -1, 2**31, 10.0]),
@@ -185,7 +185,7 @@ def test_the_ends_of_ranges(field, values):
   ("field", "value"),
   [
     ("seed", 2**32 - 1), ("optimizer.b1", 0.0), ("optimizer.clip_norm", math.inf),
-    ("optimizer.peak", 1e30), ("optimizer.b2", 0.999999), ("mesh.data", -1),
+    ("optimizer.peak_learning_rate", 1e30), ("optimizer.b2", 0.999999), ("mesh.data", -1),
     ("optimizer.eps", 1e-30), ("data.source", ("a.csv", "b.json")), ("data.source", ["a.csv"]),
     ("data.test_source", ""), ("data.test_source", ("a.csv",)), ("data.test_source", "a.csv"),
   ],

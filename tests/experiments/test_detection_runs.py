@@ -94,12 +94,12 @@ def test_it_is_planned_evaluated_and_exported_by_commands(run, config, tmp_path)
 def test_a_sweep_of_learning_rates_trains_in_one_program(config, tmp_path):
   steps = "--config.train.steps=3"  # roundings grow by every step of a deep network
   folder = tmp_path / "run"
-  grid = "--config.sweep.grid=(('optimizer.peak', (1e-3, 3e-3, 1e-2)),)"
+  grid = "--config.sweep.grid=(('optimizer.peak_learning_rate', (1e-3, 3e-3, 1e-2)),)"
   main_programs.run("train", f"--config={config}", f"--workdir={folder}", steps, grid)
   found = json.loads((folder / "results.json").read_text())["members"]
   assert [row["outcome"] for row in found] == ["finished"] * 3
   alone = tmp_path / "alone"
-  peak = "--config.optimizer.peak=0.003"
+  peak = "--config.optimizer.peak_learning_rate=0.003"
   main_programs.run("train", f"--config={config}", f"--workdir={alone}", steps, peak)
   one = json.loads((alone / "eval.json").read_text())["after"]
   assert found[1]["loss"] == pytest.approx(one["loss"], rel=1e-3)

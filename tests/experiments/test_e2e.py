@@ -115,7 +115,7 @@ def test_both_configs_train_on_the_same_batches():
   from configs import e2e
 
   lora, full = e2e.get_config(), e2e.get_config("full")
-  full.train.keep = lora.train.keep  # of the larger checkpoints one
+  full.train.max_to_keep = lora.train.max_to_keep  # of the larger checkpoints one
   for section in ("data", "train", "evaluation", "model"):
     assert lora[section].to_dict() == full[section].to_dict()
   assert (lora.seed, lora.adapter.method) == (full.seed, "lora")

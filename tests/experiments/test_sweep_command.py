@@ -28,9 +28,9 @@ from lora_jax.train.checkpoint import Checkpoints
 train = imported("experiments.train")
 
 MEMBERS = (
-  {"adapter.rank": 2, "adapter.alpha": 4.0, "optimizer.peak": 5e-3, "seed": 3},
+  {"adapter.rank": 2, "adapter.alpha": 4.0, "optimizer.peak_learning_rate": 5e-3, "seed": 3},
   {"adapter.rank": 8, "adapter.alpha": 12.0, "train.steps": 4},
-  {"adapter.rank": 4, "optimizer.peak": 1e30},
+  {"adapter.rank": 4, "optimizer.peak_learning_rate": 1e30},
 )
 DIVERGES = 2
 
@@ -220,7 +220,10 @@ def test_the_command_on_four_devices_trains_the_same_members(finished, config_fi
 
 @pytest.mark.slow
 def test_a_sweep_of_which_no_member_is_left_ends_with_the_reason(config, tmp_path):
-  config.sweep.members = ({"optimizer.peak": 1e30}, {"optimizer.peak": 1e31})
+  config.sweep.members = (
+    {"optimizer.peak_learning_rate": 1e30},
+    {"optimizer.peak_learning_rate": 1e31},
+  )
   words = r"step \d: the loss or the gradient of the last member that was left is not finite"
   with pytest.raises(FloatingPointError, match=words):
     run(train, config, tmp_path / "run")
@@ -245,13 +248,13 @@ def test_a_plan_is_of_the_largest_member_as_often_as_there_are_members(config, c
 
 def test_every_member_is_trained_with_every_point_of_the_grid(config):
   config.sweep.members = ({"seed": 0}, {"seed": 1, "adapter.alpha": 2.0})
-  config.sweep.grid = (("adapter.rank", (2, 4)), ("optimizer.peak", [1e-3]))
+  config.sweep.grid = (("adapter.rank", (2, 4)), ("optimizer.peak_learning_rate", [1e-3]))
   fields = sweep_config.list_members(config)
   assert fields == [
-    {"seed": 0, "adapter.rank": 2, "optimizer.peak": 1e-3},
-    {"seed": 0, "adapter.rank": 4, "optimizer.peak": 1e-3},
-    {"seed": 1, "adapter.alpha": 2.0, "adapter.rank": 2, "optimizer.peak": 1e-3},
-    {"seed": 1, "adapter.alpha": 2.0, "adapter.rank": 4, "optimizer.peak": 1e-3},
+    {"seed": 0, "adapter.rank": 2, "optimizer.peak_learning_rate": 1e-3},
+    {"seed": 0, "adapter.rank": 4, "optimizer.peak_learning_rate": 1e-3},
+    {"seed": 1, "adapter.alpha": 2.0, "adapter.rank": 2, "optimizer.peak_learning_rate": 1e-3},
+    {"seed": 1, "adapter.alpha": 2.0, "adapter.rank": 4, "optimizer.peak_learning_rate": 1e-3},
   ]
   configs = sweep_config.member_configs(config, fields)
   assert [each.adapter.rank for each in configs] == [2, 4, 2, 4]
@@ -271,7 +274,10 @@ def test_every_member_is_trained_with_every_point_of_the_grid(config):
     ({"sweep.members": ({"adapter.rank": "4"},)}, "member 0, .*rank"),
     ({"sweep.members": ({"adapter.rank": 0},)}, "adapter.rank is 0; it must be 1 or more"),
     ({"sweep.members": ({"adapter.rank": 64},)}, "rank 64 exceeds min.*use rank <= 16"),
-    ({"sweep.members": ({"optimizer.peak": -1.0},)}, "optimizer.peak is -1.0; it must be above 0"),
+    (
+      {"sweep.members": ({"optimizer.peak_learning_rate": -1.0},)},
+      "optimizer.peak_learning_rate is -1.0; it must be above 0",
+    ),
     ({"sweep.members": ({"train.steps": 1},)}, "warm-up"),
     ({"data.buckets": (16, 24)}, r"data.buckets \(16, 24\).*keep one, as \(24,\)"),
   ],

@@ -34,7 +34,7 @@ FIELDS = {
   "data.max_length": 61, "data.buckets": (60,), "data.packed_length": 0, "train.steps": 30,
   "train.batch_size": 8,
   "train.accumulate": 1, "train.log_every": 5, "train.checkpoint_every": 20,
-  "optimizer.warmup_steps": 1, "optimizer.peak": 2e-2, "evaluation.batch_size": 8,
+  "optimizer.warmup_steps": 1, "optimizer.peak_learning_rate": 2e-2, "evaluation.batch_size": 8,
   "evaluation.samples": 2,
 }  # fmt: skip
 ENDLESS = 2e9  # a limit that lets a run come to its end

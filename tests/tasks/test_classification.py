@@ -35,7 +35,7 @@ def config(tmp_path_factory, smollm2):
     "data.source": str(folder / "data.jsonl"), "data.format": "jsonl", "data.split_by": "text",
     "data.train": 0.6, "data.validation": 0.2, "data.test": 0.2, "data.test_source": "",
     "data.buckets": (16,), "data.max_length": 17, "train.steps": 20, "train.batch_size": 8,
-    "train.log_every": 5, "optimizer.warmup_steps": 1, "optimizer.peak": 2e-2,
+    "train.log_every": 5, "optimizer.warmup_steps": 1, "optimizer.peak_learning_rate": 2e-2,
     "evaluation.batch_size": 8, "evaluation.samples": 2,
   })  # fmt: skip
   return config

@@ -50,7 +50,7 @@ def write(folder, name):
     "model.source": str(folder / "model"), "task.labels": LABELS,
     "data.source": str(folder / "train.npz"), "data.test_source": str(folder / "test.npz"),
     "data.size": 28 if is_vit else 32, "train.steps": 12, "train.batch_size": 16,
-    "train.log_every": 4, "optimizer.warmup_steps": 1, "optimizer.peak": 2e-2,
+    "train.log_every": 4, "optimizer.warmup_steps": 1, "optimizer.peak_learning_rate": 2e-2,
     "optimizer.rates": (), "evaluation.batch_size": 16, "evaluation.samples": 5,
   })  # fmt: skip
   if not is_vit:
@@ -290,7 +290,7 @@ def test_a_sweep_of_learning_rates_trains_in_one_program(tmp_path, name, steps):
   config = write(tmp_path, name)
   with config.unlocked():
     config.train.steps = steps  # roundings grow by every step of a deep network
-    config.sweep.grid = (("optimizer.peak", (1e-3, 1e-2, 2e-2)),)
+    config.sweep.grid = (("optimizer.peak_learning_rate", (1e-3, 1e-2, 2e-2)),)
   run = run_of(config, tmp_path / "run")
   found = json.loads((run.path / "results.json").read_text())["members"]
   assert [row["outcome"] for row in found] == ["finished"] * 3
@@ -334,7 +334,7 @@ def config_file(folder, name):
     f"  config = images.get_config('cifar,model={model}')\n"
     f"  for name, values in {fields!r}.items():\n    config[name].update(values)\n"
     f"  config.adapter.targets = {tuple(config.adapter.targets)!r}\n"
-    "  config.optimizer.peak, config.optimizer.warmup_steps = 2e-2, 1\n"
+    "  config.optimizer.peak_learning_rate, config.optimizer.warmup_steps = 2e-2, 1\n"
     "  config.optimizer.rates = ()\n  return config\n"
   )
   return path

@@ -383,7 +383,7 @@ def test_a_run_that_was_stopped_ends_with_the_bytes_of_one_that_was_not(config, 
 
 @pytest.mark.slow
 def test_a_sweep_of_learning_rates_trains_in_one_program(config, run, tmp_path):
-  own = changed(config, sweep__grid=(("optimizer.peak", (1e-3, 1e-2)),))
+  own = changed(config, sweep__grid=(("optimizer.peak_learning_rate", (1e-3, 1e-2)),))
   swept = run_of(own, tmp_path / "sweep")
   found = json.loads((swept.path / "results.json").read_text())["members"]
   assert [row["outcome"] for row in found] == ["finished"] * 2
