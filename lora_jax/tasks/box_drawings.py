@@ -85,7 +85,9 @@ def grid(
   from matplotlib.patches import Patch, Rectangle
 
   known = {label: (r / 255, g / 255, b / 255) for label, (r, g, b) in colors(labels).items()}
-  figure = Figure(figsize=(3.4 * len(columns), 2.7 * len(pictures) + 0.4), dpi=100)
+  tallest = max(height / width for width, height in sizes)
+  inches = (3.0 * len(columns), (3.0 * tallest + 0.3) * len(pictures) + 0.4)
+  figure = Figure(figsize=inches, dpi=100, layout="constrained")
   places = figure.subplots(len(pictures), len(columns), squeeze=False)
   for row, (picture, name, (width, height)) in enumerate(zip(pictures, names, sizes, strict=True)):
     for column, (title, boxes) in enumerate(columns.items()):
@@ -101,7 +103,7 @@ def grid(
     places[row][0].set_title(f"{name}, wanted: {len(columns['wanted'][row])}", fontsize=9)
   figure.legend(
     handles=[Patch(edgecolor=color, fill=False, label=x) for x, color in known.items()],
-    loc="lower center",
+    loc="outside lower center",
     ncols=min(len(known), 6),
     fontsize=9,
   )
