@@ -86,6 +86,8 @@ def check_flags():
     raise app.UsageError(f"--dtype={_DTYPE.value} is for --to=merged_gguf alone; use {floats}")
   if unknown := sorted(set(_PLATFORMS.value) - set(_KNOWN_PLATFORMS)):
     raise app.UsageError(f"--platforms: {unknown} are not among {', '.join(_KNOWN_PLATFORMS)}")
+  if to == "onnx":
+    onnx_program.require_jax2onnx()
   is_file = to in ("gguf", "merged_gguf")
   (outputs.new_file if is_file else outputs.new_folder)(_OUTPUT.value)
 

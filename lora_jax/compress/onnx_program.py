@@ -147,8 +147,6 @@ def save(
     ValueError: if it does not know a primitive of the program, or if the difference is more than
       TOLERANCE.
   """
-  import onnx
-
   folder = outputs.new_folder(folder)
 
   def forward(inputs, *others):
@@ -156,6 +154,8 @@ def save(
 
   further = {name: jax.ShapeDtypeStruct(inputs.shape, x) for name, x in options.items()}
   program = convert(forward, {INPUTS: inputs, **further})
+  import onnx  # a dependency of jax2onnx
+
   apart = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) > _ONE_FILE
   with outputs.whole_folder(folder) as partial:
     onnx.save_model(

@@ -1,5 +1,7 @@
 """What `experiments.compress` refuses: with the reason, and before anything is written."""
 
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -247,6 +249,18 @@ def test_an_adapter_of_other_kernels_than_a_step_shrinks_is_kept(tiny, model):
   adapters = lora_jax.init(jax.random.key(0), model.params, specs)
   config = tiny_compression.config(*tiny, "steps=heads")
   compression_checks.check_model(config, model._replace(adapters=adapters), 256)
+
+
+def test_onnx_runtime_is_timed_on_a_task_alone_and_where_it_can_be(monkeypatch):
+  config = compress.get_config("steps=factorize")
+  config.report.onnx = True
+  with pytest.raises(ValueError, match=r"report\.onnx: .* text\.source asks for running text"):
+    compression_checks.check_config(config)
+  monkeypatch.setitem(sys.modules, "jax2onnx", None)
+  config = compress.get_config("model=vit,steps=factorize")
+  config.report.onnx = True
+  with pytest.raises(ImportError, match=r'jax2onnx: pip install "lora_jax\[onnx\]"'):
+    compression_checks.check_config(config)
 
 
 def test_a_workdir_that_holds_a_model_is_left_alone(program, tmp_path, tiny):

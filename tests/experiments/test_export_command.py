@@ -269,6 +269,14 @@ def test_flags_without_a_meaning_are_refused_before_anything_is_loaded(
     export(*arguments, f"--output={tmp_path / 'out'}")
 
 
+def test_a_package_that_is_not_there_is_named_before_anything_is_loaded(
+  export, tmp_path, monkeypatch
+):
+  monkeypatch.setitem(sys.modules, "jax2onnx", None)
+  with pytest.raises(ImportError, match=r'jax2onnx: pip install "lora_jax\[onnx\]"'):
+    export("--to=onnx", "--model=b", f"--output={tmp_path / 'out'}")
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_model_is_exported_in_the_dtype_of_its_files_unless_another_is_asked_for(
   export, tmp_path, dtype
