@@ -50,12 +50,12 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   data.buckets = (24, 32, 48, 64, 192)
 
   train = config.train
-  train.steps = 200
+  train.steps = 100
   train.batch_size = 32
-  train.checkpoint_every = 100  # steps; in full fine-tuning each is 1.6 GB
+  train.checkpoint_every = 50  # steps; in full fine-tuning each is 1.6 GB
   train.max_to_keep = 1 if args["full"] else 2
 
-  config.optimizer.warmup_steps = 20
+  config.optimizer.warmup_steps = 10
 
   evaluation = config.evaluation
   evaluation.split = "validation"
