@@ -18,9 +18,9 @@ from readme_commands import (
   DOCS,
   README,
   ROOT,
-  artifact_program,
   blocks,
   commands,
+  exported_program,
   pages,
   short,
 )
@@ -230,7 +230,7 @@ def test_every_command_runs_to_its_end_in_the_order_of_the_page(tiny, tmp_path):
     elif words[0] == "experiments.chat":
       assert "\n> Hello!\n" in done.stdout
   assert not failed, "\n\n".join(failed)
-  code = artifact_program().replace("runs/", f"{tmp_path}/")
+  code = exported_program("runs without lora_jax").replace("runs/", f"{tmp_path}/")
   scope = {}
   exec(code, scope)
   assert scope["logits"].shape == (49152,)

@@ -247,7 +247,9 @@ def test_what_is_installed_is_what_is_imported():
   extras = setup["options.extras_require"]
   core = _names(setup["options"]["install_requires"])
   offered = core | {
-    name for extra in ("experiments", "vision", "eval", "speech") for name in _names(extras[extra])
+    name
+    for extra in ("experiments", "vision", "eval", "speech", "onnx")
+    for name in _names(extras[extra])
   }
   imported = set()
   for room in ("lora_jax", "experiments", "configs"):

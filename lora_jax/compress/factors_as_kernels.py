@@ -31,8 +31,8 @@ def open_factors(params: PyTree) -> PyTree:
 def open_axes(params: PyTree, axes: Mapping[str, Axes]) -> dict[str, Axes]:
   """Returns the axes of `open_factors(params)`, given those of the parameters.
 
-  The rank is the output of the first factor and the input of the second, whatever the axes of the
-  kernel, such as those of a convolution.
+  The rank is the output of the first factor and the input of the second, for a kernel of any axes,
+  such as a convolution's.
   """
   found = dict(axes)
   for path, leaf in tree.flatten(params, is_leaf=is_weight).items():

@@ -11,8 +11,7 @@ Running it needs onnxruntime and NumPy:
     session = onnxruntime.InferenceSession("runs/small/onnx/model.onnx")
     outputs = session.run(None, {"inputs": images})
 
-The conversion is by the library jax2onnx. What it makes is run once and compared before it is
-written.
+The conversion is by the library jax2onnx. The file is run once, and kept if its outputs are JAX's.
 """
 
 import types

@@ -138,7 +138,8 @@ def test_the_table_has_a_row_for_each_member_and_says_which_diverged(finished):
   page = (finished.path / "results.md").read_text()
   lines = [line for line in page.splitlines() if line.startswith("| ")]
   assert re.match(
-    r"\| member \| rank \| alpha \| peak \| seed \| steps \| updates \| outcome \|", lines[0]
+    r"\| member \| rank \| alpha \| peak_learning_rate \| seed \| steps \| updates \| outcome \|",
+    lines[0],
   )
   assert len(lines) == 2 + len(MEMBERS)
   best = min(rows[:DIVERGES], key=lambda row: row["loss"])["member"]
