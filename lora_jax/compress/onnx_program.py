@@ -54,8 +54,8 @@ class Program(NamedTuple):
   names: tuple[str, ...]
   forward: Callable[..., tuple[jax.Array, ...]]
 
-  def session(self, model: str | bytes | None = None) -> Callable[..., list[np.ndarray]]:
-    """The forward pass in ONNX Runtime, from arrays in the order of `names` to a list of outputs.
+  def session(self, model: str | bytes | None = None) -> Callable[..., Sequence[Any]]:
+    """The forward pass in ONNX Runtime, from arrays in the order of `names` to a list of arrays.
 
     model: its file, or its bytes; None: this program's own.
     """
@@ -196,7 +196,7 @@ def require_jax2onnx() -> types.ModuleType:
     ImportError: if it is not installed.
   """
   try:
-    import jax2onnx
+    import jax2onnx  # pyright: ignore[reportMissingImports]
   except ImportError as error:
     raise ImportError(
       f'ONNX programs are made by jax2onnx: pip install "lora_jax[onnx]" ({error})'
