@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import compression, parts
+from experiments import compression, model_options, parts
 from experiments.compression import Model
 from lora_jax import cost, tasks
 from lora_jax.compress import make_windows, onnx_program, perplexity, report
@@ -206,8 +206,10 @@ class TaskData:
     timed: dict[tuple[str, int], Callable[[], Any]] = {
       ("latency", n): functools.partial(jitted, weights, batch) for n, batch in made.items()
     }
-    if self.onnx:
-      timed |= {("ONNX Runtime", n): in_onnx(run, weights, x) for n, x in made.items()}
+    if self.onnx:  # as it is exported
+      config = model_options.for_export(model.config)
+      exported = self._run(model._replace(config=config))
+      timed |= {("ONNX Runtime", n): in_onnx(exported, weights, x) for n, x in made.items()}
     return timed
 
   def flops(self, model: Model, weights: PyTree) -> int:

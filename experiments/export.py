@@ -147,7 +147,8 @@ def export_program(output: pathlib.Path, weights, found: pretrained.Pretrained):
   smaller = merging.keep_smaller(weights)
   casting.check_finite(tree.flatten(smaller))
   # A forward pass keeps nothing for a backward pass.
-  how = dataclasses.replace(model_options.for_any_platform(found.config), remat_policy=None)
+  platforms = _PLATFORMS.value if _TO.value == "artifact" else ()
+  how = dataclasses.replace(model_options.for_export(found.config, platforms), remat_policy=None)
   given = {
     "inputs": found.family.inputs(found.config, _ROWS.value, _LENGTH.value),
     "options": found.family.options(found.config),
@@ -155,7 +156,7 @@ def export_program(output: pathlib.Path, weights, found: pretrained.Pretrained):
   }
   if _TO.value == "artifact":
     apply = lora_jax.adapt(parts.make_model(how).apply)
-    artifact.save(output, apply, smaller, platforms=_PLATFORMS.value, **given)
+    artifact.save(output, apply, smaller, platforms=platforms, **given)
     return
   if how.scan_layers:  # a loop's layers are not fused
     how, smaller = dataclasses.replace(how, scan_layers=False), layers.unstack_layers(smaller)

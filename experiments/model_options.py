@@ -5,7 +5,7 @@ print(attention_line(found.config, config.data))
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -128,9 +128,11 @@ def for_platform(model: families.Config, platform: str) -> families.Config:
   return _with_choice(_with_depthwise(model, _depthwise_on(platform)), platform=platform)
 
 
-def for_any_platform(model: families.Config) -> families.Config:
-  """The model whose attention is computed by no device's own kernel."""
-  return _with_choice(model, name=AUTO, platform="cpu", mesh=None)
+def for_export(model: families.Config, platforms: Sequence[str] = ()) -> families.Config:
+  """The model whose attention is computed by no device's own kernel, and whose depthwise
+  convolutions suit the platforms of a program; (): a program that JAX does not run."""
+  how = _depthwise_on("cpu") if set(platforms) == {"cpu"} else "convolution"
+  return _with_choice(_with_depthwise(model, how), name=AUTO, platform="cpu", mesh=None)
 
 
 def _with_choice(model: families.Config, **changes: Any) -> families.Config:

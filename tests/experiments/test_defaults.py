@@ -136,5 +136,5 @@ def test_the_implementation_of_attention_is_said_and_refused_with_the_reason(con
   model = parts.inspect_model(asked.model).config
   with pytest.raises(ValueError, match=r"model\.attention: attention 'splash': it runs on a TPU"):
     model_options.attention_line(model, asked.data)
-  anywhere = model_options.for_any_platform(model).attention
+  anywhere = model_options.for_export(model).attention
   assert (anywhere.name, anywhere.device) == ("auto", "cpu")

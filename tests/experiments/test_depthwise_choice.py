@@ -23,6 +23,11 @@ def test_shifts_are_for_the_cpu_and_axes_are_those_of_the_convolution(found):
   assert here.depthwise == "shifts"
   assert model_options.for_platform(here, "tpu").depthwise == "convolution"
   assert model_options.for_platform(found.config, "cpu").depthwise == "shifts"
+  ways = {
+    platforms: model_options.for_export(here, platforms).depthwise
+    for platforms in [(), ("cpu",), ("cpu", "tpu")]
+  }
+  assert ways == {(): "convolution", ("cpu",): "shifts", ("cpu", "tpu"): "convolution"}
   axes = parts.trace_axes(parts.make_model(here), found.params)
   assert axes[KERNEL].groups == found.params["block_3"]["depthwise"]["conv"]["kernel"].shape[-1]
 
