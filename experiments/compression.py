@@ -123,18 +123,19 @@ class TaskBatches:
   tokens: None = None
 
   def inputs(self, model: Model, paths: Sequence[str], *, diagonal: bool = False):
+    axes = model.axes
     found = calibration.second_moments(
       self.task.run(self.forward(model)),
       model.weights,
       paths,
       self.batches,
-      axes=model.axes,
+      axes=axes,
       diagonal=diagonal,
       mask=self.task.mask,
     )
     leaves = tree.flatten(model.params, is_leaf=is_weight)
     for path, moments in found.items():
-      rows, (inputs, _) = int(jnp.min(moments.rows)), matrix_of(path, leaves, model)
+      rows, (inputs, _) = int(jnp.min(moments.rows)), matrix_of(path, leaves, axes)
       if not diagonal and rows < inputs:
         raise ValueError(
           f"{path}: the calibration examples give it {rows} rows, and it has {inputs} inputs; "
@@ -205,13 +206,16 @@ def costs_and_budget(
   """The cost of each kernel in the section's unit, and the budget for all of them together."""
   leaves = tree.flatten(model.params, is_leaf=is_weight)
   unit, dtype = UNITS[section.unit], jnp.dtype(model.config.dtype)
-  costs = {path: unit(*matrix_of(path, leaves, model), section.rows, dtype) for path in paths}
+  axes = model.axes
+  costs = {path: unit(*matrix_of(path, leaves, axes), section.rows, dtype) for path in paths}
   return costs, section.budget * sum(cost.dense for cost in costs.values())
 
 
-def matrix_of(path: str, leaves: Mapping[str, Any], model: Model) -> tuple[int, int]:
+def matrix_of(
+  path: str, leaves: Mapping[str, Any], axes: Mapping[str, lora_jax.Axes]
+) -> tuple[int, int]:
   """The inputs and outputs of a kernel, which may be a convolution's."""
-  _, inputs, outputs = factorization.sizes(leaves[path], roles_of(path, leaves, model.axes))
+  _, inputs, outputs = factorization.sizes(leaves[path], roles_of(path, leaves, axes))
   return inputs, outputs
 
 

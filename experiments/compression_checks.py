@@ -217,7 +217,7 @@ def _check_inputs(step: str, model: Model, paths: Sequence[str], tokens: int | N
         f"{path}: its rows are looked up, and {step} calibrates by inputs; leave it out, or choose "
         "a method that does without"
       )
-    inputs, _ = compression.matrix_of(path, leaves, model)
+    inputs, _ = compression.matrix_of(path, leaves, axes)
     if tokens is not None and tokens < inputs:
       raise ValueError(
         f"{step}: the calibration text has {tokens} tokens, and {path} {inputs} inputs; raise "
@@ -274,13 +274,13 @@ def _check_factorize(config, model, paths, selected, tokens) -> None:
 def _check_prune(config, model, paths, selected, tokens) -> None:
   del tokens
   section = config.prune
-  leaves = tree.flatten(model.params, is_leaf=is_weight)
+  leaves, axes = tree.flatten(model.params, is_leaf=is_weight), model.axes
   _check_kinds("prune", paths, leaves, (Factored,))
   dense = [path for path in paths if not is_weight(leaves[path])]
   if section.score == "wanda":
     _check_inputs("prune", model, dense, tokens=None)  # it takes the norms of as few as there are
   for path in paths:
-    leaf, (d, _) = leaves[path], compression.matrix_of(path, leaves, model)
+    leaf, (d, _) = leaves[path], compression.matrix_of(path, leaves, axes)
     inputs = [d, leaf.rank] if isinstance(leaf, Factored) else [d]
     odd = [count for count in inputs if section.of and count % section.of]
     if odd:
