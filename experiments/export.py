@@ -154,13 +154,12 @@ def export_program(output: pathlib.Path, weights, found: pretrained.Pretrained):
     "options": found.family.options(found.config),
     "tokenizer": found.tokenizer,
   }
-  if _TO.value == "artifact":
-    apply = lora_jax.adapt(parts.make_model(how).apply)
-    artifact.save(output, apply, smaller, platforms=platforms, **given)
-    return
-  if how.scan_layers:  # a loop's layers are not fused
+  if _TO.value == "onnx" and how.scan_layers:  # ONNX Runtime fuses nothing across a loop's steps
     how, smaller = dataclasses.replace(how, scan_layers=False), layers.unstack_layers(smaller)
   apply = lora_jax.adapt(parts.make_model(how).apply)
+  if _TO.value == "artifact":
+    artifact.save(output, apply, smaller, platforms=platforms, **given)
+    return
   tokens = found.config.vocab_size if found.family.has_tokenizer else 2
   error = onnx_program.save(output, apply, smaller, tokens=tokens, **given)
   print(f"ONNX Runtime's outputs differ by {error:.1e} of the largest")

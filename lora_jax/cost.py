@@ -102,8 +102,8 @@ class _Operation:
   inputs: tuple[_Value, ...]
   outputs: tuple[_Value, ...]
   inner: int = 0
-  shared: bool = False  # whether another operation contains it
   carried: tuple[_Value, ...] = ()  # outputs that may reuse the memory of an input
+  shared: bool = False  # whether another operation contains it
 
   @property
   def fused(self) -> bool:
@@ -228,7 +228,7 @@ def _operation(eqn, name: str, inputs, outputs) -> _Operation:
     inner = max(peak_memory(branch, results_in_place=True) for branch in eqn.params["branches"])
   elif name in _IN_PLACE or name not in _KERNELS | _REDUCTIONS:
     carried = outputs
-  return _Operation(name, tuple(inputs), tuple(outputs), inner, carried=tuple(carried))
+  return _Operation(name, tuple(inputs), tuple(outputs), inner, tuple(carried))
 
 
 def _scan_body(params) -> int:

@@ -193,6 +193,19 @@ def test_what_the_backward_pass_needs_is_held_from_the_forward_pass():
   assert many - few == 8 * ROW  # cos of each product
 
 
+def test_exact_gelu_keeps_its_input_and_two_values_of_it():
+  def loss(x, w, layers):
+    for _ in range(layers):
+      x = jax.nn.gelu(x @ w, approximate=False)
+    return jnp.sum(x)
+
+  def gradient(x, w, layers):
+    return jax.grad(loss)(x, w, layers)
+
+  few, many = (peak(lambda x, w, n=n: gradient(x, w, n), A, SQUARE) for n in (4, 12))
+  assert many - few == 8 * 3 * ROW  # the product, erfc, and exp of its square
+
+
 def test_a_policy_that_keeps_less_is_seen():
   def block(x, w):
     return checkpoint_name(jnp.sin(jnp.sin(jnp.sin(x @ w) @ w) @ w), "out")
