@@ -180,7 +180,9 @@ def _difference(program: Program, file: str, inputs, options, tokens: int) -> fl
     first = rng.integers(0, tokens, inputs.shape).astype(inputs.dtype)
   else:
     first = rng.standard_normal(inputs.shape).astype(inputs.dtype)
-  given = [first, *(np.ones(inputs.shape, dtype) for dtype in options.values())]
+  # Masks of padding and the kinds of tokens: at random, so that the program has to read them.
+  others = (rng.integers(0, 2, inputs.shape).astype(dtype) for dtype in options.values())
+  given = [first, *others]
   found, wanted = program.session(file)(*given), program.forward(*given)
   errors = []
   for a, b in zip(found, wanted, strict=True):
