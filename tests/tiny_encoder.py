@@ -16,6 +16,17 @@ _WORDS = (
   "joy", "of", "fine", "film", "positive", "review", "number", "the", "worst", "dull", "ever",
   "negative", "hello", "world",
 )  # fmt: skip
+SMALLEST = bert.BertConfig(
+  vocab_size=16,
+  width=8,
+  mlp_width=8,
+  num_layers=1,
+  num_heads=2,
+  head_dim=4,
+  max_length=8,
+  classes=("a", "b"),
+)
+"""One layer of 8 values, with a head of two classes."""
 _CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?"
 SETTINGS = {
   "tokenizer_class": "BertTokenizer", "pad_token": "[PAD]", "sep_token": "[SEP]",

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_encoder
 from functions import normal
 
 import lora_jax
@@ -65,16 +66,7 @@ assert not any(name.startswith("lora_jax") for name in sys.modules)
 
 
 def test_an_encoders_program_takes_where_padding_is_and_which_text_a_token_is_of(tmp_path):
-  config = bert.BertConfig(
-    vocab_size=16,
-    width=8,
-    mlp_width=8,
-    num_layers=1,
-    num_heads=2,
-    head_dim=4,
-    max_length=8,
-    classes=("a", "b"),
-  )
+  config = tiny_encoder.SMALLEST
   model, tokens = bert.Bert(config), np.array([[1, 3, 5, 0], [2, 0, 0, 0]], np.int32)
   params = model.init(jax.random.key(0), tokens)["params"]
   options = families.family_of(config).options(config)

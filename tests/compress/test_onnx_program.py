@@ -1,5 +1,6 @@
 """Models as ONNX files, run by an interpreter that has neither JAX nor this package."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -8,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import readme_commands
+import tiny_encoder
 from functions import normal
 
 import lora_jax
 from lora_jax import families
 from lora_jax.compress import onnx_program
-from lora_jax.models import bert, mobilenet, ssdlite
+from lora_jax.models import mobilenet, ssdlite
 from lora_jax.weights import Factored, Pruned
 from lora_jax.weights.quantized import Format, quantized
 
@@ -67,17 +69,7 @@ def test_factors_masks_and_quantized_values_stay_as_they_are(tmp_path, levels):
 
 IMAGES = {"width_multiplier": 0.1, "image_size": 64}
 MODELS = {
-  "bert": bert.BertConfig(
-    vocab_size=16,
-    width=8,
-    mlp_width=8,
-    num_layers=2,
-    num_heads=2,
-    head_dim=4,
-    max_length=8,
-    classes=("a", "b"),
-    scan_layers=True,
-  ),
+  "bert": dataclasses.replace(tiny_encoder.SMALLEST, num_layers=2, scan_layers=True),
   "mobilenet": mobilenet.MobileNetV2Config(classes=("a", "b"), **IMAGES),
   "ssdlite": ssdlite.SSDLiteConfig(
     classes=("a", "b"), scales=((0.1, 0.2), (0.4,), (0.8,)), ratios=(1.0, 2.0), **IMAGES
