@@ -17,7 +17,7 @@ every method. All methods of a task see the same batches for the same number of 
 
     :method=head    the head alone; full: all parameters; or another method of configs/adapters.py
     :attention=nystrom,landmarks=16    or linformer: attention of low rank over positions
-    :sweep          three seeds in one program, with all batches of the same length
+    :sweep          three seeds in one program
     :smoke          a few steps on little data: everything runs, nothing is learned
 
 The published development set is held out, and none of its texts is trained on. MRPC has no separate
@@ -43,8 +43,8 @@ class Task(NamedTuple):
 
   labels: the names of the classes as in the files; () for a score.
   split_by: records with the same value in this column are in the same split.
-  length: the most tokens of a text or pair, and the length of all batches in a sweep.
-  steps: training steps.
+  length: the most tokens of a text or pair.
+  steps, batch_size: training steps, and the examples of each.
   """
 
   train: str
@@ -57,6 +57,7 @@ class Task(NamedTuple):
   split_by: str
   length: int
   steps: int
+  batch_size: int
   columns: tuple[str, ...] = ()
 
 
@@ -73,6 +74,7 @@ TASKS = {
     "sentence",
     64,
     400,
+    32,
   ),
   "cola": Task(
     "CoLA/in_domain_train.tsv",
@@ -84,7 +86,8 @@ TASKS = {
     ("0", "1"),
     "sentence",
     32,
-    800,
+    500,
+    32,
     _COLA,
   ),
   "mrpc": Task(
@@ -98,6 +101,7 @@ TASKS = {
     "#1 String",
     96,
     300,
+    16,
   ),
   "rte": Task(
     "RTE/train.tsv",
@@ -110,6 +114,7 @@ TASKS = {
     "sentence1",
     128,
     300,
+    16,
   ),
   "stsb": Task(
     "STS-B/stsb-en-train.csv",
@@ -122,6 +127,7 @@ TASKS = {
     "s1",
     64,
     400,
+    16,
     ("s1", "s2", "score"),
   ),
 }
@@ -167,7 +173,7 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
 
   train = config.train
   train.steps = chosen.steps
-  train.batch_size = 32
+  train.batch_size = chosen.batch_size
   train.log_every = 10
   train.checkpoint_every = 200
 
@@ -182,7 +188,6 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
   evaluation.batch_size = 64
 
   if args["sweep"]:
-    data.buckets = (chosen.length,)  # all batches of a sweep have one shape
     config.sweep.grid = (("seed", (0, 1, 2)),)
 
   if args["smoke"]:

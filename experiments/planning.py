@@ -67,7 +67,6 @@ def largest_member(config: ConfigDict) -> tuple[ConfigDict, int]:
   of a single run its own."""
   if not sweep_config.is_sweep(config):
     return config, 1
-  parts.make_task(config).check_stackable()
   configs = sweep_config.member_configs(config, sweep_config.list_members(config))
   ranks = [each.adapter.rank if "rank" in each.adapter else 0 for each in configs]
   return configs[ranks.index(max(ranks))], len(configs)

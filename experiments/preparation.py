@@ -140,8 +140,6 @@ def prepare(config: ConfigDict, configs: Sequence[ConfigDict], run: workdir.Work
   task = parts.make_task(config)
   mesh = sharding.make_mesh(**config.mesh)
   own_rows = parts.process_rows(config, mesh)
-  if len(configs) > 1:
-    task.check_stackable()
   rules = [methods.all_rules(each.adapter, task) for each in configs]
   teachers.check(config, task)
   methods.merge_format(config)

@@ -121,7 +121,9 @@ def train_batches(
   def plan(epoch: int) -> list[Rows]:
     order = permutation(len(examples), seed, epoch, 0)
     rows = group(lengths, order, batch_size, buckets)
-    return [rows[i] for i in permutation(len(rows), seed, epoch, 1)]
+    # Members of a sweep, of different seeds, stack their batches of a step: its length is the same
+    # for all seeds.
+    return [rows[i] for i in permutation(len(rows), 0, epoch, 1)]
 
   def batch(step: int) -> Batch:
     epoch, number = divmod(step, batches_per_epoch)
@@ -167,7 +169,8 @@ def eval_batches(
 def stacked(datasets: Sequence[grain.MapDataset]) -> grain.MapDataset:
   """Returns the dataset whose element `step` stacks those of all datasets on a new first axis.
 
-  The batches of a step must have the same shape, as with one bucket or with packing.
+  The batches of a step must have the same shape. Those of `train_batches` have, if only their seeds
+  differ.
   """
 
   def of(dataset: grain.MapDataset, step: int) -> Batch:
@@ -229,8 +232,8 @@ def group(
 ) -> list[Rows]:
   """Returns batches of examples of similar length; only the last may be incomplete.
 
-  The remainder of a bucket goes before the examples of the next one. The number of batches of each
-  bucket, except the last batch, is therefore the same for every `order`.
+  The remainder of a bucket goes before the examples of the next one. The lengths of the batches are
+  therefore the same for every `order`.
 
   Args:
     lengths: the input length of each example, in tokens.

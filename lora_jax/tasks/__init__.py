@@ -107,10 +107,6 @@ class Task(Protocol):
     """Returns the dataset of one pass over the examples."""
     ...
 
-  def check_stackable(self) -> None:
-    """Raises ValueError if batches of the same step and different seeds may differ in shape."""
-    ...
-
   def describe(self, **examples: Sequence[Example]) -> dict[str, Any]:
     """Returns a description of the examples for eval.json, by the name of the split, `training`
     first; raises ValueError for inconsistent splits."""

@@ -148,9 +148,6 @@ class OfClips:
     assert listen is not None, "of_model refuses a model that takes no audio"
     return listen(self.known_model.config, samples, window)
 
-  def check_stackable(self) -> None:
-    """Does nothing, since all batches have the same shape."""
-
   def describe(self, **examples: Sequence[Clip]) -> dict[str, Any]:
     splits = {}
     for split, own in examples.items():

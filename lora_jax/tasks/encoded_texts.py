@@ -143,13 +143,6 @@ class EncodedTexts(tables.OfTables):
   ) -> grain.MapDataset:
     return encoded.eval_batches(found, batch_size, **self._how, **rows)
 
-  def check_stackable(self) -> None:
-    if len(self.buckets) > 1:
-      raise ValueError(
-        f"data.buckets {self.buckets}: members draw batches of their own, which must have one "
-        f"length in one program; keep one, as ({self.buckets[-1]},)"
-      )
-
   def describe(self, **found: Sequence[EncodedExample]) -> dict[str, Any]:
     return {
       "max_length": self.max_length,

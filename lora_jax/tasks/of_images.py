@@ -90,9 +90,6 @@ class OfImages:
 
   # ---- batches
 
-  def check_stackable(self) -> None:
-    """Does nothing, since all batches have the same shape."""
-
   def tokens(self, example: Any) -> NoReturn:
     raise ValueError(f"the task {self.NAME} reads no texts, and has no tokens to show")
 

@@ -111,13 +111,6 @@ class Texts(tables.OfTables):
     pad_id = self.tokenizer.pad_id
     return batches.eval_batches(encoded, batch_size, buckets=self.buckets, pad_id=pad_id, **rows)
 
-  def check_stackable(self) -> None:
-    if not self.packed_length and len(self.buckets) > 1:
-      raise ValueError(
-        f"data.buckets {self.buckets}: members draw batches of their own, which must have one "
-        f"length in one program; keep one, as ({self.buckets[-1]},), or set data.packed_length"
-      )
-
   def shape_of(self, batch: Batch) -> tuple[int, int]:
     return batch["tokens"].shape
 
