@@ -10,6 +10,7 @@ from lora_jax.data.batches import (
   eval_batches,
   group,
   permutation,
+  stacked,
   summary,
   target_widths,
   train_batches,
@@ -125,12 +126,13 @@ def test_a_bucket_has_one_shape_and_no_batch_could_be_shorter(sizes, batch_size,
   batch_size=st.integers(1, 7),
   seeds=st.tuples(st.integers(0, 99), st.integers(0, 99)),
 )
-def test_all_batches_but_the_last_are_full_and_as_long_in_every_order(lengths, batch_size, seeds):
+def test_all_batches_but_the_last_are_full_and_all_as_long_in_every_order(
+  lengths, batch_size, seeds
+):
   lengths = np.array(lengths)
   plans = [group(lengths, permutation(len(lengths), seed), batch_size, BUCKETS) for seed in seeds]
   assert all(len(rows.indices) == batch_size for plan in plans for rows in plan[:-1])
-  full = len(lengths) // batch_size
-  assert [r.length for r in plans[0][:full]] == [r.length for r in plans[1][:full]]
+  assert [rows.length for rows in plans[0]] == [rows.length for rows in plans[1]]
 
 
 @settings(max_examples=25, deadline=None)
@@ -199,6 +201,16 @@ def test_epochs_and_seeds_differ_in_their_order():
 
   orders = [order(0, 0), order(0, 1), order(1, 0), order(1, 1)]
   assert len(set(orders)) == 4
+
+
+def test_the_batches_of_a_step_have_the_same_shape_for_every_seed():
+  datasets = [train_batches(SOME, 4, BUCKETS, seed, PAD) for seed in (0, 7)]
+  both = stacked(datasets)
+  for step in range(12):
+    found = both[step]
+    for n, dataset in enumerate(datasets):
+      assert same({name: x[n] for name, x in found.items()}, dataset[step])
+  assert len({both[step]["tokens"].shape for step in range(12)}) > 1
 
 
 def test_the_batches_of_an_epoch_are_not_sorted_by_length():
