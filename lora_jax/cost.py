@@ -10,7 +10,7 @@ The memory is that of a program that runs its equations in order, as XLA would c
   operands of products and loops. A reshape or a transpose is a view of the same memory.
 - All other operations are fused into the operation that reads them, which keeps their operands
   alive. An operation is written once nevertheless if several operations read it and it is expensive
-  (exp, division) or has more than two arrays as operands. exp(-x²) counts as read by erfc(x) too,
+  (exp, division) or has more than two arrays of about its own size as operands. exp(-x²) counts as read by erfc(x) too,
   which contains it; exact GELU and its gradient have both.
 - A fused result reuses the memory of an operand of its size that nothing reads afterwards.
 - A loop needs the memory of its stacked results from its start, and that of one step.
@@ -263,7 +263,9 @@ def _sources(
   sources: dict[_Value, set[_Value]] = {}
   for operation in operations:
     behind = set().union(*(sources.get(value, set()) for value in operation.inputs))
-    costly = operation.name in _EXPENSIVE or len(behind) > 2
+    size = max((value.size for value in operation.outputs), default=0)
+    large = sum(2 * value.size >= size for value in behind)
+    costly = operation.name in _EXPENSIVE or large > 2
     for value in operation.outputs:
       written = (
         not operation.fused
