@@ -20,6 +20,11 @@ every method. All methods of a task see the same batches for the same number of 
     :sweep          three seeds in one program
     :smoke          a few steps on little data: everything runs, nothing is learned
 
+Mean of three seeds on the development set: SST-2's accuracy 49.8 % before, 73.0 % with the head
+alone, 85.7 % with LoRA, 86.5 % in full; CoLA's Matthews' correlation 0.05, 0.21 and 0.29. On two
+CPU cores, which another run shared, SST-2's three seeds took 8, 23 and 39 minutes. Spreads:
+benchmarks/results.md.
+
 The published development set is held out, and none of its texts is trained on. MRPC has no separate
 development set: a tenth of its pairs is held out, split by their first sentence. The files are read
 from the folder `glue` of LORA_JAX_DATA, or of ../shared/data if that is not set.
