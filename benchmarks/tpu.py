@@ -159,7 +159,7 @@ def _bytes(x: jax.ShapeDtypeStruct) -> int:
 
 
 def outcome(found: Mapping[str, Any]) -> str:
-  """What a step needs of each device, in words."""
+  """The memory that a step needs of each device, in words."""
   if "peak" not in found:
     return f"no: arguments {found['arguments'] / 1e9:.1f} GB"
   if found["peak"] is None:
