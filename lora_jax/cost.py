@@ -10,8 +10,8 @@ The memory is that of a program that runs its equations in order, as XLA would c
   operands of products and loops. A reshape or a transpose is a view of the same memory.
 - All other operations are fused into the operation that reads them, which keeps their operands
   alive. An operation is written once nevertheless if several operations read it and it is expensive
-  (exp, division) or has more than two arrays of about its own size as operands. exp(-x²) counts as read by erfc(x) too,
-  which contains it; exact GELU and its gradient have both.
+  (exp, division) or has more than two arrays of about its own size as operands. exp(-x²) counts as
+  read by erfc(x) too, which contains it; exact GELU and its gradient have both.
 - A fused result reuses the memory of an operand of its size that nothing reads afterwards.
 - A loop needs the memory of its stacked results from its start, and that of one step.
 - If an argument is overwritten while other results still depend on it (an optimizer's moments,
