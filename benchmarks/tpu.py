@@ -1,6 +1,6 @@
 r"""Which training steps of large Llamas fit on TPUs, by the TPU's compiler; no TPU is needed.
 
-    pip install -e ".[tpu]"
+    pip install -e ".[experiments,tpu]"
     python -m benchmarks.tpu --results=runs/tpu.jsonl --output=benchmarks/results.md
 
 Llamas of 1, 8 and 70 billion parameters, of shapes alone, with LoRA, with LoRA on an NF4 base
@@ -8,7 +8,7 @@ Llamas of 1, 8 and 70 billion parameters, of shapes alone, with LoRA, with LoRA 
 tokens; the base lies over all devices (fsdp). The base is in bfloat16, a layer is recomputed in the
 backward pass, and the loss takes 256 positions of a row at a time. A step whose arguments alone
 exceed the memory of a device is not compiled. Each compilation takes minutes: `--results` keeps
-what is done, and the same command continues.
+what is done, and the same command continues; lines of other sizes of batch are ignored.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 import lora_jax
 from benchmarks.circumstances import describe_circumstances
 from benchmarks.reporting import define_output, publish
-from experiments import topologies
+from experiments import planning, topologies
 from lora_jax import compress, families, sharding
 from lora_jax.models import attention_kernels, llama
 from lora_jax.train import plan, step
@@ -60,7 +60,7 @@ MODELS = {
   "8B": _shape(4096, 14336, 32, 32, 128, tied=False),
   "70B": _shape(8192, 28672, 80, 64, 128, tied=False),
 }
-"""The shapes of Llama 3.2 1B, 3.1 8B and 3.3 70B (Grattafiori et al. 2024, table 3)."""
+"""The shapes of Llama 3.2 1B, and of 8B and 70B of Grattafiori et al. 2024, table 3."""
 
 METHODS = ("lora", "qlora", "full")
 SLICES = {"v5e-1": "v5e:1x1", "v5e-8": "v5e:2x4", "v5e-16": "v5e:4x4", "v5p-64": "v5p:2x4x4"}
@@ -71,7 +71,7 @@ _METHODS = flags.DEFINE_multi_enum("method", list(METHODS), list(METHODS), "Whic
 _SLICES = flags.DEFINE_multi_enum("slice", list(SLICES), list(SLICES), "Which slices.")
 _ROWS = flags.DEFINE_integer("rows", 1, "Rows of a device.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", 2048, "Tokens of a row.", lower_bound=1)
-_RESULTS = flags.DEFINE_string("results", None, "A file for the results of each compilation.")
+_RESULTS = flags.DEFINE_string("results", None, "A JSONL file, a line for each compilation.")
 _OUTPUT = define_output()
 
 
@@ -79,22 +79,22 @@ def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
   devices = {name: topologies.devices_of(SLICES[name]) for name in _SLICES.value}
-  path = Path(_RESULTS.value) if _RESULTS.value else None
-  lines = path.read_text(encoding="utf-8").splitlines() if path and path.exists() else []
-  done = [json.loads(line) for line in lines]
+  path = Path(_RESULTS.value)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+  size = {"rows": _ROWS.value, "length": _LENGTH.value}
+  done = [found for line in lines if size.items() <= (found := json.loads(line)).items()]
   for model in _MODELS.value:
     for method in _METHODS.value:
       for name, of_slice in devices.items():
-        key = {"model": model, "method": method, "slice": name}
-        key |= {"rows": _ROWS.value, "length": _LENGTH.value}
+        key = size | {"model": model, "method": method, "slice": name}
         if any(key.items() <= each.items() for each in done):
           continue
         print(f"{model} {method} {name} ...", flush=True)
         done.append(key | measure(MODELS[model], method, of_slice, _ROWS.value, _LENGTH.value))
         print(outcome(done[-1]), flush=True)
-        if path:
-          with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(done[-1]) + "\n")
+        with path.open("a", encoding="utf-8") as file:
+          file.write(json.dumps(done[-1]) + "\n")
   publish(report(done), _OUTPUT.value)
 
 
@@ -105,7 +105,7 @@ def measure(
   peak as the compiler reports it: None if the compiler refuses the step."""
   mesh = Mesh(np.reshape(devices, (1, -1, 1)), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
   run = step_on(config, method, mesh, rows * len(devices), length)
-  arguments = sum(map(_bytes, jax.tree.leaves((run.state, run.frozen, run.batch))))
+  arguments = plan.bytes_of_a_device((run.state, run.frozen, run.batch))
   found = {"memory": topologies.memory_of(devices[0]), "arguments": arguments}
   if arguments > found["memory"]:
     return found
@@ -133,7 +133,7 @@ def step_on(config: llama.LlamaConfig, method: str, mesh: Mesh, rows: int, lengt
   weights = lora_jax.attach(params, adapters)
   layout = sharding.lay_out(weights, mesh, families.DECODER_SHARDING)
   trainable, frozen = lora_jax.partition(
-    _placed(weights, layout.shardings), lora_jax.trainable_mask(weights)
+    planning.placed(weights, layout.shardings), lora_jax.trainable_mask(weights)
   )
   tx = optax.adamw(1e-4)
   state = jax.eval_shape(lambda x: step.init_state(x, tx), trainable)
@@ -141,21 +141,8 @@ def step_on(config: llama.LlamaConfig, method: str, mesh: Mesh, rows: int, lengt
   batch["weights"] = tokens.update(dtype=jnp.float32)
   of_rows = jax.tree.map(lambda _: NamedSharding(mesh, sharding.ROWS), batch)
   objective = chunked_completion_objective(lora_jax.adapt(model.apply), _CHUNK)
-  places = layout.follow(state)
-  return plan.Run(
-    step.make_train_step(objective, tx), _placed(state, places), frozen, _placed(batch, of_rows)
-  )
-
-
-def _placed(tree: Any, places: Any) -> Any:
-  return jax.tree.map(
-    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places
-  )
-
-
-def _bytes(x: jax.ShapeDtypeStruct) -> int:
-  """The bytes of an array's shard."""
-  return int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+  state, batch = planning.placed((state, batch), (layout.follow(state), of_rows))
+  return plan.Run(step.make_train_step(objective, tx), state, frozen, batch)
 
 
 def outcome(found: Mapping[str, Any]) -> str:
@@ -169,13 +156,14 @@ def outcome(found: Mapping[str, Any]) -> str:
 
 
 def report(done: Sequence[Mapping[str, Any]]) -> str:
+  """The section of the results: circumstances and table."""
   return "\n".join(
     [
       "## Steps of large Llamas on TPUs, as their compiler reports them",
       "",
       *describe_circumstances("benchmarks.tpu", ("libtpu", "jax")),
       f"- No TPU was used. Memory of a device at the peak, with {_ROWS.value} × {_LENGTH.value:,} "
-      f"tokens on each. Rank {_RANK}; the base in bfloat16 on all devices; layers are recomputed.",
+      f"tokens on each. Rank {_RANK}; the base lies on all devices; layers are recomputed.",
       "",
       *rows_of(done),
     ]
@@ -197,4 +185,5 @@ def rows_of(done: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 if __name__ == "__main__":
+  flags.mark_flag_as_required("results")
   app.run(main)

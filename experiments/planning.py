@@ -150,7 +150,7 @@ def whole_run(config: ConfigDict, case: Case, mesh: Mesh | AbstractMesh) -> plan
     model = dataclasses.replace(model, constrain=sharding.keep_rows(mesh))
     model = model_options.on_mesh(model, mesh)
   layout = parts.lay_out(case.weights, model, mesh)
-  trainable, frozen = _split(_placed(case.weights, layout.shardings))
+  trainable, frozen = _split(placed(case.weights, layout.shardings))
   state = jax.eval_shape(lambda trainable: step.init_state(trainable, tx), trainable)
   places = layout.follow(state)
   apply = methods.make_apply(
@@ -161,7 +161,7 @@ def whole_run(config: ConfigDict, case: Case, mesh: Mesh | AbstractMesh) -> plan
   )
   batch = case.task.batch_of(case.largest, config.train.batch_size)
   rows = jax.tree.map(lambda _: NamedSharding(mesh, sharding.ROWS), batch)
-  return plan.Run(train_step, _placed(state, places), frozen, _placed(batch, rows))
+  return plan.Run(train_step, placed(state, places), frozen, placed(batch, rows))
 
 
 def smaller_model(model: families.Config, count: int) -> families.Config:
@@ -226,7 +226,8 @@ def _split(weights: plan.PyTree) -> tuple[plan.PyTree, plan.PyTree]:
   return lora_jax.partition(weights, lora_jax.trainable_mask(weights))
 
 
-def _placed(tree: plan.PyTree, shardings: plan.PyTree) -> plan.PyTree:
+def placed(tree: plan.PyTree, shardings: plan.PyTree) -> plan.PyTree:
+  """Returns the shapes of a tree, which say how each array lies on the devices."""
   return jax.tree.map(
     lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, shardings
   )

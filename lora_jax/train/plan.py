@@ -113,10 +113,10 @@ def make_plan(run: Run, share: Run | None = None) -> Plan:
     frozen=_count(run.frozen),
     trainable=_count(run.state.trainable),
     flops=cost.flops(whole),
-    base=_bytes_of_a_device(run.frozen),
-    adapters=_bytes_of_a_device(run.state.trainable),
-    optimizer=_bytes_of_a_device(run.state.opt_state) + _bytes_of_a_device(run.state.step),
-    batch=_bytes_of_a_device(run.batch),
+    base=bytes_of_a_device(run.frozen),
+    adapters=bytes_of_a_device(run.state.trainable),
+    optimizer=bytes_of_a_device(run.state.opt_state) + bytes_of_a_device(run.state.step),
+    batch=bytes_of_a_device(run.batch),
     activations=cost.peak_memory(alone, results_in_place=True) + _reduced(run, share),
   )
 
@@ -129,7 +129,7 @@ def _reduced(run: Run, share: Run | None) -> int:
   """Bytes of the gradients summed over devices, per device; 0 if all devices have the same rows."""
   if share is None or _shapes(share.batch) == _shapes(run.batch):
     return 0
-  return _bytes_of_a_device(share.state.trainable)
+  return bytes_of_a_device(share.state.trainable)
 
 
 def _shapes(batch: Batch) -> list[tuple[int, ...]]:
@@ -140,7 +140,9 @@ def _count(tree: PyTree) -> int:
   return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def _bytes_of_a_device(tree: PyTree) -> int:
+def bytes_of_a_device(tree: PyTree) -> int:
+  """Returns the bytes of a tree's arrays on a device; of an array with a sharding, of its shard."""
+
   def size(x) -> int:
     sharding = getattr(x, "sharding", None)
     shape = x.shape if sharding is None else sharding.shard_shape(x.shape)
