@@ -206,6 +206,18 @@ def test_exact_gelu_keeps_its_input_and_two_values_of_it():
   assert many - few == 8 * 3 * ROW  # the product, erfc, and exp of its square
 
 
+def test_a_sum_with_small_arrays_is_not_written_for_its_two_readers():
+  def f(x, w):
+    large = x @ w
+    total = large
+    for n in range(3):
+      total = total + x[n] @ w
+    return jnp.max(total), jnp.min(total), jnp.sum(large)
+
+  # The large product, three small ones and the row that the last is made of, but not their sum.
+  assert peak(f, B, SQUARE) == (10 + 3 + 1) * ROW
+
+
 def test_a_policy_that_keeps_less_is_seen():
   def block(x, w):
     return checkpoint_name(jnp.sin(jnp.sin(jnp.sin(x @ w) @ w) @ w), "out")
