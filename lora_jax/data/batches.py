@@ -97,7 +97,8 @@ def train_batches(
     examples: from `lora_jax.data.examples.encode`.
     batch_size: rows of a batch, over all shards.
     buckets: the possible input lengths, in tokens, increasing.
-    seed: an integer of 0 or more; determines the batch together with the step.
+    seed: an integer of 0 or more; determines the examples of a batch together with the step. The
+      length of a step's batch is the same for all seeds.
     pad_id: the token that pads `tokens`; any token of the vocabulary suffices.
     shard_index: the block of rows to return, e.g. `jax.process_index()`.
     shard_count: the number of equal blocks of rows, e.g. `jax.process_count()`. All shards have
