@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 
 import lora_jax
-from experiments import topologies
+from experiments import planning, topologies
 from lora_jax import compress, families, hlo, sharding
 from lora_jax.models import llama
 from lora_jax.models.attention import attend
@@ -78,28 +78,23 @@ def compiled(*, mesh=None, full=False, quantized=False):
   weights = lora_jax.attach(params, adapters)
   tx = optax.adamw(1e-3)
 
-  def placed(tree, places):
-    return jax.tree.map(
-      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places
-    )
-
   if mesh is None:
     everywhere = SingleDeviceSharding(devices[0])
     follow = lambda tree: jax.tree.map(lambda _: everywhere, tree)  # noqa: E731
-    weights, rows = placed(weights, follow(weights)), everywhere
+    weights, rows = planning.placed(weights, follow(weights)), everywhere
   else:
     axis_types = (AxisType.Auto,) * 3
     mesh = Mesh(np.array(devices).reshape(mesh), sharding.AXES, axis_types=axis_types)
     layout = sharding.lay_out(weights, mesh, families.DECODER_SHARDING)
-    weights, follow = placed(weights, layout.shardings), layout.follow
+    weights, follow = planning.placed(weights, layout.shardings), layout.follow
     rows = NamedSharding(mesh, sharding.ROWS)
     model = llama.Llama(dataclasses.replace(model.config, constrain=sharding.keep_rows(mesh)))
   trainable, frozen = lora_jax.partition(weights, lora_jax.trainable_mask(weights))
   state = jax.eval_shape(lambda x: step.init_state(x, tx), trainable)
-  state = placed(state, follow(state))
+  state = planning.placed(state, follow(state))
   at = jax.ShapeDtypeStruct((ROWS, 3), jnp.int32)
   batch = {"tokens": tokens, "at": at, "targets": at, "weights": at.update(dtype=jnp.float32)}
-  batch = placed(batch, jax.tree.map(lambda _: rows, batch))
+  batch = planning.placed(batch, jax.tree.map(lambda _: rows, batch))
   objective = step.completion_objective(lora_jax.adapt(model.apply))
   return step.make_train_step(objective, tx).lower(state, frozen, batch).compile().as_text()
 
