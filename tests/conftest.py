@@ -1,26 +1,38 @@
 """What several rooms' tests share: how programs are compiled, the real model, the public data."""
 
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
+# These have the older, faster compiler of fusions besides; XLA aborts at a flag that it lacks.
+_OLD_EMITTERS = SpecifierSet(">=0.8,<0.11")
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 
 def pytest_configure(config):
   """Has XLA compile for tests, where each of thousands of programs runs once or twice.
 
-  It optimises little, and a program that another test, worker or day compiled is read from pytest's
-  cache folder; `pytest --cache-clear` empties it. The environment's own settings have precedence.
+  It optimises little, and a program that another test or day compiled is read from pytest's cache
+  folder; `pytest --cache-clear` empties it. The environment's own settings have precedence.
   """
+  worker = getattr(config, "workerinput", None)  # of xdist
+  if worker is None and getattr(config.option, "numprocesses", None):
+    return  # the controller: its workers, which inherit its environment, set theirs
   if hasattr(config, "cache"):
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("compiled")))
+    # A folder for each worker: JAX does not write these files atomically.
+    folder = config.cache.mkdir("compiled") / (worker["workerid"] if worker else "alone")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
   os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
   # PyTorch's threads spin while they wait, and every core has a worker of its own.
   os.environ.setdefault("OMP_NUM_THREADS", "1")
+  if importlib.metadata.version("jaxlib") in _OLD_EMITTERS:
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
   import jax  # reads these
 
   del jax

@@ -7,6 +7,11 @@ import sys
 from collections.abc import Sequence
 
 
+def xla_flags(*flags: str) -> str:
+  """XLA_FLAGS of a process: the tests' own, then these."""
+  return " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
+
+
 def run(
   worker: pathlib.Path, statements: Sequence[str] = (), *, devices: int = 4, flags: str = ""
 ) -> subprocess.CompletedProcess:
@@ -22,7 +27,7 @@ def run(
     env=os.environ
     | {
       "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {flags}",
+      "XLA_FLAGS": xla_flags(f"--xla_force_host_platform_device_count={devices}", flags),
       "PYTHONPATH": os.pathsep.join(sys.path),  # the checkout that the tests are of
     },
   )

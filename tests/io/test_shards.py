@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tracemalloc
 
+import device_processes
 import jax
 import numpy as np
 import pytest
@@ -79,7 +80,7 @@ def taken(tmp_path_factory, smollm2):
     params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, np.float32), shapes)
     folder = tmp_path_factory.mktemp("model") / "model"
     export.save(folder, params, config, smollm2.tokenizer)
-    flags = "--xla_force_host_platform_device_count=8"
+    flags = device_processes.xla_flags("--xla_force_host_platform_device_count=8")
     done = subprocess.run(
       [sys.executable, WORKER, folder],
       capture_output=True,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import device_processes
 import numpy as np
 import pytest
 import tiny_experiment
@@ -39,7 +40,8 @@ def config_file(tmp_path_factory, smollm2):
 def command(*arguments, processes):
   """The command of a run, by itself or as several processes, and its environment."""
   several = ["experiments.launch", f"--processes={processes}", "--"] if processes > 1 else []
-  flags = "--xla_backend_optimization_level=0"  # or the compiler would take most of the time
+  # Or the compiler would take most of the time.
+  flags = device_processes.xla_flags("--xla_backend_optimization_level=0")
   environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
   return [sys.executable, "-m", *several, *map(str, arguments)], environment
 
@@ -138,7 +140,7 @@ def statements(tmp_path_factory):
     folder,
     *STATEMENTS,
     processes=2,
-    XLA_FLAGS="--xla_force_host_platform_device_count=2",
+    XLA_FLAGS=device_processes.xla_flags("--xla_force_host_platform_device_count=2"),
     PYTHONPATH=str(pathlib.Path(__file__).parent),
   )
 
@@ -175,7 +177,7 @@ def test_the_processes_of_a_slurm_job_find_each_other(tmp_path):
     "SLURM_JOB_ID": str(os.getpid()),
     "SLURM_STEP_NODELIST": "localhost",
     "SLURM_NTASKS": "2",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    "XLA_FLAGS": device_processes.xla_flags("--xla_force_host_platform_device_count=2"),
     "PYTHONPATH": str(pathlib.Path(__file__).parent),
   }
   tasks = [
