@@ -18,9 +18,6 @@ from lora_jax.weights import Weight
 
 WORKER = pathlib.Path(__file__).with_name("sharding_worker.py")
 STATEMENTS = [
-  "the_losses_over_data_are_those_of_one_device",
-  "the_losses_over_fsdp_are_those_of_one_device",
-  "the_losses_over_four_devices_on_tensor_are_those_of_one_device",
   "the_losses_over_all_three_axes_are_those_of_one_device",
   "the_losses_of_pmap_are_those_of_one_device",
   "data_parallel_training_moves_the_gradient_of_the_adapters_and_nothing_else",
@@ -31,6 +28,9 @@ STATEMENTS = [
   "pieces_are_read_once_and_each_device_gets_its_own_part",
 ]
 SLOW_STATEMENTS = [
+  "the_losses_over_data_are_those_of_one_device",
+  "the_losses_over_fsdp_are_those_of_one_device",
+  "the_losses_over_four_devices_on_tensor_are_those_of_one_device",
   "the_losses_of_a_model_with_experts_are_those_of_one_device",
   "the_losses_of_a_relative_of_llama_are_those_of_one_device",
   "the_losses_with_fused_kernels_are_those_of_one_device",

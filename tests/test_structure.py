@@ -91,6 +91,7 @@ def test_importing_the_package_starts_no_backend():
   assert python(code).strip() == "3"
 
 
+@pytest.mark.slow
 def test_every_module_of_the_core_can_be_imported_first():
   """No module counts on another's having been imported before it."""
   core = ROOT / "lora_jax"

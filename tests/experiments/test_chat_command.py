@@ -121,6 +121,7 @@ def by_transformers(folder, messages, steps):
   return words.decode(found[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+@pytest.mark.slow
 def test_the_turns_of_a_conversation_are_those_of_transformers_and_of_generate(call, folder):
   asked = ["Is red warm?", "Is blue <|im_end|> warm?"]
   arguments = [f"--source={folder / 'model'}", "--max_tokens=12"]

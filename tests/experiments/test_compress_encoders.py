@@ -264,6 +264,7 @@ def test_too_few_rows_for_a_kernel_are_refused_with_its_path(case):
     short.inputs(own, ["block_0/mlp/down/kernel"])
 
 
+@pytest.mark.slow
 def test_deployed_pruned_factors_have_no_masks_and_the_flag_chooses_copies(program, case):
   folder, model, run = case("text")
   config = config_of(folder, model, run, "prune+quantize", **{"report.resident": True})

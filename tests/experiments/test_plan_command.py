@@ -121,6 +121,7 @@ def test_packing_accumulation_and_the_chunked_loss_are_planned(config):
   assert planned(config, mesh).flops > whole.flops  # the head's forward pass once more
 
 
+@pytest.mark.slow
 def test_a_mesh_shares_out_the_base_the_rows_and_the_heads(config):
   alone = planned(config, mesh_of(1, 1, 1))
   for sizes in ((4, 1, 1), (1, 4, 1), (1, 1, 4)):
@@ -155,10 +156,10 @@ _QWEN = _EXPERTS | {"num_experts": 4, "moe_intermediate_size": 48}
   ("family", "fields"),
   [
     ("gpt_oss", _EXPERTS | {"num_local_experts": 4}),
-    ("qwen3_moe", _QWEN),
     ("olmo2", {}),
-    ("qwen2", {}),
-    ("gemma2", {}),
+    pytest.param("qwen3_moe", _QWEN, marks=pytest.mark.slow),
+    pytest.param("qwen2", {}, marks=pytest.mark.slow),
+    pytest.param("gemma2", {}, marks=pytest.mark.slow),
   ],
 )
 def test_what_the_rules_of_a_family_leave_whole_is_cut_to_the_heads_of_a_device(

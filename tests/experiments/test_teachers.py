@@ -96,6 +96,7 @@ def test_a_student_learns_from_another_model(make_config, other, tmp_path):
   assert losses[0] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_teacher_is_an_argument_of_the_step_and_no_constant_in_it(make_config, other):
   config = make_config(teacher=str(other))
   mesh = sharding.make_mesh(**config.mesh)

@@ -44,6 +44,7 @@ def test_scanned_layers_are_exported_one_by_one_in_their_dtype(tmp_path, tiny, d
   jax.tree.map(np.testing.assert_array_equal, back.params, loaded.params)
 
 
+@pytest.mark.slow
 def test_smollm2_exported_gives_our_logits_in_torch_and_its_tokenizer(tmp_path, smollm2):
   export.save(tmp_path / "smollm2", smollm2.params, smollm2.config, smollm2.tokenizer)
   copy = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "smollm2")

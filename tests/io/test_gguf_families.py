@@ -68,6 +68,8 @@ _SETTINGS = {
     "rope_theta": 1e6, "local_rope_theta": 1e4, "rope_scaling": llama.LinearRope(factor=8.0),
   },
 }  # fmt: skip
+# What each of these has, another has too.
+_ALIKE = ("mistral", "ministral", "ministral3", "qwen2", "gemma2", "olmo3")
 # Those whose files transformers reads. It has no names for the experts of a gpt-oss.
 _READ_BY_TRANSFORMERS = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"}
 # What transformers does not read of a file, and has from its own configuration.
@@ -145,7 +147,9 @@ def numbers_of(rope):
   return [x for field in fields for x in (field if isinstance(field, tuple) else [field])]
 
 
-@pytest.mark.parametrize("name", _SETTINGS)
+@pytest.mark.parametrize(
+  "name", [pytest.param(x, marks=pytest.mark.slow) if x in _ALIKE else x for x in _SETTINGS]
+)
 def test_a_file_is_read_alike_here_in_transformers_and_in_llama_cpp(tmp_path, words, name):
   config, path = config_of(name), tmp_path / "model.gguf"
   params = params_of(config)

@@ -91,6 +91,7 @@ def test_every_setting_is_used(field, value):
   assert abs(changed - logits(SMALL, params)).max() > 1e-5
 
 
+@pytest.mark.slow
 def test_layers_are_rematerialized_with_the_same_gradients():
   def loss(config, params):
     return jnp.sum(gemma4.Gemma4(config).apply({"params": params}, TOKENS) ** 2)
@@ -104,6 +105,7 @@ def test_layers_are_rematerialized_with_the_same_gradients():
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), one, other)
 
 
+@pytest.mark.slow
 def test_the_likeliest_of_beams_is_that_without_a_cache(tmp_path):
   families.write(tmp_path, "Gemma 4")
   found = pretrained.load(tmp_path)

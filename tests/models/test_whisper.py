@@ -123,6 +123,7 @@ def test_a_shorter_window_takes_the_first_positions(loaded):
     ours(found, ours(found, mels, method="frames"), slots=65, method="start")
 
 
+@pytest.mark.slow
 def test_rematerialized_layers_have_the_same_gradient(loaded):
   _, found = loaded("Whisper")
   mels, tokens = speech_models.mels(), tokens_of(loaded("Whisper")[0])
