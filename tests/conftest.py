@@ -32,7 +32,7 @@ def pytest_configure(config):
   os.environ.setdefault("OMP_NUM_THREADS", "1")
   if importlib.metadata.version("jaxlib") in _OLD_EMITTERS:
     flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {flags}"
   import jax  # reads these
 
   del jax
