@@ -54,11 +54,6 @@ def start(tmp_path_factory):
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "PYTHONPATH": str(ROOT),
-    # What one process compiles the next one finds.
-    "JAX_ENABLE_COMPILATION_CACHE": "1",
-    "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
   }
 
   def start(workdir, arguments, limit=ENDLESS):
