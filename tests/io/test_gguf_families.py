@@ -68,8 +68,8 @@ _SETTINGS = {
     "rope_theta": 1e6, "local_rope_theta": 1e4, "rope_scaling": llama.LinearRope(factor=8.0),
   },
 }  # fmt: skip
-# What each of these has, another has too.
-_ALIKE = ("mistral", "ministral", "ministral3", "qwen2", "gemma2", "olmo3")
+# Run on request: these have no setting of their own.
+_ALIKE = ("mistral", "ministral")
 # Those whose files transformers reads. It has no names for the experts of a gpt-oss.
 _READ_BY_TRANSFORMERS = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"}
 # What transformers does not read of a file, and has from its own configuration.
