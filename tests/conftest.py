@@ -8,7 +8,8 @@ import pathlib
 import pytest
 from packaging.specifiers import SpecifierSet
 
-# These have the older, faster compiler of fusions besides; XLA aborts at a flag that it lacks.
+# Releases of jaxlib that still have XLA's older compiler of fusions, which is the faster one. XLA
+# aborts when it gets a flag that it does not know.
 _OLD_EMITTERS = SpecifierSet(">=0.8,<0.11")
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 

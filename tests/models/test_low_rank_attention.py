@@ -292,8 +292,8 @@ IMAGES = jnp.asarray(np.random.default_rng(2).normal(size=(2, 20, 20, 3)), jnp.f
 def logits(config, how, scan=False, adapted=False, spread=1.0):
   """The logits of a model whose leaves do not depend on its attention.
 
-  spread: a factor of the kernels of queries and keys, for the tokens of a random model are much
-    alike, so that their matrix of attention is nearly singular.
+  spread: multiplies the kernels of queries and keys. At 1 the tokens of a random model are much
+    alike, and its matrix of attention is nearly singular.
   """
   config = dataclasses.replace(config, attention=how, scan_layers=scan)
   model = families.family_of(config).make_model(config)
