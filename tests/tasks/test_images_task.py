@@ -294,7 +294,7 @@ def test_a_sweep_of_learning_rates_trains_in_one_program(tmp_path, name, steps):
   run = run_of(config, tmp_path / "run")
   found = json.loads((run.path / "results.json").read_text())["members"]
   assert [row["outcome"] for row in found] == ["finished"] * 3
-  alone = changed(config, sweep__grid=(), optimizer__peak=1e-2)
+  alone = changed(config, sweep__grid=(), optimizer__peak_learning_rate=1e-2)
   one = json.loads(run_of(alone, tmp_path / "one").evaluation.read_text())["after"]
   assert found[1]["loss"] == pytest.approx(one["loss"], rel=1e-3)
   assert (run.path / "members" / "1" / "samples.png").exists()
