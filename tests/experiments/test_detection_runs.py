@@ -123,5 +123,5 @@ def test_data_that_cannot_be_are_refused_before_the_model_is_loaded(config, tmp_
   assert re.search(r"bad\.json: annotations\[3\]: bbox .* is outside of its picture", printed)
   assert "load:" not in printed and not (tmp_path / "run" / "checkpoints").exists()
   # The folder is free for the corrected command.
-  main_programs.run(*command, "--config.train.steps=1")
+  main_programs.run(*command, "--config.train.steps=2")
   assert (tmp_path / "run" / "eval.json").exists()
