@@ -13,6 +13,7 @@ To add a family, extend the dict:
 """
 
 import dataclasses
+import functools
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -354,7 +355,11 @@ def param_shapes(
   config: Config, families: Mapping[str, Family] = FAMILIES
 ) -> dict[str, tuple[int, ...]]:
   """Returns {slash path: shape} of the model's parameters, without making any."""
-  family = family_of(config, families)
+  return dict(_traced_shapes(family_of(config, families), config))
+
+
+@functools.lru_cache(maxsize=64)  # a program asks several times, and must not wait for each trace
+def _traced_shapes(family: Family, config: Config) -> dict[str, tuple[int, ...]]:
   if family.layers_alike:  # then one layer is traced, and not each
     model = family.make_model(dataclasses.replace(config, scan_layers=True))
   else:

@@ -24,7 +24,7 @@ Reader = Callable[[Any], tuple[Config, Mapping[str, Any]] | None]
 DECODER, ENCODER, IMAGES, SPEECH, SOUND = "decoder", "encoder", "images", "speech", "sound"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Family:
   """A family of models, described by plain functions and literal tables.
 

@@ -46,6 +46,7 @@ def test_tokens_of_another_model_are_refused():
     generation.check(expected, [[0, 1], [9, 9], [9, 9], [9, 9]])
 
 
+@pytest.mark.slow
 def test_the_base_of_qlora_is_quantized_and_its_adapters_are_those_of_lora(case):
   adapters = rows.make_adapters(case, 2)
   ours, quantized = rows.ours(case, adapters), rows.qlora(case, adapters)

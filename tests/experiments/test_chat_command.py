@@ -255,6 +255,7 @@ def test_a_wrong_conversation_is_refused_by_its_field_before_weights_are_loaded(
     )
 
 
+@pytest.mark.slow
 def test_conversations_of_files_are_answered_together_by_a_run(call, run, tmp_path):
   def messages(color):
     return [

@@ -304,6 +304,7 @@ def test_a_diverging_run_stops_at_the_step_and_keeps_its_checkpoint(config_file,
   assert re.search(r"step \d: the loss is nan|step \d: the loss is inf|gradient norm", printed)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_told_to_stop_saves_says_so_and_goes_on_from_there(config_file, tmp_path):
   command = [
     *(sys.executable, "-m", "experiments.train", f"--config={config_file}"),
@@ -325,6 +326,7 @@ def test_a_run_that_is_told_to_stop_saves_says_so_and_goes_on_from_there(config_
   assert f"Not finished: {step:,} of 5,000 steps were logged" in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_told_to_stop_before_its_first_step_ends_without_an_error(
   config_file, tmp_path, number

@@ -195,6 +195,7 @@ def test_it_is_healed_by_lora_and_by_the_dense_model_and_keeps_its_head(program,
   assert [row["step"] for row in steps_of(path)] == ["dense", "factorize", "heal"]
 
 
+@pytest.mark.slow
 def test_calibration_counts_texts_without_their_padding(case):
   """The second moments of a kernel are those of a loop over texts, each alone."""
   folder, model, run = case("text")

@@ -81,6 +81,7 @@ def test_members_of_a_sweep_need_as_much_each(config, case, mesh, plans, traced_
   assert defaults.choose(config, lambda: case, mesh, memory, members=4)[0] != first
 
 
+@pytest.mark.slow
 def test_what_a_config_says_is_kept(config, case, mesh):
   small = 1
   said = with_fields(config, remat="dots", loss_chunk=32)

@@ -142,6 +142,7 @@ def run_as_the_readme_says(artifact) -> np.ndarray:
   return np.load(there / "logits.npy")
 
 
+@pytest.mark.slow
 def test_a_program_of_an_adapted_dense_model_runs_without_this_package(
   export, dense, tmp_path, capsys
 ):
@@ -203,6 +204,7 @@ def test_a_run_becomes_one_file_for_llama_cpp(export, quantised, tmp_path):
   np.testing.assert_allclose(logits_of(found, found.params), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_compressed_model_is_exported_without_a_run(export, folder, tmp_path, capsys):
   small = storage.load(folder / "small")
   expected = logits_of(small, small.params)

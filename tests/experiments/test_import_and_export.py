@@ -85,6 +85,7 @@ def test_merged_it_gives_the_logits_that_peft_gave(imported, made_by_peft, confi
   assert abs(logits(base(config_file)) - made_by_peft[1]).max() > 1e-2  # the adapter does something
 
 
+@pytest.mark.slow
 def test_for_peft_it_is_what_peft_wrote(imported, made_by_peft, tmp_path):
   run("export", f"--workdir={imported[0]}", "--to=peft", f"--output={tmp_path / 'copy'}")
   before, after = (

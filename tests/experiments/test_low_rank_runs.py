@@ -68,6 +68,7 @@ def test_linformers_leaves_train_in_full_and_are_stored_in_the_adapter(run):
   assert found == pytest.approx(after, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_folder_of_a_whole_model_has_no_place_for_them(run, tmp_path):
   base = methods.load_base(run[1])
   with pytest.raises(ValueError, match="a 'bert' with attention of Linformer: keys_along, values_"):

@@ -37,6 +37,7 @@ def workdir(config, tmp_path_factory):
   return path
 
 
+@pytest.mark.slow
 def test_a_run_trains_the_row_of_a_new_token_beside_its_adapters(config, workdir):
   result = json.loads((workdir / "eval.json").read_text())
   assert result["after"]["loss"] < result["before"]["loss"]

@@ -140,6 +140,7 @@ def test_few_records_fill_each_split(folder, count, sizes):
   assert [len(found[name]) for name in ("train", "validation", "test")] == sizes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_run_on_few_records_has_some_in_each_split_or_says_what_it_leaves_out(
   folder, capsys, count

@@ -131,6 +131,7 @@ def test_a_mesh_shares_out_the_base_the_rows_and_the_heads(config):
     assert (shared.base < alone.base) == (sizes[0] == 1)
 
 
+@pytest.mark.slow
 def test_heads_that_do_not_divide_stay_whole(config):
   case = planning.read(config)
   built = planning.share_of_a_device(config, case, mesh_of(1, 1, 8))  # of four key/value heads
@@ -317,6 +318,7 @@ def test_the_program_ends_with_that_remedy_before_anything_is_read(config_file):
   assert "pip install" in printed and "data:" not in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_quantized_base_is_planned_as_it_is_loaded(config, tmp_path, format):
   config.model.quantize = format

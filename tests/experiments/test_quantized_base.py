@@ -38,6 +38,7 @@ def workdir(config, tmp_path_factory):
   return path
 
 
+@pytest.mark.slow
 def test_the_chosen_kernels_are_quantised_and_nothing_else(config):
   leaves = tree.flatten(parts.load_model(config.model).params, is_leaf=is_weight)
   quantised = [path for path, leaf in leaves.items() if isinstance(leaf, Quantized)]

@@ -81,6 +81,7 @@ def test_a_run_that_is_stopped_while_it_compiles_ends_with_one_line_and_no_fault
   assert sum("stopped" in line for line in lines) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_program_that_begins_anew_tells_it_by_its_exit_code(number, config_file, tmp_path):
   process = started(
@@ -158,6 +159,7 @@ def test_a_signal_is_heeded_wherever_a_program_is(body, number, tmp_path):
   assert lines == ["stopped before its end; the same command starts over"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_signal_that_arrives_in_a_callback_is_not_lost(number, tmp_path):
   body = f"""
@@ -176,6 +178,7 @@ print("went on to its end")"""
   assert (code, printed, errors) == (STOPPED, "", words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_signal_after_the_end_changes_nothing(number, tmp_path):
   late = "import atexit, os\natexit.register(lambda: (time.sleep(1), print('last')))"
@@ -186,6 +189,7 @@ def test_a_signal_after_the_end_changes_nothing(number, tmp_path):
   assert (code, printed, lines) == (0, "written\nlast\n", [])
 
 
+@pytest.mark.slow
 def test_a_program_that_nohup_keeps_from_ctrl_c_is_kept_from_it(tmp_path):
   ignore = "signal.signal(signal.SIGINT, signal.SIG_IGN)"
   process = started(program(tmp_path, "time.sleep(2); print('whole')"), ignore)

@@ -203,6 +203,7 @@ def live(start, workdir, arguments, moment, random, number=signal.SIGKILL):
   assert code == (0 if number == signal.SIGTERM else -number)
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_a_step_in_a_save_and_at_its_end_is_the_same_to_the_last_bit(
   start, uninterrupted, tmp_path
 ):

@@ -138,6 +138,7 @@ def test_plans_and_sweeps_have_no_teacher(make_config):
     sweep_config.member_configs(config, [{"seed": 1}])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("changes", "hidden", "words"),
   [

@@ -365,6 +365,7 @@ print("the same")
   assert run_apart(code, "http://127.0.0.1:9", tmp_path) == "the same"
 
 
+@pytest.mark.slow
 def test_a_file_of_a_hub_data_set_comes_alone(hub, tmp_path):
   path = Path(resolve_apart("hf://datasets/owner/set/data/train.jsonl", hub, tmp_path))
   assert path.is_relative_to(tmp_path) and path.name == "train.jsonl"
@@ -377,6 +378,7 @@ def test_a_file_of_a_hub_data_set_comes_alone(hub, tmp_path):
   }
 
 
+@pytest.mark.slow
 def test_records_are_read_from_a_hub_data_set_that_is_asked_for_once(hub, tmp_path):
   """What a process has fingerprinted is what it reads."""
   code = """
@@ -400,6 +402,7 @@ def test_a_file_of_a_hub_data_set_is_not_fetched_unasked(hub, tmp_path):
   assert resolve_apart(address, "http://127.0.0.1:9", tmp_path, **unasked) == path
 
 
+@pytest.mark.slow
 def test_a_file_of_a_hub_data_set_that_is_not_there_is_an_error_with_a_remedy(
   hub, tmp_path, monkeypatch
 ):

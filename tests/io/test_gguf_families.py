@@ -222,6 +222,7 @@ def rewrite(path, copy, change):
   writer.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "name",
   [x if x == "gemma3_text" else pytest.param(x, marks=pytest.mark.slow) for x in _SETTINGS],

@@ -46,6 +46,7 @@ def test_values_and_gradients_by_shifts_are_those_of_lax(stride, dilation, paddi
   alike(values("shifts"), values("convolution"), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_adapters_of_depthwise_kernels_stay_factored_and_are_those_of_the_convolution():
   config = mobilenet.MobileNetV2Config(width_multiplier=0.1, classes=("a", "b"))
   model, images = mobilenet.MobileNetV2(config), normal(2, 32, 32, 3)

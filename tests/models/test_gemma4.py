@@ -48,6 +48,7 @@ def logits(config, params):
   return np.asarray(applied(config)({"params": params}, TOKENS))
 
 
+@pytest.mark.slow
 def test_layers_see_the_keys_and_values_of_the_last_one_of_their_kind():
   assert gemma4.sources(CONFIG) == (0, 1, 2, 1, 2, 2)
   params = made(CONFIG)
@@ -68,6 +69,7 @@ def test_layers_see_the_keys_and_values_of_the_last_one_of_their_kind():
     assert abs(logits(CONFIG, params | {f"block_{i}": other}) - expected).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_values_that_are_the_keys_have_no_kernel_in_layers_without_the_window():
   config = dataclasses.replace(CONFIG, keys_are_values=True)
   params = made(config)

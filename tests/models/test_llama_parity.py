@@ -101,6 +101,7 @@ def test_32_greedy_tokens_on_five_prompts_are_those_of_transformers(peer, greedy
     assert len(new) == NEW_TOKENS
 
 
+@pytest.mark.slow
 def test_the_greedy_tokens_with_a_cache_are_those_without_one(smollm2, forward, greedy):
   prompts, continued = greedy
   texts = [prompt + new for prompt, new in zip(prompts, continued, strict=True)]

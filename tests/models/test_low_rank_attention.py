@@ -320,6 +320,7 @@ def logits(config, how, scan=False, adapted=False, spread=1.0):
   return specs, jax.jit(jax.grad(lambda tree: jnp.sin(run(tree)).sum(), allow_int=True))(adapters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "config", [pytest.param(BERT, id="bert", marks=pytest.mark.slow), pytest.param(VIT, id="vit")]
 )

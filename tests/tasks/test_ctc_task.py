@@ -180,6 +180,7 @@ def test_what_cannot_be_is_refused_before_a_weight_is_loaded(config, tmp_path, f
     train.train(own, opened)
 
 
+@pytest.mark.slow
 def test_a_pretrained_wav2vec2_keeps_its_layer_or_gets_a_new_one(config, tmp_path):
   name = speech_models.WAV2VEC2S[1]
   speech_models.write(tmp_path / "model", name)

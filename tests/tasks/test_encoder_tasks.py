@@ -249,6 +249,7 @@ def test_mean_pooling_has_a_gradient_where_a_row_has_no_token():
   assert not np.any(gradient[0, 1:]) and not np.any(gradient[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("task", "arguments", "fields"),
   [

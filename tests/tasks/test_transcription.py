@@ -265,6 +265,7 @@ def test_predict_prints_transcripts_with_times(run, config, tmp_path):
   assert all(answer["computed_in"] > 0 and isinstance(answer["text"], str) for answer in answers)
 
 
+@pytest.mark.slow
 def test_predict_draws_nothing_into_clips(run, tmp_path):
   speech_models.write_clips(tmp_path, 1, seed=4)
   arguments = [f"--workdir={run.path}", f"--input={tmp_path}", f"--draw={tmp_path / 'copies'}"]

@@ -109,6 +109,7 @@ def test_two_processes_have_the_losses_of_one(alone, together):
   assert_same_run(workdir, alone)
 
 
+@pytest.mark.slow
 def test_two_processes_leave_one_run_and_speak_with_one_voice(alone, together):
   workdir, (printed, bars) = together
   assert {path.name for path in workdir.iterdir()} == {path.name for path in alone.iterdir()}

@@ -117,6 +117,7 @@ def test_the_rates_keep_the_dtype_of_an_update():
   assert scaled["b"].dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_lora_plus_trains_as_peft_s_optimizer_does():
   x, y = random(16, 6), random(16, 5)
   base = torch.nn.Sequential(torch.nn.Linear(6, 5, bias=False))
