@@ -56,7 +56,9 @@ At every commit on {", ".join(EVERYDAY)}, and every 20th program, other ones for
 {", ".join(SOME)}.
 All the other pairs run on request, by `pytest -m slow`, as do the rarer pairs of a method and a
 kernel, `vmap` of three programs in four, runs that are killed, healed and compared over many steps,
-the notebooks, and every command of the README and the docs. Of these `.ci/run` runs the notebooks.
+most tests that start a program for longer than some seconds, the notebooks, and every command of
+the README and the docs. Of these `.ci/run` runs, once: the notebooks, a run that is killed and goes
+on, a run of two processes, SmolLM2 here and in PyTorch, and the import of each module first.
 Its values under `adapt`, and its values and gradients under `jit`, equal those of the materialized
 oracle, `adapt(f)(tree, x) == f(materialize(tree), x)`, a second call compiles nothing, and `vmap`
 over adapters gives what each gives alone (but where JAX has no `vmap` of the program itself).

@@ -163,36 +163,40 @@ GATE = "block_0/mlp/gate/kernel"
 DOWN = "block_0/mlp/down/kernel"
 
 
+HOSTILE = [
+  (lambda s: s.update(version=2), "not the structure"),
+  (lambda s: s.update(code="import os"), "not the structure"),
+  (lambda s: s.update(leaves=[]), "leaves is a list"),
+  (lambda s: s.update(value_dim=5), "value_dim 5 must be"),
+  (lambda s: s["leaves"].pop(GATE), f"missing: .*{GATE}"),
+  (lambda s: s["leaves"].update({"block_0/evil": 1}), "unexpected: .*block_0/evil"),
+  (change_leaf(GATE, kind="LowRank"), "describes no Weight of Factored, Pruned, Quantized"),
+  (change_leaf(GATE, kind="os.system"), "describes no Weight"),
+  (change_leaf(GATE, settings={"path": "x"}), "a Factored has no setting 'path'"),
+  (change_leaf(GATE, settings={"roles": "ioo"}), "do not fit each other|the configuration says"),
+  (lambda s: s["leaves"][GATE]["parts"].update(w=s["leaves"]["norm/scale"]), "no part 'w'"),
+  (lambda s: s["leaves"][GATE]["parts"].pop("b"), "does not hold the tensors"),
+  (
+    lambda s: s["leaves"][GATE]["parts"]["a"].update(tensor="../../etc/passwd"),
+    "does not hold the tensors",
+  ),
+  (lambda s: s["leaves"][GATE]["parts"]["a"].update(dtype="object"), "describes no tensor"),
+  (lambda s: s["leaves"][GATE]["parts"]["a"].update(shape=[8, -2]), "is not a shape"),
+  (lambda s: s["leaves"][GATE]["parts"]["a"].update(shape=[4, 4]), "says float32"),
+  (
+    lambda s: s["leaves"][DOWN]["parts"]["mask"].update(shape=[10**9]),
+    "does not hold 1000000000 bits",
+  ),
+  (lambda s: s["leaves"]["norm/scale"].update(dtype="int8"), "says int8"),
+  (lambda s: s["leaves"].pop("norm/scale"), "None describes no leaf"),
+  (lambda s: s["leaves"].update({"norm/scale": 2}), "2 describes no leaf"),
+]
+
+
 @pytest.mark.parametrize(
   ("change", "words"),
-  [
-    (lambda s: s.update(version=2), "not the structure"),
-    (lambda s: s.update(code="import os"), "not the structure"),
-    (lambda s: s.update(leaves=[]), "leaves is a list"),
-    (lambda s: s.update(value_dim=5), "value_dim 5 must be"),
-    (lambda s: s["leaves"].pop(GATE), f"missing: .*{GATE}"),
-    (lambda s: s["leaves"].update({"block_0/evil": 1}), "unexpected: .*block_0/evil"),
-    (change_leaf(GATE, kind="LowRank"), "describes no Weight of Factored, Pruned, Quantized"),
-    (change_leaf(GATE, kind="os.system"), "describes no Weight"),
-    (change_leaf(GATE, settings={"path": "x"}), "a Factored has no setting 'path'"),
-    (change_leaf(GATE, settings={"roles": "ioo"}), "do not fit each other|the configuration says"),
-    (lambda s: s["leaves"][GATE]["parts"].update(w=s["leaves"]["norm/scale"]), "no part 'w'"),
-    (lambda s: s["leaves"][GATE]["parts"].pop("b"), "does not hold the tensors"),
-    (
-      lambda s: s["leaves"][GATE]["parts"]["a"].update(tensor="../../etc/passwd"),
-      "does not hold the tensors",
-    ),
-    (lambda s: s["leaves"][GATE]["parts"]["a"].update(dtype="object"), "describes no tensor"),
-    (lambda s: s["leaves"][GATE]["parts"]["a"].update(shape=[8, -2]), "is not a shape"),
-    (lambda s: s["leaves"][GATE]["parts"]["a"].update(shape=[4, 4]), "says float32"),
-    (
-      lambda s: s["leaves"][DOWN]["parts"]["mask"].update(shape=[10**9]),
-      "does not hold 1000000000 bits",
-    ),
-    (lambda s: s["leaves"]["norm/scale"].update(dtype="int8"), "says int8"),
-    (lambda s: s["leaves"].pop("norm/scale"), "None describes no leaf"),
-    (lambda s: s["leaves"].update({"norm/scale": 2}), "2 describes no leaf"),
-  ],
+  # At every commit every second one.
+  [pytest.param(*x, marks=pytest.mark.slow) if n % 2 else x for n, x in enumerate(HOSTILE)],
 )
 def test_a_hostile_structure_is_refused(folder, change, words):
   path = folder / storage.STRUCTURE

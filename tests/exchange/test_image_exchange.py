@@ -23,7 +23,9 @@ STATISTICS = (convolutions.STATISTICS, None)
 # With TensorFlow's padding, transformers asks peft's layer for a stride that it does not have.
 NAMES = image_families.FIRST | {"mobilenet_v2": "MobileNetV2, PyTorch's padding, dilated"}
 FIRST = [
-  pytest.param(family, name, marks=pytest.mark.slow) if family == "deit" else (family, name)
+  pytest.param(family, name, marks=pytest.mark.slow)
+  if family in ("deit", "resnet")
+  else (family, name)
   for family, name in NAMES.items()
 ]
 CONVOLVED = ("mobilenet_v2", "resnet")

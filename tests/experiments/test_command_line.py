@@ -347,6 +347,7 @@ def test_a_run_that_is_told_to_stop_before_its_first_step_ends_without_an_error(
   assert "stopped at once; the checkpoints stay" in printed and "Traceback" not in printed
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_is_named_by_the_programs_that_need_its_adapter(config_file, tmp_path):
   (tmp_path / "config.json").write_text("{}")
   printed = run("evaluate", f"--workdir={tmp_path}", fails=True)

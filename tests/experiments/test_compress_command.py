@@ -140,6 +140,7 @@ def test_a_teacher_is_the_model_before_its_compression(run, tiny):
     heal.get_config(f"compressed={tiny[0] / 'merged'},distill")
 
 
+@pytest.mark.slow
 def test_a_compression_that_is_refused_leaves_the_workdir_free(tiny, tmp_path):
   def call(*arguments):
     done = subprocess.run(
@@ -267,6 +268,7 @@ def test_an_adapter_that_is_kept_stays_as_it_is_on_a_smaller_base(program, tiny,
   assert steps_of(folder)[0]["figures"]["perplexity"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_calibration_sees_the_inputs_that_kernels_have_under_the_adapter(program, tiny, adapted):
   config = tiny_compression.config(*tiny, "steps=prune", adapter=str(adapted), keep_adapter=True)
   found = pretrained.load(config.model.source)

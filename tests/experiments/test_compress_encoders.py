@@ -276,6 +276,7 @@ def test_deployed_pruned_factors_have_no_masks_and_the_flag_chooses_copies(progr
   assert any(isinstance(x, Pruned) for x in jax.tree.leaves(small, is_leaf=is_weight))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["text", pytest.param("images", marks=pytest.mark.slow)])
 def test_a_teachers_logits_are_learned_from_and_a_head_of_the_same_classes_is_kept(case, kind):
   folder, _, run = case(kind)

@@ -104,47 +104,51 @@ def test_settings_are_refused_before_the_model_is_loaded(
   refused(program, tmp_path, config, words, monkeypatch)
 
 
+CANNOT = [
+  ("factorize", {"text.calibration": 500}, "asks for 500 for calibration"),
+  ("factorize", {"text.calibration": 1}, "has 32 tokens, and .*/mlp/down/kernel 64 inputs"),
+  ("channels", {"text.calibration": 1}, "channels: the calibration text has 32 tokens"),
+  (
+    "quantize", {"text.calibration": 1, "quantize.method": "gptq"},
+    "quantize: the calibration text has 32 tokens",
+  ),
+  ("factorize", {"factorize.budget": 0.01}, "budget 122.9 cannot be met: with rank 1"),
+  (
+    "factorize", {"factorize.budget": 0.01, "factorize.unit": "flops"},
+    "cannot be met: with rank 1",
+  ),
+  (
+    "factorize", {"factorize.budget": 1e-6, "factorize.unit": "milliseconds"},
+    "cannot be met: with rank 1",
+  ),
+  ("channels", {"channels.mlp_width": 64}, "mlp_width is 64 and is to be 64"),
+  ("heads", {"heads.num_kv_heads": 0}, "num_kv_heads is 2 and is to be 0"),
+  ("value_heads", {"value_heads.value_dim": 8}, "value_dim is 8 and is to be 8"),
+  ("prune", {"prune.share": 0.001}, "0.001 of 32 inputs are 0"),
+  ("prune", {"prune.of": 5}, "prune.of: block_0/.*: 32 inputs are no multiple of 5"),
+  (
+    "channels+prune", {"prune.of": 32, "prune.targets": ("mlp",)},
+    "block_0/mlp/down/kernel: 48 inputs are no multiple of 32",
+  ),
+  (
+    "factorize+prune", {"prune.of": 4}, "and 5 others are factorized before, to ranks",
+  ),
+  ("prune", {"prune.targets": (".*/nothing/kernel",)}, "'.*/nothing/kernel' matches no leaf"),
+  ("factorize", {"factorize.targets": ("embed/embedding",)}, "its rows are looked up"),
+  ("quantize", {"quantize.targets": ("norm/scale",)}, "cannot be adapted: its shape"),
+  (
+    "quantize", {"quantize.targets": ("embed/embedding",), "quantize.method": "gptq"},
+    "gptq is for dense kernels, and every target",
+  ),
+  ("prune+quantize", {"quantize.method": "gptq"}, "gptq is for dense kernels, and every target"),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
   ("steps", "fields", "words"),
-  [
-    ("factorize", {"text.calibration": 500}, "asks for 500 for calibration"),
-    ("factorize", {"text.calibration": 1}, "has 32 tokens, and .*/mlp/down/kernel 64 inputs"),
-    ("channels", {"text.calibration": 1}, "channels: the calibration text has 32 tokens"),
-    (
-      "quantize", {"text.calibration": 1, "quantize.method": "gptq"},
-      "quantize: the calibration text has 32 tokens",
-    ),
-    ("factorize", {"factorize.budget": 0.01}, "budget 122.9 cannot be met: with rank 1"),
-    (
-      "factorize", {"factorize.budget": 0.01, "factorize.unit": "flops"},
-      "cannot be met: with rank 1",
-    ),
-    (
-      "factorize", {"factorize.budget": 1e-6, "factorize.unit": "milliseconds"},
-      "cannot be met: with rank 1",
-    ),
-    ("channels", {"channels.mlp_width": 64}, "mlp_width is 64 and is to be 64"),
-    ("heads", {"heads.num_kv_heads": 0}, "num_kv_heads is 2 and is to be 0"),
-    ("value_heads", {"value_heads.value_dim": 8}, "value_dim is 8 and is to be 8"),
-    ("prune", {"prune.share": 0.001}, "0.001 of 32 inputs are 0"),
-    ("prune", {"prune.of": 5}, "prune.of: block_0/.*: 32 inputs are no multiple of 5"),
-    (
-      "channels+prune", {"prune.of": 32, "prune.targets": ("mlp",)},
-      "block_0/mlp/down/kernel: 48 inputs are no multiple of 32",
-    ),
-    (
-      "factorize+prune", {"prune.of": 4}, "and 5 others are factorized before, to ranks",
-    ),
-    ("prune", {"prune.targets": (".*/nothing/kernel",)}, "'.*/nothing/kernel' matches no leaf"),
-    ("factorize", {"factorize.targets": ("embed/embedding",)}, "its rows are looked up"),
-    ("quantize", {"quantize.targets": ("norm/scale",)}, "cannot be adapted: its shape"),
-    (
-      "quantize", {"quantize.targets": ("embed/embedding",), "quantize.method": "gptq"},
-      "gptq is for dense kernels, and every target",
-    ),
-    ("prune+quantize", {"quantize.method": "gptq"}, "gptq is for dense kernels, and every target"),
-  ],
-)  # fmt: skip
+  # At every commit every second one.
+  [pytest.param(*x, marks=pytest.mark.slow) if n % 2 else x for n, x in enumerate(CANNOT)],
+)
 def test_what_a_model_cannot_be_put_through_is_refused_before_anything_is_computed(
   program, tmp_path, tiny, monkeypatch, steps, fields, words
 ):
@@ -223,10 +227,11 @@ def test_what_a_kernel_is_counts_where_a_folder_does_not_say_its_steps(tiny, mod
 @pytest.mark.parametrize(
   ("step", "method", "words"),
   [
-    (
+    pytest.param(
       "channels",
       lora_jax.LoRA(rank=2, alpha=2.0),
       r"channels makes \(48, 32\) of block_0/mlp/down/kernel, \(64, 32\), and its adapter is kept",
+      marks=pytest.mark.slow,
     ),
     (
       "prune",

@@ -188,7 +188,7 @@ def by_transformers(folder) -> np.ndarray:
     return model.eval()(torch.tensor([words(TEXT).input_ids])).logits.numpy()[0]
 
 
-@pytest.mark.parametrize("name", ["quantised", "healed"])
+@pytest.mark.parametrize("name", [pytest.param("quantised", marks=pytest.mark.slow), "healed"])
 def test_what_was_quantised_or_compressed_is_merged_for_transformers(
   export, name, request, tmp_path
 ):
@@ -229,6 +229,7 @@ def test_a_compressed_model_is_exported_without_a_run(export, folder, tmp_path, 
   )
 
 
+@pytest.mark.slow
 def test_narrower_values_are_refused_where_there_is_no_field_for_them(export, folder, tmp_path):
   config = llama.LlamaConfig(
     vocab_size=49152,

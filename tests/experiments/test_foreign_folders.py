@@ -87,7 +87,14 @@ def run(environment, name: str, *arguments: str) -> str:
   return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", ["evaluate", "generate", "chat", "export", "combine"])
+@pytest.mark.parametrize(
+  "name",
+  [
+    "evaluate",
+    *(pytest.param(x, marks=pytest.mark.slow) for x in ("generate", "chat", "export")),
+    "combine",
+  ],
+)
 def test_what_a_strangers_file_names_is_not_fetched_unasked(evil, foreign, tmp_path, name):
   said = run(evil, *command(foreign, name))
   assert f"{ADDRESS}: is not in the cache" in said

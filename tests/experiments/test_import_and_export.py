@@ -78,6 +78,7 @@ def test_it_is_evaluated(imported):
   assert scores["base"]["loss"] != scores["adapter"]["loss"]
 
 
+@pytest.mark.slow
 def test_merged_it_gives_the_logits_that_peft_gave(imported, made_by_peft, config_file, tmp_path):
   run("export", f"--workdir={imported[0]}", "--to=merged", f"--output={tmp_path / 'merged'}")
   merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

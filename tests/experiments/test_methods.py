@@ -172,7 +172,7 @@ def run_of(name, tiny):
 
 # Those that start, train or choose their leaves in a way of their own; the rest, which differ in
 # their Weight alone, are slow here and quick in the tests of the adapters.
-EVERYDAY = ("lora", "eva", "adalora", "norm")
+EVERYDAY = ("lora", "eva", "adalora")
 
 
 @pytest.mark.parametrize(
@@ -205,6 +205,7 @@ def test_eva_starts_from_the_inputs_of_real_tokens_alone(tiny):
   )
 
 
+@pytest.mark.slow
 def test_loftq_makes_a_base_whose_adapters_make_up_for_a_part_of_what_it_lost(tiny):
   _, params, axes = tiny
   state, frozen, _, adapters = run_of("loftq", tiny)

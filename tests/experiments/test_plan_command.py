@@ -335,6 +335,7 @@ def test_a_quantized_base_is_planned_as_it_is_loaded(config, tmp_path, format):
   assert base == sum(x.nbytes for x in jax.tree.leaves(loaded))
 
 
+@pytest.mark.slow
 def test_loftq_is_planned_on_the_base_that_it_makes(config_file):
   config = runpy.run_path(str(config_file))["get_config"]("method=loftq")
   assert (

@@ -111,7 +111,9 @@ def read_back(printed):
   return found
 
 
-@pytest.mark.parametrize("name", ["completion", "classification", "chat"])
+@pytest.mark.parametrize(
+  "name", ["completion", pytest.param("classification", marks=pytest.mark.slow), "chat"]
+)
 def test_what_is_shown_is_the_tokens_of_examples_and_what_is_learnt_of_them(preview, folder, name):
   printed = preview(name, "--examples=3")
   task, examples = examples_of(folder, name)
@@ -138,6 +140,7 @@ def test_what_is_shown_is_the_tokens_of_examples_and_what_is_learnt_of_them(prev
     assert f"{line}\n" in printed
 
 
+@pytest.mark.slow
 def test_what_was_cut_and_left_out_is_counted(preview):
   printed = preview("chat", "--examples=9")
   assert "train: 3 conversations, 0 of them cut to max_length 97; 1 longer ones left out" in printed
@@ -178,6 +181,7 @@ def test_another_split_and_a_wrong_one(preview):
   assert "\ntest: " in f"\n{preview('completion', '--split=test')}"
 
 
+@pytest.mark.slow
 def test_a_compressed_model_is_previewed_without_its_tensors(
   preview, tmp_path, smollm2_tokenizer, monkeypatch
 ):

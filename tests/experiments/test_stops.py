@@ -238,6 +238,7 @@ raise OSError("the disk is full")"""
   assert errors.endswith("\nOSError: the disk is full\n")
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_the_last_word(config_file, tmp_path):
   limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))"
   done = subprocess.run(

@@ -352,6 +352,7 @@ def test_a_hub_model_is_not_fetched_unasked(hub, tmp_path):
   assert Hub.asked == []
 
 
+@pytest.mark.slow
 def test_what_a_process_has_checked_of_a_hub_model_is_what_it_loads(hub, tmp_path):
   code = """
 import lora_jax.io.assets as assets, huggingface_hub

@@ -66,6 +66,7 @@ def test_a_small_file_reads_as_the_peer_reads_it(small_path):
   assert gguf.read(small_path).metadata["nested"] == [[1, 2], [3]]
 
 
+@pytest.mark.slow
 def test_the_real_file_reads_as_the_peer_reads_it(real_path):
   assert_equal_to_peer(real_path)
 

@@ -91,6 +91,7 @@ def test_logits_are_those_of_transformers(smollm2, peer, forward):
     np.testing.assert_allclose(ours_TV[: len(theirs_TV)], theirs_TV, atol=ATOL, rtol=0)
 
 
+@pytest.mark.slow
 def test_32_greedy_tokens_on_five_prompts_are_those_of_transformers(peer, greedy):
   prompts, continued = greedy
   texts = [prompt + new for prompt, new in zip(prompts, continued, strict=True)]

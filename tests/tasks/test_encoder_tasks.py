@@ -82,7 +82,7 @@ def theirs(model, tokens, mask, types):
     ("classification", 0.1, "matthews", 0.9),
     # Of two scores 0.866 is the most.
     pytest.param("regression", 0.5, "spearman", 0.85, marks=pytest.mark.slow),
-    ("embedding", 0.8, "spearman", -1.0),
+    pytest.param("embedding", 0.8, "spearman", -1.0, marks=pytest.mark.slow),
   ],
 )
 def test_a_run_learns_its_task_and_shows_answers(trained, task, share, figure, least):

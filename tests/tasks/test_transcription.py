@@ -281,6 +281,7 @@ def test_a_tokenizer_without_an_end_is_refused(config, trained):
     parts.make_task(config).of_model(found)
 
 
+@pytest.mark.slow
 def test_the_same_clip_is_transcribed_alike_alone_and_among_others(bound, trained, tmp_path):
   task, _ = bound
   base, _, adapters = trained

@@ -152,6 +152,7 @@ def test_of_two_processes(statements, statement):
   assert statement in printed.splitlines(), errors
 
 
+@pytest.mark.slow
 def test_an_error_of_one_process_ends_the_run_with_its_message(config_file, tmp_path):
   _, errors = train(
     config_file, tmp_path / "run", "--config.train.batch_size=7", processes=2, fails=True
@@ -241,6 +242,7 @@ time.sleep(120)
 """
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_processes_that_do_not_heed_the_first(tmp_path):
   (tmp_path / "deaf.py").write_text(DEAF)
   line, environment = command("deaf", processes=2)

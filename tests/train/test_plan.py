@@ -90,6 +90,7 @@ def test_the_flops_are_those_that_the_compiler_counts(case):
   assert make_plan(run).flops == pytest.approx(reported, rel=0.1)
 
 
+@pytest.mark.slow
 def test_scanned_layers_compute_what_unrolled_ones_do():
   # A loop also computes the gradient of the first layer's input, which nothing needs.
   flops = [make_plan(make_run(scan_layers=scan, num_layers=8)).flops for scan in (True, False)]
@@ -149,6 +150,7 @@ def test_the_share_of_a_device_says_its_activations():
   assert plan.flops == make_plan(run).flops
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_turn", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_plan_of_members_is_what_the_compiler_reports_of_their_one_program(in_turn):
   plan = make_plan(make_run(rows=2)).of_members(4, in_turn=in_turn)
