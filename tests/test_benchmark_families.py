@@ -26,4 +26,5 @@ def test_every_family_has_a_model_of_four_layers_of_width_512():
 def test_a_family_s_row_has_times_and_counts():
   name, floor, ours, ratio, base, trains = benchmark.measure("gpt2", rank=2, rounds=2)
   assert (name, base, trains) == ("gpt2", "14.8M", "65,536")
-  assert float(ratio.split()[0]) == pytest.approx(float(ours) / float(floor), rel=0.5)
+  floor, ours = (float(x.replace(",", "")) for x in (floor, ours))  # of a busy machine: "1,617.5"
+  assert float(ratio.split()[0]) == pytest.approx(ours / floor, rel=0.5)
