@@ -43,6 +43,8 @@ def config_file(tmp_path_factory, smollm2):
     data={"buckets": (16, 24)},
     evaluation={"samples": 0},
     train={"evaluate_every": 3},
+    # Adam divides rounding by the size of a gradient, and some gradients are almost zero.
+    optimizer={"eps": 1e-4},
   )
 
 
