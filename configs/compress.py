@@ -98,6 +98,8 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
     if args["smoke"]:
       task.calibration, task.examples, task.batch_size = 64, 16, 8
       report.batches, report.repeats = (1,), 1
+      if args["model"] in ("minilm", "vit"):
+        task.calibration = 160  # enough tokens or patches for kernels of 1,536 inputs
       if args["model"] == "detector":
         task.data.size = 128  # enough positions for kernels of 960 inputs
 
