@@ -13,13 +13,11 @@ To add a family, extend the dict:
 """
 
 import dataclasses
-import functools
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
 from jax.typing import DTypeLike
 
 from lora_jax.checks import shown
@@ -32,6 +30,7 @@ from lora_jax.family import SPEECH as SPEECH
 from lora_jax.family import Config as Config
 from lora_jax.family import Family as Family
 from lora_jax.family import Rules as Rules
+from lora_jax.family import traced_shapes
 from lora_jax.io import (
   bert_configs,
   bert_names,
@@ -53,7 +52,6 @@ from lora_jax.models import (
   encoder_attention,
   gemma4,
   gpt2,
-  layers,
   llama,
   mobilenet,
   resnet,
@@ -355,22 +353,7 @@ def param_shapes(
   config: Config, families: Mapping[str, Family] = FAMILIES
 ) -> dict[str, tuple[int, ...]]:
   """Returns {slash path: shape} of the model's parameters, without making any."""
-  return dict(_traced_shapes(family_of(config, families), config))
-
-
-@functools.lru_cache(maxsize=64)  # a program asks several times, and must not wait for each trace
-def _traced_shapes(family: Family, config: Config) -> dict[str, tuple[int, ...]]:
-  if family.layers_alike:  # then one layer is traced, and not each
-    model = family.make_model(dataclasses.replace(config, scan_layers=True))
-  else:
-    model = family.make_model(config)
-  variables = jax.eval_shape(model.init, jax.random.key(0), *family.example_inputs(config))
-  leaves: dict[str, Any] = traverse_util.flatten_dict(variables["params"], sep="/")
-  shapes = {path: leaf.shape for path, leaf in leaves.items()}
-  if family.layers_alike and not config.scan_layers:
-    each = [(path, layers.layer_paths(path, config.num_layers)) for path in shapes]
-    shapes = {x: shapes[path][x != path :] for path, xs in each for x in xs}
-  return dict(sorted(shapes.items(), key=lambda item: item[0].split("/")))
+  return dict(traced_shapes(family_of(config, families), config))
 
 
 def stored_names(

@@ -1,6 +1,7 @@
 """Family: what a family of models says of itself; `lora_jax.families` has one for each."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -8,9 +9,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jax.typing import DTypeLike
 
 from lora_jax.io import names
+from lora_jax.models import layers
 
 Rules = Sequence[tuple[str, jax.P]]
 Config = Any
@@ -103,3 +106,19 @@ class Family:
   def has_tokenizer(self) -> bool:
     """Whether the family's folders have one."""
     return self.kind not in (IMAGES, SOUND)
+
+
+@functools.lru_cache(maxsize=64)  # a program asks several times, and must not wait for each trace
+def traced_shapes(family: Family, config: Config) -> dict[str, tuple[int, ...]]:
+  """{slash path: shape} of the parameters of a family's model; not to be changed."""
+  if family.layers_alike:  # then one layer is traced, and not each
+    model = family.make_model(dataclasses.replace(config, scan_layers=True))
+  else:
+    model = family.make_model(config)
+  variables = jax.eval_shape(model.init, jax.random.key(0), *family.example_inputs(config))
+  leaves: dict[str, Any] = traverse_util.flatten_dict(variables["params"], sep="/")
+  shapes = {path: leaf.shape for path, leaf in leaves.items()}
+  if family.layers_alike and not config.scan_layers:
+    each = [(path, layers.layer_paths(path, config.num_layers)) for path in shapes]
+    shapes = {x: shapes[path][x != path :] for path, xs in each for x in xs}
+  return dict(sorted(shapes.items(), key=lambda item: item[0].split("/")))
